@@ -1,0 +1,57 @@
+# make demo | make test | make gpu | make clean
+# The first two create .venv and install into it; later runs find it ready and start at once.
+# clean removes caches and build output; .venv stays (rm -r .venv to start over).
+
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+# Threads that spin while they wait make two busy processes on one machine many times slower.
+export OMP_WAIT_POLICY := PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test gpu install clean
+.DEFAULT_GOAL := demo
+
+demo: install
+	$(PY) -m nestloop demo
+
+test: install
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+	$(PY) -m pytest -n 2 -q --durations=15
+
+gpu: install
+	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch " + torch.__version__ \
+	    + " sees no CUDA device here, so there is nothing to measure. `nestloop doctor` says what is installed.")'
+	$(PY) -m benchmarks.gpu
+
+install: $(INSTALLED)
+
+# setuptools is installed first so that the build uses the pinned one instead of fetching its own.
+$(INSTALLED): pyproject.toml constraints.txt
+	@if [ ! -x $(PY) ] || ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	    python=$${PYTHON:-$$(command -v python3.12 || command -v python3.11)}; \
+	    if [ -z "$$python" ]; then \
+	        echo "make: nestloop needs Python 3.11 or 3.12 and found neither python3.12 nor python3.11 in PATH." >&2; \
+	        echo "      On Debian or Ubuntu: sudo apt install python3 python3-venv; elsewhere: make PYTHON=/path/to/python" >&2; \
+	        exit 1; \
+	    fi; \
+	    if ! $$python -c 'import ensurepip, venv' 2>/dev/null; then \
+	        echo "make: $$python cannot create environments: its venv module is not installed." >&2; \
+	        echo "      On Debian or Ubuntu: sudo apt install python3-venv" >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "creating $(VENV) with $$python"; \
+	    $$python -m venv $(VENV) || exit 1; \
+	fi
+	$(PY) -m pip install --quiet -c constraints.txt setuptools
+	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

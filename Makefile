@@ -33,23 +33,26 @@ install: $(INSTALLED)
 
 # setuptools is installed first so that the build uses the pinned one instead of fetching its own.
 $(INSTALLED): pyproject.toml constraints.txt
-	@if [ ! -x $(PY) ] || ! $(PY) -m pip --version >/dev/null 2>&1; then \
-	    python=$${PYTHON:-$$(command -v python3.12 || command -v python3.11)}; \
-	    if [ -z "$$python" ]; then \
-	        echo "make: nestloop needs Python 3.11 or 3.12 and found neither python3.12 nor python3.11 in PATH." >&2; \
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	    for python in $${PYTHON:-python3.11 python3.12}; do \
+	        if $$python -c '' 2>/dev/null; then found=$$python; fi; \
+	        if $$python -c 'import ensurepip, venv' 2>/dev/null; then usable=$$python; break; fi; \
+	    done; \
+	    if [ -z "$$usable" ] && [ -n "$$found" ]; then \
+	        echo "make: $$found cannot create environments: its venv module is not installed." >&2; \
+	        echo "      On Debian or Ubuntu: sudo apt install python3-venv" >&2; \
+	        exit 1; \
+	    elif [ -z "$$usable" ]; then \
+	        echo "make: nestloop needs Python 3.11 or 3.12; none of $${PYTHON:-python3.11 python3.12} runs here." >&2; \
 	        echo "      On Debian or Ubuntu: sudo apt install python3 python3-venv; elsewhere: make PYTHON=/path/to/python" >&2; \
 	        exit 1; \
 	    fi; \
-	    if ! $$python -c 'import ensurepip, venv' 2>/dev/null; then \
-	        echo "make: $$python cannot create environments: its venv module is not installed." >&2; \
-	        echo "      On Debian or Ubuntu: sudo apt install python3-venv" >&2; \
-	        exit 1; \
-	    fi; \
-	    echo "creating $(VENV) with $$python"; \
-	    $$python -m venv $(VENV) || exit 1; \
+	    echo "creating $(VENV) with $$usable"; \
+	    $$usable -m venv $(VENV) || exit 1; \
 	fi
-	$(PY) -m pip install --quiet -c constraints.txt setuptools
-	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@echo 'installing nestloop and its dependencies (about 2 GB on disk, some minutes the first time)'
+	$(PY) -m pip install -qq -c constraints.txt setuptools
+	$(PY) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 clean:

@@ -1,0 +1,246 @@
+"""The command `nestloop`: show what the compiler made of a loop, check the installation, train and evaluate.
+
+Exit status: 0 done, 1 it failed (the message says why; `--trace` adds the traceback), 2 wrong usage.
+Every import of torch waits until a command needs it, so `nestloop --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nestloop.errors import NestloopError
+
+TARGET = "FILE.py:Name or package.module:Name of a declared loop, for example nestloop.zoo:MTTTMLP"
+
+
+class UsageError(Exception):
+    """A command line that names nothing that exists, or that cannot be read."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    trace = "--trace" in words
+    words = [word for word in words if word != "--trace"]
+    parser = build_parser()
+    # What follows `train RECIPE`, `eval` and `demo` is theirs to read: their keys are the recipe's fields.
+    forward = FORWARDED.get(words[0]) if words else None
+    try:
+        if forward is not None:
+            return forward(words[1:])
+        arguments = vars(parser.parse_args(words))
+        return arguments.pop("run")(**arguments)
+    except UsageError as error:
+        parser.exit(2, f"nestloop: {error}\n")
+    except NestloopError as error:
+        if trace:
+            traceback.print_exc()
+        else:
+            print(f"nestloop: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of a pipe had enough, as in `nestloop inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of everything but what `train`, `eval` and `demo` read themselves."""
+    parser = argparse.ArgumentParser(
+        prog="nestloop", description="A compiler for nested learning loops.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[..., int] | None, summary: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    inspect = command("inspect", run_inspect, "print the stages a loop goes through on its way to a kernel")
+    inspect.add_argument("target", help=TARGET)
+    inspect.add_argument("--stage", help="print this stage alone (default: every one)")
+    explain = command(
+        "explain", run_explain, "say what is fast, what is slow, where gradients flow and what runs"
+    )
+    explain.add_argument("target", help=TARGET)
+    for added in (inspect, explain):
+        added.add_argument("--shape", default="", metavar="B=2,H=2,N=16,d=16", help="sizes of the dims")
+    catalogue = command("list", run_list, "list the loops, models and recipes that come with nestloop")
+    catalogue.add_argument("--kind", choices=list(CATALOGUES), default="loops")
+    doctor = command("doctor", run_doctor, "compare what is installed with what nestloop was tested with")
+    for added in (catalogue, doctor):
+        added.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
+    command("train", None, "train RECIPE [--key value ...]: run a recipe, any of its fields overridden")
+    command(
+        "eval", None, "eval CHECKPOINT [--key value ...]: accuracy of a checkpoint on its evaluation images"
+    )
+    command("demo", None, "train four small vision transformers side by side on handwritten digits")
+    for added in commands.choices.values():
+        added.add_argument("--trace", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def run_inspect(target: str, stage: str | None, shape: str, trace: bool) -> int:
+    loop, dims = load_target(target), parse_shape(shape)
+    from nestloop import inspection
+
+    print(inspection.inspect_text(loop, stage, dims))
+    return 0
+
+
+def run_explain(target: str, shape: str, trace: bool) -> int:
+    loop, dims = load_target(target), parse_shape(shape)
+    from nestloop import inspection
+
+    print(inspection.explain_text(loop, dims))
+    return 0
+
+
+def run_list(kind: str, as_json: bool, trace: bool) -> int:
+    rows = CATALOGUES[kind]()
+    if as_json:
+        print(json.dumps(rows, indent=2, default=str))
+    else:
+        console().print(table(rows))
+    return 0
+
+
+def run_doctor(as_json: bool, trace: bool) -> int:
+    from nestloop import doctor
+
+    return doctor.main(as_json, console())
+
+
+def run_train(words: Sequence[str]) -> int:
+    if not words or words[0].startswith("-"):
+        known = "\n".join(f"  {row['recipe']:<16} {row['about']}" for row in recipes())
+        usage = f"usage: nestloop train RECIPE [--key value ...]\n\nrecipes:\n{known}\n\n"
+        usage += "nestloop train RECIPE --help lists the keys of a recipe."
+        if words and words[0] in ("-h", "--help"):
+            print(usage)
+            return 0
+        raise UsageError(f"train needs the name of a recipe first\n{usage}")
+    return importlib.import_module("nestloop.models.train").main(words[0], list(words[1:]))
+
+
+def run_eval(words: Sequence[str]) -> int:
+    return importlib.import_module("nestloop.models.evaluate").main(list(words))
+
+
+def run_demo(words: Sequence[str]) -> int:
+    return importlib.import_module("nestloop.models.demo").main(list(words))
+
+
+FORWARDED = {"train": run_train, "eval": run_eval, "demo": run_demo}
+
+
+def loops() -> list[dict[str, Any]]:
+    """One row per declared loop of the zoo."""
+    return importlib.import_module("nestloop.zoo").catalogue()
+
+
+def models() -> list[dict[str, Any]]:
+    """One row per named model."""
+    return [{"model": name} for name in importlib.import_module("nestloop.models").names()]
+
+
+def recipes() -> list[dict[str, Any]]:
+    """One row per recipe: its name and the first line of its docstring, read without running it."""
+    import ast
+
+    found = []
+    for file in sorted((Path(__file__).parent / "models" / "recipes").glob("*.py")):
+        about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        if file.stem != "__init__":
+            found.append({"recipe": file.stem.replace("_", "-"), "about": about.partition("\n")[0]})
+    return found
+
+
+CATALOGUES: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "loops": loops,
+    "models": models,
+    "recipes": recipes,
+}
+
+
+def load_target(target: str) -> type:
+    """The object that FILE.py:Name or package.module:Name names.
+
+    A file is run as Python would run it, with its own folder first on the import path, under its own stem as
+    the module's name. Raises `UsageError` where nothing of that name exists; whether it is a loop is for the
+    compiler to judge.
+    """
+    place, separator, name = target.rpartition(":")
+    if not separator or not place or not name:
+        raise UsageError(f"{target!r} names no loop; write FILE.py:Name or package.module:Name")
+    module = _run_file(Path(place)) if place.endswith(".py") else _import(place)
+    if not hasattr(module, name):
+        declared = [
+            n for n, value in vars(module).items() if isinstance(value, type) and hasattr(value, "spec")
+        ]
+        known = "it declares " + ", ".join(declared) if declared else "it declares no loop"
+        raise UsageError(f"{place} has no {name!r}; {known}")
+    return getattr(module, name)
+
+
+def _run_file(file: Path) -> Any:
+    if not file.is_file():
+        raise UsageError(f"there is no file {str(file)!r} in {os.getcwd()}")
+    sys.path.insert(0, str(file.resolve().parent))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None  # a path that ends in .py always has a loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # bodies are traced and pickled by the module they live in
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import(name: str) -> Any:
+    sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the module exists; something that it imports does not
+        raise UsageError(
+            f"there is no module {name!r}; for a file write its path, as in loops.py:Name"
+        ) from None
+
+
+def parse_shape(text: str) -> dict[str, int]:
+    """'B=2,N=16' -> {'B': 2, 'N': 16}. Raises `UsageError` unless every entry is NAME=POSITIVE_INTEGER."""
+    dims = {}
+    for entry in filter(None, text.split(",")):
+        name, _, size = entry.partition("=")
+        if not name.strip().isidentifier() or not size.strip().isdecimal() or int(size) == 0:
+            raise UsageError(
+                f"--shape cannot read {entry!r}; write NAME=SIZE,... as in --shape B=2,H=2,N=16,d=16"
+            )
+        dims[name.strip()] = int(size)
+    return dims
+
+
+def console() -> Console:
+    """Standard output: colour only on a terminal and without NO_COLOR; a pipe gets rows that are not cut."""
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows with equal keys as a table; the keys are the headings."""
+    made = Table(*(rows[0] if rows else ()), box=None, pad_edge=False)
+    for row in rows:
+        made.add_row(*(str(value) for value in row.values()))
+    return made

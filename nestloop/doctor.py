@@ -56,7 +56,7 @@ STYLES = {"ok": "green", "note": "yellow", "broken": "red"}
 class Check:
     """One line of the report.
 
-    `level`: "ok", as tested; "note", runs, but untested or lacking something optional; "broken", does not run.
+    `level`: "ok", as tested; "note", runs, but untested or lacking something optional; "broken", cannot run.
     """
 
     name: str

@@ -1,0 +1,138 @@
+"""Compile a declared loop into a functional op over views and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from nestloop import reference
+from nestloop.errors import MissingPartError, UnknownBackendError
+from nestloop.lang.binding import bind
+from nestloop.lang.declare import caller
+from nestloop.lang.loop import Loop, LoopSpec
+from nestloop.lowering import pipeline
+
+BACKENDS = ("auto", "reference", "torch")
+
+
+def spec_of(loop: Any) -> LoopSpec:
+    """The validated declaration of a loop class. Raises `MissingPartError` for anything else."""
+    if isinstance(loop, type) and issubclass(loop, Loop) and hasattr(loop, "spec"):
+        return loop.spec
+    raise MissingPartError(
+        "Only a declared loop can be compiled.",
+        where=caller(),
+        given=repr(loop),
+        need="a subclass of nl.Loop with a learner (the class, not an instance)",
+        fix="write nl.compile(MTTT)",
+    )
+
+
+class CompiledLoop:
+    """A loop as a function of tensors: `z, state = op(views, weights)`. Made by `compile`.
+
+    Differentiable to every order-one derivative of z, state and losses with respect to views, weights and the state given;
+    gradients go through the inner gradients (second order). Safe under `torch.compile(fullgraph=True)`,
+    `torch.func.grad` and `vmap`, autocast, pickle and deepcopy.
+    """
+
+    def __init__(self, loop: type[Loop], backend: str = "auto", inductor: bool = False, **dims: int) -> None:
+        self.loop, self.spec = loop, spec_of(loop)
+        if backend not in BACKENDS:
+            raise UnknownBackendError(
+                "There is no such backend.",
+                where=caller(),
+                given=repr(backend),
+                need=", ".join(repr(b) for b in BACKENDS),
+                fix='write backend="auto"',
+            )
+        self.requested, self.inductor, self.dims = backend, inductor, dims
+
+    @property
+    def backend(self) -> str:
+        """The backend that runs."""
+        return "torch" if self.requested == "auto" else self.requested
+
+    def __reduce__(self):
+        return (_remake, (self.loop, self.requested, self.inductor, self.dims))
+
+    def __repr__(self) -> str:
+        return f"nl.compile({self.spec.name}, backend={self.requested!r}, inductor={self.inductor})"
+
+    def __call__(
+        self,
+        views: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        state: Mapping[str, Tensor] | None = None,
+        order: Tensor | None = None,
+        return_losses: bool = False,
+        **dims: int,
+    ) -> Any:
+        """Run the inner loop on a batch of sequences.
+
+        Args:
+            views: name -> [B, H, N, *dims]; shared views [B, N, *dims]; gates [B, H, N]. float64, float32,
+                bfloat16 or float16; any strides.
+            weights: name -> initial fast and slow weights [H, *dims]; shared slow ones [*dims]. Fast weights
+                frozen at zero are not passed.
+            state: fast weights to start from, name -> [B, H, *dims], as returned by an earlier call.
+            order: int64 [H, N] or [B, H, N], for a shuffled schedule.
+            return_losses: also return the inner losses.
+            dims: sizes that no tensor gives (`nl.dim`, `nl.grid`).
+
+        Returns:
+            z [B, H, N, *] in the views' dtype, and the fast weights at the end, name -> [B, H, *dims], float32 (float64
+            if anything given is). With `return_losses=True` also losses [B, H, steps + 1]: the mean over tokens, before
+            each step on its batch, and after the last on all tokens (None for a kernel estimator).
+
+        Raises:
+            InputError, OrderError, UnresolvedDimError: the tensors do not fit the declaration.
+        """
+        z, end, losses = self.run(views, weights, state, order, return_losses, dims)
+        return (z, end, losses) if return_losses else (z, end)
+
+    def run(
+        self,
+        views: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        state: Mapping[str, Tensor] | None,
+        order: Tensor | None,
+        return_losses: bool,
+        dims: Mapping[str, int],
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """`__call__` with every argument given, and always three results."""
+        binding = bind(self.spec, views, weights, state, order, {**self.dims, **dims})
+        if self.backend == "reference":
+            carried = None if state is None else dict(state)
+            return reference.run(self.spec, binding, dict(views), dict(weights), carried, order, return_losses)
+        executable = pipeline.lower(self.spec, binding, return_losses, self.inductor)
+        return executable(views, weights, state, order)
+
+    def prepare(self, heads: int) -> tuple[int, ...]:
+        """Check the bodies for the known sizes, lower them, and give the shape of one token's output.
+
+        Raises the `CompileError` of whatever is wrong in a body.
+        """
+        return pipeline.prepare(self.spec, heads, self.dims, self.backend, self.inductor)
+
+
+def _remake(loop: type[Loop], backend: str, inductor: bool, dims: dict[str, int]) -> CompiledLoop:
+    return CompiledLoop(loop, backend, inductor, **dims)
+
+
+def compile(loop: type[Loop], backend: str = "auto", inductor: bool = False, **dims: int) -> CompiledLoop:
+    """Compile a declared loop into a functional op.
+
+    Args:
+        loop: a subclass of `nl.Loop`.
+        backend: "reference" (brute force, the definition), "torch" (generated PyTorch), or "auto".
+        inductor: compile the generated PyTorch with `torch.compile` (tens of seconds once, then faster).
+        dims: sizes that no tensor gives.
+
+    Raises:
+        UnknownBackendError, MissingPartError: here; a body that cannot be compiled raises its `CompileError` when the
+            sizes are known, at the first call or when a layer is made.
+    """
+    return CompiledLoop(loop, backend, inductor, **dims)

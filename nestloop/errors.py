@@ -1,0 +1,187 @@
+"""Every mistake nestloop refuses, one class each.
+
+A message has the same five parts: what is wrong, where (the user's file and line), what was given,
+what is needed, and the fix. Nothing here is raised for a condition that nestloop could repair silently:
+bad input never gives a wrong number.
+"""
+
+from __future__ import annotations
+
+import linecache
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Location:
+    """A line of the user's source: shown in errors, and beside the generated code that came from it."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+    @property
+    def short(self) -> str:
+        """The file's own name and the line, for comments in generated code (no machine path)."""
+        return f"{self.file.replace(chr(92), '/').rsplit('/', 1)[-1]}:{self.line}"
+
+    @property
+    def text(self) -> str:
+        """The source line itself, stripped; empty where the source cannot be read."""
+        return linecache.getline(self.file, self.line).strip()
+
+
+class NestloopError(Exception):
+    """Base of every error nestloop raises on purpose.
+
+    Args:
+        what: one sentence, what is wrong.
+        where: the user's line, if there is one.
+        given: what was given.
+        need: what is needed instead.
+        fix: what to write.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: Location | None = None,
+        given: str | None = None,
+        need: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what, self.where, self.given, self.need, self.fix = what, where, given, need, fix
+        lines = [what]
+        if where is not None:
+            lines.append(f"  at:    {where}" + (f"   {where.text}" if where.text else ""))
+        for label, value in (("given", given), ("need", need), ("fix", fix)):
+            if value is not None:
+                lines.append(f"  {label + ':':<7}{value}")
+        super().__init__("\n".join(lines))
+        self._rebuild = (what, where, given, need, fix)
+
+    def __reduce__(self):  # exceptions cross process borders (data workers, DDP): keep every part
+        return (_rebuild, (type(self), self._rebuild))
+
+
+def _rebuild(cls, parts):
+    what, where, given, need, fix = parts
+    return cls(what, where=where, given=given, need=need, fix=fix)
+
+
+class DeclarationError(NestloopError):
+    """Something is wrong in a class body; raised when the class is created."""
+
+
+class MissingPartError(DeclarationError):
+    """A learner without forward, a loop without a loss or a read-out, a schedule that is not one."""
+
+
+class UnknownDimError(DeclarationError):
+    """A dim that no view defines."""
+
+
+class DimExpressionError(DeclarationError):
+    """A dim expression that is not names, numbers and arithmetic."""
+
+
+class UnknownInitError(DeclarationError):
+    """An initialiser nestloop does not know."""
+
+
+class DuplicateNameError(DeclarationError):
+    """One name for two tensors of a loop."""
+
+
+class LearningRateError(DeclarationError):
+    """A learning rate that is none of the forms SGD takes."""
+
+
+class IllegalScheduleError(DeclarationError):
+    """A schedule that the loop's learner or optimizer does not allow, with the nearest legal one."""
+
+
+class SideEffectError(DeclarationError):
+    """A body that does more than compute its result: prints, keeps state, writes to outer names."""
+
+
+class CompileError(NestloopError):
+    """A body that cannot be compiled; raised by compile, never later."""
+
+
+class ShapeMismatchError(CompileError):
+    """Two values whose axes do not fit."""
+
+
+class UnusedFastWeightError(CompileError):
+    """A fast weight the loss does not depend on: its gradient would be zero for ever."""
+
+
+class LossNotPerTokenError(CompileError):
+    """A loss that is not one number per token."""
+
+
+class ReadoutShapeError(CompileError):
+    """A read-out that is not one row per token."""
+
+
+class InPlaceError(CompileError):
+    """A write into a tensor."""
+
+
+class DataDependentError(CompileError):
+    """Python control flow that looks at a tensor's values."""
+
+
+class UnadmittedOpError(CompileError):
+    """An op outside the admitted set."""
+
+
+class CapturedTensorError(CompileError):
+    """A tensor from outside the declaration."""
+
+
+class TokenMixingError(CompileError):
+    """A learner that mixes tokens under a schedule that needs independent ones."""
+
+
+class UnknownBackendError(NestloopError):
+    """A backend that does not exist."""
+
+
+class UnknownStageError(NestloopError):
+    """A lowering stage that does not exist."""
+
+
+class InputError(NestloopError):
+    """Tensors given to a compiled loop or a layer that do not fit its declaration."""
+
+
+class OrderError(InputError):
+    """A token order that is missing, superfluous or not a permutation's shape."""
+
+
+class UnresolvedDimError(InputError):
+    """A dim with no size."""
+
+
+class ModelError(NestloopError):
+    """A model that cannot be built, run, saved or loaded as asked."""
+
+
+class UnknownModelError(ModelError):
+    """A model or mixer name that no table holds."""
+
+
+class ModelSizeError(ModelError):
+    """A width, an image or a patch that do not fit each other."""
+
+
+class WeightsMismatchError(ModelError):
+    """A weights file whose names or shapes differ from the model's."""
+
+
+class MissingPackageError(ModelError):
+    """An optional package that the asked feature needs."""

@@ -1,0 +1,2 @@
+def inspect(*a, **k): raise NotImplementedError
+def explain(*a, **k): raise NotImplementedError

@@ -1,0 +1,180 @@
+"""Binding: tensors given to a loop against its declaration, once, before anything runs.
+
+Every axis is checked by name, so a mistake reads "axis 1 of w1 is 4*d = 64, given 60".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestloop.errors import InputError, OrderError, UnresolvedDimError
+from nestloop.lang.declare import Declaration, Fast, Gate, Slow, View
+from nestloop.lang.dims import unify
+from nestloop.lang.loop import LoopSpec
+
+_LEAD = {"BHN": "sequences, heads, tokens", "BN": "sequences, tokens", "BH": "sequences, heads", "H": "heads", "": ""}
+
+
+def lead(declaration: Declaration, carried: bool = False) -> str:
+    """The leading axes of a tensor as it is passed: letters of B, H and N. `carried`: a state's fast weight."""
+    match declaration:
+        case View(shared=True):
+            return "BN"
+        case View() | Gate():
+            return "BHN"
+        case Fast():
+            return "BH" if carried else "H"
+        case Slow(shared=True):
+            return ""
+    return "H"
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Sizes of one call.
+
+    Attributes:
+        sequences, heads, tokens: B, H, N.
+        dims: every other dim by name, `D` included where a view has it.
+    """
+
+    sequences: int
+    heads: int
+    tokens: int
+    dims: dict[str, int]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """All dims an expression may name, the batch's n aside."""
+        return {**self.dims, "B": self.sequences, "H": self.heads, "N": self.tokens}
+
+
+def bind(
+    spec: LoopSpec,
+    views: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Tensor] | None,
+    order: Tensor | None,
+    dims: Mapping[str, int],
+) -> Binding:
+    """Check every tensor against its declaration and give the sizes.
+
+    Raises:
+        InputError: a missing or unknown name, a wrong rank, an axis of the wrong size, mixed devices.
+        OrderError: an order that is missing, superfluous or of the wrong shape.
+        UnresolvedDimError: a dim whose size nothing gives.
+    """
+    _same_names(spec, "views", spec.inputs, views)
+    _same_names(spec, "weights", spec.weights, weights)
+    if state is not None:
+        _same_names(spec, "state", spec.fast, state)
+    given: list[tuple[Declaration, str, Tensor]] = []
+    for name, view in spec.inputs.items():
+        given.append((view, lead(view), views[name]))
+    given += [(weight, lead(weight), weights[name]) for name, weight in spec.weights.items()]
+    given += [(spec.fast[name], lead(spec.fast[name], carried=True), t) for name, t in (state or {}).items()]
+
+    sizes = dict(dims)
+    for declaration, axes, tensor in given:
+        rank = len(axes) + len(declaration.dims)
+        if tensor.ndim != rank:
+            raise _wrong_shape(declaration, axes, tensor, f"{rank} axes")
+        unify(declaration.dims, tuple(tensor.shape[len(axes) :]), sizes)
+        for letter, size in zip(axes, tensor.shape, strict=False):
+            sizes.setdefault(letter, size)
+    if "H" not in sizes:
+        sizes["H"] = 1
+    sizes = {**spec.default_dims, **sizes}
+    _resolve_grid(spec, sizes)
+    for declaration, axes, tensor in given:
+        wanted = [sizes[letter] for letter in axes]
+        wanted += [expr.size(sizes, declaration.where) for expr in declaration.dims]
+        if list(tensor.shape) != wanted:
+            raise _wrong_shape(declaration, axes, tensor, str(wanted), sizes)
+    _check_order(spec, order, sizes)
+    plain = {name: size for name, size in sizes.items() if name not in ("B", "H", "N", "n")}
+    return Binding(sizes["B"], sizes["H"], sizes["N"], plain)
+
+
+def _same_names(spec: LoopSpec, what: str, declared: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    if set(declared) == set(given):
+        return
+    missing, extra = [n for n in declared if n not in given], [n for n in given if n not in declared]
+    raise InputError(
+        f"The {what} of {spec.name} do not have the declared names.",
+        where=spec.where,
+        given=", ".join(given) or "none",
+        need=", ".join(declared) or "none",
+        fix="; ".join(
+            ([f"add {', '.join(missing)}"] if missing else []) + ([f"remove {', '.join(extra)}"] if extra else [])
+        ),
+    )
+
+
+def _wrong_shape(
+    declaration: Declaration, axes: str, tensor: Tensor, need: str, sizes: Mapping[str, int] | None = None
+) -> InputError:
+    names = [*axes, *map(str, declaration.dims)]
+    which = ""
+    if sizes is not None:
+        known = [sizes[a] for a in axes] + [e.size(sizes) for e in declaration.dims]
+        wrong = [i for i, (a, b) in enumerate(zip(tensor.shape, known, strict=True)) if a != b]
+        which = "; " + ", ".join(f"axis {i} is {names[i]} = {known[i]}, given {tensor.shape[i]}" for i in wrong)
+    return InputError(
+        f"The {declaration.kind} '{declaration.name}' has the wrong shape{which}.",
+        where=declaration.where,
+        given=f"[{', '.join(map(str, tensor.shape))}]",
+        need=f"[{', '.join(names)}]" + (f" = {need}" if sizes is not None else f", {need}"),
+        fix=f"pass {declaration.name} with the axes {', '.join(names) or '(none: a scalar)'}",
+    )
+
+
+def _resolve_grid(spec: LoopSpec, sizes: dict[str, int]) -> None:
+    if spec.grid is None:
+        return
+    rows, columns = spec.grid
+    tokens = sizes["N"]
+    if rows not in sizes and columns not in sizes:
+        sizes[rows] = sizes[columns] = math.isqrt(tokens)
+    elif rows not in sizes:
+        sizes[rows] = tokens // sizes[columns]
+    elif columns not in sizes:
+        sizes[columns] = tokens // sizes[rows]
+    if sizes[rows] * sizes[columns] != tokens:
+        raise UnresolvedDimError(
+            f"The {tokens} tokens of {spec.name} are not a grid of {rows} = {sizes[rows]} by {columns} = {sizes[columns]}.",
+            where=spec.dims[rows].where,
+            given=f"N = {tokens}",
+            need=f"{rows} * {columns} = N; without sizes a square",
+            fix=f"pass {rows}=..., {columns}=... with the call",
+        )
+
+
+def _check_order(spec: LoopSpec, order: Tensor | None, sizes: Mapping[str, int]) -> None:
+    shapes = f"int64 [H, N] = [{sizes['H']}, {sizes['N']}], or [B, H, N]"
+    if not spec.schedule.needs_order or spec.is_kernel_estimator:
+        if order is not None:
+            raise OrderError(
+                f"{spec.name} does not take an order: its schedule sees all tokens in every step.",
+                where=spec.where,
+                given=f"order [{', '.join(map(str, order.shape))}]",
+                need="no order",
+                fix="leave order out, or declare schedule = nl.Shuffled(4)",
+            )
+        return
+    wanted = ([sizes["H"], sizes["N"]], [sizes["B"], sizes["H"], sizes["N"]])
+    if order is None or order.dtype != torch.int64 or list(order.shape) not in wanted:
+        given = "no order" if order is None else f"{order.dtype} [{', '.join(map(str, order.shape))}]"
+        raise OrderError(
+            f"{spec.name} is Shuffled and needs the order of its tokens.",
+            where=spec.where,
+            given=given,
+            need=shapes + ": each row a permutation of the tokens",
+            fix="order = torch.rand(H, N).argsort(-1)",
+        )

@@ -1,0 +1,142 @@
+"""Symbolic dims: "4*d" and "H/(N*D)" as arithmetic over names, never as code.
+
+Text goes through Python's own parser into a syntax tree, of which only numbers, names and arithmetic are
+admitted; nothing is evaluated by Python and nothing by sympy's string parser.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from nestloop.errors import DimExpressionError, Location, UnresolvedDimError
+
+_OPERATORS: dict[type, Any] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Pow: operator.pow,
+}
+
+
+@dataclass(frozen=True)
+class DimExpr:
+    """An arithmetic expression over dim names.
+
+    Attributes:
+        text: the expression as written, with normal spacing.
+        names: the dims it mentions, in order of appearance.
+    """
+
+    text: str
+    names: tuple[str, ...]
+    tree: ast.expr
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DimExpr) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def evaluate(self, sizes: Mapping[str, Any], where: Location | None = None) -> Any:
+        """The value with every name replaced by its size; any numeric type goes through (sympy too)."""
+        return _evaluate(self.tree, sizes, self.text, where)
+
+    def size(self, sizes: Mapping[str, int], where: Location | None = None) -> int:
+        """The value as an axis size. Raises `UnresolvedDimError` if it is not a whole positive number."""
+        value = self.evaluate({k: Fraction(v) for k, v in sizes.items()}, where)
+        if Fraction(value).denominator != 1 or value <= 0:
+            known = ", ".join(f"{n} = {sizes[n]}" for n in self.names)
+            raise UnresolvedDimError(
+                f"The dim '{self.text}' is not a whole positive number of elements.",
+                where=where,
+                given=f"{known}, so {self.text} = {value}",
+                need="a positive integer",
+                fix=f"choose sizes that make {self.text} whole",
+            )
+        return int(value)
+
+
+def parse(text: str | int | DimExpr, where: Location | None = None) -> DimExpr:
+    """Read a dim expression. Raises `DimExpressionError` on anything but names, numbers and arithmetic."""
+    if isinstance(text, DimExpr):
+        return text
+    if isinstance(text, bool) or not isinstance(text, (str, int)):
+        raise _refused(str(text), f"a {type(text).__name__}", where)
+    try:
+        tree = ast.parse(str(text).strip(), mode="eval").body
+    except SyntaxError as error:
+        raise _refused(str(text), f"text that does not parse ({error.msg})", where) from None
+    names: list[str] = []
+    _admit(tree, str(text), names, where)
+    return DimExpr(ast.unparse(tree), tuple(dict.fromkeys(names)), tree)
+
+
+def _refused(text: str, found: str, where: Location | None) -> DimExpressionError:
+    return DimExpressionError(
+        f"The dim expression {text!r} is not arithmetic over dim names.",
+        where=where,
+        given=found,
+        need="names, numbers, + - * / // ** and parentheses",
+        fix='write it like "d", "4*d" or "H/(N*D)"',
+    )
+
+
+def _admit(tree: ast.expr, text: str, names: list[str], where: Location | None) -> None:
+    match tree:
+        case ast.Constant(value=int() | float()) if not isinstance(tree.value, bool):
+            return
+        case ast.Name(id=name):
+            names.append(name)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            _admit(left, text, names, where)
+            _admit(right, text, names, where)
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand):
+            _admit(operand, text, names, where)
+        case _:
+            raise _refused(text, f"{ast.unparse(tree)!r}", where)
+
+
+def _evaluate(tree: ast.expr, sizes: Mapping[str, Any], text: str, where: Location | None) -> Any:
+    match tree:
+        case ast.Constant(value=value):
+            return value
+        case ast.Name(id=name):
+            if name not in sizes:
+                raise UnresolvedDimError(
+                    f"The dim '{name}' has no size.",
+                    where=where,
+                    given=f"'{text}' with sizes for {', '.join(sorted(sizes)) or 'nothing'}",
+                    need=f"a size for {name}",
+                    fix=f"pass {name}=... where the loop is compiled or the layer is made",
+                )
+            return sizes[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, sizes, text, where)
+        case ast.UnaryOp(operand=operand):
+            return _evaluate(operand, sizes, text, where)
+        case ast.BinOp(left=left, op=op, right=right):
+            return _OPERATORS[type(op)](
+                _evaluate(left, sizes, text, where), _evaluate(right, sizes, text, where)
+            )
+    raise AssertionError(f"not admitted: {ast.dump(tree)}")
+
+
+def unify(
+    declared: tuple[DimExpr, ...],
+    shape: tuple[int, ...],
+    sizes: dict[str, int],
+) -> None:
+    """Bind the plain names among `declared` to the sizes in `shape`, where they are not bound yet."""
+    for expr, size in zip(declared, shape, strict=True):
+        if isinstance(expr.tree, ast.Name):
+            sizes.setdefault(expr.tree.id, size)

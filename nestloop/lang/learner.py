@@ -1,0 +1,94 @@
+"""Learners: f(W; x), the model that an inner loop trains on one sequence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nestloop.errors import Location, MissingPartError, SideEffectError
+from nestloop.lang.declare import Dim, Fast, Slow, caller, collect
+from nestloop.lang.purity import check_body
+
+
+class Body:
+    """Attribute access inside a traced body: weights and dims by name, writes refused."""
+
+    where: Location
+
+    if TYPE_CHECKING:  # weights and dims are attributes, known by their declarations
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def bound(cls, values: dict[str, Any]) -> Any:
+        """An instance whose declared names stand for `values`: what `self` is inside a body."""
+        self = object.__new__(cls)
+        self.__dict__.update(values)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise SideEffectError(
+            f"A body of {type(self).__name__} stores into self.{name}.",
+            where=caller(),
+            given=f"self.{name} = ...",
+            need="a body that only computes its result",
+            fix=f"use a local name: {name} = ...",
+        )
+
+
+class Learner(Body):
+    """A learner, declared by its fast weights and a `forward` written for one [tokens, features] tile.
+
+        class Linear(nl.Learner):
+            w = nl.fast("d", "d")
+            def forward(self, x):          # x [n, d]
+                return x @ self.w          # [n, d]
+
+    `forward` is plain PyTorch. Dims are at hand as ints (`self.d`). A learner may hold slow weights too
+    (a normalisation's scale, say): the inner loop reads them and leaves them alone.
+
+    Raises (when the class is created):
+        MissingPartError: no `forward`, or no fast weight.
+        SideEffectError: `forward` prints, keeps state or writes to outer names.
+    """
+
+    fast: dict[str, Fast]
+    slow: dict[str, Slow]
+    dims: dict[str, Dim]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.where = caller()
+        cls.fast, cls.slow, cls.dims = collect(cls, Fast), collect(cls, Slow), collect(cls, Dim)
+        for value in vars(cls).values():
+            check_body(value)
+        if cls.fast and "forward" not in {n for base in cls.__mro__[:-3] for n in vars(base)}:
+            raise MissingPartError(
+                f"The learner {cls.__name__} has no forward.",
+                where=cls.where,
+                given=f"fast weights {', '.join(cls.fast)}",
+                need="f(W; x) as a method",
+                fix="add def forward(self, x): return ...",
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """f(W; x) for a tile x [n, features] -> [n, anything]."""
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.forward(*args, **kwargs)
+
+
+class KernelEstimator(Learner):
+    """The Nadaraya-Watson estimator: the learner without parameters whose state is the tokens themselves.
+
+    It fits, at every query q, the constant `argmin_m sum_i kernel(q, k_i) |v_i - m|^2`, whose solution is
+    `sum_i kernel(q, k_i) v_i / sum_i kernel(q, k_i)`. A loop over it declares views q, k and v and
+
+        def kernel(self, q, k):            # q [n, d], k [m, d] -> [n, m], positive
+            return torch.exp(q @ k.T)
+
+    and has no loss, optimizer or schedule. With the exponential of a scaled dot product it is softmax
+    self-attention (arXiv 2310.13807 eqs. 12-13; 2407.04620 Theorem 2).
+    """

@@ -1,0 +1,290 @@
+"""Loops: a learner, the loss it learns from, its optimizer, its schedule and its read-out, in one class body."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from nestloop.errors import (
+    DuplicateNameError,
+    IllegalScheduleError,
+    LearningRateError,
+    Location,
+    MissingPartError,
+    UnknownDimError,
+)
+from nestloop.lang.declare import Declaration, Dim, Fast, Gate, Slow, View, caller, collect
+from nestloop.lang.dims import DimExpr
+from nestloop.lang.learner import Body, KernelEstimator, Learner
+from nestloop.lang.optim import SGD
+from nestloop.lang.purity import check_body
+from nestloop.lang.schedule import BatchSchedule, FullBatch
+
+BUILT_IN_DIMS = {
+    "B": "sequences",
+    "H": "heads",
+    "N": "tokens of the sequence",
+    "n": "tokens of the step's batch",
+    "D": "width of the layer",
+}
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """A validated declaration: what the reference walks and the compiler lowers.
+
+    Attributes:
+        cls: the user's class, whose bodies are called.
+        fast, slow, views, gates: declarations by name; `slow` holds the learner's own too.
+        dims: dims that no view defines, with their defaults.
+        heads: a fixed number of heads, where the loop declares one; None takes the layer's.
+    """
+
+    name: str
+    cls: type[Loop]
+    learner: type[Learner]
+    optimizer: SGD
+    schedule: BatchSchedule
+    fast: dict[str, Fast]
+    slow: dict[str, Slow]
+    views: dict[str, View]
+    gates: dict[str, Gate]
+    dims: dict[str, Dim]
+    heads: int | None
+    where: Location
+
+    @property
+    def is_kernel_estimator(self) -> bool:
+        return issubclass(self.learner, KernelEstimator)
+
+    @property
+    def inputs(self) -> dict[str, View | Gate]:
+        """Everything that comes per token: views, then gates."""
+        return {**self.views, **self.gates}
+
+    @property
+    def weights(self) -> dict[str, Fast | Slow]:
+        """Everything that comes per head: fast weights (those frozen at zero aside), then slow ones."""
+        return {**{name: w for name, w in self.fast.items() if not w.frozen_zero}, **self.slow}
+
+    @property
+    def default_dims(self) -> dict[str, int]:
+        """Sizes that the declaration itself gives."""
+        return {name: dim.default for name, dim in self.dims.items() if dim.default is not None}
+
+    @property
+    def grid(self) -> tuple[str, str] | None:
+        """The two dims of the token grid, where the loop declares one."""
+        names = [name for name, dim in self.dims.items() if dim.on_grid]
+        return (names[0], names[1]) if names else None
+
+    def learner_with(self, values: dict[str, Any], dims: dict[str, int]) -> Learner:
+        """The learner with its weights standing for `values`: the `f` that bodies call."""
+        own = [*self.learner.fast, *self.learner.slow]
+        return self.learner.bound({**dims, **{name: values[name] for name in own}})
+
+    def body_with(self, values: dict[str, Any], dims: dict[str, int]) -> Loop:
+        """The loop with its own slow weights standing for `values`: the `self` of `loss` and `readout`."""
+        own = [name for name in self.slow if name not in self.learner.slow]
+        return self.cls.bound({**dims, **{name: values[name] for name in own}})
+
+
+class Tokens:
+    """What a body sees of the tokens: every view and gate of its tile, by name (`t.k` is [n, d])."""
+
+    def __init__(self, values: dict[str, Tensor], where: Location) -> None:
+        self.__dict__.update(values)
+        self.__dict__["_where"] = where
+
+    def __getattr__(self, name: str) -> Tensor:
+        known = ", ".join(n for n in self.__dict__ if n != "_where")
+        raise MissingPartError(
+            f"The loop declares no view '{name}'.",
+            where=caller(),
+            given=f"t.{name}",
+            need=f"one of its views and gates: {known}",
+            fix=f'declare {name} = nl.view("d")',
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        Body.__setattr__(self, name, value)  # type: ignore[arg-type]
+
+
+class Loop(Body):
+    """An inner loop, declared. See the README for a whole one, `nestloop.zoo` for many.
+
+    Class attributes:
+        learner: a `Learner` class.
+        optimizer: `nl.SGD(...)`.
+        schedule: `nl.FullBatch(...)` (default) or `nl.Shuffled(...)`.
+        heads: a fixed number of heads (rare; the layer's otherwise).
+
+    Bodies (plain PyTorch on one head's tile; `t.NAME` is a view [n, *dims], `self.NAME` a slow weight or a dim):
+        loss(self, f, t) -> [n]: each token's loss.
+        readout(self, f, t) -> [n, *]: the output, with the weights the schedule ends with.
+
+    Raises (when the class is created):
+        MissingPartError, UnknownDimError, DuplicateNameError, LearningRateError, IllegalScheduleError,
+        SideEffectError: with the user's file and line, what was given, what is needed and the fix.
+    """
+
+    learner: type[Learner]
+    optimizer: SGD = SGD(lr=1.0)
+    schedule: BatchSchedule = FullBatch(steps=1)
+    heads: int | None = None
+    spec: LoopSpec
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.where = caller()
+        for value in vars(cls).values():
+            check_body(value)
+        if "learner" in {name for base in cls.__mro__ for name in vars(base)}:
+            cls.spec = _specify(cls)
+
+    def loss(self, f: Learner, t: Any) -> Tensor:
+        """Each token's loss [n]."""
+        raise NotImplementedError
+
+    def readout(self, f: Learner, t: Any) -> Tensor:
+        """The output [n, *] of each token."""
+        raise NotImplementedError
+
+    def kernel(self, q: Tensor, k: Tensor) -> Tensor:
+        """For a kernel estimator: how much each k counts at each q, [n, d] x [m, d] -> [n, m]."""
+        raise NotImplementedError
+
+
+def _specify(cls: type[Loop]) -> LoopSpec:
+    """Check a loop's class body. Everything that can be wrong without sizes is found here."""
+    learner = cls.learner
+    if not (isinstance(learner, type) and issubclass(learner, Learner)):
+        raise _missing(cls, "learner is not a Learner class", repr(learner), "learner = MLP, the class itself")
+    views, gates, slow = collect(cls, View), collect(cls, Gate), collect(cls, Slow)
+    dims = {**collect(learner, Dim), **collect(cls, Dim)}
+    estimator = issubclass(learner, KernelEstimator)
+    _check_parts(cls, learner, views, estimator)
+    _check_names(cls, learner, [views, gates, slow, dims])
+    spec = LoopSpec(
+        name=cls.__name__,
+        cls=cls,
+        learner=learner,
+        optimizer=cls.optimizer,
+        schedule=cls.schedule,
+        fast=dict(learner.fast),
+        slow={**learner.slow, **slow},
+        views=views,
+        gates=gates,
+        dims=dims,
+        heads=cls.heads,
+        where=cls.where,
+    )
+    _check_dims(spec)
+    if not estimator:
+        _check_learning_rate(spec)
+    return spec
+
+
+def _missing(cls: type, what: str, given: str, fix: str) -> MissingPartError:
+    return MissingPartError(
+        f"The loop {cls.__name__}: {what}.",
+        where=cls.where,  # type: ignore[attr-defined]
+        given=given,
+        need="a learner, a schedule, an optimizer, and the bodies they call for",
+        fix=fix,
+    )
+
+
+def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View], estimator: bool) -> None:
+    own = {name for base in cls.__mro__[: cls.__mro__.index(Loop)] for name in vars(base)}
+    if not views:
+        raise _missing(cls, "it has no view", "no nl.view", 'declare k = nl.view("d")')
+    if estimator:
+        absent = [name for name in ("q", "k", "v") if name not in views]
+        if "kernel" not in own:
+            raise _missing(cls, "a kernel estimator without a kernel", "no method kernel", "add def kernel(self, q, k)")
+        if absent:
+            raise _missing(
+                cls, "a kernel estimator without its views", f"views {', '.join(views)}", f'declare {absent[0]} = nl.view("d")'
+            )
+        return
+    if not learner.fast:
+        raise _missing(
+            cls, f"its learner {learner.__name__} has no fast weight", "no nl.fast", 'declare w = nl.fast("d", "d")'
+        )
+    for body in ("loss", "readout"):
+        if body not in own:
+            raise _missing(cls, f"it has no {body}", f"no method {body}", f"add def {body}(self, f, t): return ...")
+    if not isinstance(cls.schedule, BatchSchedule):
+        raise _missing(cls, "its schedule is not one", repr(cls.schedule), "schedule = nl.FullBatch(steps=1)")
+    if not isinstance(cls.optimizer, SGD):
+        raise _missing(cls, "its optimizer is not one", repr(cls.optimizer), "optimizer = nl.SGD(lr=1.0)")
+
+
+def _check_names(cls: type[Loop], learner: type[Learner], groups: list[dict[str, Any]]) -> None:
+    seen: dict[str, Declaration] = {**learner.fast, **learner.slow}
+    for group in groups:
+        for name, declaration in group.items():
+            other = seen.setdefault(name, declaration)
+            if other is not declaration:
+                raise DuplicateNameError(
+                    f"Two declarations of {cls.__name__} are called '{name}'.",
+                    where=declaration.where,
+                    given=f"a {declaration.kind}, and a {other.kind} at {other.where}",
+                    need="one name per tensor: weights and views are passed by name",
+                    fix=f"rename one of them, in the loop or in its learner {learner.__name__}",
+                )
+            if name in BUILT_IN_DIMS:
+                raise DuplicateNameError(
+                    f"'{name}' is taken: it is the dim of the {BUILT_IN_DIMS[name]}.",
+                    where=declaration.where,
+                    given=f"a {declaration.kind} called {name}",
+                    need=f"a name other than {', '.join(BUILT_IN_DIMS)}",
+                    fix=f"write {name.lower() if name.isupper() else name + '0'} = ...",
+                )
+
+
+def _check_dims(spec: LoopSpec) -> None:
+    known = {*BUILT_IN_DIMS, *spec.dims}
+    known.update(name for view in spec.views.values() for expr in view.dims for name in expr.names)
+
+    def check(expr: DimExpr, what: str, where: Location) -> None:
+        for name in expr.names:
+            if name not in known:
+                raise UnknownDimError(
+                    f"{what} of {spec.name} uses the dim '{name}', which no view defines.",
+                    where=where,
+                    given=f"'{expr}'",
+                    need=f"one of {', '.join(sorted(known))}",
+                    fix=f"use one of these, or declare the dim in the loop: {name} = nl.dim(64)",
+                )
+
+    for name, weight in {**spec.fast, **spec.slow}.items():
+        for expr in weight.dims:
+            check(expr, f"The {weight.kind} {name}", weight.where)
+    if isinstance(spec.optimizer.lr, DimExpr):
+        check(spec.optimizer.lr, "The learning rate", spec.where)
+
+
+def _check_learning_rate(spec: LoopSpec) -> None:
+    lr = spec.optimizer.lr
+    declared = {**spec.slow, **spec.gates}.get(getattr(lr, "name", ""))
+    if isinstance(lr, (Slow, Gate)) and declared is not lr:
+        raise LearningRateError(
+            f"The learning rate of {spec.name} is a {lr.kind} that the loop does not declare.",
+            where=lr.where,
+            given=f"{lr!r}",
+            need=f"one of its own: {', '.join([*spec.slow, *spec.gates]) or 'it has none'}",
+            fix="declare eta = nl.slow() (or nl.gate()) in the loop's body and write nl.SGD(lr=eta)",
+        )
+    if isinstance(lr, tuple) and len(lr) != spec.schedule.steps:  # type: ignore[attr-defined]
+        steps = spec.schedule.steps  # type: ignore[attr-defined]
+        raise IllegalScheduleError(
+            f"{spec.name} has one learning rate per step, but not as many as steps.",
+            where=spec.where,
+            given=f"{len(lr)} rates for {steps} steps",
+            need=f"{steps} rates",
+            fix=f"write nl.SGD(lr=({', '.join(['1.0'] * steps)},)), or one number for all steps",
+        )

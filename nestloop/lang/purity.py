@@ -1,0 +1,64 @@
+"""Bodies compute; they do nothing else. Checked on the source when the class is created.
+
+Tracing runs a body once, so a print, a counter or a list that grows would happen at compile time and never
+again. That is refused here, where it can be seen, with the line. Writes into tensors are caught when the body
+is traced (`nestloop.lowering.capture`).
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from types import FunctionType, ModuleType
+from typing import Any
+
+from nestloop.errors import Location, SideEffectError
+
+_CALLS = {"print", "open", "input", "exec", "eval", "compile", "setattr", "delattr", "globals", "breakpoint"}
+_GROWS = {"append", "extend", "insert", "update", "add", "setdefault", "pop", "remove", "clear", "write"}
+
+
+def check_body(function: Callable[..., object]) -> None:
+    """Raise `SideEffectError` at the first statement of `function` that is more than a computation."""
+    if not isinstance(function, FunctionType):
+        return
+    try:
+        lines, first = inspect.getsourcelines(function)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, TypeError, SyntaxError, IndentationError):
+        return  # no source to read (typed at a prompt): tracing still refuses writes into tensors
+    file = function.__code__.co_filename
+    local = set(function.__code__.co_varnames) - {"self"}
+    for node in ast.walk(tree):
+        found = _effect(node, local, function.__globals__)
+        if found is not None:
+            raise SideEffectError(
+                f"{function.__qualname__} has a side effect: {found}.",
+                where=Location(file, first + getattr(node, "lineno", 1) - 1),
+                given=ast.unparse(node).splitlines()[0],
+                need="a body that only computes its result: it is traced once, so the effect would happen "
+                "once, at compile time",
+                fix="compute with local names and return the result; inner losses are an output of the op "
+                "(return_losses=True)",
+            )
+
+
+def _effect(node: ast.AST, local: set[str], outer: dict[str, Any]) -> str | None:
+    match node:
+        case ast.Global() | ast.Nonlocal():
+            return f"it writes to the outer name {', '.join(node.names)}"
+        case ast.Attribute(ctx=ast.Store() | ast.Del()):
+            return f"it stores into the attribute {ast.unparse(node)}"
+        case ast.Call(func=ast.Name(id=name)) if name in _CALLS:
+            return f"it calls {name}"
+        case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr=method)) if method in _GROWS:
+            if owner not in local and owner != "self" and not isinstance(outer.get(owner), ModuleType):
+                return f"it changes {owner}, which is not its own"
+        case ast.Call(func=ast.Attribute(value=ast.Attribute(value=ast.Name(id="self")) as owner, attr=method)):
+            if method in _GROWS:
+                return f"it changes {ast.unparse(owner)}, which is not its own"
+        case ast.Await() | ast.Yield() | ast.YieldFrom():
+            return "it is a coroutine or a generator"
+    return None

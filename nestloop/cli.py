@@ -158,14 +158,16 @@ def models() -> list[dict[str, Any]]:
 
 
 def recipes() -> list[dict[str, Any]]:
-    """One row per recipe: its name and the first line of its docstring, read without running it."""
+    """One row per recipe: its name and the first paragraph of its docstring, read without running it."""
     import ast
 
     found = []
     for file in sorted((Path(__file__).parent / "models" / "recipes").glob("*.py")):
         about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         if file.stem != "__init__":
-            found.append({"recipe": file.stem.replace("_", "-"), "about": about.partition("\n")[0]})
+            found.append(
+                {"recipe": file.stem.replace("_", "-"), "about": " ".join(about.partition("\n\n")[0].split())}
+            )
     return found
 
 

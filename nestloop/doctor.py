@@ -214,6 +214,8 @@ def check_cache(folder: Callable[[], Path] | None = None) -> Check:
     try:
         path = (folder or importlib.import_module("nestloop.lowering.runtime.cache").cache_dir)()
         facts = path.stat()
+    except ImportError as error:  # torch, most likely: its own line says what is wrong with it
+        return Check("cache", "note", f"unknown: {error}")
     except (NestloopError, OSError) as error:
         fix = 'export NESTLOOP_CACHE="$(mktemp -d)"'
         return Check("cache", "broken", str(error).partition("\n")[0], fix)

@@ -180,3 +180,10 @@ def test_report_and_exit_status(
     ]
     assert doctor.main(True, Console()) == status
     assert json.loads(capsys.readouterr().out)[1]["fix"] == "pip install triton"
+
+
+def test_an_unknown_cache():
+    def fail() -> Path:
+        raise ImportError("No module named 'torch'")
+
+    assert doctor.check_cache(fail) == Check("cache", "note", "unknown: No module named 'torch'")

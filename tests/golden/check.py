@@ -20,7 +20,7 @@ ROUNDED = {"pos_emb"}  # recorded as float32 numbers even where the name says f6
 
 @dataclass(frozen=True)
 class Error:
-    """How far one tensor is off, and how far it may be; `exact` where the recorded one is of a float64 run."""
+    """How far one tensor is off, and how far it may be; `exact` against a float64 run."""
 
     name: str
     relative: float
@@ -54,7 +54,7 @@ class Report:
         verdict = "MISS" if self.missed else "ok"
         parts = []
         for dtype, errors in self.errors.items():
-            # where a file holds a quantity in float32 only, its own rounding is the error: not the worst of ours
+            # against a quantity recorded in float32 alone, the error is that rounding: not the worst of ours
             worst = max(errors, key=lambda error: (error.missed, error.exact, error.relative))
             parts.append(f"{str(dtype)[6:]} {worst.relative:.1e} {worst.name}")
         compared = len(next(iter(self.errors.values())))

@@ -58,8 +58,8 @@ def test_an_unknown_name_gets_the_nearest():
         "there is no model named 'vit_s16_mtt_mlp'\n"
         "  given: 'vit_s16_mtt_mlp'\n"
         f"  need:  one of {', '.join(models.names()[:12])}, ...\n"
-        "  fix:   did you mean vit_s16_mttt_mlp or vit_s16_mttt_mlp4 or vit_s1_mttt_mlp? models.names() lists "
-        "them all"
+        "  fix:   did you mean vit_s16_mttt_mlp or vit_s16_mttt_mlp4 or vit_s1_mttt_mlp? "
+        "models.names() lists them all"
     )
 
 
@@ -70,8 +70,8 @@ def test_an_unknown_mixer_gets_the_nearest():
         "there is no mixer named 'mttt_linaer'\n"
         "  given: 'mttt_linaer'\n"
         f"  need:  one of {', '.join(mixers.MIXERS)}\n"
-        "  fix:   did you mean mttt_linear or mttt_mlp or mttt_mlp4? pass the loop itself for one that is not in "
-        "the table"
+        "  fix:   did you mean mttt_linear or mttt_mlp or mttt_mlp4? pass the loop itself for one that "
+        "is not in the table"
     )
 
 

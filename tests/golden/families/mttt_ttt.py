@@ -55,8 +55,9 @@ def declarations(settings: dict[str, Any], weights_start_at_zero: bool) -> list[
 
     def equal(loop: Any) -> bool:
         spec = loop.spec
+        decodes_alike = issubclass(loop, NormedReconstruction) == settings["decoder_LN"]
         ones = spec.optimizer.lr == 1.0 and set(rates) == {1.0}
-        return ones and spec.learner is learner_class and issubclass(loop, base) and spec.schedule == batches
+        return ones and decodes_alike and spec.learner is learner_class and spec.schedule == batches
 
     found = [loop for loop in ZOO if equal(loop)] or [Composed]
     linear_from_zero = weights_start_at_zero and learner_class is Linear and base is Reconstruction

@@ -1,8 +1,8 @@
 """Parameters that a file does not store but describes: drawn again from numpy's legacy generator.
 
 A recipe is understood when it is {"seed": n, "params": [entry, ...]} with entries in the order of the draws,
-each {"name", "shape"} and `std` (normal), `low` and `high` (uniform) or `value` (constant, drawn from nothing),
-and `mean` added where it is given. What comes out must have the recorded sums and first values; a recipe in any
+each {"name", "shape"} and `std` (normal), `low` and `high` (uniform) or `value` (constant, not drawn), and
+`mean` added where it is given. What comes out must have the recorded sums and first values; a recipe in any
 other form is reported as not understood.
 """
 

@@ -64,4 +64,5 @@ FAMILY = Family(
     "ViTTT block",
     lambda case: case.settings.get("file") == "ttt_block.py" and case.settings.get("cls") == "TTT",
     run,
+    frozenset({"loss"}),
 )

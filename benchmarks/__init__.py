@@ -1,0 +1,1 @@
+"""Side-by-side measurements: peers interleaved in one process, ratios beside milliseconds."""

@@ -1,0 +1,98 @@
+"""What a measurement was taken on, and how fast that machine multiplies matrices at that moment."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def synchronize(device: str) -> None:
+    """Wait for the work queued on `device`."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def gemm_rate(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024, repeats: int = 5
+) -> float:
+    """GFLOP/s of one [size, size] x [size, size] product, the best of `repeats`."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):  # the first one warms up
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
+
+
+def processor() -> str:
+    """The model of the processor."""
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def vector_width() -> str:
+    """The widest vector instructions that torch uses here, as torch names them."""
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_gib() -> float:
+    """Physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def facts() -> dict[str, Any]:
+    """Host and versions, for the result file."""
+    import nestloop
+
+    found: dict[str, Any] = {
+        "processor": processor(),
+        "vectors": vector_width(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory_gib(), 1),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "nestloop": nestloop.__version__,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "not set"),
+    }
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found
+
+
+def kind(device: str) -> str:
+    """A short name of this kind of host, for file names."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{processor()} {cores()} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def main() -> int:
+    for name, value in facts().items():
+        print(f"{name:<16} {value}")
+    for dtype in (torch.float32, torch.bfloat16):
+        print(f"{f'{dtype} GEMM'[6:]:<16} {gemm_rate(dtype=dtype):.0f} GFLOP/s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Vision transformers whose token mixer is any declared inner loop, and what trains them.
 
-`models.create("vit_s16_mttt_mlp")` gives logits [B, 1000] from images [B, 3, 224, 224]; `models.names()` lists
-every name.
+`models.create("vit_s16_mttt_mlp")` gives logits [B, 1000] from images [B, 3, 224, 224]; `models.names()`
+lists every name.
 """
 
 if __name__ != "nestloop.models":

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nestloop as nl
-from nestloop import models
+from nestloop import models, zoo
 from nestloop.models import mixers
 from nestloop.models.hub import HubMixin
 from nestloop.models.vit import ViT
@@ -126,7 +126,7 @@ def test_a_hub_folder_holds_the_whole_model(tmp_path):
 
 @needs_hub
 def test_a_loop_of_the_table_is_saved_by_its_name(tmp_path):
-    saved = ViT(nl.zoo.MTTTLinear, **TINY)
+    saved = ViT(zoo.MTTTLinear, **TINY)
     saved.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["mixer"] == "mttt_linear"
     assert ViT.from_pretrained(tmp_path).mixer == "mttt_linear"
@@ -134,7 +134,7 @@ def test_a_loop_of_the_table_is_saved_by_its_name(tmp_path):
 
 @needs_hub
 def test_a_loop_without_a_name_is_not_saved(tmp_path):
-    class Mine(nl.zoo.MTTTLinear):
+    class Mine(zoo.MTTTLinear):
         pass
 
     with pytest.raises(nl.errors.UnknownModelError) as caught:

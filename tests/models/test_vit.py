@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import nestloop as nl
-from nestloop import models
+from nestloop import models, zoo
 from nestloop.models.mixers import MIXERS
 from nestloop.models.vit import SIZES, ViT, sincos_positions
 
@@ -127,7 +127,7 @@ def test_another_image_size_gets_its_own_positions():
 
 
 def test_a_loop_of_ones_own_is_a_mixer():
-    class TwoSteps(nl.zoo.MTTTMLP):
+    class TwoSteps(zoo.MTTTMLP):
         schedule = nl.FullBatch(steps=2)
 
     _, inner = tiny(TwoSteps)(torch.randn(3, 3, 8, 8), return_losses=True)

@@ -48,6 +48,7 @@ def _sync(path: Path) -> None:
 def random_states() -> dict[str, Any]:
     """The states of torch's, Python's and numpy's global generators, as tensors and plain values."""
     kind, keys, *rest = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

@@ -9,7 +9,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from nestloop.layer import Branch
-from nestloop.models.errors import RecipeError
 from nestloop.models.recipe import Recipe
 
 
@@ -53,18 +52,14 @@ def outer_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, total: int) -> LambdaLR:
-    """Learning rate of step s: peak * s / warmup, then peak * (1 + cos(pi * share of the rest)) / 2."""
-    if warmup >= total:
-        raise RecipeError(
-            "the warm-up is as long as the run",
-            given=f"{warmup} warm-up steps, {total} steps in all",
-            need="a warm-up shorter than the run",
-            fix=f"--warmup-steps {total // 10}",
-        )
+    """Learning rate of step s: peak * s / warmup, then peak * (1 + cos(pi * share of the rest)) / 2.
+
+    A run no longer than its warm-up stays below the peak.
+    """
 
     def factor(step: int) -> float:
         if step < warmup:
             return step / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
     return LambdaLR(optimizer, factor)

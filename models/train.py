@@ -111,6 +111,13 @@ def train(recipe: Recipe, run_dir: Path, console: Console | None = None) -> Run:
         ranks.barrier()
         log = Logbook(run_dir, ranks.is_main, last_step, step, recipe.tensorboard, console)
         stack.callback(log.close)
+        if recipe.warmup_steps >= total_steps:
+            share = total_steps / recipe.warmup_steps
+            note = (
+                f"the run ends in its warm-up, at {share:.2g} of the peak learning rate: it has "
+                f"{total_steps} steps, --warmup-steps is {recipe.warmup_steps}"
+            )
+            log.record("note", step, note, warmup_share=share)
 
         def full_state() -> dict[str, Any]:
             return {
@@ -127,7 +134,7 @@ def train(recipe: Recipe, run_dir: Path, console: Console | None = None) -> Run:
 
         def save_checkpoint() -> None:
             if ranks.is_main:
-                models = {"": model} if ema is None else {"": model, ".ema": ema.module}
+                models: dict[str, nn.Module] = {"": model} | ({} if ema is None else {".ema": ema.module})
                 checkpoint.save(run_dir / "checkpoints", full_state(), models, recipe.keep)
             ranks.barrier()
 
@@ -148,8 +155,9 @@ def train(recipe: Recipe, run_dir: Path, console: Console | None = None) -> Run:
 
                 # Gradients of the mean loss over the readable images of the global batch.
                 figures = backward(parallel, batches, recipe, step, ranks, readable, inner_losses=log_now)
-                gradients = [p for p in model.parameters() if p.grad is not None]
-                norm = torch.nn.utils.get_total_norm([p.grad for p in gradients])
+                norm = torch.nn.utils.get_total_norm(
+                    [p.grad for p in model.parameters() if p.grad is not None]
+                )
                 if not (math.isfinite(figures["loss"]) and math.isfinite(norm)):
                     where = nonfinite_origin(model, batches, recipe, step, ranks.device)
                     dump = run_dir / f"nonfinite_step_{step + 1:08d}_rank_{ranks.rank}.pt"
@@ -165,7 +173,7 @@ def train(recipe: Recipe, run_dir: Path, console: Console | None = None) -> Run:
                         fix=f"batch and state are in {dump}; a lower --lr or more --warmup-steps often helps",
                     )
                 if recipe.clip:
-                    torch.nn.utils.clip_grads_with_norm_(gradients, recipe.clip, norm)
+                    torch.nn.utils.clip_grads_with_norm_(model.parameters(), recipe.clip, norm)
 
                 learning_rate = optimizer.param_groups[0]["lr"]
                 optimizer.step()
@@ -267,8 +275,8 @@ def nonfinite_origin(
 def step_line(step: int, total_steps: int, figures: dict[str, float]) -> str:
     """What people see of a step."""
     line = (
-        f"step {step}/{total_steps}  loss {figures['loss']:.4f}  {figures['images_per_second']:.0f} images/s  "
-        f"waiting for data {figures['data_wait']:.0%}"
+        f"step {step}/{total_steps}  loss {figures['loss']:.4f}  "
+        f"{figures['images_per_second']:.0f} images/s  waiting for data {figures['data_wait']:.0%}"
     )
     if "inner_first" in figures:
         line += f"  inner loss {figures['inner_first']:.4g} -> {figures['inner_last']:.4g}"

@@ -34,8 +34,8 @@ class Batch(NamedTuple):
     unreadable: list[tuple[int, str, str]]
 
     def to(self, device: torch.device) -> Batch:
-        moved = (tensor.to(device, non_blocking=True) for tensor in self[:3])
-        return Batch(*moved, self.unreadable)
+        images, labels, valid = (tensor.to(device, non_blocking=True) for tensor in self[:3])
+        return Batch(images, labels, valid, self.unreadable)
 
 
 class Sample(NamedTuple):
@@ -89,7 +89,7 @@ def batch_loader(
     """Batches in the given order, decoded by `workers` lasting processes (0: in this one)."""
     return DataLoader(
         dataset,
-        batch_sampler=order,  # type: ignore[arg-type]  # (epoch, image) pairs where torch expects ints
+        batch_sampler=order,
         collate_fn=Collate(shape),
         num_workers=workers,
         pin_memory=pin,

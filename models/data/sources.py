@@ -53,7 +53,7 @@ def open_source(path: str, split: Split, holdout: float = 0.2) -> Source:
         for folder in (root, root / "data"):
             if any(folder.glob("*.parquet")):
                 return Parquet(folder, split)
-        if (root / "train").is_dir() or any(entry.is_dir() for entry in os.scandir(root)):
+        if (root / "train").is_dir() or _folders(root):
             return ClassFolders(root, split, holdout)
     raise DatasetNotFoundError(
         f"no data set at {path!r}",
@@ -64,6 +64,12 @@ def open_source(path: str, split: Split, holdout: float = 0.2) -> Source:
         "a folder with train/CLASS/ and val/CLASS/, or a folder of class folders",
         fix="--data PATH",
     )
+
+
+def _folders(root: Path) -> list[str]:
+    """Sorted names of the folders in a folder."""
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir())
 
 
 class ClassFolders:
@@ -77,7 +83,7 @@ class ClassFolders:
         self.root = root
         has_splits = (root / "train").is_dir()
         train_root = root / "train" if has_splits else root
-        self.classes = tuple(sorted(entry.name for entry in os.scandir(train_root) if entry.is_dir()))
+        self.classes = tuple(_folders(train_root))
         files = self._files(train_root if not has_splits or split == "train" else root / "val")
         if not has_splits:
             permutation = np.random.default_rng(derive_seed(0, Purpose.SPLIT)).permutation(len(files))
@@ -99,9 +105,7 @@ class ClassFolders:
     def _files(self, folder: Path) -> list[tuple[str, int]]:
         """Sorted (path relative to the root, class number) of a folder of class folders."""
         numbers = {name: number for number, name in enumerate(self.classes)}
-        found = (
-            sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
-        )
+        found = _folders(folder) if folder.is_dir() else []
         unknown = [name for name in found if name not in numbers]
         if not found or unknown:
             raise DatasetLayoutError(

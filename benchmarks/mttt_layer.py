@@ -12,10 +12,11 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -95,7 +96,7 @@ def time_once(function: Callable[[Tensor], Tensor], x: Tensor, device: str, auto
 
 
 def interleave(
-    functions: dict[str, Callable[[], float]], rounds: int, warmups: int = 2
+    functions: Mapping[str, Callable[[], float]], rounds: int, warmups: int = 2
 ) -> dict[str, dict[str, float]]:
     """Best, median and spread of each function, one call of each a round, the order turning."""
     names = list(functions)
@@ -124,16 +125,14 @@ def peers_at_one_size(problem: Problem, rounds: int, compiled: bool) -> dict[str
     runs: dict[str, Callable[[], float]] = {}
     cold = {}
     for name, function in functions.items():
-        runs[name] = lambda function=function: time_once(function, x, problem.device)  # type: ignore[misc]
+        runs[name] = partial(time_once, function, x, problem.device)
         start = time.perf_counter()
         runs[name]()
         cold[name] = time.perf_counter() - start
         console.print(f"  first call of {name}: {cold[name]:.1f} s")
     for name in ("nestloop, eager", "nestloop, inductor", "vmap(grad), compiled"):
         if name in functions:
-            runs[f"{name}, bf16 autocast"] = lambda function=functions[name]: time_once(  # type: ignore[misc]
-                function, x, problem.device, autocast=True
-            )
+            runs[f"{name}, bf16 autocast"] = partial(time_once, functions[name], x, problem.device, True)
     rates: list[float] = []
 
     def rate() -> float:
@@ -193,10 +192,7 @@ def size_table(sizes: list[Problem], rounds: int, compiled: bool) -> list[dict[s
     for problem in sizes:
         x = problem.input()
         functions = build_peers(problem, compiled)
-        runs = {
-            name: lambda function=function, x=x, device=problem.device: time_once(function, x, device)
-            for name, function in functions.items()
-        }
+        runs = {name: partial(time_once, function, x, problem.device) for name, function in functions.items()}
         times = {name: row["best"] for name, row in interleave(runs, rounds, warmups=1).items()}
         rows.append({"batch": problem.batch, "tokens": problem.tokens, "best_ms": times})
         if len(rows) == 1:
@@ -217,7 +213,7 @@ def cost_against_tokens(lengths: list[int], rounds: int, device: str) -> list[di
         problem = Problem(1, tokens, 192, 3, device)
         x = problem.input()
         layers = {loop.__name__: problem.layer(loop) for loop in (zoo.MTTTMLP, zoo.MTTTMLPSGD4)}
-        runs = {name: lambda layer=layer, x=x: time_once(layer, x, device) for name, layer in layers.items()}
+        runs = {name: partial(time_once, layer, x, device) for name, layer in layers.items()}
         micro = {
             name: row["best"] * 1e3 / tokens for name, row in interleave(runs, rounds, warmups=1).items()
         }
@@ -268,7 +264,7 @@ def main(
         report["peak_memory"] = peak
         console.print(
             f"peak memory of forward + backward, B=1 N={peak['tokens']:,} D=192 H=3, 4 shuffled batches: "
-            f"{peak['peak_mib'] / 1024:.2f} GiB, {peak['before_mib'] / 1024:.2f} GiB of it before the layer ran"
+            f"{peak['peak_mib'] / 1024:.2f} GiB, {peak['before_mib'] / 1024:.2f} GiB of it before it ran"
         )
     if json_path is None and not quick:
         json_path = RESULTS / f"mttt_layer-{machine.kind(device)}.json"

@@ -23,7 +23,7 @@ def views(p: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
     """k and q [B, H, N, d]."""
     heads = p["fast.w1"].shape[0]
     k, q = (F.linear(x, p[f"views.{v}.weight"], p[f"views.{v}.bias"]) for v in "kq")
-    return tuple(t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (k, q))  # type: ignore[return-value]
+    return k.unflatten(-1, (heads, -1)).transpose(1, 2), q.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def project(p: Parameters, z: Tensor) -> Tensor:

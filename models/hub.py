@@ -38,7 +38,11 @@ else:
     ):
         """huggingface_hub's mixin: config.json holds the model's arguments, model.safetensors its weights."""
 
-        def save_pretrained(self, directory: str | Path, *, config: Any = None, **kwargs: Any) -> str | None:
+        mixer: Any
+
+        def save_pretrained(  # type: ignore[override]  # the mixin's other keywords go through kwargs
+            self, directory: str | Path, *, config: Any = None, **kwargs: Any
+        ) -> str | None:
             """Write config.json and model.safetensors.
 
             Raises:
@@ -46,7 +50,8 @@ else:
                     that could be read back.
             """
             if config is None:
-                config = {**(self._hub_mixin_config or {}), "mixer": _mixer_name(self.mixer)}
+                arguments: Any = self._hub_mixin_config or {}
+                config = {**arguments, "mixer": _mixer_name(self.mixer)}
             return super().save_pretrained(directory, config=config, **kwargs)
 
         @classmethod

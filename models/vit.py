@@ -124,7 +124,7 @@ class ViT(nn.Module, HubMixin):
 
         self.mixer = mixer
         loop = mixers.resolve(mixer)
-        layer_args = {"backend": backend, "inductor": inductor, **(mixer_dims or {})}
+        layer_args: dict[str, Any] = {"backend": backend, "inductor": inductor, **(mixer_dims or {})}
         self.embedding = nn.Linear(patch_size * patch_size * channels, width)
         self.blocks = nn.ModuleList(
             Block(nl.Layer(loop, width, heads, **layer_args), width, mlp_ratio * width) for _ in range(depth)

@@ -135,7 +135,7 @@ def model(path: Path, settings: dict[str, Any], batch: int, rows: int, cols: int
             shapes[f"{block}.MlpBlock_0.Dense_{dense}.bias"] = (fan_out,)
         shapes |= {f"{block}.{name}.{k}": shape for k, shape in layer_shapes(cls, inner, width).items()}
     weights = drawn(shapes, seed)
-    positions = position_table(*grid, width)
+    positions = position_table(grid[0], grid[1], width)
 
     def run(leaves: Outputs, parameters: Weights) -> Outputs:
         pos_emb = positions.to(leaves["image"].dtype)

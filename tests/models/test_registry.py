@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from nestloop.models import mixers
 from nestloop.models.hub import HubMixin
 from nestloop.models.vit import ViT
 
-TINY = {"width": 16, "depth": 2, "heads": 2, "num_classes": 5, "image_size": 8, "patch_size": 4}
+TINY: dict[str, Any] = {
+    "width": 16,
+    "depth": 2,
+    "heads": 2,
+    "num_classes": 5,
+    "image_size": 8,
+    "patch_size": 4,
+}
 needs_hub = pytest.mark.skipif(
     not importlib.util.find_spec("huggingface_hub"), reason="needs huggingface_hub"
 )

@@ -137,7 +137,7 @@ def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
                 "logits": logits,
                 "loss": loss.reshape(1),
                 "inner_losses": inner_losses(case, inner),
-                "pos_emb": sincos_positions(*grid, width)[None],
+                "pos_emb": sincos_positions(grid[0], grid[1], width)[None],
                 **gradients,
             },
         )

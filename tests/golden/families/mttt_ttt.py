@@ -59,7 +59,7 @@ def declarations(settings: dict[str, Any], weights_start_at_zero: bool) -> list[
         ones = spec.optimizer.lr == 1.0 and set(rates) == {1.0}
         return ones and decodes_alike and spec.learner is learner_class and spec.schedule == batches
 
-    found = [loop for loop in ZOO if equal(loop)] or [Composed]
+    found: list[Any] = [loop for loop in ZOO if equal(loop)] or [Composed]
     linear_from_zero = weights_start_at_zero and learner_class is Linear and base is Reconstruction
     if linear_from_zero and steps == 1 and not settings["SGD"] and rates == (1.0,):
         found.append(zoo.MTTTLinear)

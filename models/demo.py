@@ -31,9 +31,9 @@ COMPARED: dict[str, dict[str, float]] = {
     "mttt_mlp": {"view_gain": 2.0},
 }
 WHAT_IT_IS = (
-    "Four vision transformers of equal width and depth, trained for equal epochs on 1,437 digits and tested "
-    "on the 360 held out. It shows that each inner loop learns. It does not rank them: one test image is 0.28 "
-    "points, another seed moves a result by up to 3, and the settings were chosen on the same images."
+    "Four vision transformers of equal width and depth, trained for equal epochs on 1,437 digits and tested on "
+    "the 360 held out. It shows that each inner loop learns. It does not rank them: a test image is 0.28 points, "
+    "another seed moves a result by up to 3, and the settings were chosen on the same images."
 )
 
 

@@ -300,10 +300,11 @@ class TestTransforms:
         image = Image.open(io.BytesIO(jpeg(1, (32, 32)))).convert("RGB")
         transform = TrainTransform(32, crop="none", flip=False, randaugment=(2, 10))
         results = []
-        for seed in (0, 0, 1):
+        for seed in (0, 0, 1, 2, 3, 4):
             torch.manual_seed(seed)
             results.append(transform(image))
-        assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+        assert torch.equal(results[0], results[1])
+        assert sum(not torch.equal(results[0], result) for result in results[2:]) >= 3
 
 
 class TestMixup:

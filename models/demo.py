@@ -31,9 +31,9 @@ COMPARED: dict[str, dict[str, float]] = {
     "mttt_mlp": {"view_gain": 2.0},
 }
 WHAT_IT_IS = (
-    "Four vision transformers of equal width and depth, trained for equal epochs on 1,437 digits and tested on "
-    "the 360 held out. It shows that each inner loop learns. It does not rank them: a test image is 0.28 points, "
-    "another seed moves a result by up to 3, and the settings were chosen on the same images."
+    "Four vision transformers of equal width and depth, trained for equal epochs on 1,437 digits and tested "
+    "on the 360 held out. It shows that each inner loop learns. It does not rank them: a test image is 0.28 "
+    "points, another seed moves a result by up to 3, and the settings were chosen on the same images."
 )
 
 
@@ -88,10 +88,10 @@ def flops_per_image(model: ViT, image_shape: tuple[int, int, int]) -> int:
 
 
 def comparison(runs: dict[str, Run]) -> Table:
-    """One row a mixer: accuracy after the last epoch, parameters, FLOPs an image, median seconds an epoch."""
+    """One row a mixer: held-out accuracy after the last epoch, parameters, FLOPs, median seconds an epoch."""
     table = Table()
-    table.add_column("mixer")
-    for heading in ("held-out accuracy", "parameters", "MFLOP per image", "s per epoch"):
+    table.add_column("mixer", no_wrap=True)
+    for heading in ("held out", "parameters", "MFLOP/image", "s/epoch"):
         table.add_column(heading, justify="right")
     for mixer, run in runs.items():
         evaluations = [record for record in run.records if record["kind"] == "eval"]

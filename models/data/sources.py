@@ -43,8 +43,7 @@ def open_source(path: str, split: Split, holdout: float = 0.2) -> Source:
     """The images of one split of the data set at `path`.
 
     path: "digits"; a folder with Parquet files, one or more a split; a folder with train/CLASS/ and
-    val/CLASS/;
-        or a folder of class folders, of whose files a fixed share `holdout` becomes the "val" split.
+        val/CLASS/; or a folder of class folders, of whose files a fixed share `holdout` is the "val" split.
     """
     if path == "digits":
         return Digits(split)

@@ -26,8 +26,7 @@ class TrainTransform:
     """Crop, flip, RandAugment, normalise: image -> float32 [channels, size, size].
 
     crop: "none" resizes to the size; "pad" takes a random window of the image with an eighth of zeros added
-    on each
-        side; "inception" a random window of 5 to 100 % of the area (arXiv 1409.4842), resized.
+        on each side; "inception" a random window of 5 to 100 % of the area (arXiv 1409.4842), resized.
     randaugment: (ops, magnitude out of 10), arXiv 1909.13719, or None.
     """
 
@@ -54,8 +53,7 @@ class TrainTransform:
             image = ImageOps.mirror(image)
         if self.randaugment is not None:
             ops, magnitude = self.randaugment
-            # 11 bins, so that a magnitude of 10 is the strongest, as in the paper and unlike torchvision's
-            # default 31
+            # 11 bins make a magnitude of 10 the strongest, as in the paper; torchvision's default is 31
             image = torchvision_transforms("RandAugment").RandAugment(ops, magnitude, num_magnitude_bins=11)(
                 image
             )

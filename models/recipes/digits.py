@@ -1,9 +1,10 @@
 """Handwritten digits of 8 x 8 pixels, every pixel a token: the smallest real run of an inner loop.
 
-paper     none; the data set is scikit-learn's (1,797 images, a fixed fifth held out). It decides nothing
-between mixers. command   nestloop train digits
+paper     none; the data set is scikit-learn's: 1,797 images, a fixed fifth held out
+command   nestloop train digits
 cost      about 2 minutes on one CPU core with MTTT-MLP, 1 minute with --mixer linear_attention
-expected  94-98 % of the held-out fifth; one image is 0.28 points, two seeds differ by up to 3
+expected  94-98 % of the held-out fifth; one image is 0.28 points, two seeds differ by up to 3:
+          it decides nothing between mixers
 """
 
 from nestloop.models.recipe import Recipe

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from tests.golden import record
 from tests.golden.check import check_file
+from tests.golden.official import ttt_shapes
 
 TTT = {
     "heads": 2,
@@ -181,3 +183,53 @@ def test_a_recorded_gradient_that_is_not_computed_is_a_miss(tmp_path):
 def test_an_empty_folder_is_a_failure(tmp_path):
     run = run_driver(tmp_path)
     assert (run.returncode, run.stdout) == (1, f"no *.safetensors file in {tmp_path}\n")
+
+
+PROSE = "rs = np.random.RandomState(7); in sorted order: kernels standard_normal(shape) * fan_in**-0.5, "
+PROSE += "biases 0.1 * standard_normal, scales 1 + 0.1 * standard_normal, g_bias zero"
+
+
+@pytest.mark.parametrize("form", ["prose", "entries"])
+def test_parameters_are_drawn_again_from_their_recipe(tmp_path, form):
+    shapes = ttt_shapes(TTT, 16)
+    order = sorted(shapes, reverse=form == "entries")
+    entries = {"seed": 7, "params": [{"name": name.replace(".", "/"), "std": 0.1} for name in order]}
+    random, weights = np.random.RandomState(7), {}
+    for name in order:
+        if name.endswith("g_bias"):  # a constant takes nothing from the generator
+            weights[name] = torch.zeros(shapes[name])
+            continue
+        scale = shapes[name][-2] ** -0.5 if name.endswith("kernel") else 0.1
+        noise = random.standard_normal(shapes[name]) * scale + name.endswith("scale")
+        weights[name] = torch.from_numpy(noise.astype(np.float32))
+    path, settings = (
+        tmp_path / "case.safetensors",
+        {**TTT, "param_recipe": PROSE if form == "prose" else entries},
+    )
+    record.layer(path, "TTTLayer", settings, batch=1, tokens=8, width=16, weights=weights)
+    summarise(path)
+    passes(path)
+
+    change(path, tmp_path / "changed.safetensors", "check.sum.psi.kernel", 1.01)
+    reason = check_file(tmp_path / "changed.safetensors", "torch").not_understood
+    assert reason is not None and reason.startswith("param_recipe does not give the recorded values: ")
+
+
+def summarise(path):
+    """Replace parameters by their sums and first values, and their gradients by norms and samples."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+        metadata = file.metadata()
+    kept = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.removeprefix("f64.").partition(".")
+        prefix = "f64." if name.startswith("f64.") else ""
+        if kind == "param":
+            kept[f"check.sum.{rest}"] = torch.stack([tensor.double().sum(), tensor.double().abs().sum()])
+            kept[f"check.head.{rest}"] = tensor.flatten()[:8].clone()
+        elif kind == "grad" and rest.startswith("param."):
+            kept[f"{prefix}gradnorm.{rest}"] = tensor.norm().reshape(1)
+            kept[f"{prefix}gradsample.{rest}"] = tensor.flatten()[:: max(1, tensor.numel() // 2048)].clone()
+        else:
+            kept[name] = tensor
+    save_file(kept, path, metadata)

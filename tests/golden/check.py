@@ -118,7 +118,7 @@ def _computed(name: str, quantities: Quantities) -> Tensor | None:
     """The computed value of a recorded quantity; norms and samples of gradients are taken here."""
     kind, _, rest = name.partition(".")
     if kind in ("gradnorm", "gradsample"):
-        gradient = quantities.get(f"grad.{rest}")
+        gradient = quantities.get(f"grad.{rest}", quantities.get(f"grad.param.{rest}"))
         if gradient is None:
             return None
         if kind == "gradnorm":

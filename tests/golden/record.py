@@ -56,7 +56,14 @@ def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> Weights:
 
 
 def layer(
-    path: Path, cls: str, settings: dict[str, Any], batch: int, tokens: int, width: int, seed: int = 0
+    path: Path,
+    cls: str,
+    settings: dict[str, Any],
+    batch: int,
+    tokens: int,
+    width: int,
+    seed: int = 0,
+    weights: Weights | None = None,
 ) -> None:
     """Record one mttt layer: `cls` is LinearAttention, SelfAttention or TTTLayer."""
     settings = {"cls": f"inner_loop.py:{cls}", "B": batch, "N": tokens, "width": width, **settings}
@@ -66,7 +73,7 @@ def layer(
     if settings.get("SGD"):
         order = torch.rand(settings["heads"], tokens, generator=generator).argsort(-1)
         inputs["order"] = order.expand(batch, -1, -1)
-    weights = drawn(layer_shapes(cls, settings, width), seed)
+    weights = weights or drawn(layer_shapes(cls, settings, width), seed)
     if settings.get("inner_encoder_init") == "zero":
         weights["inner_Dense_0.kernel"].zero_()
 

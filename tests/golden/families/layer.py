@@ -16,13 +16,17 @@ Weights = dict[str, Tensor]
 Layout = Callable[[Weights], Weights]
 
 
-def run_layer(case: Case, run: Run, loop: Any, heads: int, layout: Layout, **forward: Any) -> Quantities:
+def run_layer(
+    case: Case, run: Run, loop: Any, heads: int, layout: Layout, stored: Weights | None = None, **forward: Any
+) -> Quantities:
     """Everything a recorded layer holds: out, inner_losses, grad.x, grad.param.*.
 
     layout: from the file's parameters to those of `nestloop.Layer`, differentiably, so that the gradients
         come out in the file's names and shapes.
+    stored: the file's parameters, where they are not simply its `param.*`.
     """
-    x, weights = leaves(case.tensors["in.x"], run), {k: leaves(t, run) for k, t in parameters(case).items()}
+    stored = case.inputs("param") if stored is None else stored
+    x, weights = leaves(case.tensors["in.x"], run), {k: leaves(t, run) for k, t in stored.items()}
     layer = nl.Layer(loop, x.shape[-1], heads, backend=run.backend).to(run.dtype)
     result = functional_call(layer, layout(weights), (x,), {"return_losses": True, **forward})
     out, losses = result
@@ -38,13 +42,6 @@ def run_layer(case: Case, run: Run, loop: Any, heads: int, layout: Layout, **for
 def total_losses(losses: Tensor) -> Tensor:
     """[B, H, T+1] -> [T+1]: summed over heads, averaged over images, as the official code logs them."""
     return losses.sum(1).mean(0)
-
-
-def parameters(case: Case) -> Weights:
-    """The parameters of a case, stored or regenerated."""
-    from tests.golden.families.recipe import regenerate
-
-    return regenerate(case) if "param_recipe" in case.settings else case.inputs("param")
 
 
 def leaves(tensor: Tensor, run: Run) -> Tensor:

@@ -20,7 +20,6 @@ from tests.golden.families.layer import (
     leaves,
     linear,
     named,
-    parameters,
     take_gradients,
     total_losses,
 )
@@ -104,7 +103,7 @@ def orders(case: Case) -> list[Tensor] | None:
 
 def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
     case.setting("posemb", "sincos2d")
-    weights = {name: leaves(tensor, how) for name, tensor in parameters(case).items()}
+    weights = {name: leaves(tensor, how) for name, tensor in case.inputs("param").items()}
     image = leaves(case.tensors["in.image"], how)  # [B, rows, cols, C]
     onehot = case.tensors["in.onehot"].to(how.dtype)
     grid, width = case.setting("posemb_grid"), case.setting("width")

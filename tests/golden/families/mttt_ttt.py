@@ -13,6 +13,8 @@ from nestloop import zoo
 from nestloop.zoo.mttt import MLP, BiasedLinear, Linear, NormedReconstruction, PlainMLP, Reconstruction
 from tests.golden.case import Case, Family, NotUnderstood, Quantities, Run, one_of
 from tests.golden.families.layer import Layout, Weights, linear, per_head, run_layer
+from tests.golden.families.recipe import regenerate
+from tests.golden.official import ttt_shapes
 
 LEARNERS: dict[tuple[str, bool], type[nl.Learner]] = {
     ("mlp_1", False): Linear,
@@ -96,11 +98,15 @@ def starts_at_zero(weights: Weights) -> bool:
 
 
 def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
-    from tests.golden.families.layer import parameters
-
     order = {"order": case.tensors["sgd.order"]} if case.setting("SGD") else {}
-    for loop in declarations(case.settings, starts_at_zero(parameters(case))):
-        yield loop.__name__, run_layer(case, how, loop, case.setting("heads"), layout_of(loop), **order)
+    stored = case.inputs("param")
+    if "param_recipe" in case.settings:
+        stored = regenerate(case, ttt_shapes(case.settings, case.tensors["in.x"].shape[-1]))
+    for loop in declarations(case.settings, starts_at_zero(stored)):
+        yield (
+            loop.__name__,
+            run_layer(case, how, loop, case.setting("heads"), layout_of(loop), stored, **order),
+        )
 
 
 FAMILY = Family(

@@ -1,13 +1,18 @@
 """Parameters that a file does not store but describes: drawn again from numpy's legacy generator.
 
-A recipe is understood when it is {"seed": n, "params": [entry, ...]} with entries in the order of the draws,
-each {"name", "shape"} and `std` (normal), `low` and `high` (uniform) or `value` (constant, not drawn), and
-`mean` added where it is given. What comes out must have the recorded sums and first values; a recipe in any
-other form is reported as not understood.
+`param_recipe` gives the seed and the order of the draws. How each draw was scaled is read from its recorded
+first values, as an exact number: one that the recipe mentions, or a root of the parameter's sizes. Nothing is
+taken on trust: what comes out must have the recorded first values, sum and absolute sum, or the file is
+reported as not understood.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,46 +21,91 @@ from torch import Tensor
 
 from tests.golden.case import Case, NotUnderstood
 
-FIELDS = {"name", "shape", "std", "low", "high", "value", "mean"}
-HEAD = 8  # recorded first values
+Shapes = dict[str, tuple[int, ...]]
 
 
-def regenerate(case: Case) -> dict[str, Tensor]:
-    """The parameters of `param_recipe`, float32, checked against `check.sum.*` and `check.head.*`."""
-    recipe = case.settings["param_recipe"]
-    if not isinstance(recipe, dict) or set(recipe) != {"seed", "params"}:
-        raise NotUnderstood(f"param_recipe = {recipe!r}")
-    random = np.random.RandomState(recipe["seed"])
-    drawn = {entry["name"]: draw(random, entry) for entry in recipe["params"]}
-    for name, tensor in drawn.items():
-        verify(case, name, tensor)
+def regenerate(case: Case, shapes: Shapes) -> dict[str, Tensor]:
+    """The parameters of `param_recipe`, float32, verified."""
+    text = json.dumps(case.settings["param_recipe"]).replace("/", ".").replace("param.", "")
+    seed = re.search(r"(?:RandomState\(|seed\D{0,5}?)(\d+)", text)
+    if seed is None:
+        raise NotUnderstood(f"param_recipe without a seed: {text}")
+    for order in orders(text, shapes):
+        drawn = draw_all(
+            case, np.random.RandomState(int(seed[1])), {name: shapes[name] for name in order}, text
+        )
+        if drawn is not None:
+            return drawn
+    raise NotUnderstood(f"param_recipe does not give the recorded values: {text}")
+
+
+def orders(text: str, shapes: Shapes) -> Iterator[list[str]]:
+    """Orders in which the parameters may have been drawn: as the recipe mentions them, or sorted."""
+    found = {name: re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", text) for name in shapes}
+    if all(found.values()):
+        yield sorted(shapes, key=lambda name: found[name].start())  # type: ignore[union-attr]
+    yield sorted(shapes)
+
+
+def draw_all(
+    case: Case, random: np.random.RandomState, shapes: Shapes, text: str
+) -> dict[str, Tensor] | None:
+    """Draw parameter after parameter; None as soon as one has no scale that gives what was recorded."""
+    drawn = {}
+    for name, shape in shapes.items():
+        if (constant := fit(case, name, shape, np.ones(shape), text)) is not None:
+            drawn[name] = constant  # nothing was drawn for it
+            continue
+        state = random.get_state()
+        for distribution in (random.standard_normal, random.random_sample):
+            random.set_state(state)
+            value = fit(case, name, shape, distribution(shape), text)
+            if value is not None:
+                drawn[name] = value
+                break
+        else:
+            return None
     return drawn
 
 
-def draw(random: np.random.RandomState, entry: dict[str, Any]) -> Tensor:
-    """One parameter, the next of the generator's stream."""
-    if not {"name", "shape"} <= set(entry) <= FIELDS:
-        raise NotUnderstood(f"param_recipe has the entry {entry!r}")
-    shape = tuple(entry["shape"])
-    if "value" in entry:
-        values = np.full(shape, float(entry["value"]))
-    elif "std" in entry:
-        values = random.standard_normal(shape) * entry["std"]
-    elif "low" in entry and "high" in entry:
-        values = random.uniform(entry["low"], entry["high"], shape)
+def fit(
+    case: Case, name: str, shape: tuple[int, ...], noise: np.ndarray[Any, Any], text: str
+) -> Tensor | None:
+    """offset + scale * noise that has the recorded sums and first values, if there is one."""
+    sums, head = recorded(case, f"sum.{name}").double(), recorded(case, f"head.{name}").float()
+    start = noise.flatten()[: head.numel()]
+    if np.ptp(start) == 0:
+        guesses = [(0.0, head[0].item())] if bool((head == head[0]).all()) else []
     else:
-        raise NotUnderstood(f"param_recipe has the entry {entry!r}")
-    return torch.from_numpy((values + entry.get("mean", 0.0)).astype(np.float32))
+        scale, offset = np.polyfit(start, head.double().numpy(), 1)
+        # exact numbers near what the first values, themselves rounded to float32, say
+        scales = [s for s in numbers(shape, text) if abs(s - abs(scale)) <= 1e-5 * abs(scale)]
+        guesses = [
+            (o, s) for s in scales for o in (0.0, 1.0, -s / 2) if abs(o - offset) <= 1e-5 * max(1.0, s)
+        ]
+    for offset, scale in guesses:
+        value = torch.from_numpy((offset + scale * noise).astype(np.float32))
+        found = torch.stack([value.double().sum(), value.double().abs().sum()])
+        same_head = torch.allclose(value.flatten()[: head.numel()], head, rtol=2e-7, atol=0)
+        if same_head and torch.allclose(found, sums, rtol=0, atol=2e-7 * max(1.0, found[1].item())):
+            return value
+    return None
 
 
-def verify(case: Case, name: str, tensor: Tensor) -> None:
-    """Compare with the recorded sum, absolute sum and first values."""
-    sums, head = case.tensors.get(f"check.sum.{name}"), case.tensors.get(f"check.head.{name}")
-    if sums is None or head is None:
-        raise NotUnderstood(f"param_recipe draws {name}, which has no check.sum and check.head")
-    found = torch.stack([tensor.double().sum(), tensor.double().abs().sum()])
-    same_sums = torch.allclose(found, sums.double().flatten(), rtol=1e-5, atol=1e-5 * found[1].item())
-    if not same_sums or not torch.allclose(
-        tensor.flatten()[:HEAD], head.float().flatten(), rtol=1e-6, atol=0
-    ):
-        raise NotUnderstood(f"param_recipe gives other values for {name} than check.sum and check.head")
+def recorded(case: Case, name: str) -> Tensor:
+    """A recorded check of a parameter, flat."""
+    kind, _, parameter = name.partition(".")
+    found = case.tensors.get(f"check.{name}", case.tensors.get(f"check.{kind}.param.{parameter}"))
+    if found is None:
+        raise NotUnderstood(f"param_recipe without check.{name}")
+    return found.flatten()
+
+
+def numbers(shape: tuple[int, ...], text: str) -> Iterator[float]:
+    """Scales an author may have chosen: numbers in the recipe, and factors of roots of the sizes."""
+    written = {float(number) for number in re.findall(r"\d+\.?\d*(?:[eE]-?\d+)?", text)}
+    sizes = {*shape, *(a * b for a, b in itertools.combinations(shape, 2)), sum(shape[-2:])}
+    factors = {1.0, 2.0, 0.5, *written}
+    yield from written
+    yield from (factor * math.sqrt(k / size) for factor in factors for k in (1, 2, 3, 6) for size in sizes)
+    yield 1.0

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from nestloop import doctor
 from nestloop.doctor import Check
-from nestloop.errors import NestloopError
 
 
 def test_this_installation_is_whole():
@@ -148,22 +147,33 @@ def test_a_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert doctor.check_compiler().found == "CXX=g++-99 does not exist; needed for inductor=True on a CPU"
 
 
-def test_an_open_cache(tmp_path: Path):
+def test_a_readable_cache(tmp_path: Path):
     tmp_path.chmod(0o755)
     assert doctor.check_cache(lambda: tmp_path) == Check(
-        "cache", "broken", f"{tmp_path} is open to others (mode 0755)", f"chmod 700 {tmp_path}"
+        "cache", "note", f"{tmp_path} can be read by others (mode 0755)", f"chmod 700 {tmp_path}"
     )
     tmp_path.chmod(0o700)
     assert doctor.check_cache(lambda: tmp_path) == Check("cache", "ok", f"{tmp_path} (mode 0700)")
 
 
-def test_a_refused_cache():
-    def refuse() -> Path:
-        raise NestloopError("The cache folder belongs to another user.", given="uid 1000")
-
-    assert doctor.check_cache(refuse) == Check(
-        "cache", "broken", "The cache folder belongs to another user.", 'export NESTLOOP_CACHE="$(mktemp -d)"'
+def test_a_cache_that_others_can_write_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    tmp_path.chmod(0o777)
+    monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path))
+    check = doctor.check_cache()
+    assert (
+        check.level == "broken"
+        and f"{tmp_path} with owner" in check.found
+        and "needs a folder" in check.found
     )
+    assert check.fix is not None and check.fix.startswith(f"chmod 700 {tmp_path}")
+
+
+def test_a_cache_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path / "file" / "cache"))
+    check = doctor.check_cache()
+    assert check.level == "broken" and "Not a directory" in check.found
+    assert check.fix == 'export NESTLOOP_CACHE="$(mktemp -d)"'
 
 
 @pytest.mark.parametrize("level", ["note", "broken"])

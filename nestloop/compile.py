@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nestloop import reference
 from nestloop.errors import MissingPartError, UnknownBackendError
-from nestloop.lang.binding import bind
+from nestloop.lang.binding import Binding, bind
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lowering import pipeline
@@ -49,6 +49,7 @@ class CompiledLoop:
                 fix='write backend="auto"',
             )
         self.requested, self.inductor, self.dims = backend, inductor, dims
+        self._executables: dict[tuple[int, ...], pipeline.Executable] = {}
 
     @property
     def backend(self) -> str:
@@ -107,15 +108,32 @@ class CompiledLoop:
         if self.backend == "reference":
             carried = None if state is None else dict(state)
             return reference.run(self.spec, binding, dict(views), dict(weights), carried, order, return_losses)
-        executable = pipeline.lower(self.spec, binding, return_losses, self.inductor)
-        return executable(views, weights, state, order)
+        key = self._key(binding, return_losses, state is not None)
+        if key not in self._executables:
+            self._executables[key] = pipeline.lower(
+                self.spec, binding, return_losses, state is not None, self.inductor
+            )
+        return self._executables[key](views, weights, state, order)
+
+    def _key(self, binding: Binding, losses: bool, carried: bool) -> tuple[int, ...]:
+        """What an executable is for: any sequence length, unless the declaration fixes it."""
+        tokens = binding.tokens if self.spec.grid is not None else 0
+        return (losses, carried, binding.heads, tokens, *[binding.dims[name] for name in sorted(binding.dims)])
 
     def prepare(self, heads: int) -> tuple[int, ...]:
-        """Check the bodies for the known sizes, lower them, and give the shape of one token's output.
+        """Check the bodies for the known sizes, lower them where no call needs to be seen first, and give the shape of
+        one token's output.
 
         Raises the `CompileError` of whatever is wrong in a body.
         """
-        return pipeline.prepare(self.spec, heads, self.dims, self.backend, self.inductor)
+        sizes = {**self.spec.default_dims, **self.dims, "H": heads}
+        if self.spec.grid is None and self.backend != "reference":
+            plain = {name: size for name, size in sizes.items() if name != "H"}
+            binding = Binding(1, heads, 1, plain)
+            self._executables[self._key(binding, False, False)] = pipeline.lower(
+                self.spec, binding, False, False, self.inductor
+            )
+        return pipeline.token_output(self.spec, sizes)
 
 
 def _remake(loop: type[Loop], backend: str, inductor: bool, dims: dict[str, int]) -> CompiledLoop:

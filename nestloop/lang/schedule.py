@@ -67,7 +67,7 @@ class FullBatch(BatchSchedule):
         self._check(steps, "steps")
 
     def batches(self, tokens: int) -> list[tuple[int, int]]:
-        return [(0, tokens)] * self.steps
+        return [(0, tokens)] * self.steps if tokens else []
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,182 @@
+"""Stage `differentiate`: the inner gradient, then the outer backward of each piece.
+
+Derivative rules are PyTorch's own: `torch.func.grad` and `vjp` of the captured graphs, traced again. The step traced
+here is `nestloop.reference.step`, the very definition, with the user's loss replaced by its graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from nestloop import reference
+from nestloop.lang.declare import Gate, Slow
+from nestloop.lowering.capture import Captured, Tracer
+from nestloop.lowering.simplify import simplify
+
+Graphs = dict[str, fx.GraphModule]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece of a loop as a tile graph, with its backward.
+
+    Attributes:
+        name: "step", "first_step", "readout", "final_loss" or "fit".
+        forward: inputs by name -> `results`.
+        backward: inputs and one cotangent per result (`d_NAME`) -> cotangents of `wrt`, None where zero.
+        results: names of the results.
+        wrt: names of the inputs that have a cotangent.
+    """
+
+    name: str
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    results: tuple[str, ...]
+    wrt: tuple[str, ...]
+
+    @property
+    def inputs(self) -> list[str]:
+        return [node.name for node in self.forward.graph.find_nodes(op="placeholder")]
+
+
+class _Located(fx.Interpreter):
+    """Runs a captured graph under a trace; the new nodes keep the user's lines."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        mode = get_proxy_mode()
+        before = len(mode.tracer.graph.nodes) if mode is not None else 0
+        result = super().run_node(n)
+        if mode is not None and "where" in n.meta:
+            for node in list(mode.tracer.graph.nodes)[before:]:
+                node.meta.setdefault("where", n.meta["where"])
+        return result
+
+
+def _call(module: fx.GraphModule) -> Callable[..., Any]:
+    return _Located(module).run
+
+
+def needs_rate(captured: Captured) -> bool:
+    """Whether a step takes its learning rate as a number from outside."""
+    return not isinstance(captured.spec.optimizer.lr, (Slow, Gate))
+
+
+def pieces(captured: Captured, tracer: Tracer, losses: bool) -> dict[str, Piece]:
+    """Every piece of a loop, differentiated and simplified.
+
+    Args:
+        losses: whether the inner losses are results; without, the work for them alone is cut.
+    """
+    if captured.loss is None:
+        return {"fit": _fit(captured, tracer)}
+    spec = captured.spec
+    step, names = _step(captured, tracer)
+    results = [f"{name}_new" for name in spec.fast]
+    made = {}
+    zeros = {name: 0.0 for name, fast in spec.fast.items() if fast.frozen_zero}
+    made["step"] = _piece("step", step, names, [*results, "loss_before"], tracer, captured, losses, {})
+    if zeros:
+        made["first_step"] = _piece("first_step", step, names, [*results, "loss_before"], tracer, captured, losses, zeros)
+    body = [*spec.fast, *spec.slow, *spec.inputs]
+    made["readout"] = _piece("readout", captured.readout, body, ["z"], tracer, captured, True, {})
+    if losses:
+        final = tracer.trace_on(
+            lambda *given: _call(captured.loss)(*given).mean(),  # type: ignore[arg-type]
+            [tracer.tile(name) for name in body],
+            body,
+        )
+        made["final_loss"] = _piece("final_loss", final, body, ["loss_after"], tracer, captured, True, {})
+    return made
+
+
+def _step(captured: Captured, tracer: Tracer) -> tuple[fx.GraphModule, list[str]]:
+    """The traced step: fast, slow, tokens, weight (and rate) -> new fast weights, loss before."""
+    spec = captured.spec
+    body = [*spec.fast, *spec.slow, *spec.inputs]
+    names = [*body, "weight", *(["rate"] if needs_rate(captured) else [])]
+    loss_graph = captured.loss
+    assert loss_graph is not None
+
+    def loss(fast: dict[str, Tensor], slow: dict[str, Tensor], tokens: dict[str, Tensor]) -> Tensor:
+        return _call(loss_graph)(*[{**fast, **slow, **tokens}[name] for name in body])
+
+    one_step = reference.step(spec, loss)
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(names, tensors, strict=True))
+        slow = {name: given[name] for name in spec.slow}
+        rate = given["rate"] if needs_rate(captured) else spec.optimizer.rate(0, {}, slow)
+        fast, loss_before = one_step(
+            {name: given[name] for name in spec.fast},
+            slow,
+            {name: given[name] for name in spec.inputs},
+            given["weight"],
+            rate,
+        )
+        return (*fast.values(), loss_before)
+
+    examples = [tracer.tile(name) if name in body else tracer.example([]) for name in names]
+    return tracer.trace_on(flat, examples, names), names
+
+
+def _piece(
+    name: str,
+    forward: fx.GraphModule,
+    names: list[str],
+    results: list[str],
+    tracer: Tracer,
+    captured: Captured,
+    with_last: bool,
+    zeros: dict[str, float],
+) -> Piece:
+    """Trace the vjp of `forward`; without `with_last` its last result (an inner loss) is dropped first."""
+    keep = len(results) if with_last else len(results) - 1
+    wrt = [n for n in names if n not in ("weight", "rate") and n not in zeros]
+    run = _call(forward)
+
+    def outputs(*given: Tensor) -> tuple[Tensor, ...]:
+        made = run(*given)
+        return (made,) if isinstance(made, Tensor) else tuple(made)[:keep]
+
+    def examples() -> list[Tensor]:
+        declared = {**captured.spec.fast, **captured.spec.slow, **captured.spec.inputs}
+        return [tracer.tile(n) if n in declared else tracer.example([]) for n in names]
+
+    raw = tracer.trace_on(outputs, examples(), names)
+    (shapes,) = next(node for node in raw.graph.nodes if node.op == "output").args
+
+    def vjp(*given: Tensor) -> tuple[Tensor, ...]:
+        inputs = dict(zip(names, given[: len(names)], strict=True))
+
+        def of(*differentiable: Tensor) -> tuple[Tensor, ...]:
+            inside = {**inputs, **dict(zip(wrt, differentiable, strict=True))}
+            return outputs(*[inside[n] for n in names])
+
+        _, pull = torch.func.vjp(of, *[inputs[n] for n in wrt])
+        return pull(tuple(given[len(names) :]))
+
+    cotangents = [tracer.like(node.meta["val"]) for node in shapes]
+    cotangent_names = [f"d_{r}" for r in results[:keep]]
+    backward = tracer.trace_on(vjp, [*examples(), *cotangents], [*names, *cotangent_names])
+    return Piece(name, simplify(raw, zeros), simplify(backward, zeros, zero_is_none=True), tuple(results[:keep]), tuple(wrt))
+
+
+def _fit(captured: Captured, tracer: Tracer) -> Piece:
+    """A kernel estimator's fit at every query: slow, q, k, v (and other views) -> z."""
+    spec = captured.spec
+    names = [*spec.slow, *spec.inputs]
+    kernel = _call(captured.readout)
+
+    def fit(*tensors: Tensor) -> Tensor:
+        given = dict(zip(names, tensors, strict=True))
+        weight = kernel(*[given[n] for n in spec.slow], given["q"], given["k"])
+        return weight @ given["v"] / weight.sum(-1, keepdim=True)
+
+    forward = tracer.trace_on(fit, [tracer.tile(n) for n in names], names)
+    return _piece("fit", forward, names, ["z"], tracer, captured, True, {})

@@ -1,0 +1,212 @@
+"""From a tile graph to a Python function on tensors [H, B, *tile].
+
+One line per op, with the tile's shape and the user's line it came from. Values are dropped after their last use, so that
+a long sequence holds only what is still needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from nestloop.lowering import ops
+from nestloop.lowering.ops import Kind, Operands
+
+aten = torch.ops.aten
+
+SCALARS = ("weight", "rate")  # placeholders that are Python numbers when the code runs
+
+
+def size_text(size: Any) -> str:
+    """A traced size as source text, the token axis being n."""
+    if isinstance(size, int):
+        return str(size)
+    expr = size.node.expr
+    for symbol in expr.free_symbols:
+        expr = expr.subs(symbol, type(symbol)("n", integer=True, positive=True))
+    return str(expr)
+
+
+def used_inputs(module: fx.GraphModule) -> list[str]:
+    """The inputs a graph reads, in order."""
+    return [node.name for node in module.graph.find_nodes(op="placeholder") if node.users]
+
+
+class TileFunction:
+    """Writes one graph as a function.
+
+    Args:
+        name: the function's name.
+        module: a simplified tile graph.
+        likes: for a backward, the input whose cotangent each result is; None for a forward.
+        doc: its docstring.
+    """
+
+    def __init__(self, name: str, module: fx.GraphModule, doc: str, likes: Sequence[str] | None = None) -> None:
+        self.name, self.module, self.doc, self.likes = name, module, doc, likes
+        self.inputs = used_inputs(module)
+        (results,) = next(node for node in module.graph.nodes if node.op == "output").args
+        self.results: list[fx.Node | None] = list(results)
+        self.text: dict[fx.Node, str] = {}
+        self.scalar: set[fx.Node] = set()
+        self.count: dict[str, int] = {}
+
+    @property
+    def signature(self) -> list[str]:
+        """Arguments of the generated function. A cotangent's own input is needed for its shape."""
+        likes = [like for like, node in zip(self.likes or [], self.results, strict=False) if node is not None]
+        return [*self.inputs, *[like for like in likes if like not in self.inputs]]
+
+    @property
+    def zero(self) -> list[bool]:
+        """Which results are exactly zero (and not returned)."""
+        return [node is None for node in self.results]
+
+    def write(self, sized_by: str | None) -> str:
+        """The source. `sized_by`: a token input whose third axis is n."""
+        body: list[str] = []
+        absorbed, results = self._results()
+        last = self._last_uses(absorbed)
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                self.text[node] = node.name
+                if node.name in SCALARS:
+                    self.scalar.add(node)
+            elif node.op == "call_function" and node not in absorbed:
+                body += self._line(node, last.get(node, []))
+        returned = [write() for write in results if write is not None]
+        inputs = set(self.signature)
+        head = [f"def {self.name}({', '.join([*self.signature, 'low'])}):", f'    """{self.doc}"""']
+        lines = "\n".join(body) + "\n".join(returned)
+        if sized_by is not None and sized_by in inputs and _mentions(lines, "n"):
+            head.append(f"    n = {sized_by}.shape[2]")
+        reference = next(iter(self.signature))
+        if "dtype" in lines:
+            head.append(f"    dtype, device = {reference}.dtype, {reference}.device")
+        return "\n".join([*head, *body, f"    return ({', '.join(returned)}{',' if len(returned) == 1 else ''})"])
+
+    def _line(self, node: fx.Node, dead: list[fx.Node]) -> list[str]:
+        """The statement of one node, or nothing where it is spelled inside its users."""
+        if ops.is_size_op(node.target):
+            self.text[node] = size_text(node.meta["val"])
+            self.scalar.add(node)
+            return []
+        expression = self._expression(node)
+        inline = node.target is aten.permute.default and expression.endswith(".mT")
+        if node in self.scalar or inline:
+            self.text[node] = f"({expression})" if node in self.scalar else expression
+            return []
+        base = node.target._schema.name.split("::")[-1].strip("_")
+        base = {"sum": "sum_", "where": "where_", "exp": "exp_", "mm": "mm_", "cat": "cat_", "expand": "expand_"}.get(base, base)
+        self.count[base] = self.count.get(base, 0) + 1
+        name = f"{base.rstrip('_')}_{self.count[base]}"
+        self.text[node] = name
+        names = [self.text[d] for d in dead if d not in self.scalar and self.text.get(d, "").isidentifier()]
+        drop = f"; del {', '.join(names)}" if names else ""
+        shape = ", ".join(size_text(s) for s in node.meta["val"].shape)
+        where = node.meta.get("where")
+        return [f"    {name} = {expression}{drop}  # [{shape}]{f' {where.short}' if where else ''}"]
+
+    def _expression(self, node: fx.Node) -> str:
+        row = ops.row(node.target)
+        value = node.meta["val"]
+        tensors = node.all_input_nodes
+        if row.kind is Kind.POINTWISE and tensors and all(t in self.scalar for t in tensors):
+            self.scalar.add(node)
+        rank = len(value.shape) if row.kind is Kind.POINTWISE and node not in self.scalar else None
+        first = next((t for t in tensors if isinstance(t.meta.get("val"), torch.Tensor)), None)
+        operands = Operands(
+            text=[self._operand(a, rank) for a in node.args],
+            raw=node.args,
+            kwargs=dict(node.kwargs),
+            rank=len(first.meta["val"].shape) if first is not None else 0,
+            shape=[size_text(s) for s in value.shape],
+        )
+        return row.spell(operands)
+
+    def _operand(self, value: Any, rank: int | None) -> Any:
+        """An argument as text; with `rank`, a tile of lower rank gets its missing leading axes."""
+        if isinstance(value, (list, tuple)):
+            return [self._operand(v, rank) for v in value]
+        if not isinstance(value, fx.Node):
+            return repr(value)
+        text = self.text[value]
+        own = value.meta.get("val")
+        if rank is None or value in self.scalar or not isinstance(own, torch.Tensor):
+            return text
+        missing = rank - len(own.shape)
+        return text + (f"[:, :{', None' * missing}]" if missing > 0 else "")
+
+    def _results(self) -> tuple[set[fx.Node], list[Any]]:
+        """How each result is spelled, and the nodes spelled only there.
+
+        A cotangent is summed over the sequences that share its input. Sums and signs commute with that, and a matrix
+        product does it within itself (`mm_like`), so no per-sequence gradient of a shared weight is ever stored.
+        """
+        absorbed: set[fx.Node] = set()
+        writers: list[Any] = []
+        for index, node in enumerate(self.results):
+            if node is None:
+                writers.append(None)
+            elif self.likes is None:
+                writers.append(lambda node=node: self.text[node])
+            else:
+                writers.append(self._reduced(node, self.likes[index], absorbed, top=True))
+        return absorbed, writers
+
+    def _reduced(self, node: fx.Node, like: str, absorbed: set[fx.Node], top: bool = False) -> Any:
+        shape = node.meta["val"].shape
+        alone = len(node.users) == 1 and not isinstance(node.target, str)
+
+        def same(value: Any) -> bool:
+            return isinstance(value, fx.Node) and tuple(value.meta["val"].shape) == tuple(shape)
+
+        if alone and node.target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs.get("alpha", 1) == 1:
+            a, b = node.args[:2]
+            if same(a) and same(b):
+                absorbed.add(node)
+                left, right = self._reduced(a, like, absorbed), self._reduced(b, like, absorbed)
+                symbol = "+" if node.target is aten.add.Tensor else "-"
+                return lambda: f"{left()} {symbol} {right()}" if top else f"({left()} {symbol} {right()})"
+        if alone and node.target is aten.neg.default:
+            absorbed.add(node)
+            inner = self._reduced(node.args[0], like, absorbed)
+            return lambda: f"-{inner()}"
+        if alone and node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)):
+            absorbed.add(node)
+            inner = self._reduced(node.args[0], like, absorbed)
+            return lambda: f"{inner()} * {node.args[1]!r}"
+        if alone and node.target is aten.mm.default:
+            absorbed.add(node)
+            a, b = node.args
+            return lambda: f"mm_like({self.text[a]}, {self.text[b]}, {like}, low)"
+        return lambda: f"like_lead({self.text[node]}, {like})"
+
+    def _last_uses(self, absorbed: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+        """After which node's statement each value is no longer needed."""
+        nodes = list(self.module.graph.nodes)
+        position = {node: index for index, node in enumerate(nodes)}
+        read_at: dict[fx.Node, int] = {}  # where the statement that spells a node stands
+        for node in reversed(nodes):
+            if node.op == "output" or node in absorbed:
+                read_at[node] = len(nodes)
+            elif node.target is aten.permute.default and node.users:
+                read_at[node] = max(read_at[user] for user in node.users)
+            else:
+                read_at[node] = position[node]
+        ends: dict[fx.Node, list[fx.Node]] = {}
+        for node in nodes:
+            if node.op == "call_function" and node.users:
+                last = max(read_at[user] for user in node.users)
+                if last < len(nodes):
+                    ends.setdefault(nodes[last], []).append(node)
+        return ends
+
+
+def _mentions(text: str, name: str) -> bool:
+    """Whether code uses a name, comments aside."""
+    code = "\n".join(line.split("  # ")[0] for line in text.splitlines())
+    return any(part == name for part in "".join(c if c.isalnum() or c == "_" else " " for c in code).split())

@@ -1,0 +1,47 @@
+"""The ops nestloop compiles: one row each, found here by the ATen op."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from nestloop.lowering.ops import movement, pointwise, products, reductions
+from nestloop.lowering.ops.decompose import decompositions
+from nestloop.lowering.ops.row import Kind, Op, Operands
+
+ROWS: dict[Any, Op] = {
+    row.target: row for module in (pointwise, products, reductions, movement) for row in module.ROWS
+}
+
+# Sizes are computed in Python, not on tensors: these may stand in a graph without a row.
+SIZE_OPS = {"sym_size", "add", "mul", "sub", "floordiv", "mod", "sym_numel", "neg", "getitem", "truediv"}
+
+
+def row(target: Any) -> Op:
+    """The row of an admitted op."""
+    return ROWS[target]
+
+
+def is_size_op(target: Any) -> bool:
+    """Whether a graph node computes a size (a Python number) rather than a tensor."""
+    name = getattr(target, "__name__", str(target)).split(".")[0]
+    return target not in ROWS and name in SIZE_OPS
+
+
+def admitted(target: Any) -> bool:
+    return target in ROWS or is_size_op(target)
+
+
+def nearest(target: Any) -> list[str]:
+    """Admitted ops whose name is like that of `target`."""
+    names = sorted({row.name.split(".")[0] for row in ROWS.values()})
+    return difflib.get_close_matches(target._schema.name.split("::")[-1], names, 3, 0.5)
+
+
+def named_shape(shape: Iterable[Any]) -> str:
+    """A traced shape as text, the token axis as n."""
+    return f"[{', '.join('n' if not isinstance(s, int) else str(s) for s in shape)}]"
+
+
+__all__ = ["ROWS", "Kind", "Op", "Operands", "admitted", "decompositions", "is_size_op", "named_shape", "nearest", "row"]

@@ -1,0 +1,213 @@
+"""Ops without a row that are written with ops that have one, before anything else sees them.
+
+Most of it is PyTorch's own table. Kept whole are the activations whose derivative needs care at large or zero
+arguments (their `_backward` has a row, and PyTorch knows its derivative too), and what PyTorch leaves whole but a
+row would be redundant for is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._decomp import core_aten_decompositions, get_decompositions
+
+aten = torch.ops.aten
+
+_KEPT = [
+    aten.tril.default,
+    aten.triu.default,
+    aten.softplus.default,
+    aten.softplus_backward.default,
+    aten.elu_backward.default,
+]
+_ADDED = [
+    aten._log_softmax,
+    aten.addmm.default,
+    aten.leaky_relu,
+    aten.hardtanh,
+    aten.logit,
+    aten.square.default,
+    aten.native_group_norm.default,
+]
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    """A convolution as a sum over the window's taps: a shifted view of the padded input times one weight slice.
+
+    [b, c, *space] with weight [m, c / groups, *window] -> [b, m, *space]. Depthwise windows become products of
+    elements, others matrix products.
+    """
+    if transposed:
+        return NotImplemented
+    spatial = x.ndim - 2
+    batch, channels = x.shape[:2]
+    per_group, out = weight.shape[1], weight.shape[0]
+    padded = F.pad(x, [p for size in reversed(padding) for p in (size, size)]) if any(padding) else x
+    space = [
+        (padded.shape[2 + i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(spatial)
+    ]
+    total = None
+    for tap in _taps(list(weight.shape[2:])):
+        view, kernel = padded, weight
+        for i, offset in enumerate(tap):
+            start = offset * dilation[i]
+            view = aten.slice.Tensor(view, 2 + i, start, start + (space[i] - 1) * stride[i] + 1, stride[i])
+        for offset in tap:
+            kernel = aten.select.int(kernel, 2, offset)  # [m, c / groups] in the end
+        if per_group == 1 and out == channels:
+            term = view * kernel.reshape(1, out, *[1] * spatial)
+        else:
+            rows = view.reshape(batch, groups, per_group, -1).movedim(1, 0)  # [g, b, c/g, s]
+            rows = rows.permute(0, 2, 1, 3).reshape(groups, per_group, -1)  # [g, c/g, b s]
+            mixed = aten.bmm.default(kernel.reshape(groups, out // groups, per_group), rows)  # [g, m/g, b s]
+            term = mixed.reshape(out, batch, *space).movedim(0, 1)
+        total = term if total is None else total + term
+    assert total is not None
+    return total if bias is None else total + bias.reshape(1, out, *[1] * spatial)
+
+
+def _taps(window: list[int]) -> list[tuple[int, ...]]:
+    taps: list[tuple[int, ...]] = [()]
+    for size in window:
+        taps = [(*tap, offset) for tap in taps for offset in range(size)]
+    return taps
+
+
+def var_mean(
+    x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Variance and mean over `dim` (all axes if None), two passes."""
+    dims = list(range(x.ndim)) if dim is None else dim
+    count = 1
+    for d in dims:
+        count = count * x.shape[d]
+    mean = x.mean(dims, keepdim=True)
+    squares = (x - mean) * (x - mean)
+    var = squares.sum(dims, keepdim=keepdim) / (count - (1 if correction is None else correction))
+    return var, mean if keepdim else x.mean(dims)
+
+
+def var(x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    return var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
+
+
+def native_layer_norm(
+    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm over the last axes: the output, the mean and the reciprocal standard deviation."""
+    dims = list(range(x.ndim - len(normalized_shape), x.ndim))
+    mean = x.mean(dims, keepdim=True)
+    centred = x - mean
+    rstd = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
+    out = centred * rstd
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias, mean, rstd
+
+
+def constant_pad_nd(x: Tensor, pad: list[int], value: float = 0.0) -> Tensor:
+    """Padding as joining: [before, x, after] along each padded axis, last axis first; negative pads cut."""
+    for index in range(len(pad) // 2):
+        axis, before, after = x.ndim - 1 - index, pad[2 * index], pad[2 * index + 1]
+        if isinstance(before, int) and before < 0 or isinstance(after, int) and after < 0:
+            x = aten.slice.Tensor(x, axis, max(-before, 0), x.shape[axis] - max(-after, 0))
+            before, after = max(before, 0), max(after, 0)
+
+        def block(size: int, x: Tensor = x, axis: int = axis) -> Tensor:
+            return x.new_full([*x.shape[:axis], size, *x.shape[axis + 1 :]], value)
+
+        parts = [block(before)] if before != 0 else []
+        parts += [x, block(after)] if after != 0 else [x]
+        x = torch.cat(parts, axis) if len(parts) > 1 else x
+    return x
+
+
+def fused_rms_norm(
+    x: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm over the last axes: the output and the reciprocal root mean square."""
+    dims = list(range(x.ndim - len(normalized_shape), x.ndim))
+    rstd = ((x * x).mean(dims, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
+    return x * rstd if weight is None else x * rstd * weight, rstd
+
+
+def repeat(x: Tensor, repeats: list[int]) -> Tensor:
+    """Copies side by side, as joins."""
+    x = x.reshape([1] * (len(repeats) - x.ndim) + list(x.shape))
+    for axis, count in enumerate(repeats):
+        x = torch.cat([x] * count, axis) if count != 1 else x
+    return x
+
+
+def split_with_sizes(x: Tensor, sizes: list[int], dim: int = 0) -> list[Tensor]:
+    """Pieces of given sizes, as slices."""
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return [aten.slice.Tensor(x, dim, start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def roll(x: Tensor, shifts: list[int], dims: list[int] = ()) -> Tensor:  # type: ignore[assignment]
+    """A cyclic shift along each axis, as two slices joined."""
+    if not dims:
+        return roll(x.reshape(-1), shifts, [0]).reshape(x.shape)
+    for shift, dim in zip(shifts, dims, strict=True):
+        size = x.shape[dim]
+        cut = (size - shift) % size
+        x = torch.cat([aten.slice.Tensor(x, dim, cut, size), aten.slice.Tensor(x, dim, 0, cut)], dim)
+    return x
+
+
+def slice_backward(grad: Tensor, sizes: list[int], dim: int, start: int, end: int, step: int) -> Tensor:
+    """The gradient of a slice: zeros around it (PyTorch's own writes into a buffer)."""
+    dim = dim % len(sizes)
+    start = start + sizes[dim] if start < 0 else start
+    stop = min(end + sizes[dim] if end < 0 else end, sizes[dim])
+    if step != 1:
+        spread = torch.cat([grad.unsqueeze(dim + 1), *[torch.zeros_like(grad.unsqueeze(dim + 1))] * (step - 1)], dim + 1)
+        shape = list(grad.shape)
+        shape[dim] = grad.shape[dim] * step
+        grad = aten.slice.Tensor(spread.reshape(shape), dim, 0, stop - start)
+    return constant_pad_nd(grad, [0, 0] * (len(sizes) - dim - 1) + [start, sizes[dim] - stop])
+
+
+def select_backward(grad: Tensor, sizes: list[int], dim: int, index: int) -> Tensor:
+    """The gradient of a selection: zeros around it."""
+    dim = dim % len(sizes)
+    index = index % sizes[dim]
+    around = [index, sizes[dim] - index - 1]
+    return constant_pad_nd(grad.unsqueeze(dim), [0, 0] * (len(sizes) - dim - 1) + around)
+
+
+@cache
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The table `make_fx` decomposes with."""
+    table = dict(core_aten_decompositions())
+    table.update(get_decompositions(_ADDED))
+    for kept in _KEPT:
+        table.pop(kept, None)
+    table[aten.convolution.default] = convolution
+    table[aten.var_mean.correction] = var_mean
+    table[aten.var.correction] = var
+    table[aten.native_layer_norm.default] = native_layer_norm
+    table[aten.constant_pad_nd.default] = constant_pad_nd
+    table[aten.split_with_sizes.default] = split_with_sizes
+    table[aten.roll.default] = roll
+    table[aten.repeat.default] = repeat
+    table[aten._fused_rms_norm.default] = fused_rms_norm
+    table[aten.rms_norm.default] = lambda x, shape, weight=None, eps=None: fused_rms_norm(x, shape, weight, eps)[0]
+    table[aten.slice_backward.default] = slice_backward
+    table[aten.select_backward.default] = select_backward
+    return table

@@ -1,0 +1,58 @@
+"""Rows of the ops that couple elements along an axis: sums, means, maxima, softmax."""
+
+from __future__ import annotations
+
+import torch
+
+from nestloop.lowering.ops.row import Kind, Op, Operands
+
+aten = torch.ops.aten
+
+
+def _over(method: str):
+    """Spelled as a method over axes counted from the end."""
+
+    def spell(o: Operands) -> str:
+        keep = o.raw[2] if len(o.raw) > 2 else o.kwargs.get("keepdim", False)
+        axes = o.axes(o.raw[1] if len(o.raw) > 1 else None)
+        if not axes:
+            return o[0]
+        return f"{o[0]}.{method}({_tuple(axes)}{', keepdim=True' if keep else ''})"
+
+    return spell
+
+
+def _tuple(axes: list[int]) -> str:
+    return str(axes[0]) if len(axes) == 1 else f"({', '.join(map(str, axes))})"
+
+
+def _norm(o: Operands) -> str:
+    order = o.raw[1] if len(o.raw) > 1 else 2
+    dims = o.raw[2] if len(o.raw) > 2 else o.kwargs.get("dim")
+    keep = o.raw[3] if len(o.raw) > 3 else o.kwargs.get("keepdim", False)
+    return f"torch.linalg.vector_norm({o[0]}, {order!r}, {_tuple(o.axes(dims))}, keepdim={keep})"
+
+
+ROWS = [
+    Op(aten.sum.default, Kind.REDUCTION, _over("sum"), 1, lambda r: (r(5, 4),)),
+    Op(aten.sum.dim_IntList, Kind.REDUCTION, _over("sum"), 1, lambda r: (r(5, 4), [0], True)),
+    Op(aten.mean.default, Kind.REDUCTION, _over("mean"), 1, lambda r: (r(5, 4),)),
+    Op(aten.mean.dim, Kind.REDUCTION, _over("mean"), 1, lambda r: (r(5, 4), [-1])),
+    Op(aten.amax.default, Kind.REDUCTION, _over("amax"), 1, lambda r: (r(5, 4), [1], True)),
+    Op(aten.amin.default, Kind.REDUCTION, _over("amin"), 1, lambda r: (r(5, 4), [1])),
+    Op(aten.linalg_vector_norm.default, Kind.REDUCTION, _norm, 2, lambda r: (r(5, 4), 2, [-1], True)),
+    Op(
+        aten._softmax.default,
+        Kind.NORMALIZE,
+        lambda o: f"{o[0]}.softmax({o.axis(o.raw[1])})",
+        12,
+        lambda r: (r(5, 4), 1, False),
+    ),
+    Op(
+        aten.cumsum.default,
+        Kind.NORMALIZE,
+        lambda o: f"{o[0]}.cumsum({o.axis(o.raw[1])})",
+        1,
+        lambda r: (r(5, 4), 0),
+    ),
+]

@@ -1,0 +1,92 @@
+"""One op, one row: all that the compiler knows of an ATen op stands in one block.
+
+A row gives an op's kind (from which its axis rule follows), its work, its spelling in generated PyTorch and an
+example. The tests are parametrised over the rows: a new op is tested the moment its row exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch._ops import OpOverload
+
+Spell = Callable[["Operands"], str]
+
+
+class Kind(Enum):
+    """What an op does to the axes of a tile."""
+
+    POINTWISE = "pointwise"  # broadcasts; every element on its own
+    PRODUCT = "product"  # contracts the last axis of the first operand with the last but one of the second
+    REDUCTION = "reduction"  # over the axes in its second argument
+    NORMALIZE = "normalize"  # keeps the shape, couples the elements along one axis
+    VIEW = "view"  # the same elements in another shape
+    MOVE = "move"  # some of the elements, or the elements at other places
+    CREATE = "create"  # no operand's values
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a spelling sees of a node: each argument as source text, already aligned, and its tile rank.
+
+    Attributes:
+        text: the arguments in order, tensors as expressions, numbers as literals, lists as lists of them.
+        raw: the node's own arguments (FX nodes and Python values).
+        kwargs: the node's keyword arguments.
+        rank: rank of the first tensor operand's tile.
+        shape: text of the result's tile shape, one entry per axis ("n", "16").
+    """
+
+    text: list[Any]
+    raw: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rank: int
+    shape: list[str]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.text[index]
+
+    def axis(self, dim: int) -> int:
+        """A tile axis counted from the end, where leading batch axes do not shift it."""
+        return dim if dim < 0 else dim - self.rank
+
+    def axes(self, dims: Any) -> list[int]:
+        """Several tile axes counted from the end; none given means all."""
+        return [self.axis(d) for d in (dims if dims else range(self.rank))]
+
+
+@dataclass(frozen=True)
+class Op:
+    """A row.
+
+    Attributes:
+        target: the ATen overload.
+        kind: see `Kind`.
+        spell: its spelling in generated PyTorch, on tiles with leading batch axes [H, B, *tile].
+        work: FLOPs per element of the result (per multiply-add of the contraction: 2, for products).
+        example: small arguments to try it on, made by a function of (normal tensors by shape).
+    """
+
+    target: OpOverload
+    kind: Kind
+    spell: Spell
+    work: int
+    example: Callable[[Callable[..., Any]], tuple[Any, ...]]
+
+    @property
+    def name(self) -> str:
+        """The overload's name without the namespace: "mul.Tensor"."""
+        return str(self.target).removeprefix("aten.")
+
+
+def call(function: str) -> Spell:
+    """Spelled as a call of all its operands."""
+    return lambda o: f"{function}({', '.join(map(str, o.text))})"
+
+
+def infix(symbol: str) -> Spell:
+    """Spelled between its two operands."""
+    return lambda o: f"{o[0]} {symbol} {o[1]}"

@@ -1,0 +1,17 @@
+"""Stage `rewrite`: named rules with a precondition, each printed with why it fired or did not."""
+
+from __future__ import annotations
+
+from nestloop.lowering.capture import Captured
+from nestloop.lowering.differentiate import Piece
+from nestloop.lowering.rewrites.attention import attend, softmax_attention
+from nestloop.lowering.rewrites.linear_attention import linear_attention, zero_state
+from nestloop.lowering.rewrites.rule import Rewrite
+
+
+def rewrites(captured: Captured, pieces: dict[str, Piece]) -> list[Rewrite]:
+    """Every rule, tried on a differentiated loop."""
+    return [rule(captured, pieces) for rule in (zero_state, linear_attention, softmax_attention)]
+
+
+__all__ = ["Rewrite", "attend", "rewrites"]

@@ -1,0 +1,76 @@
+"""The private cache of generated sources: content-addressed, atomic, safe with many processes at once."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+from nestloop.errors import NestloopError
+
+
+def cache_dir() -> Path:
+    """The folder of generated sources, made if absent, readable by its owner alone (0700).
+
+    `NESTLOOP_CACHE` names it; else it is `nestloop` in `XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises:
+        NestloopError: the folder belongs to somebody else, or others may write to it. What is imported from it runs as
+            you.
+    """
+    named = os.environ.get("NESTLOOP_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(named) if named else Path(home) / "nestloop"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+        raise NestloopError(
+            "The cache of generated sources is not private.",
+            given=f"{folder} with owner {status.st_uid} and mode {status.st_mode & 0o777:o}",
+            need="a folder that is yours and that only you can write to: its files are imported",
+            fix=f"chmod 700 {folder}, or name another with NESTLOOP_CACHE",
+        )
+    return folder
+
+
+def digest(text: str) -> str:
+    """The content address of a source."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write(name: str, text: str) -> Path:
+    """Put a source in the cache under its content's address, whole or not at all."""
+    path = cache_dir() / f"{name}_{digest(text)}.py"
+    if not path.exists() or path.read_text() != text:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.")
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    return path
+
+
+def load(path: Path) -> ModuleType:
+    """Import a cached source from its file, so that tracebacks and debuggers show it."""
+    name = f"nestloop_generated.{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,261 @@
+"""A generated module as a registered, differentiable PyTorch op.
+
+Each lowered loop is two `torch.library` ops, forward and backward, with fake kernels, batching rules and FLOP formulas,
+joined by an `autograd.Function`: opcheck, `torch.compile(fullgraph=True)`, export, `torch.func` and autocast see an
+ordinary op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+_LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
+_LOW = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Tensors of an op, all [H, B, ...], an axis of size 1 being shared.
+
+    Attributes:
+        tokens, fast, slow: input names; tokens come first, [.., N, *].
+        tiles: shape of one head's tile for every fast weight and for z ("z": without n).
+        ends: names of all fast weights (z, then these, are the first results).
+        losses: whether the inner losses [H, B, steps + 1] are a result.
+        steps: sequence length -> number of steps.
+        ordered: whether the op takes an order.
+        states: whether fast weights are results (not for a kernel estimator).
+        heads: H.
+    """
+
+    tokens: tuple[str, ...]
+    fast: tuple[str, ...]
+    slow: tuple[str, ...]
+    tiles: dict[str, tuple[int, ...]]
+    ends: tuple[str, ...]
+    losses: bool
+    steps: Callable[[int], int]
+    ordered: bool
+    heads: int
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (*self.tokens, *self.fast, *self.slow)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return ("z", *[f"end_{n}" for n in self.ends], *(["losses"] if self.losses else []), *self.between)
+
+    @property
+    def between(self) -> tuple[str, ...]:
+        return tuple(f"between_{n}" for n in self.ends)
+
+    def shapes(self, inputs: Sequence[Tensor]) -> list[list[Any]]:
+        """Shapes of forward's results."""
+        heads = max(t.shape[0] for t in inputs) if inputs else self.heads
+        sequences, length = max(t.shape[1] for t in inputs), inputs[0].shape[2]
+        steps = self.steps(length)
+        ends = [[heads, sequences, *self.tiles[n]] for n in self.ends]
+        losses = [[heads, sequences, steps + 1]] if self.losses else []
+        return [[heads, sequences, length, *self.tiles["z"]], *ends, *losses, *[[max(steps - 1, 0), *e] for e in ends]]
+
+
+class NestedLoopOp:
+    """The op of one generated module.
+
+    Args:
+        name: a valid identifier, unique per content.
+        module: the generated module, with `forward` and `backward`.
+        signature: its tensors.
+        flops: (sequences, length) -> FLOPs of the products in (forward, backward).
+    """
+
+    def __init__(
+        self, name: str, module: ModuleType, signature: Signature, flops: Callable[[int, int], tuple[int, int]]
+    ) -> None:
+        self.name, self.signature = name, signature
+        inputs = [f"Tensor {n}" for n in signature.inputs]
+        order = ["Tensor order"] if signature.ordered else []
+        results = signature.results
+        saved = [f"Tensor {r}" for r in results if r.startswith(("end_", "between_"))]
+        self.cotangents = [r for r in results if not r.startswith("between_")]
+        grads = [f"Tensor d_{c}" for c in self.cotangents]
+        forward = f"{name}({', '.join(inputs + order)}) -> ({', '.join(['Tensor'] * len(results))})"
+        backward = (
+            f"{name}_backward({', '.join(inputs + saved + grads + order)}) -> ({', '.join(['Tensor'] * len(inputs))})"
+        )
+        if len(results) == 1:
+            forward = forward.replace("(Tensor)", "Tensor")
+        if len(inputs) == 1:
+            backward = backward.replace("(Tensor)", "Tensor")
+        _define(forward, self._forward_kernel(module), self._forward_fake, self._forward_flops(flops))
+        _define(backward, self._backward_kernel(module), self._backward_fake, self._backward_flops(flops))
+        self.forward_op = getattr(torch.ops.nestloop, name).default
+        self.backward_op = getattr(torch.ops.nestloop, f"{name}_backward").default
+        for op in (self.forward_op, self.backward_op):
+            torch.library.register_vmap(op, self._batching(op))
+        self.function = self._function()
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Inputs (and the order) -> results, differentiable."""
+        results = self.function.apply(*tensors)
+        return results if isinstance(results, tuple) else (results,)
+
+    def _split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        if self.signature.ordered:
+            return list(tensors[:-1]), tensors[-1]
+        return list(tensors), None
+
+    def _forward_kernel(self, module: ModuleType) -> Callable[..., Any]:
+        def kernel(*tensors: Tensor) -> Any:
+            inputs, order = self._split(tensors)
+            computed, low = _prepare(inputs)
+            made = module.forward(*computed, order, low)
+            shapes = self.signature.shapes(inputs)
+            owned = _owned(made, shapes, inputs)
+            owned[0] = owned[0].to(inputs[0].dtype)
+            return tuple(owned) if len(owned) > 1 else owned[0]
+
+        return kernel
+
+    def _forward_fake(self, *tensors: Tensor) -> Any:
+        inputs, _ = self._split(tensors)
+        dtype = _compute_dtype(inputs)
+        made = [inputs[0].new_empty(shape, dtype=dtype) for shape in self.signature.shapes(inputs)]
+        made[0] = made[0].to(inputs[0].dtype)
+        return tuple(made) if len(made) > 1 else made[0]
+
+    def _backward_kernel(self, module: ModuleType) -> Callable[..., Any]:
+        count = len(self.signature.inputs)
+
+        def kernel(*tensors: Tensor) -> Any:
+            given, order = self._split(tensors)
+            computed, low = _prepare(given, given[:count])
+            made = module.backward(*computed, order, low)
+            owned = _owned(made, [list(t.shape) for t in given[:count]], given)
+            owned = [g.to(t.dtype) for g, t in zip(owned, given, strict=False)]
+            return tuple(owned) if len(owned) > 1 else owned[0]
+
+        return kernel
+
+    def _backward_fake(self, *tensors: Tensor) -> Any:
+        made = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors[: len(self.signature.inputs)]]
+        return tuple(made) if len(made) > 1 else made[0]
+
+    def _forward_flops(self, flops: Callable[[int, int], tuple[int, int]]) -> Callable[..., int]:
+        return lambda *shapes, out_shape=None, **_: flops(max(s[1] for s in shapes), shapes[0][2])[0]
+
+    def _backward_flops(self, flops: Callable[[int, int], tuple[int, int]]) -> Callable[..., int]:
+        return lambda *shapes, out_shape=None, **_: flops(max(s[1] for s in shapes), shapes[0][2])[1]
+
+    def _batching(self, op: Any) -> Callable[..., Any]:
+        """vmap: a batched axis becomes part of the heads, which never meet each other."""
+
+        def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> Any:
+            # Heads are independent given their weights, so V copies of H heads are V * H heads. Every tensor with
+            # an axis of heads gets one of V * H; those shared by heads are repeated for each copy and stay shared
+            # within it, which the sum over copies below the op's own results undoes.
+            size, heads = info.batch_size, self.signature.heads
+            folded = [self._fold(t, d, size, heads, n) for t, d, n in zip(tensors, in_dims, self._axes(op), strict=True)]
+            made = op(*folded)
+            made = made if isinstance(made, tuple) else (made,)
+            unfolded = []
+            for index, tensor in enumerate(made):
+                axis = 1 if op is self.forward_op and index >= len(self.cotangents) else 0
+                split = tensor.unflatten(axis, (size, -1)).movedim(axis, 0)
+                if op is self.backward_op:
+                    split = _sum_to(split, tensors[index], in_dims[index])
+                unfolded.append(split)
+            out = tuple(unfolded) if len(unfolded) > 1 else unfolded[0]
+            return out, tuple([0] * len(unfolded)) if len(unfolded) > 1 else 0
+
+        return rule
+
+    def _axes(self, op: Any) -> list[int]:
+        """Where each argument has its axis of heads."""
+        arguments = [argument.name for argument in op._schema.arguments]
+        return [1 if name.startswith("between_") else 0 for name in arguments]
+
+    @staticmethod
+    def _fold(tensor: Tensor, dim: int | None, size: int, heads: int, axis: int) -> Tensor:
+        batched = tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        if batched.shape[axis + 1] != heads:
+            batched = batched.expand(*batched.shape[: axis + 1], heads, *batched.shape[axis + 2 :])
+        return batched.movedim(0, axis).flatten(axis, axis + 1)
+
+    def _function(self) -> type[torch.autograd.Function]:
+        op = self
+
+        class NestedLoop(torch.autograd.Function):
+            @staticmethod
+            def forward(*tensors: Tensor) -> Any:
+                return op.forward_op(*tensors)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+                results = output if isinstance(output, tuple) else (output,)
+                names = dict(zip(op.signature.results, results, strict=True))
+                states = [t for n, t in names.items() if n.startswith(("end_", "between_"))]
+                ctx.mark_non_differentiable(*[t for n, t in names.items() if n.startswith("between_")])
+                ctx.save_for_backward(*inputs, *states)
+                ctx.inputs = len(inputs)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor) -> Any:
+                saved = ctx.saved_tensors
+                inputs, states = saved[: ctx.inputs], saved[ctx.inputs :]
+                tensors, order = op._split(inputs)
+                wanted = grads[: len(op.cotangents)]
+                made = op.backward_op(*tensors, *states, *wanted, *([] if order is None else [order]))
+                made = made if isinstance(made, tuple | list) else (made,)
+                return (*made, None) if order is not None else tuple(made)
+
+        NestedLoop.__name__ = f"NestedLoop_{self.name}"
+        NestedLoop.generate_vmap_rule = True
+        return NestedLoop
+
+
+def _define(schema: str, kernel: Any, fake: Any, flops: Any) -> None:
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nestloop::{name}", fake, lib=_LIBRARY)
+    register_flop_formula(getattr(torch.ops.nestloop, name))(flops)
+
+
+def _compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Any]:
+    """Inputs in the compute dtype, and the low precision of products, if the tokens come in one."""
+    deciding = tensors if deciding is None else deciding
+    dtype = _compute_dtype(deciding)
+    low = deciding[0].dtype if deciding[0].dtype in _LOW and dtype is torch.float32 else None
+    return [t.to(dtype) for t in tensors], low
+
+
+def _owned(made: Sequence[Tensor], shapes: Sequence[Sequence[int]], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Results with memory of their own, whole: an op's results alias neither its inputs nor each other."""
+    taken = {t.untyped_storage().data_ptr() for t in inputs}
+    owned = []
+    for tensor, shape in zip(made, shapes, strict=True):
+        tensor = tensor.expand(*shape).contiguous()
+        if tensor.untyped_storage().data_ptr() in taken:
+            tensor = tensor.clone()
+        taken.add(tensor.untyped_storage().data_ptr())
+        owned.append(tensor)
+    return owned
+
+
+def _sum_to(split: Tensor, original: Tensor, dim: int | None) -> Tensor:
+    """A folded cotangent [V, H, ...] for an input that had fewer heads: summed over the heads that shared it."""
+    heads = (original if dim is None else original.movedim(dim, 0)[0]).shape[0]
+    return split.sum(1, keepdim=True) if heads == 1 and split.shape[1] > 1 else split

@@ -1,0 +1,105 @@
+"""Tile operations that generated PyTorch calls.
+
+A tile [n, d] of one head and sequence is, in generated code, a tensor [H, B, n, d]: heads, sequences, then the tile. An
+axis H or B of size 1 means "the same for all": the initial fast weights are [H, 1, *], the token itself [1, B, n, D].
+Elementwise ops broadcast over them; what does not is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def mm(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
+    """Matrix product of tiles [.., n, k] @ [.., k, m].
+
+    Where b is the same for all sequences, the rows of all sequences make one larger product. With `low` (bfloat16,
+    float16) the operands are rounded to it; the result is float32 again.
+    """
+    if low is not None:
+        return mm(a.to(low), b.to(low), None).to(torch.float32)
+    if b.shape[1] == 1 and a.shape[1] > 1:
+        return torch.matmul(a.flatten(1, 2), b[:, 0]).unflatten(1, a.shape[1:3])
+    return torch.matmul(a, b)
+
+
+def mm_like(a: Tensor, b: Tensor, like: Tensor, low: torch.dtype | None) -> Tensor:
+    """The cotangent a @ b of `like`: summed over sequences, if they share it, within the product itself."""
+    if like.shape[1] == 1 and a.shape[1] > 1 and b.shape[1] > 1:
+        if low is not None:
+            return mm_like(a.to(low), b.to(low), like, None).to(torch.float32)
+        return like_lead(torch.matmul(a.mT.flatten(1, 2).mT, b.flatten(1, 2)).unsqueeze(1), like)
+    return like_lead(mm(a, b, low), like)
+
+
+def like_lead(cotangent: Tensor, like: Tensor) -> Tensor:
+    """Sum a cotangent over the heads or sequences that share `like`."""
+    shared = [axis for axis in (0, 1) if like.shape[axis] == 1 and cotangent.shape[axis] > 1]
+    return cotangent.sum(shared, keepdim=True) if shared else cotangent
+
+
+def reshape(x: Tensor, *tile: int) -> Tensor:
+    """The tile in another shape."""
+    return x.reshape(*x.shape[:2], *tile)
+
+
+def expand(x: Tensor, *tile: int) -> Tensor:
+    """The tile broadcast to a shape."""
+    x = x.reshape(*x.shape[:2], *[1] * (len(tile) + 2 - x.ndim), *x.shape[2:])
+    return x.expand(*x.shape[:2], *tile)
+
+
+def cat(tiles: Sequence[Tensor], axis: int) -> Tensor:
+    """Tiles joined along an axis counted from the end."""
+    heads, sequences = (max(t.shape[axis] for t in tiles) for axis in (0, 1))
+    return torch.cat([t.expand(heads, sequences, *t.shape[2:]) for t in tiles], axis)
+
+
+def filled(value: float, *tile: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tile of one number."""
+    return torch.full((1, 1, *tile), value, dtype=dtype, device=device)
+
+
+def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Sum of two cotangents, None being zero."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def take(x: Tensor, index: Tensor | None, start: int, stop: int) -> Tensor:
+    """The tokens of one batch: x [H, B, N, *] at start:stop of the order [H, B, N], or as they come."""
+    if index is None:
+        return x[:, :, start:stop]
+    chosen = index[:, :, start:stop]
+    chosen = chosen.reshape(*chosen.shape, *[1] * (x.ndim - 3))
+    heads, sequences = max(x.shape[0], chosen.shape[0]), max(x.shape[1], chosen.shape[1])
+    source = x.expand(heads, sequences, *x.shape[2:])
+    return source.gather(2, chosen.expand(heads, sequences, stop - start, *x.shape[3:]))
+
+
+def untake(pieces: Sequence[Tensor | None], index: Tensor, like: Tensor) -> Tensor | None:
+    """Cotangents of all batches, back in the order the tokens came in; each token is in exactly one batch."""
+    given = [p for p in pieces if p is not None]
+    if not given:
+        return None
+    inverse = index.argsort(-1)
+    heads, sequences = max(p.shape[0] for p in given), max(p.shape[1] for p in given)
+    joined = torch.cat([p.expand(heads, sequences, *p.shape[2:]) for p in given], 2)
+    return like_lead(take(joined, inverse, 0, index.shape[-1]), like)
+
+
+def stack(tiles: Sequence[Tensor], axis: int, like: Tensor | None = None) -> Tensor:
+    """Tiles stacked along a new axis; of none, an empty stack of what `like` is."""
+    if not tiles:
+        assert like is not None
+        return like.new_empty(0, *like.shape)
+    return torch.stack(torch.broadcast_tensors(*tiles), axis)
+
+
+def zeros(like: Tensor) -> Tensor:
+    """The cotangent of an input that nothing depends on."""
+    return torch.zeros_like(like)

@@ -1,0 +1,1 @@
+"""What a loop costs, and which form of it to run."""

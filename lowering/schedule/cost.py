@@ -1,0 +1,65 @@
+"""What a tile graph costs: FLOPs and bytes as sympy expressions in n, from the rows of its ops."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from nestloop.lowering import ops
+from nestloop.lowering.ops import Kind
+
+N_TOKENS = sympy.Symbol("n", integer=True, positive=True)
+
+
+def symbolic(size: Any) -> Any:
+    """A traced size with the token axis as the symbol n."""
+    if isinstance(size, int):
+        return sympy.Integer(size)
+    expr = size.node.expr
+    return expr.subs({symbol: N_TOKENS for symbol in expr.free_symbols})
+
+
+def elements(value: torch.Tensor) -> Any:
+    """How many elements a traced tile has."""
+    return math.prod([symbolic(s) for s in value.shape], start=sympy.Integer(1))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one tile graph, per head and sequence.
+
+    Attributes:
+        products: FLOPs in matrix products (2 per multiply-add).
+        elementwise: FLOPs elsewhere, with an activation at its usual price.
+        traffic: elements written if nothing is fused.
+    """
+
+    products: Any
+    elementwise: Any
+    traffic: Any
+
+    def at(self, tokens: int) -> tuple[int, int, int]:
+        """The numbers for a tile of `tokens` tokens."""
+        return tuple(int(sympy.sympify(e).subs(N_TOKENS, tokens)) for e in (self.products, self.elementwise, self.traffic))  # type: ignore[return-value]
+
+
+def cost(module: fx.GraphModule) -> Cost:
+    """The cost of a tile graph."""
+    products = elementwise = traffic = sympy.Integer(0)
+    for node in module.graph.nodes:
+        if node.op != "call_function" or ops.is_size_op(node.target):
+            continue
+        row, size = ops.row(node.target), elements(node.meta["val"])
+        if row.kind is Kind.PRODUCT:
+            products += 2 * size * symbolic(node.args[0].meta["val"].shape[-1])
+        elif row.kind is Kind.REDUCTION:
+            elementwise += row.work * elements(node.args[0].meta["val"])
+        else:
+            elementwise += row.work * size
+        traffic += 0 if row.kind in (Kind.VIEW, Kind.CREATE) else size
+    return Cost(sympy.expand(products), sympy.expand(elementwise), sympy.expand(traffic))

@@ -1,0 +1,350 @@
+"""Algebra that every graph goes through: constants folded, zeros followed, broadcasts left to broadcasting.
+
+A graph is rebuilt node by node. A value is a node of the new graph, or a `Fill`: a tensor of which every element is
+one number, or one 0-d node. Each rule is an identity of real arithmetic; following zeros is what turns a first
+step from W = 0 into linear attention (2310.13807 sec. 7: "the compiler is unaware that W_0 = 0").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch.compile_utils import fx_graph_cse
+
+from nestloop.lowering import ops
+from nestloop.lowering.ops import Kind
+
+aten = torch.ops.aten
+
+_ARITHMETIC = {
+    aten.add.Tensor: lambda a, b: a + b,
+    aten.add.Scalar: lambda a, b: a + b,
+    aten.sub.Tensor: lambda a, b: a - b,
+    aten.sub.Scalar: lambda a, b: a - b,
+    aten.mul.Tensor: lambda a, b: a * b,
+    aten.mul.Scalar: lambda a, b: a * b,
+    aten.div.Tensor: lambda a, b: a / b,
+    aten.div.Scalar: lambda a, b: a / b,
+    aten.neg.default: lambda a: -a,
+    aten.pow.Tensor_Scalar: lambda a, b: a**b,
+}
+_MUL = (aten.mul.Tensor, aten.mul.Scalar)
+_ADD = (aten.add.Tensor, aten.add.Scalar)
+_SUB = (aten.sub.Tensor, aten.sub.Scalar)
+_DIV = (aten.div.Tensor, aten.div.Scalar)
+
+
+@dataclass(frozen=True)
+class Fill:
+    """A tensor filled with one number, or with one 0-d node's value."""
+
+    value: float | fx.Node
+
+    @property
+    def number(self) -> float | None:
+        return self.value if not isinstance(self.value, fx.Node) else None
+
+
+class _Rebuild:
+    """One pass over a graph, producing a simpler one."""
+
+    def __init__(self, known: Mapping[str, float], zero_is_none: bool) -> None:
+        self.known, self.zero_is_none = known, zero_is_none
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, Any] = {}
+        self.old: fx.Node | None = None
+
+    def run(self, module: fx.GraphModule) -> fx.GraphModule:
+        for node in module.graph.nodes:
+            self.old = node
+            if node.op == "placeholder":
+                self.env[node] = self._placeholder(node)
+            elif node.op == "output":
+                results = node.args[0]
+                one = isinstance(results, fx.Node)
+                made = [self._output(r) for r in ([results] if one else results)]
+                self.graph.output(made[0] if one else tuple(made))
+            elif ops.is_size_op(node.target):
+                self.env[node] = self._copy(node, self._mapped(node.args), node.kwargs)
+            else:
+                self.env[node] = self._call(node)
+        self.graph.eliminate_dead_code()
+        return fx.GraphModule(torch.nn.Module(), _common_subexpressions(self.graph))
+
+    def _placeholder(self, node: fx.Node) -> Any:
+        name = node.meta.get("declared", node.name)
+        new = self.graph.placeholder(name)
+        new.meta.update(node.meta)
+        return Fill(self.known[name]) if name in self.known else new
+
+    def _output(self, result: Any) -> Any:
+        if not isinstance(result, fx.Node):
+            return result
+        value = self.env[result]
+        if isinstance(value, Fill) and value.number == 0 and self.zero_is_none:
+            return None
+        return self._tensor(value, result)
+
+    def _copy(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+        new = self.graph.call_function(node.target, tuple(args), dict(kwargs))
+        new.meta.update(node.meta)
+        if "where" not in new.meta:  # a derivative's line is that of what it is computed from
+            inputs = [n.meta["where"] for n in new.all_input_nodes if "where" in n.meta]
+            if inputs:
+                new.meta["where"] = inputs[-1]
+        return new
+
+    def _emit(self, target: Any, args: tuple[Any, ...], like: fx.Node, val: Any = None) -> fx.Node:
+        """A node that the original graph did not have, for the original node `like`."""
+        new = self.graph.call_function(target, args)
+        new.meta.update(like.meta)
+        if val is not None:
+            new.meta["val"] = val
+        if "where" not in new.meta:
+            inputs = [n.meta["where"] for n in new.all_input_nodes if "where" in n.meta]
+            new.meta.update({"where": inputs[-1]} if inputs else {})
+        return new
+
+    def _mapped(self, args: Any) -> list[Any]:
+        return [fx.node.map_arg(a, lambda n: self._tensor(self.env[n], n)) for a in args]
+
+    def _tensor(self, value: Any, old: fx.Node) -> Any:
+        """A value as a node: a `Fill` becomes a constant, or an expanded scalar, of the old node's shape."""
+        if not isinstance(value, Fill):
+            return value
+        shape = [self._size(s, old) for s in old.meta["val"].shape]
+        if value.number is not None:
+            return self._emit(aten.full.default, (shape, value.number), old)
+        if not shape:
+            return value.value
+        return self._emit(aten.expand.default, (value.value, shape), old)
+
+    def _size(self, size: Any, old: fx.Node) -> Any:
+        """A size as an int, or a node that computes it from a tensor which has it as an axis."""
+        if isinstance(size, int):
+            return size
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor):
+                for axis, other in enumerate(value.shape):
+                    if not isinstance(other, int) and other.node.expr == size.node.expr:
+                        new = self.graph.call_function(aten.sym_size.int, (node, axis))
+                        new.meta["val"] = other
+                        return new
+        raise AssertionError(f"no tensor has the size {size} of {old}")
+
+    def _call(self, node: fx.Node) -> Any:
+        row = ops.row(node.target)
+        args = [self.env[a] if isinstance(a, fx.Node) else a for a in node.args]
+        if row.kind is Kind.CREATE:
+            return self._create(node)
+        simple = None
+        if row.kind is Kind.POINTWISE:
+            simple = self._pointwise(node, args)
+        elif row.kind is Kind.VIEW:
+            simple = self._view(node, args)
+        elif row.kind is Kind.PRODUCT and any(isinstance(a, Fill) and a.number == 0 for a in args):
+            simple = Fill(0.0)
+        elif row.kind is Kind.REDUCTION:
+            simple = self._reduction(node, args)
+        elif row.kind is Kind.MOVE and isinstance(args[0], Fill):
+            zero = args[0].number == 0 and node.target in (aten.tril.default, aten.triu.default)
+            if zero or node.target in (aten.slice.Tensor, aten.select.int, aten.flip.default):
+                simple = args[0]
+        return self._copy(node, self._mapped(node.args), node.kwargs) if simple is None else simple
+
+    def _create(self, node: fx.Node) -> Any:
+        numbers = {"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0}
+        name = node.target._schema.name.split("::")[-1]
+        value = numbers.get(name, node.args[{"scalar_tensor": 0, "new_full": 2}.get(name, 1)] if name not in numbers else 0)
+        if node.meta["val"].dtype == torch.bool or not isinstance(value, (int, float)):
+            return self._copy(node, self._mapped(node.args), node.kwargs)
+        return Fill(float(value))
+
+    def _view(self, node: fx.Node, args: list[Any]) -> Any:
+        source = args[0]
+        if isinstance(source, Fill) or node.target in (aten.clone.default, aten.alias.default):
+            return source
+        shape, before = node.meta["val"].shape, source.meta["val"].shape
+        if node.target is aten.permute.default:
+            order = [d % len(shape) for d in node.args[1]]
+            if order == list(range(len(order))):
+                return source
+            if source.target is aten.permute.default:
+                inner = [d % len(shape) for d in source.args[1]]
+                if [inner[d] for d in order] == list(range(len(order))):
+                    return source.args[0]
+        elif node.target in (aten.view.default, aten.expand.default, aten._unsafe_view.default):
+            if _same_shape(shape, before):
+                return source
+            if node.target is aten.expand.default and not before:
+                return Fill(source)
+        return None
+
+    def _reduction(self, node: fx.Node, args: list[Any]) -> Any:
+        source = args[0]
+        if not isinstance(source, Fill):
+            return None
+        name = node.target._schema.name.split("::")[-1]
+        if name in ("mean", "amax", "amin") or source.number == 0:
+            return source
+        count = math.prod(node.args[0].meta["val"].shape) if name == "sum" else None
+        rest = math.prod(node.meta["val"].shape)
+        if isinstance(count, int) and isinstance(rest, int) and source.number is not None:
+            return Fill(source.number * (count // rest))
+        return None
+
+    def _pointwise(self, node: fx.Node, args: list[Any]) -> Any:
+        if node.kwargs.get("alpha", 1) != 1 or node.meta["val"].dtype == torch.bool:
+            return self._broadcast(node, args)
+        args = [Fill(a) if isinstance(a, fx.Node) and _is_scalar(a) else a for a in args]
+        arithmetic = _ARITHMETIC.get(node.target)
+        numbers = [a.number if isinstance(a, Fill) else a if isinstance(a, (int, float)) else None for a in args]
+        if arithmetic and all(n is not None for n in numbers):
+            return Fill(float(arithmetic(*numbers)))
+        fills = [isinstance(a, (Fill, int, float)) for a in args]
+        if arithmetic and all(fills):  # scalars times numbers stay scalars
+            inner = [a.value if isinstance(a, Fill) else a for a in args]
+            identity = self._identity(node.target, inner, numbers)
+            if identity is None:
+                identity = self._emit(node.target, tuple(inner), node, torch.empty((), device="meta"))
+            return identity if isinstance(identity, Fill) else Fill(identity)
+        identity = self._identity(node.target, args, numbers)
+        if isinstance(identity, Fill):
+            return identity
+        if identity is not None:
+            shape = node.meta["val"].shape
+            if _same_shape(identity.meta["val"].shape, shape):
+                return identity
+            return self._emit(aten.expand.default, (identity, [self._size(s, node) for s in shape]), node)
+        folded = self._fold_factor(node, args, numbers)
+        return folded if folded is not None else self._broadcast(node, args)
+
+    def _identity(self, target: Any, args: list[Any], numbers: list[Any]) -> Any:
+        """x * 1, x + 0, x - 0, x / 1, x ** 1 are x; x * 0 and 0 / x are 0."""
+        if target in _MUL:
+            if 0 in numbers:
+                return Fill(0.0)
+            return args[1] if numbers[0] == 1 else args[0] if numbers[1] == 1 else None
+        if target in _ADD:
+            return args[1] if numbers[0] == 0 else args[0] if numbers[1] == 0 else None
+        if target in _SUB and numbers[1] == 0:
+            return args[0]
+        if target in _DIV:
+            return Fill(0.0) if numbers[0] == 0 else args[0] if numbers[1] == 1 else None
+        if target is aten.pow.Tensor_Scalar and numbers[1] in (0, 1):
+            return args[0] if numbers[1] == 1 else Fill(1.0)
+        return None
+
+    def _fold_factor(self, node: fx.Node, args: list[Any], numbers: list[Any]) -> Any:
+        """Numbers gather in one factor: (x a) b = x (a b), -(x a) = x (-a), 0 - x = -x; x^2 is x x."""
+        target = node.target
+        if target is aten.neg.default:
+            factor, source = -1.0, args[0]
+        elif target in _MUL and (numbers[0] is not None) != (numbers[1] is not None):
+            factor, source = (numbers[0], args[1]) if numbers[0] is not None else (numbers[1], args[0])
+        elif target in _SUB and numbers[0] == 0:
+            factor, source = -1.0, args[1]
+        elif target is aten.pow.Tensor_Scalar and numbers[1] == 2 and isinstance(args[0], fx.Node):
+            return self._emit(aten.mul.Tensor, (args[0], args[0]), node)
+        else:
+            return None
+        if not isinstance(source, fx.Node) or not _same_shape(source.meta["val"].shape, node.meta["val"].shape):
+            return None
+        if source.target is aten.neg.default:
+            factor, source = -factor, source.args[0]
+        elif source.target in _MUL and isinstance(source.args[1], (int, float)):
+            factor, source = factor * source.args[1], source.args[0]
+        if factor == 1:
+            return source
+        if factor == -1:
+            return self._emit(aten.neg.default, (source,), node)
+        return self._emit(aten.mul.Tensor, (source, factor), node)
+
+    def _broadcast(self, node: fx.Node, args: list[Any]) -> Any:
+        """Fills enter as scalars and expansions are dropped wherever the other operands give the shape."""
+        wanted = node.meta["val"].shape
+        slim: list[Any] = []
+        for value in args:
+            if isinstance(value, Fill):
+                slim.append(value.value)
+            elif isinstance(value, fx.Node) and value.target is aten.expand.default:
+                slim.append(value.args[0])
+            else:
+                slim.append(value)
+        ranks = [s.meta["val"].shape for s in slim if isinstance(s, fx.Node) and not _is_size(s)]
+        has_tensor_first = isinstance(slim[0], fx.Node) or node.target not in _ONLY_TENSOR_FIRST
+        if ranks and has_tensor_first and _same_shape(_broadcast_shape(ranks), wanted) and _takes_numbers(node, slim):
+            return self._copy(node, slim, node.kwargs)
+        return None
+
+
+_ONLY_TENSOR_FIRST = {aten.where.self, aten.maximum.default, aten.minimum.default}
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node is a size: a Python number where the code runs."""
+    return not isinstance(node.meta["val"], torch.Tensor)
+
+
+def _is_scalar(node: fx.Node) -> bool:
+    return _is_size(node) or not node.meta["val"].shape
+
+
+def _takes_numbers(node: fx.Node, slim: list[Any]) -> bool:
+    """Whether every number stands where the op's generated spelling takes one."""
+    plain = {*_ARITHMETIC, aten.where.self}
+    for old, new in zip(node.args, slim, strict=True):
+        if isinstance(old, fx.Node) and not isinstance(new, fx.Node) and node.target not in plain:
+            return False
+    return True
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    return len(a) == len(b) and all(_same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _same_size(a: Any, b: Any) -> bool:
+    if isinstance(a, int) or isinstance(b, int):
+        return isinstance(a, int) and isinstance(b, int) and a == b
+    return a.node.expr == b.node.expr
+
+
+def _broadcast_shape(shapes: list[Any]) -> list[Any]:
+    rank = max(len(s) for s in shapes)
+    result: list[Any] = [1] * rank
+    for shape in shapes:
+        for axis in range(1, len(shape) + 1):
+            if _same_size(result[-axis], 1):
+                result[-axis] = shape[-axis]
+    return result
+
+
+def _common_subexpressions(graph: fx.Graph) -> fx.Graph:
+    merged = fx_graph_cse(graph)
+    for new, old in zip(merged.find_nodes(op="placeholder"), graph.find_nodes(op="placeholder"), strict=True):
+        new.meta.update(old.meta)
+    merged.eliminate_dead_code()
+    return merged
+
+
+def simplify(
+    module: fx.GraphModule, known: Mapping[str, float] | None = None, zero_is_none: bool = False
+) -> fx.GraphModule:
+    """The same function with less work.
+
+    Args:
+        module: placeholders named in `meta["declared"]`; every node has a row or computes a size.
+        known: inputs that are filled with a number, by name (fast weights that start at zero).
+        zero_is_none: results that are exactly zero become None (cotangents).
+
+    Returns:
+        A new module with the same placeholders.
+    """
+    first = _Rebuild(known or {}, zero_is_none).run(module)
+    return _Rebuild({}, zero_is_none).run(first)

@@ -50,9 +50,8 @@ def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> Weights:
     for name, shape in shapes.items():
         noise = torch.randn(shape, generator=generator)
         matrix = not name.endswith(("bias", "scale"))
-        attention = (
-            name.endswith(("query.kernel", "key.kernel", "value.kernel")) and len(shape) == 3
-        )  # [W, H, d]
+        # attention's kernels are [W, H, d], all others end in [fan-in, fan-out]
+        attention = len(shape) == 3 and name.endswith(("query.kernel", "key.kernel", "value.kernel"))
         size = shape[0 if attention else -2] ** -0.5 if matrix else 0.1
         weights[name] = noise * size + (1.0 if name.endswith("scale") else 0.0)
     return weights

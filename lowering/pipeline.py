@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestloop.lang.binding import Binding
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.capture import Captured, Tracer, capture_with
 from nestloop.lowering.differentiate import Piece, pieces
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
-from nestloop.lowering.rewrites import Rewrite, attend, rewrites
+from nestloop.lowering.rewrites import Rewrite, attend, dot_product_scale, rewrites
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.library import NestedLoopOp, Signature
 from nestloop.lowering.schedule.cost import cost
@@ -68,24 +67,27 @@ def stages(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bo
     return Lowered(captured, differentiated, applied, None if attention else emitter.emit())
 
 
-_OPS: dict[str, Executable] = {}
+EXECUTABLES: dict[str, Executable] = {}
 
 
-def build(lowered: Lowered, losses: bool, inductor: bool) -> Executable:
-    """The last stage: source -> a function of views, weights, state and order."""
+def build(lowered: Lowered, losses: bool, inductor: bool) -> str:
+    """The last stage: source -> a function of views, weights, state and order, by its name in `EXECUTABLES`."""
     spec = lowered.spec
     if lowered.source is None:
-        return attend(lowered.captured)
+        scale = dot_product_scale(lowered.captured)
+        name = f"softmax_attention_{scale}"
+        EXECUTABLES.setdefault(name, attend(scale))
+        return name
     name = re.sub(r"\W", "_", spec.name).lower()
     path = cache.write(name, lowered.source.text)
     key = f"{path.stem}_inductor" if inductor else path.stem
-    if key not in _OPS:
+    if key not in EXECUTABLES:
         module = cache.load(path)
         if inductor:
             module = _compiled(module, lowered.pieces)
         op = NestedLoopOp(key, module, _signature(lowered, losses), _flops(lowered))
-        _OPS[key] = _executable(op, spec, lowered.source)
-    return _OPS[key]
+        EXECUTABLES[key] = _executable(op, spec, lowered.source)
+    return key
 
 
 def _compiled(module: Any, parts: dict[str, Piece]) -> Any:
@@ -117,7 +119,7 @@ def _signature(lowered: Lowered, losses: bool) -> Signature:
         tiles={**tiles, "z": lowered.captured.output},
         ends=() if estimator else tuple(spec.fast),
         losses=losses and not estimator,
-        steps=(lambda length: 1) if estimator else (lambda length: len(spec.schedule.batches(length))),
+        steps=(lambda length: 1) if estimator else spec.schedule.steps_on,
         ordered=spec.schedule.needs_order and not estimator,
         heads=sizes["H"],
     )
@@ -173,24 +175,21 @@ def _heads_first(view: Tensor, declared: Any) -> Tensor:
     return view.unsqueeze(0) if getattr(declared, "shared", False) else view.transpose(0, 1)
 
 
-def lower(spec: LoopSpec, binding: Binding, losses: bool, carried: bool, inductor: bool) -> Executable:
-    """The op for one call's sizes. Cached sources make this fast the second time.
+def lower(
+    spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool, inductor: bool
+) -> str:
+    """The name in `EXECUTABLES` of the op for one set of sizes. Cached sources make this fast the second time.
+
+    Args:
+        tokens: one sequence length, or None for any; then "" is returned where a body holds for one length only.
 
     Raises:
         CompileError: a body cannot be compiled.
     """
-    sizes = {**binding.dims, "H": binding.heads}
-    lowered = _any_length(spec, sizes, binding.tokens, losses, carried)
+    lowered = stages(spec, sizes, tokens, losses, carried)
+    if tokens is None and lowered.captured.tokens is not None:
+        return ""
     return build(lowered, losses, inductor)
-
-
-def _any_length(spec: LoopSpec, sizes: dict[str, int], tokens: int, losses: bool, carried: bool) -> Lowered:
-    """Lower for every sequence length; for this one alone where the declaration or a body fixes it."""
-    if spec.grid is None:
-        lowered = stages(spec, sizes, None, losses, carried)
-        if lowered.captured.tokens in (None, tokens):
-            return lowered
-    return stages(spec, sizes, tokens, losses, carried)
 
 
 def token_output(spec: LoopSpec, sizes: dict[str, int]) -> tuple[int, ...]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nestloop import reference
 from nestloop.errors import MissingPartError, UnknownBackendError
-from nestloop.lang.binding import Binding, bind
+from nestloop.lang.binding import bind
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lowering import pipeline
@@ -49,7 +50,7 @@ class CompiledLoop:
                 fix='write backend="auto"',
             )
         self.requested, self.inductor, self.dims = backend, inductor, dims
-        self._executables: dict[tuple[int, ...], pipeline.Executable] = {}
+        self._names: dict[Any, str] = {}
 
     @property
     def backend(self) -> str:
@@ -108,17 +109,21 @@ class CompiledLoop:
         if self.backend == "reference":
             carried = None if state is None else dict(state)
             return reference.run(self.spec, binding, dict(views), dict(weights), carried, order, return_losses)
-        key = self._key(binding, return_losses, state is not None)
-        if key not in self._executables:
-            self._executables[key] = pipeline.lower(
-                self.spec, binding, return_losses, state is not None, self.inductor
-            )
-        return self._executables[key](views, weights, state, order)
+        carried = state is not None
+        sizes = tuple(sorted({**binding.dims, "H": binding.heads}.items()))
+        name = self._lowered(return_losses, carried, 0, sizes) if self.spec.grid is None else ""
+        if not name:  # the declaration, or a body, holds for one sequence length only
+            name = self._lowered(return_losses, carried, binding.tokens, sizes)
+        return pipeline.EXECUTABLES[name](views, weights, state, order)
 
-    def _key(self, binding: Binding, losses: bool, carried: bool) -> tuple[int, ...]:
-        """What an executable is for: any sequence length, unless the declaration fixes it."""
-        tokens = binding.tokens if self.spec.grid is not None else 0
-        return (losses, carried, binding.heads, tokens, *[binding.dims[name] for name in sorted(binding.dims)])
+    @torch.compiler.assume_constant_result
+    def _lowered(self, losses: bool, carried: bool, tokens: int, sizes: tuple[tuple[str, int], ...]) -> str:
+        """The name of the executable for these sizes, lowered the first time it is asked for (also while Dynamo traces a
+        call, for which a name is a constant)."""
+        key = (losses, carried, tokens, sizes)
+        if key not in self._names:
+            self._names[key] = pipeline.lower(self.spec, dict(sizes), tokens or None, losses, carried, self.inductor)
+        return self._names[key]
 
     def prepare(self, heads: int) -> tuple[int, ...]:
         """Check the bodies for the known sizes, lower them where no call needs to be seen first, and give the shape of
@@ -127,12 +132,10 @@ class CompiledLoop:
         Raises the `CompileError` of whatever is wrong in a body.
         """
         sizes = {**self.spec.default_dims, **self.dims, "H": heads}
-        if self.spec.grid is None and self.backend != "reference":
-            plain = {name: size for name, size in sizes.items() if name != "H"}
-            binding = Binding(1, heads, 1, plain)
-            self._executables[self._key(binding, False, False)] = pipeline.lower(
-                self.spec, binding, False, False, self.inductor
-            )
+        grid = self.spec.grid
+        if self.backend != "reference" and (grid is None or all(name in sizes for name in grid)):
+            tokens = 0 if grid is None else sizes[grid[0]] * sizes[grid[1]]
+            self._lowered(False, False, tokens, tuple(sorted(sizes.items())))
         return pipeline.token_output(self.spec, sizes)
 
 

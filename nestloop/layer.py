@@ -14,7 +14,7 @@ from nestloop.compile import CompiledLoop, spec_of
 from nestloop.errors import InputError
 from nestloop.lang import init
 from nestloop.lang.declare import Gate, Slow, View, caller
-from nestloop.lang.loop import Loop
+from nestloop.lang.loop import Loop, LoopSpec
 
 
 class Branch(nn.Module):
@@ -26,9 +26,9 @@ class Branch(nn.Module):
 
     def __init__(self, loop: type[Loop], sizes: dict[str, int], backend: str, inductor: bool) -> None:
         super().__init__()
-        self.spec = spec_of(loop)
-        self.heads = self.spec.heads or sizes["H"]
-        self.sizes = {**self.spec.default_dims, **sizes, "H": self.heads}
+        spec = spec_of(loop)
+        self.heads = spec.heads or sizes["H"]
+        self.sizes = {**spec.default_dims, **sizes, "H": self.heads}
         plain = {name: size for name, size in self.sizes.items() if name not in ("H", "N", "n", "B")}
         self.op = CompiledLoop(loop, backend, inductor, **plain)
         self.features = math.prod(self.op.prepare(self.heads))
@@ -41,6 +41,16 @@ class Branch(nn.Module):
             value = init.fill(torch.empty(shape if shared else [self.heads, *shape]), weight.init, not shared)
             learned = isinstance(weight, Slow) or weight.learned
             (self.fast if name in self.spec.fast else self.slow)[name] = nn.Parameter(value, learned)
+
+    @property
+    def spec(self) -> LoopSpec:
+        """The loop's declaration."""
+        return self.op.spec
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "op" in state:  # a copy, or an unpickled layer, is lowered again now, not in the middle of a traced call
+            self.op.prepare(self.heads)
 
     def _projection(self, view: View | Gate) -> nn.Linear:
         width = self.sizes["D"]

@@ -82,9 +82,8 @@ def _scaled_input(node: Any, name: str, transposed: bool = False) -> float | Non
     return None
 
 
-def attend(captured: Captured) -> Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]:
+def attend(scale: float | None) -> Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]:
     """The loop as PyTorch's own attention, differentiable as it is."""
-    scale = dot_product_scale(captured)
 
     def run(
         views: Mapping[str, Tensor], weights: Mapping[str, Tensor], state: Any, order: Any

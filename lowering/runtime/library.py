@@ -191,34 +191,37 @@ class NestedLoopOp:
         return batched.movedim(0, axis).flatten(axis, axis + 1)
 
     def _function(self) -> type[torch.autograd.Function]:
-        op = self
+        # What the methods below close over are ops, numbers and tuples: all that Dynamo can put in a graph.
+        forward_op, backward_op = self.forward_op, self.backward_op
+        results = self.signature.results
+        states = tuple(i for i, name in enumerate(results) if name.startswith(("end_", "between_")))
+        between = tuple(i for i, name in enumerate(results) if name.startswith("between_"))
+        inputs_count, cotangents, ordered = len(self.signature.inputs), len(self.cotangents), self.signature.ordered
 
         class NestedLoop(torch.autograd.Function):
+            generate_vmap_rule = True
+
             @staticmethod
             def forward(*tensors: Tensor) -> Any:
-                return op.forward_op(*tensors)
+                return forward_op(*tensors)
 
             @staticmethod
             def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-                results = output if isinstance(output, tuple) else (output,)
-                names = dict(zip(op.signature.results, results, strict=True))
-                states = [t for n, t in names.items() if n.startswith(("end_", "between_"))]
-                ctx.mark_non_differentiable(*[t for n, t in names.items() if n.startswith("between_")])
-                ctx.save_for_backward(*inputs, *states)
-                ctx.inputs = len(inputs)
+                made = output if isinstance(output, tuple) else (output,)
+                ctx.mark_non_differentiable(*[made[i] for i in between])
+                ctx.save_for_backward(*inputs, *[made[i] for i in states])
 
             @staticmethod
             def backward(ctx: Any, *grads: Tensor) -> Any:
                 saved = ctx.saved_tensors
-                inputs, states = saved[: ctx.inputs], saved[ctx.inputs :]
-                tensors, order = op._split(inputs)
-                wanted = grads[: len(op.cotangents)]
-                made = op.backward_op(*tensors, *states, *wanted, *([] if order is None else [order]))
-                made = made if isinstance(made, tuple | list) else (made,)
-                return (*made, None) if order is not None else tuple(made)
+                inputs = saved[:inputs_count]
+                order = saved[inputs_count : inputs_count + 1] if ordered else ()
+                kept = saved[inputs_count + len(order) :]
+                made = backward_op(*inputs, *kept, *grads[:cotangents], *order)
+                made = tuple(made) if isinstance(made, (tuple, list)) else (made,)
+                return (*made, None) if ordered else made
 
         NestedLoop.__name__ = f"NestedLoop_{self.name}"
-        NestedLoop.generate_vmap_rule = True
         return NestedLoop
 
 

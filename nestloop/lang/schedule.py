@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from nestloop.errors import IllegalScheduleError
 from nestloop.lang.declare import caller
 
@@ -24,6 +26,10 @@ class BatchSchedule:
 
     def batches(self, tokens: int) -> list[tuple[int, int]]:
         """(start, stop) of each step's batch, in a sequence of `tokens` tokens."""
+        raise NotImplementedError
+
+    def steps_on(self, tokens: int) -> int:
+        """How many steps `batches` makes; `tokens` may be a traced size."""
         raise NotImplementedError
 
     def weight(self, batch_tokens: int) -> float:
@@ -67,7 +73,10 @@ class FullBatch(BatchSchedule):
         self._check(steps, "steps")
 
     def batches(self, tokens: int) -> list[tuple[int, int]]:
-        return [(0, tokens)] * self.steps if tokens else []
+        return [(0, tokens)] * self.steps_on(tokens)
+
+    def steps_on(self, tokens: int) -> int:
+        return self.steps if tokens else 0
 
 
 @dataclass(frozen=True)
@@ -97,9 +106,12 @@ class Shuffled(BatchSchedule):
         return self.count
 
     def batches(self, tokens: int) -> list[tuple[int, int]]:
-        count = min(self.count, tokens)
+        count = self.steps_on(tokens)
         small, larger = divmod(tokens, count) if count else (0, 0)
         bounds = [0]
         for index in range(count):
             bounds.append(bounds[-1] + small + (index < larger))
         return list(zip(bounds, bounds[1:], strict=False))
+
+    def steps_on(self, tokens: int) -> int:
+        return torch.sym_min(self.count, tokens)

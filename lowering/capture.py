@@ -227,6 +227,7 @@ class _BodyMode(TorchDispatchMode):
         if graph is not None and where is not None:
             for node in list(graph.nodes)[before:]:
                 node.meta.setdefault("where", where)
+                node.meta.setdefault("called", name)
         return result
 
 

@@ -1,6 +1,6 @@
 """The compiler on one screen: each stage a function from one printable value to the next.
 
-    declare -> capture -> differentiate (with rewrites) -> schedule -> emit -> run
+    declare -> capture -> check -> differentiate -> rewrite -> schedule -> emit -> run
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nestloop.lang.loop import LoopSpec
+from nestloop.lowering.axes import Typing, check_tokens, type_axes
 from nestloop.lowering.capture import Captured, Tracer, capture_with
 from nestloop.lowering.differentiate import Piece, pieces
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
@@ -31,12 +32,14 @@ class Lowered:
 
     Attributes:
         captured: the bodies as graphs.
+        typing: the axes of the loss, and what mixes tokens; None for a kernel estimator.
         pieces: step, read-out and their backwards, simplified.
         rewrites: every rule, whether it fired and why.
         source: the generated module; None where the loop runs on PyTorch's own attention.
     """
 
     captured: Captured
+    typing: Typing | None
     pieces: dict[str, Piece]
     rewrites: list[Rewrite]
     source: TorchSource | None
@@ -60,11 +63,14 @@ def stages(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bo
     """
     tracer = Tracer(spec, sizes, tokens)
     captured = capture_with(tracer)
+    typing = None if captured.loss is None else type_axes(spec, captured.loss)
+    if typing is not None:
+        check_tokens(spec, typing)
     differentiated = pieces(captured, tracer, losses)
     applied = rewrites(captured, differentiated)
     attention = next((r for r in applied if r.name == "softmax attention" and r.fired), None)
     emitter = TorchEmitter(captured, differentiated, losses, carried)
-    return Lowered(captured, differentiated, applied, None if attention else emitter.emit())
+    return Lowered(captured, typing, differentiated, applied, None if attention else emitter.emit())
 
 
 EXECUTABLES: dict[str, Executable] = {}

@@ -222,6 +222,9 @@ class _Rebuild:
             if _same_shape(identity.meta["val"].shape, shape):
                 return identity
             return self._emit(aten.expand.default, (identity, [self._size(s, node) for s in shape]), node)
+        sunk = self._below_expansion(node, args)
+        if sunk is not None:
+            return sunk
         folded = self._fold_factor(node, args, numbers)
         return folded if folded is not None else self._broadcast(node, args)
 
@@ -265,6 +268,19 @@ class _Rebuild:
         if factor == -1:
             return self._emit(aten.neg.default, (source,), node)
         return self._emit(aten.mul.Tensor, (source, factor), node)
+
+    def _below_expansion(self, node: fx.Node, args: list[Any]) -> Any:
+        """f(expand(x)) = expand(f(x)) where x is the only tensor: fewer elements to compute."""
+        tensors = [a for a in args if isinstance(a, fx.Node)]
+        if len(tensors) != 1 or tensors[0].target is not aten.expand.default:
+            return None
+        expansion = tensors[0]
+        inner = expansion.args[0]
+        slim = [inner if a is expansion else a.value if isinstance(a, Fill) else a for a in args]
+        if not _takes_numbers(node, slim) or inner.meta["val"].dtype != node.meta["val"].dtype:
+            return None
+        made = self._emit(node.target, tuple(slim), node, inner.meta["val"])
+        return self._emit(aten.expand.default, (made, expansion.args[1]), node)
 
     def _broadcast(self, node: fx.Node, args: list[Any]) -> Any:
         """Fills enter as scalars and expansions are dropped wherever the other operands give the shape."""

@@ -6,13 +6,14 @@ a long sequence holds only what is still needed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from nestloop.lowering import ops
+from nestloop.lowering.axes import Axes
 from nestloop.lowering.ops import Kind, Operands
 
 aten = torch.ops.aten
@@ -43,10 +44,13 @@ class TileFunction:
         module: a simplified tile graph.
         likes: for a backward, the input whose cotangent each result is; None for a forward.
         doc: its docstring.
+        axes: the names of each value's axes, for the comments.
     """
 
-    def __init__(self, name: str, module: fx.GraphModule, doc: str, likes: Sequence[str] | None = None) -> None:
-        self.name, self.module, self.doc, self.likes = name, module, doc, likes
+    def __init__(
+        self, name: str, module: fx.GraphModule, doc: str, axes: Mapping[fx.Node, Axes], likes: Sequence[str] | None = None
+    ) -> None:
+        self.name, self.module, self.doc, self.axes, self.likes = name, module, doc, axes, likes
         self.inputs = used_inputs(module)
         (results,) = next(node for node in module.graph.nodes if node.op == "output").args
         self.results: list[fx.Node | None] = list(results)
@@ -106,7 +110,7 @@ class TileFunction:
         self.text[node] = name
         names = [self.text[d] for d in dead if d not in self.scalar and self.text.get(d, "").isidentifier()]
         drop = f"; del {', '.join(names)}" if names else ""
-        shape = ", ".join(size_text(s) for s in node.meta["val"].shape)
+        shape = ", ".join(self.axes[node]).replace(" ", "").replace(",", ", ")
         where = node.meta.get("where")
         return [f"    {name} = {expression}{drop}  # [{shape}]{f' {where.short}' if where else ''}"]
 

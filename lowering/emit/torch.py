@@ -6,10 +6,14 @@ schedule. Backward recomputes each step from the fast weights it started from: w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from textwrap import indent
 
+from torch import fx
+
 from nestloop.lang.dims import DimExpr
+from nestloop.lowering.axes import Axes, readout_axes, type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece, needs_rate
 from nestloop.lowering.emit.tile import TileFunction
@@ -72,6 +76,7 @@ class TorchEmitter:
     def __init__(self, captured: Captured, pieces: dict[str, Piece], losses: bool, carried: bool) -> None:
         self.captured, self.spec = captured, captured.spec
         self.losses = losses and captured.loss is not None
+        self.output = readout_axes(captured)
         spec = self.spec
         self.tokens, self.fast, self.slow = list(spec.inputs), list(spec.fast), list(spec.slow)
         self.starts = [n for n in self.fast if carried or not spec.fast[n].frozen_zero]
@@ -85,10 +90,19 @@ class TorchEmitter:
                 name, name.replace("_", "-").capitalize() + ": every token at once"
             )
             returns = ", ".join(piece.results)
-            self.functions[name] = TileFunction(name, piece.forward, f"{title}. Returns {returns}.")
-            self.functions[f"{name}_vjp"] = TileFunction(
-                f"{name}_vjp", piece.backward, f"Cotangents of the inputs of {name}.", piece.wrt
+            self.functions[name] = TileFunction(
+                name, piece.forward, f"{title}. Returns {returns}.", self._axes(piece.forward)
             )
+            self.functions[f"{name}_vjp"] = TileFunction(
+                f"{name}_vjp",
+                piece.backward,
+                f"Cotangents of the inputs of {name}.",
+                self._axes(piece.backward),
+                piece.wrt,
+            )
+
+    def _axes(self, module: fx.GraphModule) -> Mapping[fx.Node, Axes]:
+        return type_axes(self.spec, module, self.output).axes
 
     def emit(self) -> TorchSource:
         """The module and its calling convention."""

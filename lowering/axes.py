@@ -1,0 +1,242 @@
+"""Stage `check`: every value typed by its axes, and proof that tokens do not mix, or the op that mixes them.
+
+An axis is named by the dim it was declared with: "n" for tokens, "d", "4*d". The axis rule of an op follows from its kind
+(`lowering.ops.row.Kind`). A token axis that is split (a grid's rows and columns) or joined with another stays a token
+axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from nestloop.errors import Location, TokenMixingError
+from nestloop.lang.loop import LoopSpec
+from nestloop.lowering import ops
+from nestloop.lowering.capture import Captured
+from nestloop.lowering.ops import Kind
+
+aten = torch.ops.aten
+
+Axes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """An op that lets one token's value reach another's."""
+
+    op: str
+    axes: Axes
+    where: Location | None
+
+    def __str__(self) -> str:
+        return f"{self.op} on [{', '.join(self.axes)}]" + (f" at {self.where.short}" if self.where else "")
+
+
+@dataclass(frozen=True)
+class Typing:
+    """The axes of every value of a graph.
+
+    Attributes:
+        axes: node -> the name of each axis.
+        mixing: the ops that mix tokens, in order; empty if every token is on its own.
+    """
+
+    axes: Mapping[fx.Node, Axes]
+    mixing: tuple[Mixing, ...]
+
+
+def is_token(axis: str) -> bool:
+    """Whether an axis runs over tokens, whole or in part."""
+    return axis == "n" or axis.startswith(("n.", "n*"))
+
+
+def declared_axes(spec: LoopSpec, name: str) -> Axes:
+    """The axes of one tile of a declared tensor, or of its cotangent or new value; scalars have none."""
+    declared = {**spec.fast, **spec.slow, **spec.inputs}
+    plain = name.removeprefix("d_").removesuffix("_new")
+    if plain not in declared:
+        return ()
+    token = ("n",) if plain in spec.inputs else ()
+    return (*token, *[str(e) for e in declared[plain].dims])
+
+
+def type_axes(spec: LoopSpec, module: fx.GraphModule, output: Axes = ()) -> Typing:
+    """Type every value of a tile graph. `output`: the axes of a read-out's cotangent."""
+    axes: dict[fx.Node, Axes] = {}
+    mixing: list[Mixing] = []
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        if node.op == "placeholder":
+            name = node.meta.get("declared", node.name)
+            seeded = output if name == "d_z" else declared_axes(spec, name)
+            axes[node] = seeded if len(seeded) == value.ndim else _by_size(value)
+        else:
+            axes[node], mixes = _rule(node, axes)
+            if mixes:
+                source = next((axes[a] for a in node.all_input_nodes if a in axes), ())
+                mixing.append(Mixing(node.meta.get("called", ops.row(node.target).name), source, node.meta.get("where")))
+    return Typing(axes, tuple(mixing))
+
+
+def readout_axes(captured: Captured) -> Axes:
+    """The axes of a loop's output."""
+    spec = captured.spec
+    if captured.loss is None:
+        return declared_axes(spec, "v")
+    (result,) = next(node for node in captured.readout.graph.nodes if node.op == "output").args
+    return type_axes(spec, captured.readout).axes[result]
+
+
+def check_tokens(spec: LoopSpec, loss: Typing) -> None:
+    """Raise `TokenMixingError` where the schedule needs independent tokens and the loss mixes them."""
+    if not spec.schedule.needs_order or not loss.mixing:
+        return
+    first = loss.mixing[0]
+    raise TokenMixingError(
+        f"{spec.name} is Shuffled, but its loss mixes tokens.",
+        where=first.where or spec.where,
+        given=f"{first.op} over the token axis of [{', '.join(first.axes)}]",
+        need="a loss whose every token is on its own: the tokens of a shuffled batch are not neighbours, nor all",
+        fix=f"schedule = nl.FullBatch(steps={spec.schedule.steps}), or a learner that keeps tokens apart",
+    )
+
+
+def _by_size(value: torch.Tensor) -> Axes:
+    return tuple(str(s) if isinstance(s, int) else "n" for s in value.shape)
+
+
+def _rule(node: fx.Node, axes: Mapping[fx.Node, Axes]) -> tuple[Axes, bool]:
+    """The axes of a node's value, and whether it mixes tokens."""
+    row = ops.row(node.target)
+    value = node.meta["val"]
+    first = next((axes[a] for a in node.all_input_nodes if a in axes), None)
+    if first is None or row.kind is Kind.CREATE:
+        return _by_size(value), False
+    if row.kind is Kind.POINTWISE:
+        return _broadcast([axes[a] for a in node.all_input_nodes if a in axes], value), False
+    if row.kind is Kind.PRODUCT:
+        left, right = axes[node.args[0]], axes[node.args[1]]
+        return (*left[:-1], right[-1]), is_token(left[-1])
+    if row.kind is Kind.REDUCTION:
+        return _reduce(node, first, value)
+    if row.kind is Kind.NORMALIZE:
+        return first, is_token(first[node.args[1]])
+    if row.kind is Kind.VIEW:
+        return _view(node, first, value), False
+    return _move(node, first, value, axes)
+
+
+def _broadcast(operands: list[Axes], value: torch.Tensor) -> Axes:
+    result = []
+    for position in range(1, value.ndim + 1):
+        names = [o[-position] for o in operands if len(o) >= position]
+        size = value.shape[-position]
+        fallback = "n" if not isinstance(size, int) else str(size)
+        result.append(_best(names, fallback))
+    return tuple(reversed(result))
+
+
+def _best(names: list[str], fallback: str) -> str:
+    """The most telling of the names that one axis has: a token axis, then a declared dim, then a number."""
+    ranked = sorted((n for n in names if n != "1"), key=lambda n: 0 if is_token(n) else 2 if n.isdigit() else 1)
+    return ranked[0] if ranked else fallback
+
+
+def _reduce(node: fx.Node, source: Axes, value: torch.Tensor) -> tuple[Axes, bool]:
+    given = node.args[2] if node.target is aten.linalg_vector_norm.default and len(node.args) > 2 else None
+    dims = given if given is not None else node.args[1] if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) else []
+    over = {d % len(source) for d in dims} if dims else set(range(len(source)))
+    mixes = any(is_token(source[d]) for d in over)
+    if value.ndim == len(source):
+        return tuple("1" if d in over else a for d, a in enumerate(source)), mixes
+    return tuple(a for d, a in enumerate(source) if d not in over), mixes
+
+
+def _view(node: fx.Node, source: Axes, value: torch.Tensor) -> Axes:
+    if node.target is aten.permute.default:
+        return tuple(source[d] for d in node.args[1])
+    if node.target in (aten.t.default, aten.transpose.int):
+        a, b = node.args[1:] if node.target is aten.transpose.int else (-1, -2)
+        swapped = list(source)
+        if len(swapped) > 1:
+            swapped[a], swapped[b] = swapped[b], swapped[a]
+        return tuple(swapped)
+    if node.target is aten.unsqueeze.default:
+        dim = node.args[1] % value.ndim
+        return (*source[:dim], "1", *source[dim:])
+    if node.target is aten.expand.default:
+        return _broadcast([source], value)
+    before = node.args[0].meta["val"].shape
+    return regroup(source, list(before), list(value.shape))
+
+
+def regroup(source: Axes, before: list[Any], after: list[Any]) -> Axes:
+    """Axes after a reshape: runs of axes with equal products correspond; within a run they split or join."""
+    result: list[str] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        olds, news = [i] if i < len(before) else [], [j] if j < len(after) else []
+        old = before[i] if olds else 1
+        new = after[j] if news else 1
+        i, j = i + len(olds), j + len(news)
+        while not _equal(old, new) and (i < len(before) or j < len(after)):
+            if j < len(after) and (i >= len(before) or _smaller(new, old)):
+                new, news, j = new * after[j], [*news, j], j + 1
+            else:
+                old, olds, i = old * before[i], [*olds, i], i + 1
+        while i < len(before) and _equal(before[i], 1) and j >= len(after):
+            olds, i = [*olds, i], i + 1
+        names = [source[k] for k in olds if source[k] != "1"]
+        wide = [k for k in news if not _equal(after[k], 1)]
+        for k in news:
+            if k not in wide:
+                result.append("1")
+            elif len(names) == 1 and len(wide) == 1:
+                result.append(names[0])
+            elif any(is_token(n) for n in names):
+                result.append("n*" + "*".join(names) if len(wide) == 1 else f"n.{after[k]}")
+            else:
+                result.append("*".join(names) if len(wide) == 1 and names else str(after[k]))
+    return tuple(result)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return str(a) == str(b)
+
+
+def _smaller(a: Any, b: Any) -> bool:
+    """Whether a run's product so far is behind the other's; a traced n is larger than any number."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a < b
+    return isinstance(a, int) or not isinstance(b, int)
+
+
+def _move(node: fx.Node, source: Axes, value: torch.Tensor, axes: Mapping[fx.Node, Axes]) -> tuple[Axes, bool]:
+    if node.target is aten.slice.Tensor:
+        dim = (node.args[1] if len(node.args) > 1 else 0) % len(source)
+        size, whole = value.shape[dim], _equal(value.shape[dim], node.args[0].meta["val"].shape[dim])
+        name = source[dim] if whole or is_token(source[dim]) else str(size) if isinstance(size, int) else "n"
+        return (*source[:dim], name, *source[dim + 1 :]), is_token(source[dim]) and not whole
+    if node.target is aten.select.int:
+        dim = node.args[1] % len(source)
+        return (*source[:dim], *source[dim + 1 :]), is_token(source[dim])
+    if node.target is aten.cat.default:
+        dim = (node.args[1] if len(node.args) > 1 else 0) % len(source)
+        parts = [axes[a] for a in node.args[0]]
+        joined = tuple(_best([p[d] for p in parts], "1") for d in range(len(source)))
+        mixes = any(is_token(p[dim]) for p in parts)
+        size = value.shape[dim]
+        name = _best([p[dim] for p in parts], "n") if mixes else str(size) if isinstance(size, int) else "n"
+        return (*joined[:dim], name, *joined[dim + 1 :]), mixes
+    if node.target is aten.flip.default:
+        return source, any(is_token(source[d]) for d in node.args[1])
+    return source, is_token(source[-2]) or is_token(source[-1])  # tril, triu

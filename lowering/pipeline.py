@@ -68,6 +68,8 @@ def stages(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bo
         check_tokens(spec, typing)
     differentiated = pieces(captured, tracer, losses)
     applied = rewrites(captured, differentiated)
+    if "first_step" in differentiated and spec.schedule.steps == 1 and not carried:
+        del differentiated["step"]  # the rewrites have compared it; no step but the first is ever taken
     attention = next((r for r in applied if r.name == "softmax attention" and r.fired), None)
     emitter = TorchEmitter(captured, differentiated, losses, carried)
     return Lowered(captured, typing, differentiated, applied, None if attention else emitter.emit())

@@ -1,2 +1,339 @@
-def inspect(*a, **k): raise NotImplementedError
-def explain(*a, **k): raise NotImplementedError
+"""What the compiler made of a loop, as text: every stage (`inspect`), and in plain words (`explain`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from nestloop.compile import CompiledLoop, spec_of
+from nestloop.errors import UnknownStageError
+from nestloop.lang.declare import Declaration, Gate, Slow, View, caller
+from nestloop.lang.dims import DimExpr
+from nestloop.lang.loop import LoopSpec
+from nestloop.layer import Branch
+from nestloop.lowering import pipeline
+from nestloop.lowering.axes import is_token, readout_axes, type_axes
+from nestloop.lowering.emit.tile import size_text
+from nestloop.lowering.pipeline import Lowered
+from nestloop.lowering.runtime import cache
+from nestloop.lowering.schedule.cost import cost
+
+_TRIAL = {"d": 16, "H": 2, "B": 2, "N": 16}
+
+
+def inspect(loop: Any, stage: str | None = None, **dims: int) -> str:
+    """The stages of a loop's lowering as text.
+
+    Args:
+        loop: a declared loop, `nl.compile(...)` of one, or a layer.
+        stage: one of "declare", "capture", "check", "differentiate", "rewrite", "schedule", "emit", "run"; None for all.
+        dims: sizes; those not given are small ones (d = 16, H = 2, N = 16).
+
+    Raises:
+        UnknownStageError: no such stage.
+        CompileError: a body cannot be compiled.
+    """
+    return "\n\n".join(inspect_text(spec.cls, stage, {**sizes, **dims}) for spec, sizes, _ in _loops(loop))
+
+
+def explain(loop: Any, **dims: int) -> str:
+    """In plain words: what is fast and slow, what the state is and when it resets, where gradients flow, what runs and why.
+
+    Args:
+        loop: a declared loop, `nl.compile(...)` of one, or a layer.
+        dims: sizes; those not given are small ones.
+    """
+    parts = [explain_text(spec.cls, {**sizes, **dims}, op) for spec, sizes, op in _loops(loop)]
+    return "\n\n".join(parts)
+
+
+def _loops(loop: Any) -> list[tuple[LoopSpec, dict[str, int], CompiledLoop | None]]:
+    """The loops of whatever was given, with the sizes it knows."""
+    if isinstance(loop, CompiledLoop):
+        return [(loop.spec, dict(loop.dims), loop)]
+    if isinstance(loop, Branch):
+        parts = getattr(loop, "parts", [loop])
+        return [(part.spec, dict(part.sizes), part.op) for part in parts]
+    several = loop if isinstance(loop, (tuple, list)) else (loop,)
+    return [(spec_of(part), {}, None) for part in several]
+
+
+def inspect_text(loop: Any, stage: str | None, dims: Mapping[str, int]) -> str:
+    """`inspect` of one loop class (or several, as a tuple)."""
+    if isinstance(loop, (tuple, list)):
+        return "\n\n".join(inspect_text(part, stage, dims) for part in loop)
+    if stage is not None and stage not in _STAGES:
+        raise UnknownStageError(
+            "There is no such stage.",
+            where=caller(),
+            given=repr(stage),
+            need=", ".join(_STAGES),
+            fix='write stage="emit"',
+        )
+    spec = spec_of(loop)
+    sizes = trial_sizes(spec, dims)
+    lowered = _lower(spec, sizes)
+    parts = [f"== {name} ==\n{_STAGES[name](lowered, sizes)}" for name in _STAGES if stage in (None, name)]
+    return "\n\n".join(parts) if stage is None else parts[0].split("\n", 1)[1]
+
+
+def explain_text(loop: Any, dims: Mapping[str, int], op: CompiledLoop | None = None) -> str:
+    """`explain` of one loop class (or several, as a tuple)."""
+    if isinstance(loop, (tuple, list)):
+        return "\n\n".join(explain_text(part, dims) for part in loop)
+    spec = spec_of(loop)
+    sizes = trial_sizes(spec, dims)
+    return "\n".join(_explain(_lower(spec, sizes), sizes, op))
+
+
+def trial_sizes(spec: LoopSpec, dims: Mapping[str, int]) -> dict[str, int]:
+    """A size for every dim of a loop: the given ones, the declaration's defaults, then small ones."""
+    sizes = {**_TRIAL, **spec.default_dims, **dims}
+    if spec.heads is not None:
+        sizes["H"] = spec.heads
+    sizes.setdefault("D", sizes["d"] * dims.get("H", _TRIAL["H"]))
+    if spec.grid is not None:
+        rows, columns = spec.grid
+        sizes.setdefault(rows, 4)
+        sizes.setdefault(columns, 4)
+        sizes["N"] = sizes[rows] * sizes[columns]
+    declared = {**spec.fast, **spec.slow, **spec.inputs}.values()
+    for index, name in enumerate(n for d in declared for e in d.dims for n in e.names):
+        sizes.setdefault(name, 8 + 4 * index)
+    return sizes
+
+
+def _lower(spec: LoopSpec, sizes: dict[str, int]) -> Lowered:
+    plain = {name: size for name, size in sizes.items() if name not in ("B", "N", "n")}
+    return pipeline.stages(spec, plain, sizes["N"] if spec.grid else None, losses=False, carried=False)
+
+
+def _declare(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+    spec = lowered.spec
+    lines = [f"loop {spec.name}  {spec.where.short}", f"learner {spec.learner.__name__}"]
+    for kind in (spec.fast, spec.slow, spec.views, spec.gates):
+        lines += [f"  {_declaration(d)}" for d in kind.values()]
+    if not spec.is_kernel_estimator:
+        lines += [f"optimizer {_optimizer(spec)}", f"schedule {_schedule(spec)}"]
+    lines.append("sizes " + ", ".join(f"{n} = {s}" for n, s in sizes.items()))
+    return "\n".join(lines)
+
+
+def _declaration(declared: Declaration) -> str:
+    shape = f"[{', '.join(str(e) for e in declared.dims)}]"
+    details = []
+    if isinstance(declared, (View, Slow)) and declared.shared:
+        details.append("shared by all heads")
+    if hasattr(declared, "init"):
+        details.append(f"init {declared.init}")
+    if getattr(declared, "learned", True) is False:
+        details.append("not learned")
+    text = f"{declared.kind} {declared.name} {shape}" + (f" ({', '.join(details)})" if details else "")
+    return f"{text:<60}  {declared.where.short}"
+
+
+def _optimizer(spec: LoopSpec) -> str:
+    lr = spec.optimizer.lr
+    rate = f"{lr.kind} {lr.name}" if isinstance(lr, (Slow, Gate)) else str(lr)
+    transform = spec.optimizer.transform
+    return f"SGD, learning rate {rate}" + ("" if transform is None else f", transform {getattr(transform, '__name__', transform)}")
+
+
+def _schedule(spec: LoopSpec) -> str:
+    schedule = spec.schedule
+    values = ", ".join(f"{name} = {value}" for name, value in vars(schedule).items())
+    return f"{type(schedule).__name__} ({values})"
+
+
+def _capture(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+    captured = lowered.captured
+    parts = [] if captured.loss is None else [f"loss:\n{graph_text(lowered.spec, captured.loss)}"]
+    name = "readout" if captured.loss is not None else "kernel"
+    return "\n".join([*parts, f"{name}:\n{graph_text(lowered.spec, captured.readout)}"])
+
+
+def graph_text(spec: LoopSpec, module: fx.GraphModule, output: tuple[str, ...] = ()) -> str:
+    """A tile graph as text: one op a line, its axes and the user's line it came from."""
+    axes = type_axes(spec, module, output).axes
+    lines = []
+    for node in module.graph.nodes:
+        if node.op == "output":
+            results = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
+            lines.append(f"  return {', '.join('0' if r is None else _name(r) for r in results)}")
+        elif node.op == "placeholder" and node.users:
+            lines.append(f"  {_name(node)}: [{', '.join(axes[node])}]")
+        elif node.op == "call_function" and node in axes:
+            given = [_argument(a) for a in node.args] + [f"{k}={v}" for k, v in node.kwargs.items() if k == "approximate"]
+            where = node.meta.get("where")
+            target = str(node.target).removeprefix("aten.").removesuffix(".default")
+            text = f"  {_name(node)}: [{', '.join(axes[node])}] = {target}({', '.join(given)})"
+            lines.append(f"{text:<88}{where.short if where else ''}".rstrip())
+    return "\n".join(lines)
+
+
+def _name(node: fx.Node) -> str:
+    return node.meta.get("declared", node.name) if node.op == "placeholder" else node.name
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_argument(v) for v in value)}]"
+    if not isinstance(value, fx.Node):
+        return repr(value)
+    return _name(value) if isinstance(value.meta.get("val"), torch.Tensor) else size_text(value.meta["val"])
+
+
+def _check(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+    if lowered.typing is None:
+        return "a kernel estimator: every query meets every key, by declaration"
+    axes = sorted({a for names in lowered.typing.axes.values() for a in names if not a.isdigit()})
+    lines = [f"axes: {', '.join(axes)} (over tokens: {', '.join(a for a in axes if is_token(a))})"]
+    lines.append(f"output: [{', '.join(readout_axes(lowered.captured))}]")
+    if not lowered.typing.mixing:
+        lines.append("tokens do not mix in the loss: each token's gradient depends on that token alone")
+    else:
+        lines.append("tokens mix in the loss:")
+        lines += [f"  {mixing}" for mixing in lowered.typing.mixing[:8]]
+    return "\n".join(lines)
+
+
+def _differentiate(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+    output = readout_axes(lowered.captured)
+    parts = []
+    for name, piece in lowered.pieces.items():
+        parts.append(f"{name} -> {', '.join(piece.results)}:\n{graph_text(lowered.spec, piece.forward)}")
+        parts.append(f"{name} backward, d_{', d_'.join(piece.wrt)}:\n{graph_text(lowered.spec, piece.backward, output)}")
+    return "\n".join(parts)
+
+
+def _rewrite(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+    return "\n".join(str(rule) for rule in lowered.rewrites)
+
+
+def _cost(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+    tokens = sizes["N"]
+    lines = [f"per head and sequence; n tokens in the piece's tile, numbers for n = {tokens}"]
+    for name, piece in lowered.pieces.items():
+        for direction, module in (("forward", piece.forward), ("backward", piece.backward)):
+            spent = cost(module)
+            products, elementwise, traffic = spent.at(tokens)
+            lines.append(f"  {name} {direction}: products {spent.products} FLOP = {products:,}; elementwise {elementwise:,} FLOP; ")
+            lines[-1] += f"values written unfused {traffic:,}"
+    lines.append(f"state: {state_size(lowered.spec)} = {_state_elements(lowered, sizes):,} numbers per head and sequence")
+    lines.append("backward: recomputes every step from the state it started from; keeps one state per step")
+    return "\n".join(lines)
+
+
+def _emit(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+    if lowered.source is None:
+        return "nothing: z = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=...)"
+    return lowered.source.text.rstrip()
+
+
+def _run(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+    if lowered.source is None:
+        return "PyTorch's scaled_dot_product_attention, called as it is"
+    name = pipeline.build(lowered, losses=False, inductor=False)
+    op = getattr(torch.ops.nestloop, name).default
+    backward = getattr(torch.ops.nestloop, f"{name}_backward").default
+    file = f"{name}.py in the cache ({cache.cache_dir().name})"
+    return f"{file}\n{op._schema}\n{backward._schema}"
+
+
+_STAGES: dict[str, Callable[[Lowered, Mapping[str, int]], str]] = {
+    "declare": _declare,
+    "capture": _capture,
+    "check": _check,
+    "differentiate": _differentiate,
+    "rewrite": _rewrite,
+    "schedule": _cost,
+    "emit": _emit,
+    "run": _run,
+}
+
+
+def state_size(spec: LoopSpec) -> str:
+    """How many numbers a head's state holds, in the dims."""
+    sizes = [" * ".join(f"({e})" if " " in str(e) else str(e) for e in fast.dims) or "1" for fast in spec.fast.values()]
+    return " + ".join(sizes) or "the tokens themselves"
+
+
+def _state_elements(lowered: Lowered, sizes: Mapping[str, int]) -> int:
+    total = 0
+    for fast in lowered.spec.fast.values():
+        count = 1
+        for expr in fast.dims:
+            count *= expr.size(dict(sizes))
+        total += count
+    return total
+
+
+def _explain(lowered: Lowered, sizes: Mapping[str, int], op: CompiledLoop | None) -> list[str]:
+    spec = lowered.spec
+    lines = [f"{spec.name}  ({spec.where.short})", (spec.cls.__doc__ or "").strip().splitlines()[0] if spec.cls.__doc__ else ""]
+    if spec.is_kernel_estimator:
+        lines += ["", "fast weights: none. The state is the keys and values of the sequence."]
+    else:
+        elements = _state_elements(lowered, sizes)
+        lines += ["", "fast weights (the inner loop changes them while it reads one sequence):"]
+        for fast in spec.fast.values():
+            start = "exactly zero, never learned" if fast.frozen_zero else "learned by the outer loop" if fast.learned else "fixed"
+            lines.append(f"  {fast.name} [{', '.join(map(str, fast.dims))}] per head and sequence; starts {start}")
+        lines.append(f"state: {state_size(spec)} = {elements:,} numbers, {4 * elements:,} bytes in float32 per head and sequence;")
+        lines.append(f"  {4 * elements * sizes['H']:,} bytes a sequence with H = {sizes['H']}")
+        lines.append("reset: every sequence of every call starts from the initial fast weights, in training and evaluation alike,")
+        lines.append("  unless a state is passed; nothing is carried from one call to the next by itself")
+    lines += ["", "slow weights (only the outer loop changes them): " + (", ".join(spec.slow) or "none")]
+    lines.append("views: " + ", ".join(f"{n} [{', '.join(map(str, v.dims))}]" for n, v in spec.views.items()))
+    if spec.gates:
+        lines.append("gates: " + ", ".join(spec.gates))
+    if not spec.is_kernel_estimator:
+        lines += ["", *_inner_loop(spec)]
+    lines += ["", *_gradients(lowered), "", *_what_runs(lowered, op)]
+    return [line for i, line in enumerate(lines) if line or (i and lines[i - 1])]
+
+
+def _inner_loop(spec: LoopSpec) -> list[str]:
+    reduction = {"mean": "the mean", "sum": "the sum"}[spec.schedule.reduction]
+    lines = [f"inner loop: {_schedule(spec)}; {_optimizer(spec)}"]
+    steps = spec.schedule.batches(1 << 20)
+    what = "all tokens" if not spec.schedule.needs_order else "its batch of tokens, in the order given"
+    lines.append(f"  {len(steps)} step(s); each takes the gradient of {reduction} of the token losses over {what},")
+    lines.append("  at the weights the step before left")
+    if isinstance(spec.optimizer.lr, DimExpr):
+        lines.append(f"  learning rate {spec.optimizer.lr}: N tokens of the sequence, n of the step's batch")
+    lines.append("  read-out: every token with the weights after the last step")
+    return lines
+
+
+def _gradients(lowered: Lowered) -> list[str]:
+    spec = lowered.spec
+    reached: dict[str, list[str]] = {}
+    for name, piece in lowered.pieces.items():
+        (results,) = next(n for n in piece.backward.graph.nodes if n.op == "output").args
+        for wrt, result in zip(piece.wrt, results, strict=True):
+            if result is not None:
+                reached.setdefault(wrt, []).append(name)
+    lines = ["outer gradients reach, nothing detached, through the inner gradients (second order):"]
+    for name in [*spec.inputs, *[n for n in spec.fast if not spec.fast[n].frozen_zero], *spec.slow]:
+        through = ", ".join(n.replace("_", " ") for n in reached.get(name, []))
+        lines.append(f"  {name}: through the {through}" if through else f"  {name}: no path, its gradient is zero")
+    return lines
+
+
+def _what_runs(lowered: Lowered, op: CompiledLoop | None) -> list[str]:
+    fired = [rule for rule in lowered.rewrites if rule.fired]
+    if op is not None and op.backend == "reference":
+        return ["runs: the reference, brute force, because backend='reference' was asked for"]
+    if lowered.source is None:
+        return [f"runs: PyTorch's scaled_dot_product_attention, because {fired[0].why}"]
+    inductor = op is not None and op.inductor
+    lines = ["runs: generated PyTorch" + (", its pieces compiled by torch.compile" if inductor else ", eager")]
+    lines.append("  (backend 'torch': the one backend that has a plan for every loop)")
+    lines += [f"  rewritten: {rule.name}, because {rule.why}" for rule in fired]
+    if lowered.typing is not None and lowered.typing.mixing:
+        lines.append(f"  the learner mixes tokens ({lowered.typing.mixing[0]}): only whole sequences are legal batches")
+    return lines

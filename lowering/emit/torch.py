@@ -81,8 +81,6 @@ class TorchEmitter:
         self.tokens, self.fast, self.slow = list(spec.inputs), list(spec.fast), list(spec.slow)
         self.starts = [n for n in self.fast if carried or not spec.fast[n].frozen_zero]
         self.pieces = {name: piece for name, piece in pieces.items() if not (carried and name == "first_step")}
-        if "first_step" in self.pieces and spec.schedule.steps == 1:  # no step but the first is ever taken
-            del self.pieces["step"]
         self.step = "step" if "step" in self.pieces else "first_step"
         self.functions: dict[str, TileFunction] = {}
         for name, piece in self.pieces.items():

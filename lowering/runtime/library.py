@@ -60,7 +60,7 @@ class Signature:
     def shapes(self, inputs: Sequence[Tensor]) -> list[list[Any]]:
         """Shapes of forward's results."""
         heads = max(t.shape[0] for t in inputs) if inputs else self.heads
-        sequences, length = max(t.shape[1] for t in inputs), inputs[0].shape[2]
+        sequences, length = inputs[0].shape[1:3]  # the first is a view, whose sequences are never shared
         steps = self.steps(length)
         ends = [[heads, sequences, *self.tiles[n]] for n in self.ends]
         losses = [[heads, sequences, steps + 1]] if self.losses else []

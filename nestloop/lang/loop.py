@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,10 @@ from nestloop.errors import (
     LearningRateError,
     Location,
     MissingPartError,
+    SignatureError,
+    TransformError,
     UnknownDimError,
+    UnknownNameError,
 )
 from nestloop.lang.declare import Declaration, Dim, Fast, Gate, Slow, View, caller, collect
 from nestloop.lang.dims import DimExpr
@@ -70,6 +75,13 @@ class LoopSpec:
         return {**{name: w for name, w in self.fast.items() if not w.frozen_zero}, **self.slow}
 
     @property
+    def dim_names(self) -> set[str]:
+        """Every dim with a size of its own: all but those of the call (sequences, heads, tokens)."""
+        declared = [*self.views.values(), *self.fast.values(), *self.slow.values()]
+        used = {name for d in declared for expr in d.dims for name in expr.names}
+        return (used | set(self.dims) | {"D"}) - {"B", "H", "N", "n"}
+
+    @property
     def default_dims(self) -> dict[str, int]:
         """Sizes that the declaration itself gives."""
         return {name: dim.default for name, dim in self.dims.items() if dim.default is not None}
@@ -100,7 +112,9 @@ class Tokens:
 
     def __getattr__(self, name: str) -> Tensor:
         known = ", ".join(n for n in self.__dict__ if n != "_where")
-        raise MissingPartError(
+        if name.startswith("__"):  # Python's own protocols ask for these
+            raise AttributeError(name)
+        raise UnknownNameError(
             f"The loop declares no view '{name}'.",
             where=caller(),
             given=f"t.{name}",
@@ -120,6 +134,7 @@ class Loop(Body):
         optimizer: `nl.SGD(...)`.
         schedule: `nl.FullBatch(...)` (default) or `nl.Shuffled(...)`.
         heads: a fixed number of heads (rare; the layer's otherwise).
+        paper: the arXiv id of where the loop is from, for listings.
 
     Bodies (plain PyTorch on one head's tile; `t.NAME` is a view [n, *dims], `self.NAME` a slow weight or a dim):
         loss(self, f, t) -> [n]: each token's loss.
@@ -127,13 +142,14 @@ class Loop(Body):
 
     Raises (when the class is created):
         MissingPartError, UnknownDimError, DuplicateNameError, LearningRateError, IllegalScheduleError,
-        SideEffectError: with the user's file and line, what was given, what is needed and the fix.
+        SideEffectError, SignatureError, TransformError: with the user's file and line, what was given, what is needed and the fix.
     """
 
     learner: type[Learner]
     optimizer: SGD = SGD(lr=1.0)
     schedule: BatchSchedule = FullBatch(steps=1)
     heads: int | None = None
+    paper: str = ""
     spec: LoopSpec
 
     def __init_subclass__(cls) -> None:
@@ -182,9 +198,45 @@ def _specify(cls: type[Loop]) -> LoopSpec:
         where=cls.where,
     )
     _check_dims(spec)
+    bodies = {"kernel": ("q", "k")} if estimator else {"loss": ("f", "t"), "readout": ("f", "t")}
+    for body, arguments in bodies.items():
+        _check_signature(spec, body, arguments)
     if not estimator:
         _check_learning_rate(spec)
+        _check_transform(spec)
     return spec
+
+
+def body_line(body: Callable[..., Any], default: Location) -> Location:
+    """Where a body begins."""
+    code = getattr(body, "__code__", None)
+    return default if code is None else Location(code.co_filename, code.co_firstlineno)
+
+
+def _check_signature(spec: LoopSpec, body: str, arguments: tuple[str, ...]) -> None:
+    function = getattr(spec.cls, body)
+    try:
+        inspect.signature(function).bind("self", *arguments)
+    except (TypeError, ValueError):
+        raise SignatureError(
+            f"The {body} of {spec.name} does not take ({', '.join(arguments)}).",
+            where=body_line(function, spec.where),
+            given=f"{body}{inspect.signature(function)}",
+            need=f"{body}(self, {', '.join(arguments)})",
+            fix=f"write def {body}(self, {', '.join(arguments)}): return ...",
+        ) from None
+
+
+def _check_transform(spec: LoopSpec) -> None:
+    transform = spec.optimizer.transform
+    if transform is not None and not callable(transform):
+        raise TransformError(
+            f"The transform of {spec.name}'s optimizer is not a function.",
+            where=spec.optimizer.where,
+            given=repr(transform),
+            need="a function from one fast weight's gradient to its update, or None",
+            fix="write nl.SGD(lr=1.0, transform=nl.soft_clip(-2))",
+        )
 
 
 def _missing(cls: type, what: str, given: str, fix: str) -> MissingPartError:
@@ -192,7 +244,7 @@ def _missing(cls: type, what: str, given: str, fix: str) -> MissingPartError:
         f"The loop {cls.__name__}: {what}.",
         where=cls.where,  # type: ignore[attr-defined]
         given=given,
-        need="a learner, a schedule, an optimizer, and the bodies they call for",
+        need="a learner, views, a schedule, an optimizer, and the bodies they call for",
         fix=fix,
     )
 
@@ -204,10 +256,10 @@ def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View]
     if estimator:
         absent = [name for name in ("q", "k", "v") if name not in views]
         if "kernel" not in own:
-            raise _missing(cls, "a kernel estimator without a kernel", "no method kernel", "add def kernel(self, q, k)")
+            raise _missing(cls, "it has no kernel", "no method kernel", "add def kernel(self, q, k): return ...")
         if absent:
             raise _missing(
-                cls, "a kernel estimator without its views", f"views {', '.join(views)}", f'declare {absent[0]} = nl.view("d")'
+                cls, "its kernel estimator takes views q, k and v", f"views {', '.join(views)}", f'declare {absent[0]} = nl.view("d")'
             )
         return
     if not learner.fast:
@@ -224,8 +276,8 @@ def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View]
 
 
 def _check_names(cls: type[Loop], learner: type[Learner], groups: list[dict[str, Any]]) -> None:
-    seen: dict[str, Declaration] = {**learner.fast, **learner.slow}
-    for group in groups:
+    seen: dict[str, Declaration] = {}
+    for group in [learner.fast, learner.slow, *groups]:
         for name, declaration in group.items():
             other = seen.setdefault(name, declaration)
             if other is not declaration:
@@ -242,13 +294,22 @@ def _check_names(cls: type[Loop], learner: type[Learner], groups: list[dict[str,
                     where=declaration.where,
                     given=f"a {declaration.kind} called {name}",
                     need=f"a name other than {', '.join(BUILT_IN_DIMS)}",
-                    fix=f"write {name.lower() if name.isupper() else name + '0'} = ...",
+                    fix=f"write {name.lower()}_{declaration.kind.split()[-1]} = ...",
                 )
 
 
 def _check_dims(spec: LoopSpec) -> None:
     known = {*BUILT_IN_DIMS, *spec.dims}
     known.update(name for view in spec.views.values() for expr in view.dims for name in expr.names)
+    for name, weight in {**spec.fast, **spec.slow}.items():
+        if name in known:
+            raise DuplicateNameError(
+                f"'{name}' names both a {weight.kind} and a dim of {spec.name}.",
+                where=weight.where,
+                given=f"self.{name}, which would be either",
+                need="different names for weights and dims: a body reads both from self",
+                fix=f"rename the weight, w_{name} = ...",
+            )
 
     def check(expr: DimExpr, what: str, where: Location) -> None:
         for name in expr.names:
@@ -265,7 +326,7 @@ def _check_dims(spec: LoopSpec) -> None:
         for expr in weight.dims:
             check(expr, f"The {weight.kind} {name}", weight.where)
     if isinstance(spec.optimizer.lr, DimExpr):
-        check(spec.optimizer.lr, "The learning rate", spec.where)
+        check(spec.optimizer.lr, "The learning rate", spec.optimizer.where)
 
 
 def _check_learning_rate(spec: LoopSpec) -> None:
@@ -283,8 +344,8 @@ def _check_learning_rate(spec: LoopSpec) -> None:
         steps = spec.schedule.steps  # type: ignore[attr-defined]
         raise IllegalScheduleError(
             f"{spec.name} has one learning rate per step, but not as many as steps.",
-            where=spec.where,
-            given=f"{len(lr)} rates for {steps} steps",
-            need=f"{steps} rates",
-            fix=f"write nl.SGD(lr=({', '.join(['1.0'] * steps)},)), or one number for all steps",
+            where=spec.optimizer.where,
+            given=f"rates: {len(lr)}, steps: {steps}",
+            need=f"rates: {steps}",
+            fix=f"write nl.SGD(lr={(1.0,) * steps}), or one number for all steps",
         )

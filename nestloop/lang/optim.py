@@ -6,13 +6,14 @@ file and nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from nestloop.errors import LearningRateError
+from nestloop.errors import LearningRateError, Location, TransformError
 from nestloop.lang.declare import Gate, Slow, caller
 from nestloop.lang.dims import DimExpr, parse
 
@@ -39,9 +40,11 @@ class SGD:
 
     lr: Any = 1.0
     transform: Transform | None = None
+    where: Location = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         where = caller()
+        object.__setattr__(self, "where", where)
         lr = self.lr
         if isinstance(lr, str):
             object.__setattr__(self, "lr", parse(lr, where))
@@ -51,13 +54,13 @@ class SGD:
         numbers = lr if isinstance(lr, tuple) else (lr,)
         if isinstance(lr, (DimExpr, Gate)) or (isinstance(lr, Slow) and not lr.dims):
             return
-        if numbers and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers):
+        if numbers and all(map(_is_rate, numbers)):
             return
         raise LearningRateError(
             "The learning rate of SGD is not one it takes.",
             where=where,
             given=repr(lr),
-            need='a number, text like "H/(N*D)", a tuple of numbers (one per step), a slow weight without dims, '
+            need='a finite number, text like "H/(N*D)", a tuple of numbers (one per step), a slow weight without dims, '
             "or a gate",
             fix="write nl.SGD(lr=0.1), or declare eta = nl.slow() or eta = nl.gate() in the loop and write "
             "nl.SGD(lr=eta)",
@@ -78,14 +81,42 @@ class SGD:
 
     def update(self, weight: Tensor, gradient: Tensor, rate: Any) -> Tensor:
         """One step on one fast weight."""
-        step = gradient if self.transform is None else self.transform(gradient)
-        return weight - rate * step
+        return weight - rate * self.transformed(gradient)
+
+    def transformed(self, gradient: Tensor) -> Tensor:
+        """The update of one fast weight before its learning rate. Raises `TransformError` if its shape is another."""
+        if self.transform is None:
+            return gradient
+        step = self.transform(gradient)
+        if not isinstance(step, Tensor) or step.shape != gradient.shape:
+            given = f"[{', '.join(map(str, step.shape))}]" if isinstance(step, Tensor) else f"a {type(step).__name__}"
+            raise TransformError(
+                "The transform of SGD changes the shape of a gradient.",
+                where=self.where,
+                given=given,
+                need=f"[{', '.join(map(str, gradient.shape))}], the shape of the fast weight",
+                fix="return one number for every element; reduce with keepdim=True inside",
+            )
+        return step
+
+
+@dataclass(frozen=True)
+class SoftClip:
+    """A transform, made by `soft_clip`."""
+
+    dims: tuple[int, ...]
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        return gradient / (gradient.square().sum(self.dims, keepdim=True).sqrt() + 1)
+
+    def __str__(self) -> str:
+        return f"soft_clip({', '.join(map(str, self.dims))})"
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def soft_clip(*dims: int) -> Transform:
-    """ViT^3's clip: `g / (|g| + 1)`, the 2-norm taken over `dims` of each fast weight (2512.01643)."""
-
-    def clip(gradient: Tensor) -> Tensor:
-        return gradient / (gradient.square().sum(dims, keepdim=True).sqrt() + 1)
-
-    return clip
+    """ViT^3's clip: `g / (|g| + 1)`, the 2-norm taken over `dims` of each fast weight's gradient (2512.01643)."""
+    return SoftClip(dims)

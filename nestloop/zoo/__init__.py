@@ -1,5 +1,12 @@
 """The systems of the literature, by declaration only."""
 
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from nestloop.inspection import state_size
+from nestloop.lang.loop import LoopSpec
 from nestloop.zoo.mttt import (
     LinearAttention,
     LinearAttentionElu,
@@ -22,4 +29,36 @@ __all__ = [
     "MTTTMLPSGD4",
     "SelfAttention",
     "ViT3",
+    "catalogue",
 ]
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """Every loop of the zoo: name, arXiv id, lines of its declaration (learner included), state, schedule, what runs."""
+    loops = [globals()[name] for name in __all__ if name not in ("ViT3", "catalogue")]
+    return [_entry(loop.spec) for loop in loops]
+
+
+def _entry(spec: LoopSpec) -> dict[str, Any]:
+    schedule = spec.schedule
+    zero = any(fast.frozen_zero for fast in spec.fast.values())
+    return {
+        "name": spec.name,
+        "arXiv": spec.cls.paper,
+        "lines": _lines(spec),
+        "state per head": state_size(spec),
+        "schedule": "all tokens" if spec.is_kernel_estimator else f"{type(schedule).__name__}({schedule.steps})",
+        "form": "softmax attention" if spec.is_kernel_estimator else "linear attention" if zero else "primal",
+        "about": (spec.cls.__doc__ or "").strip().splitlines()[0],
+    }
+
+
+def _lines(spec: LoopSpec) -> int:
+    """Lines of code of the loop and its learner, with the zoo's own bases; docstrings and blank lines aside."""
+    total = 0
+    for cls in dict.fromkeys([*spec.cls.__mro__, *spec.learner.__mro__]):
+        if cls.__module__.startswith("nestloop.zoo."):
+            lines = inspect.getsource(cls).splitlines()
+            code = [line for line in lines if line.strip() and not line.strip().startswith(('"""', "@", "#"))]
+            total += len(code)
+    return total

@@ -55,6 +55,7 @@ class MLP(PlainMLP):
 class Reconstruction(nl.Loop):
     """Each head reconstructs the whole token x from its own view of it: 0.5 H mean((f(k) g + g_bias - x)^2)."""
 
+    paper = "2310.13807"
     k, q = nl.view("d", bias=True), nl.view("d", bias=True)
     x = nl.view("D", shared=True)
     g = nl.slow("d", "D")
@@ -109,6 +110,7 @@ class MTTTMLPSGD4(MTTTMLP):
 class LinearAttention(nl.Loop):
     """Linear attention, identity features and constant normaliser: q (k^T v) / (N d)."""
 
+    paper = "2310.13807"
     learner = ZeroLinear
     optimizer = nl.SGD(lr="1/d")
     k, q, v = nl.view("d", bias=True), nl.view("d", bias=True), nl.view("d", bias=True)
@@ -132,6 +134,7 @@ class Augmented(nl.Learner):
 class LinearAttentionElu(LinearAttention):
     """Linear attention of arXiv 2006.16236: elu + 1 features, labels [v, 1], read out as a ratio."""
 
+    paper = "2006.16236"
     learner = Augmented
     optimizer = nl.SGD(lr=1.0)
     schedule = nl.FullBatch(steps=1, reduction="sum")
@@ -147,6 +150,7 @@ class LinearAttentionElu(LinearAttention):
 class SelfAttention(nl.Loop):
     """Softmax attention as the Nadaraya-Watson estimator with kernel exp(q k / sqrt(d)) (eqs. 12-13)."""
 
+    paper = "2310.13807"
     learner = nl.KernelEstimator
     k, q, v = nl.view("d", bias=True), nl.view("d", bias=True), nl.view("d", bias=True)
 

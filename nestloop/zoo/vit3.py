@@ -31,6 +31,7 @@ class Depthwise(nl.Learner):
 class GatedBranch(nl.Loop):
     """One full-batch step on -mean <v, f(k)> / 3, the gradient clipped per column."""
 
+    paper = "2512.01643"
     learner = Gated
     optimizer = nl.SGD(lr=1.0, transform=nl.soft_clip(-2))
     k, q, v = nl.view("d", bias=True), nl.view("d", bias=True), nl.view("d", bias=True)

@@ -178,7 +178,7 @@ CATALOGUES: dict[str, Callable[[], list[dict[str, Any]]]] = {
 }
 
 
-def load_target(target: str) -> type:
+def load_target(target: str) -> Any:
     """The object that FILE.py:Name or package.module:Name names.
 
     A file is run as Python would run it, with its own folder first on the import path, under its own stem as

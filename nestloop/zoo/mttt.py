@@ -35,18 +35,17 @@ class BiasedLinear(Linear):
 class PlainMLP(nl.Learner):
     """gelu(x W1) W2."""
 
-    w1 = nl.fast("d", "4*d")
-    w2 = nl.fast("4*d", "d")
+    w1, w2 = nl.fast("d", "4*d"), nl.fast("4*d", "d")
 
     def forward(self, x):
         return F.gelu(x @ self.w1, approximate="tanh") @ self.w2
 
 
-class MLP(PlainMLP):
+class MLP(nl.Learner):
     """gelu(x W1 + b1) W2 + b2."""
 
-    b1 = nl.fast("4*d", init="zeros")
-    b2 = nl.fast("d", init="zeros")
+    w1, b1 = nl.fast("d", "4*d"), nl.fast("4*d")
+    w2, b2 = nl.fast("4*d", "d"), nl.fast("d")
 
     def forward(self, x):
         return F.gelu(x @ self.w1 + self.b1, approximate="tanh") @ self.w2 + self.b2
@@ -56,10 +55,8 @@ class Reconstruction(nl.Loop):
     """Each head reconstructs the whole token x from its own view of it: 0.5 H mean((f(k) g + g_bias - x)^2)."""
 
     paper = "2310.13807"
-    k, q = nl.view("d", bias=True), nl.view("d", bias=True)
-    x = nl.view("D", shared=True)
-    g = nl.slow("d", "D")
-    g_bias = nl.slow("D", shared=True, init="zeros")
+    k, q, x = nl.view("d", bias=True), nl.view("d", bias=True), nl.view("D", shared=True)
+    g, g_bias = nl.slow("d", "D"), nl.slow("D", shared=True, init="zeros")
 
     def decode(self, y):
         return y @ self.g + self.g_bias
@@ -74,8 +71,7 @@ class Reconstruction(nl.Loop):
 class NormedReconstruction(Reconstruction):
     """The same with a LayerNorm after the decoder, its scale and bias per head."""
 
-    scale = nl.slow("D", init="ones")
-    shift = nl.slow("D", init="zeros")
+    scale, shift = nl.slow("D", init="ones"), nl.slow("D", init="zeros")
 
     def decode(self, y):
         return F.layer_norm(y @ self.g + self.g_bias, (self.D,), self.scale, self.shift, eps=1e-6)
@@ -85,14 +81,12 @@ class MTTTLinear(Reconstruction):
     """MTTT-Linear: one full-batch step of a linear learner from W = 0. Equal to linear attention (eqs. 7-11)."""
 
     learner = ZeroLinear
-    schedule = nl.FullBatch(steps=1)
 
 
 class MTTTMLP(NormedReconstruction):
     """MTTT-MLP: one full-batch step of an MLP from learned weights, decoder LayerNorm."""
 
     learner = MLP
-    schedule = nl.FullBatch(steps=1)
 
 
 class MTTTMLP4(MTTTMLP):
@@ -132,7 +126,7 @@ class Augmented(nl.Learner):
 
 
 class LinearAttentionElu(LinearAttention):
-    """Linear attention of arXiv 2006.16236: elu + 1 features, labels [v, 1], read out as a ratio."""
+    """Linear attention of arXiv 2006.16236: elu + 1 features, labels (v, 1), read out as a ratio."""
 
     paper = "2006.16236"
     learner = Augmented

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nestloop import reference
 from nestloop.errors import MissingPartError, UnknownBackendError
-from nestloop.lang.binding import bind
+from nestloop.lang.binding import bind, check_dims
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lowering import pipeline
@@ -27,7 +27,7 @@ def spec_of(loop: Any) -> LoopSpec:
         where=caller(),
         given=repr(loop),
         need="a subclass of nl.Loop with a learner (the class, not an instance)",
-        fix="write nl.compile(MTTT)",
+        fix="write class MTTT(nl.Loop): learner = MLP; ..., then nl.compile(MTTT) or nl.Layer(MTTT, ...)",
     )
 
 
@@ -49,6 +49,7 @@ class CompiledLoop:
                 need=", ".join(repr(b) for b in BACKENDS),
                 fix='write backend="auto"',
             )
+        check_dims(self.spec, dims)
         self.requested, self.inductor, self.dims = backend, inductor, dims
         self._names: dict[Any, str] = {}
 
@@ -153,7 +154,7 @@ def compile(loop: type[Loop], backend: str = "auto", inductor: bool = False, **d
         dims: sizes that no tensor gives.
 
     Raises:
-        UnknownBackendError, MissingPartError: here; a body that cannot be compiled raises its `CompileError` when the
+        UnknownBackendError, MissingPartError, InputError: here; a body that cannot be compiled raises its `CompileError` when the
             sizes are known, at the first call or when a layer is made.
     """
     return CompiledLoop(loop, backend, inductor, **dims)

@@ -79,6 +79,14 @@ class MissingPartError(DeclarationError):
     """A learner without forward, a loop without a loss or a read-out, a schedule that is not one."""
 
 
+class SignatureError(DeclarationError):
+    """A body that does not take what it is called with."""
+
+
+class TransformError(DeclarationError):
+    """A gradient transform that is no function, or whose result is not of its argument's shape."""
+
+
 class UnknownDimError(DeclarationError):
     """A dim that no view defines."""
 
@@ -115,12 +123,20 @@ class ShapeMismatchError(CompileError):
     """Two values whose axes do not fit."""
 
 
+class UnknownNameError(CompileError, AttributeError):
+    """A name in a body that nothing declares."""
+
+
 class UnusedFastWeightError(CompileError):
     """A fast weight the loss does not depend on: its gradient would be zero for ever."""
 
 
 class LossNotPerTokenError(CompileError):
     """A loss that is not one number per token."""
+
+
+class KernelShapeError(CompileError):
+    """A kernel that is not one number per pair of tokens."""
 
 
 class ReadoutShapeError(CompileError):

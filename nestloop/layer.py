@@ -29,8 +29,7 @@ class Branch(nn.Module):
         spec = spec_of(loop)
         self.heads = spec.heads or sizes["H"]
         self.sizes = {**spec.default_dims, **sizes, "H": self.heads}
-        plain = {name: size for name, size in self.sizes.items() if name not in ("H", "N", "n", "B")}
-        self.op = CompiledLoop(loop, backend, inductor, **plain)
+        self.op = CompiledLoop(loop, backend, inductor, **{n: s for n, s in self.sizes.items() if n in spec.dim_names})
         self.features = math.prod(self.op.prepare(self.heads))
         projected = {name: view for name, view in self.spec.inputs.items() if not _is_token(view)}
         self.views = nn.ModuleDict({name: self._projection(view) for name, view in projected.items()})
@@ -97,7 +96,8 @@ class Branch(nn.Module):
         if order is None:
             order = self.order(x.shape[1], x.device)
         weights = {**dict(self.fast.items()), **dict(self.slow.items())}
-        z, _, losses = self.op.run(self.make_views(x), weights, None, order, return_losses, dims)
+        own = {name: size for name, size in dims.items() if name in self.spec.dim_names}
+        z, _, losses = self.op.run(self.make_views(x), weights, None, order, return_losses, own)
         return z.transpose(1, 2).flatten(2), losses
 
 
@@ -114,7 +114,8 @@ class Layer(Branch):
         dims: sizes of the loop's other dims.
 
     Raises:
-        InputError: width not divisible by heads and no `d` given.
+        MissingPartError: `loop` is no declared loop.
+        InputError: width or heads below 1; width not divisible by heads and no `d` given; a size of an unknown dim.
         UnresolvedDimError: a dim of the loop without a size.
         CompileError: a body that cannot be compiled for these sizes.
     """
@@ -130,6 +131,17 @@ class Layer(Branch):
         bias: bool = True,
         **dims: int,
     ) -> None:
+        for name, size in (("width", width), ("heads", heads)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise InputError(
+                    f"The {name} of a layer is not a positive whole number.",
+                    where=caller(),
+                    given=f"{name}={size!r}",
+                    need="1 or more",
+                    fix="write nl.Layer(..., width=384, heads=6)",
+                )
+        loops = list(loop) if isinstance(loop, Sequence) and loop else [loop]
+        self._check_dims([spec_of(part) for part in loops], dims)
         if "d" not in dims and width % heads:
             raise InputError(
                 "The width does not divide into heads.",
@@ -139,16 +151,29 @@ class Layer(Branch):
                 fix=f"write nl.Layer(..., width={max(width // heads, 1) * heads}, heads={heads}), or pass d=...",
             )
         sizes = {"d": width // heads, **dims, "D": width, "H": heads}
-        if isinstance(loop, type):
-            super().__init__(loop, sizes, backend, inductor)
-        else:
+        if isinstance(loop, Sequence):
             nn.Module.__init__(self)
             self.branches = nn.ModuleList(Branch(part, sizes, backend, inductor) for part in loop)
+        else:
+            super().__init__(loop, sizes, backend, inductor)
         self.width = width
         self.out = nn.Linear(sum(part.heads * part.features for part in self.parts), width, bias=bias)
         nn.init.xavier_uniform_(self.out.weight)
         if bias:
             nn.init.zeros_(self.out.bias)
+
+    @staticmethod
+    def _check_dims(specs: Sequence[LoopSpec], dims: dict[str, int]) -> None:
+        known = {"d", "D"}.union(*(spec.dim_names for spec in specs))
+        for name in dims:
+            if name not in known:
+                raise InputError(
+                    f"No loop of the layer has a dim '{name}'.",
+                    where=caller(),
+                    given=f"{name}={dims[name]!r}",
+                    need=f"one of {', '.join(sorted(known - {'D'}))}",
+                    fix=f"remove it, or declare {name} = nl.dim() in a loop",
+                )
 
     @property
     def parts(self) -> Sequence[Branch]:
@@ -168,16 +193,27 @@ class Layer(Branch):
             dims: sizes of this call (`h=14, w=14` for a token grid).
 
         Raises:
-            InputError: x is not [B, N, D].
+            InputError: x is not [B, N, D] of a floating type; a size of an unknown dim.
+            OrderError, UnresolvedDimError: the order or the sizes do not fit the loop.
         """
         if x.ndim != 3 or x.shape[-1] != self.width:
             raise InputError(
                 "The layer's input is not [B, N, D].",
-                where=self.parts[0].spec.where,
+                where=caller(),
                 given=f"[{', '.join(map(str, x.shape))}]",
                 need=f"[sequences, tokens, {self.width}]",
                 fix="pass x with three axes, the last one the layer's width",
             )
+        if not x.dtype.is_floating_point:
+            raise InputError(
+                "The layer's input is not of a floating type.",
+                where=caller(),
+                given=str(x.dtype),
+                need="float64, float32, bfloat16 or float16",
+                fix="pass x.float()",
+            )
+        if dims:
+            self._check_dims([part.spec for part in self.parts], dims)
         mixed = [part.mix(x, order, return_losses, dims) for part in self.parts]
         out = self.out(torch.cat([z for z, _ in mixed], -1) if len(mixed) > 1 else mixed[0][0])
         if not return_losses:

@@ -66,10 +66,12 @@ def bind(
     """Check every tensor against its declaration and give the sizes.
 
     Raises:
-        InputError: a missing or unknown name, a wrong rank, an axis of the wrong size, mixed devices.
+        InputError: a missing or unknown name or dim, no tensor of a floating type, a wrong rank, an axis of the wrong
+            size, tensors on several devices.
         OrderError: an order that is missing, superfluous or of the wrong shape.
         UnresolvedDimError: a dim whose size nothing gives.
     """
+    check_dims(spec, dims)
     _same_names(spec, "views", spec.inputs, views)
     _same_names(spec, "weights", spec.weights, weights)
     if state is not None:
@@ -80,8 +82,13 @@ def bind(
     given += [(weight, lead(weight), weights[name]) for name, weight in spec.weights.items()]
     given += [(spec.fast[name], lead(spec.fast[name], carried=True), t) for name, t in (state or {}).items()]
 
-    sizes = dict(dims)
+    sizes = dict(dims) if spec.heads is None else {**dims, "H": spec.heads}
+    device = given[0][2].device if isinstance(given[0][2], Tensor) else None
     for declaration, axes, tensor in given:
+        if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
+            raise _not_floating(declaration, tensor)
+        if tensor.device != device:
+            raise _elsewhere(declaration, tensor, str(device))
         rank = len(axes) + len(declaration.dims)
         if tensor.ndim != rank:
             raise _wrong_shape(declaration, axes, tensor, f"{rank} axes")
@@ -102,17 +109,67 @@ def bind(
     return Binding(sizes["B"], sizes["H"], sizes["N"], plain)
 
 
+def check_dims(spec: LoopSpec, dims: Mapping[str, int]) -> None:
+    """Raise `InputError` for the size of a dim that the loop does not have, or that is no positive number."""
+    for name, size in dims.items():
+        if name not in spec.dim_names:
+            raise InputError(
+                f"{spec.name} has no dim '{name}' whose size could be given.",
+                where=spec.where,
+                given=f"{name}={size!r}",
+                need=f"one of {', '.join(sorted(spec.dim_names))}",
+                fix=f"remove it, or declare {name} = nl.dim() in the loop",
+            )
+        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) or size < 1:
+            raise InputError(
+                f"The size of the dim '{name}' of {spec.name} is not a positive whole number.",
+                where=spec.where,
+                given=f"{name}={size!r}",
+                need="1 or more",
+                fix=f"write {name}=16",
+            )
+
+
+def _not_floating(declaration: Declaration, value: Any) -> InputError:
+    kind, name = declaration.kind, declaration.name
+    return InputError(
+        f"The {kind} '{name}' is not a tensor of a floating type.",
+        where=declaration.where,
+        given=f"{value.dtype} [{', '.join(map(str, value.shape))}]" if isinstance(value, Tensor) else repr(value),
+        need="a tensor of float64, float32, bfloat16 or float16",
+        fix=f"pass {name}.float()" if isinstance(value, Tensor) else "pass a tensor",
+    )
+
+
+def _elsewhere(declaration: Declaration, value: Tensor, device: str) -> InputError:
+    return InputError(
+        f"The {declaration.kind} '{declaration.name}' is on another device than the first view.",
+        where=declaration.where,
+        given=str(value.device),
+        need=device,
+        fix=f"pass {declaration.name}.to({device!r})",
+    )
+
+
 def _same_names(spec: LoopSpec, what: str, declared: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"The {what} of {spec.name} are passed by name.",
+            where=spec.where,
+            given=f"a {type(given).__name__}",
+            need=f"a dict with the keys {', '.join(declared) or '(none)'}",
+            fix=f"pass {{{', '.join(f'{n!r}: ...' for n in declared)}}}",
+        )
     if set(declared) == set(given):
         return
     missing, extra = [n for n in declared if n not in given], [n for n in given if n not in declared]
     raise InputError(
-        f"The {what} of {spec.name} do not have the declared names.",
+        f"The names of the {what} given to {spec.name} are not the declared ones.",
         where=spec.where,
-        given=", ".join(given) or "none",
+        given=", ".join(map(str, given)) or "none",
         need=", ".join(declared) or "none",
         fix="; ".join(
-            ([f"add {', '.join(missing)}"] if missing else []) + ([f"remove {', '.join(extra)}"] if extra else [])
+            ([f"add {', '.join(missing)}"] if missing else []) + ([f"remove {', '.join(map(str, extra))}"] if extra else [])
         ),
     )
 

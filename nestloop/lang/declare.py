@@ -16,13 +16,14 @@ from nestloop.errors import Location
 from nestloop.lang import init as initialisers
 from nestloop.lang.dims import DimExpr, parse
 
-_OWN_PACKAGE = __name__.rsplit(".", 1)[0]
+# Where a declaration, a compile or a layer is written; the zoo's declarations are lines like any user's.
+_OWN_MODULES = ("nestloop.lang.", "nestloop.compile", "nestloop.layer", "nestloop.inspection")
 
 
 def caller() -> Location:
-    """The nearest line outside `nestloop.lang`: where the user wrote the declaration."""
+    """The nearest line outside nestloop's own machinery: where the user wrote the declaration or the call."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OWN_PACKAGE):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OWN_MODULES):
         frame = frame.f_back
     return Location(frame.f_code.co_filename, frame.f_lineno)
 
@@ -52,7 +53,8 @@ class Fast(Declaration):
 
     def __init__(self, dims, init: str | None, learned: bool) -> None:
         super().__init__(dims)
-        self.init = initialisers.check(init or ("xavier_uniform" if len(dims) > 1 else "zeros"), self.where)
+        default = "xavier_uniform" if len(dims) > 1 else "zeros"
+        self.init = initialisers.check(default if init is None else init, len(dims), self.where)
         self.learned = learned
 
     @property
@@ -68,7 +70,8 @@ class Slow(Declaration):
 
     def __init__(self, dims, init: str | None, shared: bool) -> None:
         super().__init__(dims)
-        self.init = initialisers.check(init or ("xavier_uniform" if len(dims) > 1 else "ones"), self.where)
+        default = "xavier_uniform" if len(dims) > 1 else "ones"
+        self.init = initialisers.check(default if init is None else init, len(dims), self.where)
         self.shared = shared
 
 

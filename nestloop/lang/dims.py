@@ -23,6 +23,7 @@ _OPERATORS: dict[type, Any] = {
     ast.FloorDiv: operator.floordiv,
     ast.Pow: operator.pow,
 }
+_LARGEST_EXPONENT = 16  # 9**9**9**9 is arithmetic, too, and never ends
 
 
 @dataclass(frozen=True)
@@ -49,19 +50,32 @@ class DimExpr:
 
     def evaluate(self, sizes: Mapping[str, Any], where: Location | None = None) -> Any:
         """The value with every name replaced by its size; any numeric type goes through (sympy too)."""
-        return _evaluate(self.tree, sizes, self.text, where)
+        try:
+            value = _evaluate(self.tree, sizes, self.text, where)
+            if isinstance(value, complex):
+                raise ValueError("the root of a negative number")
+            return value
+        except (ArithmeticError, ValueError) as error:
+            known = ", ".join(f"{n} = {sizes[n]}" for n in self.names)
+            raise UnresolvedDimError(
+                f"The dim expression '{self.text}' has no value.",
+                where=where,
+                given=f"{known}: {error}" if known else str(error),
+                need="arithmetic that can be carried out",
+                fix=f"choose sizes for which {self.text} is defined",
+            ) from None
 
     def size(self, sizes: Mapping[str, int], where: Location | None = None) -> int:
         """The value as an axis size. Raises `UnresolvedDimError` if it is not a whole positive number."""
         value = self.evaluate({k: Fraction(v) for k, v in sizes.items()}, where)
         if Fraction(value).denominator != 1 or value <= 0:
-            known = ", ".join(f"{n} = {sizes[n]}" for n in self.names)
+            known = ", ".join(f"{n} = {sizes[n]}" for n in self.names if n != self.text)
             raise UnresolvedDimError(
                 f"The dim '{self.text}' is not a whole positive number of elements.",
                 where=where,
-                given=f"{known}, so {self.text} = {value}",
+                given=f"{known}, so {self.text} = {value}" if known else f"{self.text} = {value}",
                 need="a positive integer",
-                fix=f"choose sizes that make {self.text} whole",
+                fix=f"choose sizes that make {self.text} whole and positive" if self.names else "write another number",
             )
         return int(value)
 
@@ -76,6 +90,8 @@ def parse(text: str | int | DimExpr, where: Location | None = None) -> DimExpr:
         tree = ast.parse(str(text).strip(), mode="eval").body
     except SyntaxError as error:
         raise _refused(str(text), f"text that does not parse ({error.msg})", where) from None
+    except (MemoryError, RecursionError, ValueError):
+        raise _refused(f"{text[:20]}...", "text that does not parse", where) from None
     names: list[str] = []
     _admit(tree, str(text), names, where)
     return DimExpr(ast.unparse(tree), tuple(dict.fromkeys(names)), tree)
@@ -86,7 +102,7 @@ def _refused(text: str, found: str, where: Location | None) -> DimExpressionErro
         f"The dim expression {text!r} is not arithmetic over dim names.",
         where=where,
         given=found,
-        need="names, numbers, + - * / // ** and parentheses",
+        need=f"names, numbers, + - * / //, ** with a number up to {_LARGEST_EXPONENT}, and parentheses",
         fix='write it like "d", "4*d" or "H/(N*D)"',
     )
 
@@ -97,6 +113,12 @@ def _admit(tree: ast.expr, text: str, names: list[str], where: Location | None) 
             return
         case ast.Name(id=name):
             names.append(name)
+        case ast.BinOp(left=left, op=ast.Pow(), right=right):
+            exponent = right.operand if isinstance(right, ast.UnaryOp) else right
+            if not (isinstance(exponent, ast.Constant) and _small(exponent.value)):
+                raise _refused(text, f"the exponent {ast.unparse(right)!r}", where)
+            _admit(left, text, names, where)
+            _admit(right, text, names, where)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             _admit(left, text, names, where)
             _admit(right, text, names, where)
@@ -104,6 +126,10 @@ def _admit(tree: ast.expr, text: str, names: list[str], where: Location | None) 
             _admit(operand, text, names, where)
         case _:
             raise _refused(text, f"{ast.unparse(tree)!r}", where)
+
+
+def _small(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= _LARGEST_EXPONENT
 
 
 def _evaluate(tree: ast.expr, sizes: Mapping[str, Any], text: str, where: Location | None) -> Any:

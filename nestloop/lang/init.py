@@ -6,6 +6,7 @@ one number, as in "normal(0.02)".
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -49,21 +50,57 @@ INITIALISERS: dict[str, Callable[..., object]] = {
     "eye": _eye,
 }
 
-_CALL = re.compile(r"(?P<name>[a-z_]+)(?:\((?P<value>[-+.\deE]+)\))?")
+# The fewest axes of a weight that each can fill, where it matters.
+_AXES = {"xavier_uniform": 1, "lecun_normal": 1, "eye": 2}
+
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_CALL = re.compile(rf"(?P<name>[a-z_]+)(?:\((?P<value>{_NUMBER})\))?")
 
 
-def check(init: str, where: Location | None) -> str:
-    """The name as given, if it is an initialiser. Raises `UnknownInitError` otherwise."""
+def check(init: str, axes: int, where: Location | None) -> str:
+    """The name as given, if it is an initialiser of a weight with this many axes.
+
+    Raises:
+        UnknownInitError: it is not, or a number is missing or superfluous.
+    """
     match = _CALL.fullmatch(init) if isinstance(init, str) else None
-    if match is None or match["name"] not in INITIALISERS:
+    if match is None or match["name"] not in INITIALISERS or not _takes(match["name"], match["value"]):
         raise UnknownInitError(
             "The initialiser is not one nestloop knows.",
             where=where,
             given=repr(init),
-            need=f"one of {', '.join(INITIALISERS)}, with one number in parentheses where it takes one",
+            need="one of " + ", ".join(map(_usage, INITIALISERS)),
             fix='write init="zeros" or init="normal(0.02)"',
         )
+    if axes < _AXES.get(match["name"], 0):
+        raise UnknownInitError(
+            f"The initialiser {match['name']} does not fit a weight with so few axes.",
+            where=where,
+            given=f"{init!r} for {axes or 'no'} {'axis' if axes == 1 else 'axes'}",
+            need=f"{_AXES[match['name']]} axes or more" if _AXES[match["name"]] > 1 else "an axis",
+            fix='write init="zeros", init="ones" or init="normal(0.02)"',
+        )
     return init
+
+
+def _parameters(name: str) -> list[inspect.Parameter]:
+    """What an initialiser takes beside the tile."""
+    return list(inspect.signature(INITIALISERS[name]).parameters.values())[1:]
+
+
+def _takes(name: str, value: str | None) -> bool:
+    parameters = _parameters(name)
+    return bool(parameters) if value else all(p.default is not p.empty for p in parameters)
+
+
+def _usage(name: str) -> str:
+    """An initialiser with its number as it may be written: constant(VALUE), normal or normal(0.02)."""
+    (parameter,) = _parameters(name) or (None,)
+    if parameter is None:
+        return name
+    if parameter.default is parameter.empty:
+        return f"{name}({parameter.name})"
+    return f"{name} = {name}({parameter.default})"
 
 
 @torch.no_grad()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from nestloop.errors import Location, MissingPartError, SideEffectError
+from nestloop.errors import Location, MissingPartError, SideEffectError, UnknownNameError
 from nestloop.lang.declare import Dim, Fast, Slow, caller, collect
 from nestloop.lang.purity import check_body
 
@@ -16,9 +16,17 @@ class Body:
 
     where: Location
 
-    if TYPE_CHECKING:  # weights and dims are attributes, known by their declarations
-
-        def __getattr__(self, name: str) -> Any: ...
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python's own protocols ask for these
+            raise AttributeError(name)
+        kind = type(self).__name__
+        raise UnknownNameError(
+            f"A body of {kind} uses self.{name}, which nothing declares.",
+            where=caller(),
+            given=f"{name} of {kind}",
+            need=f"one of its weights and dims: {', '.join(sorted(self.__dict__))}",
+            fix=f'declare {name} = nl.fast("d", "d") in a learner, {name} = nl.slow("d") or {name} = nl.dim(64)',
+        )
 
     @classmethod
     def bound(cls, values: dict[str, Any]) -> Any:
@@ -63,7 +71,7 @@ class Learner(Body):
         cls.fast, cls.slow, cls.dims = collect(cls, Fast), collect(cls, Slow), collect(cls, Dim)
         for value in vars(cls).values():
             check_body(value)
-        if cls.fast and "forward" not in {n for base in cls.__mro__[:-3] for n in vars(base)}:
+        if cls.fast and cls.forward is Learner.forward:
             raise MissingPartError(
                 f"The learner {cls.__name__} has no forward.",
                 where=cls.where,

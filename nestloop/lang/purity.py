@@ -49,6 +49,14 @@ def _effect(node: ast.AST, local: set[str], outer: dict[str, Any]) -> str | None
     match node:
         case ast.Global() | ast.Nonlocal():
             return f"it writes to the outer name {', '.join(node.names)}"
+        case ast.AsyncFunctionDef():
+            return "it is a coroutine or a generator"
+        case ast.Subscript(ctx=ast.Store() | ast.Del(), value=ast.Name(id=owner)) if owner not in {*local, "self"}:
+            return f"it changes {owner}, which is not its own"
+        case ast.Subscript(ctx=ast.Store() | ast.Del(), value=ast.Attribute(attr="__dict__") as owner):
+            return f"it changes {ast.unparse(owner)}, which is not its own"
+        case ast.Call(func=ast.Attribute(attr="__setattr__" | "__delattr__")):
+            return "it stores into an attribute"
         case ast.Attribute(ctx=ast.Store() | ast.Del()):
             return f"it stores into the attribute {ast.unparse(node)}"
         case ast.Call(func=ast.Name(id=name)) if name in _CALLS:

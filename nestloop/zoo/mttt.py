@@ -51,42 +51,39 @@ class MLP(nl.Learner):
         return F.gelu(x @ self.w1 + self.b1, approximate="tanh") @ self.w2 + self.b2
 
 
-class Reconstruction(nl.Loop):
-    """Each head reconstructs the whole token x from its own view of it: 0.5 H mean((f(k) g + g_bias - x)^2)."""
+class MTTTLinear(nl.Loop):
+    """MTTT-Linear: one full-batch step of a linear learner from W = 0. Equal to linear attention (eqs. 7-11).
 
+    Each head reconstructs the whole token x from its own view of it: 0.5 H mean((f(k) g + g_bias - x)^2).
+    """
+
+    learner = ZeroLinear
     paper = "2310.13807"
     k, q, x = nl.view("d", bias=True), nl.view("d", bias=True), nl.view("D", shared=True)
     g, g_bias = nl.slow("d", "D"), nl.slow("D", shared=True, init="zeros")
 
-    def decode(self, y):
-        return y @ self.g + self.g_bias
-
     def loss(self, f, t):
-        return 0.5 * self.H * (self.decode(f(t.k)) - t.x).square().mean(-1)
+        return 0.5 * self.H * (f(t.k) @ self.g + self.g_bias - t.x).square().mean(-1)
 
     def readout(self, f, t):
         return f(t.q)
 
 
-class NormedReconstruction(Reconstruction):
-    """The same with a LayerNorm after the decoder, its scale and bias per head."""
-
-    scale, shift = nl.slow("D", init="ones"), nl.slow("D", init="zeros")
-
-    def decode(self, y):
-        return F.layer_norm(y @ self.g + self.g_bias, (self.D,), self.scale, self.shift, eps=1e-6)
-
-
-class MTTTLinear(Reconstruction):
-    """MTTT-Linear: one full-batch step of a linear learner from W = 0. Equal to linear attention (eqs. 7-11)."""
-
-    learner = ZeroLinear
-
-
-class MTTTMLP(NormedReconstruction):
-    """MTTT-MLP: one full-batch step of an MLP from learned weights, decoder LayerNorm."""
+class MTTTMLP(nl.Loop):
+    """MTTT-MLP: one full-batch step of an MLP from learned weights, with a LayerNorm in the decoder."""
 
     learner = MLP
+    paper = "2310.13807"
+    k, q, x = nl.view("d", bias=True), nl.view("d", bias=True), nl.view("D", shared=True)
+    g, g_bias = nl.slow("d", "D"), nl.slow("D", shared=True, init="zeros")
+    scale, shift = nl.slow("D", init="ones"), nl.slow("D", init="zeros")
+
+    def loss(self, f, t):
+        y = F.layer_norm(f(t.k) @ self.g + self.g_bias, (self.D,), self.scale, self.shift, eps=1e-6)
+        return 0.5 * self.H * (y - t.x).square().mean(-1)
+
+    def readout(self, f, t):
+        return f(t.q)
 
 
 class MTTTMLP4(MTTTMLP):
@@ -125,13 +122,14 @@ class Augmented(nl.Learner):
         return (F.elu(x) + 1) @ self.w
 
 
-class LinearAttentionElu(LinearAttention):
+class LinearAttentionElu(nl.Loop):
     """Linear attention of arXiv 2006.16236: elu + 1 features, labels (v, 1), read out as a ratio."""
 
     paper = "2006.16236"
     learner = Augmented
     optimizer = nl.SGD(lr=1.0)
     schedule = nl.FullBatch(steps=1, reduction="sum")
+    k, q, v = nl.view("d", bias=True), nl.view("d", bias=True), nl.view("d", bias=True)
 
     def loss(self, f, t):
         return -(f(t.k) * torch.cat([t.v, torch.ones_like(t.v[:, :1])], -1)).sum(-1)

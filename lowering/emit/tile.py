@@ -128,6 +128,8 @@ class TileFunction:
             kwargs=dict(node.kwargs),
             rank=len(first.meta["val"].shape) if first is not None else 0,
             shape=[size_text(s) for s in value.shape],
+            dtype=value.dtype,
+            numbers=[isinstance(a, (int, float)) or isinstance(a, fx.Node) and a in self.scalar for a in node.args],
         )
         return row.spell(operands)
 

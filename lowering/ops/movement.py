@@ -54,12 +54,12 @@ def _flip(o: Operands) -> str:
 
 
 def _filled(o: Operands, value: str) -> str:
-    return f"filled({', '.join([value, *o.shape])}, dtype=dtype, device=device)"
+    return f"filled({', '.join([value, *o.shape])}, dtype={o.dtype_text}, device=device)"
 
 
 def _arange(o: Operands) -> str:
-    floating = any(isinstance(a, float) for a in o.raw) or getattr(o.kwargs.get("dtype"), "is_floating_point", False)
-    return f"torch.arange({o[0]}, {o[1]}, {o[2]}, dtype={'dtype' if floating else 'torch.int64'}, device=device)[None, None]"
+    step = o[2] if len(o.text) > 2 else 1
+    return f"torch.arange({o[0]}, {o[1]}, {step}, dtype={o.dtype_text}, device=device)[None, None]"
 
 
 def _view(target, example, spell=_reshape) -> Op:

@@ -65,8 +65,14 @@ def _gelu(o: Operands) -> str:
     return f"F.gelu({o[0]}, approximate={o.kwargs.get('approximate', 'none')!r})"
 
 
-def _to_float(o: Operands) -> str:
-    return f"{o[0]}.to(dtype)"
+def _to_copy(o: Operands) -> str:
+    return f"{o[0]}.to({o.dtype_text})"
+
+
+def _where(o: Operands) -> str:
+    # torch.where of two Python numbers is a tensor of the default dtype, whatever the compute dtype is.
+    value = f"filled({o[1]}, dtype=dtype, device=device)" if o.numbers[1] and o.numbers[2] else o[1]
+    return f"torch.where({o[0]}, {value}, {o[2]})"
 
 
 ROWS = [
@@ -125,7 +131,7 @@ ROWS = [
     pointwise(aten.clamp.default, _clamp, lambda r: (r(5, 4), -0.5, 0.5)),
     pointwise(aten.clamp_min.default, _where_clamped("min"), scalar),
     pointwise(aten.clamp_max.default, _where_clamped("max"), scalar),
-    pointwise(aten.where.self, call("torch.where"), lambda r: (r(5, 4) > 0, r(5, 4), r(4))),
+    pointwise(aten.where.self, _where, lambda r: (r(5, 4) > 0, r(5, 4), r(4))),
     pointwise(aten.eq.Scalar, infix("=="), scalar),
     pointwise(aten.ne.Scalar, infix("!="), scalar),
     pointwise(aten.lt.Scalar, infix("<"), scalar),
@@ -144,5 +150,5 @@ ROWS = [
     pointwise(aten.bitwise_and.Tensor, infix("&"), two_bools),
     pointwise(aten.bitwise_or.Tensor, infix("|"), two_bools),
     pointwise(aten.bitwise_not.default, lambda o: f"~{o[0]}", lambda r: (r(5, 4) > 0,)),
-    pointwise(aten._to_copy.default, _to_float, lambda r: (r(5, 4) > 0,)),
+    pointwise(aten._to_copy.default, _to_copy, lambda r: (r(5, 4) > 0,)),
 ]

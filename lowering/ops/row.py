@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import torch
 from torch._ops import OpOverload
 
 Spell = Callable[["Operands"], str]
@@ -38,6 +39,8 @@ class Operands:
         kwargs: the node's keyword arguments.
         rank: rank of the first tensor operand's tile.
         shape: text of the result's tile shape, one entry per axis ("n", "16").
+        dtype: the result's dtype in the traced graph; floating-point ones stand for the compute dtype.
+        numbers: for each argument whether it is a Python number where the code runs.
     """
 
     text: list[Any]
@@ -45,9 +48,16 @@ class Operands:
     kwargs: dict[str, Any]
     rank: int
     shape: list[str]
+    dtype: torch.dtype
+    numbers: list[bool]
 
     def __getitem__(self, index: int) -> Any:
         return self.text[index]
+
+    @property
+    def dtype_text(self) -> str:
+        """The result's dtype in generated code: the compute dtype, `dtype`, if it is floating-point."""
+        return "dtype" if self.dtype.is_floating_point else str(self.dtype)
 
     def axis(self, dim: int) -> int:
         """A tile axis counted from the end, where leading batch axes do not shift it."""

@@ -1,0 +1,1 @@
+"""Tests of the compiler, folder by folder as in `lowering/`."""

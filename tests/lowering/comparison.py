@@ -1,0 +1,134 @@
+"""One loop on two backends: random inputs, every output, every gradient, and the worst relative difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import nestloop as nl
+from nestloop.lang.loop import LoopSpec
+
+FLOOR = 1e-12  # differences below it are rounding of exact zeros
+
+
+@dataclass
+class Inputs:
+    """Tensors for one call, all leaves that require gradients."""
+
+    views: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    state: dict[str, Tensor] | None
+    order: Tensor | None
+    dims: dict[str, int] = field(default_factory=dict)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Everything a gradient is taken of, by name."""
+        state = {f"state {name}": t for name, t in (self.state or {}).items()}
+        return {**self.views, **self.weights, **state}
+
+
+def random_inputs(
+    spec: LoopSpec,
+    sizes: Mapping[str, int],
+    *,
+    sequences: int = 2,
+    heads: int = 2,
+    tokens: int = 5,
+    carried: bool = False,
+    order_per_sequence: bool = False,
+    scale: Mapping[str, float] | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    **call: int,
+) -> Inputs:
+    """Inputs of a loop for these sizes. Weights are scaled to keep products of order one; gates lie in (0, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = scale or {}
+
+    def normal(name: str, *shape: int) -> Tensor:
+        value = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale.get(name, 1.0)
+        return value.to(dtype).requires_grad_()
+
+    def weight(name: str, lead: tuple[int, ...]) -> Tensor:
+        shape = [e.size(sizes) for e in {**spec.fast, **spec.slow}[name].dims]
+        value = normal(name, *lead, *shape).detach()
+        fan = shape[0] if len(shape) > 1 else 4
+        return (value / math.sqrt(fan)).requires_grad_()
+
+    views = {}
+    for name, view in spec.views.items():
+        lead = (sequences, tokens) if view.shared else (sequences, heads, tokens)
+        views[name] = normal(name, *lead, *[e.size(sizes) for e in view.dims])
+    for name in spec.gates:
+        views[name] = (
+            torch.rand(sequences, heads, tokens, generator=generator, dtype=torch.float64)
+            .to(dtype)
+            .mul(scale.get(name, 1.0))
+            .requires_grad_()
+        )
+    weights = {}
+    for name in spec.weights:
+        shared = name in spec.slow and spec.slow[name].shared
+        weights[name] = weight(name, () if shared else (heads,))
+    state = {name: weight(name, (sequences, heads)) for name in spec.fast} if carried else None
+    order = None
+    if spec.schedule.needs_order and not spec.is_kernel_estimator:
+        lead = (sequences, heads) if order_per_sequence else (heads,)
+        order = torch.rand(*lead, tokens, generator=generator).argsort(-1)
+    return Inputs(views, weights, state, order, dict(call))
+
+
+def run(op: nl.CompiledLoop, inputs: Inputs, losses: bool = True) -> dict[str, Tensor]:
+    """Outputs, and gradients of a fixed weighting of all of them, by name."""
+    made = op(
+        inputs.views, inputs.weights, inputs.state, inputs.order, return_losses=losses, **inputs.dims
+    )
+    outputs = {"z": made[0], **{f"end {n}": t for n, t in made[1].items()}}
+    if losses and made[2] is not None:
+        outputs["losses"] = made[2]
+    total = torch.zeros((), dtype=torch.float64)
+    for index, value in enumerate(outputs.values()):
+        weighting = torch.cos(torch.arange(value.numel(), dtype=torch.float64) * 0.7 + index)
+        total = total + (value.double() * weighting.reshape(value.shape)).sum()
+    leaves = inputs.leaves()
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    found = {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), gradients, strict=True)}
+    return {
+        **{n: t.detach() for n, t in outputs.items()},
+        **{f"gradient of {n}": g for n, g in found.items()},
+    }
+
+
+def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
+    """Largest difference of each tensor, relative to its largest element."""
+    assert list(found) == list(wanted)
+    errors = {}
+    for name, value in wanted.items():
+        assert found[name].shape == value.shape and found[name].dtype == value.dtype, name
+        if not value.numel():
+            errors[name] = 0.0
+            continue
+        error = (found[name] - value).abs().max().item()
+        errors[name] = 0.0 if error < FLOOR else error / max(value.abs().max().item(), FLOOR)
+    return errors
+
+
+def compare(
+    loop: type[nl.Loop], inputs: Inputs, losses: bool = True, sizes: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """The torch backend against the reference on the same inputs."""
+    found, wanted = (
+        run(nl.compile(loop, backend=backend, **(sizes or {})), inputs, losses)
+        for backend in ("torch", "reference")
+    )
+    return differences(found, wanted)
+
+
+def assert_equal(errors: Mapping[str, float], tolerance: float) -> None:
+    """No tensor is off by more than `tolerance`; NaN counts as off."""
+    worst = {name: error for name, error in errors.items() if not error <= tolerance}
+    assert not worst, worst

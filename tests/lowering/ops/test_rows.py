@@ -1,0 +1,125 @@
+"""Every row of `lowering.ops`: what its spelling computes is what the op computes, on every head and sequence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nestloop.lowering import ops
+from nestloop.lowering.emit.tile import TileFunction
+from nestloop.lowering.ops import Kind, Op
+from nestloop.lowering.runtime import tiles
+
+HEADS, SEQUENCES = 2, 3
+LEADS = [(HEADS, SEQUENCES), (HEADS, 1), (1, SEQUENCES), (1, 1)]
+NAMES = {
+    **{name: value for name, value in vars(tiles).items() if callable(value)},
+    "torch": torch,
+    "F": F,
+    "aten": torch.ops.aten,
+}
+
+
+def example(row: Op, *lead: int) -> tuple[Any, ...]:
+    """A row's example, every tensor with leading axes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*lead, *shape, generator=generator, dtype=torch.float64)
+
+    return row.example(normal)
+
+
+def spelled(row: Op) -> tuple[str, Any, list[Tensor]]:
+    """The generated function of the op alone: its source, its result's meta, the example's tiles."""
+    arguments = example(row)
+    graph = fx.Graph()
+    tiles_given = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+    anchor = graph.placeholder("anchor")  # ops without operands take dtype and device from it
+    anchor.meta["val"] = torch.zeros(5, 4, dtype=torch.float64)
+    nodes = {}
+    for index, tile in enumerate(tiles_given):
+        nodes[id(tile)] = graph.placeholder(f"x{index}")
+        nodes[id(tile)].meta["val"] = tile
+    args = tree_map(lambda a: nodes[id(a)] if isinstance(a, Tensor) else a, arguments)
+    node = graph.call_function(row.target, args, kwargs(row))
+    node.meta["val"] = row.target(*arguments, **kwargs(row))
+    other = graph.call_function(torch.ops.aten.neg.default, (anchor,))
+    other.meta["val"] = anchor.meta["val"]
+    graph.output((node, other))
+    axes = {n: tuple(map(str, n.meta["val"].shape)) for n in (node, other)}
+    function = TileFunction("f", fx.GraphModule(torch.nn.Module(), graph), "One op.", axes)
+    return function.write(None), node.meta["val"], tiles_given
+
+
+def kwargs(row: Op) -> dict[str, Any]:
+    """What an op without operands is traced with, in a float64 body."""
+    if row.target is torch.ops.aten._to_copy.default:
+        return {"dtype": torch.float64}
+    takes = {argument.name for argument in row.target._schema.arguments}
+    floats = row.kind is Kind.CREATE and row.target is not torch.ops.aten.arange.start_step
+    return {"dtype": torch.float64} if floats and "dtype" in takes else {}
+
+
+@pytest.mark.parametrize("row", ops.ROWS.values(), ids=lambda row: row.name)
+@pytest.mark.parametrize("first", range(len(LEADS)))
+def test_the_spelling_is_the_op(row: Op, first: int):
+    text, meta, tiles_given = spelled(row)
+    names = dict(NAMES)
+    exec(text, names)
+    leads = [LEADS[(first + index) % len(LEADS)] for index in range(len(tiles_given))]
+    whole = [t for t in tree_leaves(example(row, HEADS, SEQUENCES)) if isinstance(t, Tensor)]
+    given = [t[: lead[0], : lead[1]] for t, lead in zip(whole, leads, strict=True)]
+    anchor = torch.zeros(HEADS, SEQUENCES, 5, 4, dtype=torch.float64)
+    arguments = {"anchor": anchor, **{f"x{i}": t for i, t in enumerate(given)}, "low": None}
+    found = names["f"](**arguments)[0]
+
+    assert found.ndim == meta.ndim + 2
+    assert list(found.shape[2:]) == list(meta.shape)
+    assert found.dtype == meta.dtype
+    if not tiles_given:
+        torch.testing.assert_close(found, meta[None, None], rtol=0, atol=0)
+        return
+    single = example(row)
+
+    def on_one_tile(*tensors: Tensor) -> Tensor:
+        inside = iter(tensors)
+        args = tree_map(lambda a: next(inside) if isinstance(a, Tensor) else a, single)
+        return row.target(*args, **kwargs(row))
+
+    expanded = [t.expand(HEADS, SEQUENCES, *t.shape[2:]) for t in given]
+    wanted = torch.vmap(torch.vmap(on_one_tile))(*expanded)
+    torch.testing.assert_close(found.expand(wanted.shape), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_no_op_has_two_rows():
+    modules = (ops.pointwise, ops.products, ops.reductions, ops.movement)
+    rows = [row for module in modules for row in module.ROWS]
+    assert {name: count for name, count in Counter(row.name for row in rows).items() if count > 1} == {}
+    assert len(rows) == len(ops.ROWS)
+
+
+@pytest.mark.parametrize("row", ops.ROWS.values(), ids=lambda row: row.name)
+def test_work_is_what_the_kind_allows(row: Op):
+    free = row.kind in (Kind.VIEW, Kind.MOVE, Kind.CREATE)
+    assert (row.work == 0) if free else row.work >= 1
+    assert row.kind is not Kind.PRODUCT or row.work == 2
+
+
+@pytest.mark.parametrize("row", ops.ROWS.values(), ids=lambda row: row.name)
+def test_the_result_of_a_pointwise_op_has_the_broadcast_shape(row: Op):
+    if row.kind is Kind.POINTWISE:
+        arguments = example(row)
+        shapes = [t.shape for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+        assert row.target(*arguments, **kwargs(row)).shape == torch.broadcast_shapes(*shapes)
+
+
+def test_similar_names_are_offered():
+    assert ops.nearest(torch.ops.aten.atanh.default)[0] in ("tanh", "atan")
+    assert ops.nearest(torch.ops.aten.bincount.default) == []

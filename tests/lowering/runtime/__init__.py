@@ -1,0 +1,1 @@
+"""Tests of the generated ops as PyTorch sees them."""

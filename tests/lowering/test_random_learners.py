@@ -1,0 +1,49 @@
+"""Learners nobody wrote a rule for: the torch backend equals the reference, values and every gradient.
+
+`NESTLOOP_RANDOM_CASES=500 pytest tests/lowering/test_random_learners.py` hunts among so many fresh cases.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, assume, given, settings
+
+import nestloop as nl
+from tests.lowering.comparison import assert_equal, differences, run
+from tests.lowering.random_loops import LOSSES, RandomLoop, random_loops
+
+CASES = int(os.environ.get("NESTLOOP_RANDOM_CASES", "0"))
+FAMILIES = [(loss, shuffled) for loss in LOSSES for shuffled in (False, True)]
+
+
+def check(case: RandomLoop) -> None:
+    loop = case.declare()
+    inputs = case.inputs(loop)
+    wanted = run(nl.compile(loop, backend="reference", a=case.key_size, e=case.value_size), inputs, case.losses)
+    # Where the definition itself has no value (a norm of zero differentiated twice), there is nothing to equal.
+    assume(all(bool(torch.isfinite(value).all()) for value in wanted.values()))
+    found = run(nl.compile(loop, backend="torch", a=case.key_size, e=case.value_size), inputs, case.losses)
+    assert_equal(differences(found, wanted), 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("loss", "shuffled"), FAMILIES, ids=[f"{loss}-{'shuffled' if s else 'full batch'}" for loss, s in FAMILIES]
+)
+def test_random_learners_equal_the_reference(loss: str, shuffled: bool):
+    @settings(
+        max_examples=CASES // len(FAMILIES) or 13,
+        derandomize=not CASES,
+        database=None,
+        phases=[Phase.generate],  # a case takes a second: a failing one is printed as it was drawn
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=random_loops(loss, shuffled))
+    def holds(case: RandomLoop) -> None:
+        check(case)
+
+    holds()

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from nestloop.models.data.transforms import Crop, EvalTransform, TrainTransform
+from nestloop.models.errors import RecipeError
 from nestloop.models.registry import create
 from nestloop.models.vit import ViT
 
@@ -108,6 +111,13 @@ class Recipe:
 
     def create_model(self, num_classes: int) -> ViT:
         """The model, freshly initialised from torch's global random numbers."""
+        if self.recompute and self.backend == "reference":
+            raise RecipeError(
+                "the reference backend takes gradients inside its forward, which cannot be recomputed",
+                given="--recompute --backend reference",
+                need="the torch backend, or no recomputation",
+                fix="--backend torch, or --no-recompute",
+            )
         chosen = {name: getattr(self, name) for name in ("mixer", "width", "depth", "heads", "patch_size")}
         model = create(
             self.model,
@@ -122,6 +132,11 @@ class Recipe:
         for name, parameter in model.named_parameters():
             if ".views." in name and name.endswith(".weight"):
                 parameter.data.mul_(self.view_gain)
+        if self.recompute:
+            # What returns the inner losses is lowered at its first call. Lowering differentiates, which
+            # torch refuses inside a recomputed block, so it is called once outside of one.
+            with torch.no_grad():
+                model(torch.zeros(1, *self.image_shape), return_losses=True)
         return model
 
     def train_transform(self) -> TrainTransform:

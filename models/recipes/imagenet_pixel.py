@@ -9,4 +9,4 @@ expected  the paper's top-1 after 90 epochs: MTTT-MLP SGD T=4 65.2, MTTT-MLP 61.
 
 from nestloop.models.recipe import Recipe
 
-recipe = Recipe(data="data/imagenet", model="vit_ti1_mttt_mlp_sgd4", recompute=True)
+recipe = Recipe(data="data/imagenet", model="vit_ti1_mttt_mlp_sgd4", backend="torch", recompute=True)

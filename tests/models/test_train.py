@@ -15,7 +15,7 @@ from torch import nn
 
 from nestloop.models import checkpoint, evaluate
 from nestloop.models import train as training
-from nestloop.models.errors import CheckpointError, NonFiniteError, TooManyUnreadableError
+from nestloop.models.errors import CheckpointError, NonFiniteError, RecipeError, TooManyUnreadableError
 from nestloop.models.logbook import Logbook, read_log
 from nestloop.models.nonfinite import first_nonfinite_layer
 from nestloop.models.optim import matrices, outer_optimizer, warmup_cosine
@@ -129,8 +129,15 @@ class TestSteps:
         assert all(torch.equal(again[name], expected[name]) for name in expected)
 
     def test_recompute_gives_the_same_losses(self, tmp_path, tiny_run):
-        assert losses(train(dataclasses.replace(TINY, recompute=True), tmp_path)) == pytest.approx(
-            losses(tiny_run)
+        recomputed = train(dataclasses.replace(TINY, backend="torch", recompute=True), tmp_path)
+        assert losses(recomputed) == pytest.approx(losses(tiny_run), rel=1e-5)
+        with pytest.raises(RecipeError) as error:
+            dataclasses.replace(TINY, backend="reference", recompute=True).create_model(10)
+        assert str(error.value) == (
+            "the reference backend takes gradients inside its forward, which cannot be recomputed\n"
+            "  given: --recompute --backend reference\n"
+            "  need:  the torch backend, or no recomputation\n"
+            "  fix:   --backend torch, or --no-recompute"
         )
 
     def test_another_seed_gives_others(self, tmp_path, tiny_run):

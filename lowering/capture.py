@@ -7,10 +7,12 @@ be compiled is refused here, at the user's own line.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,19 +29,24 @@ from nestloop.errors import (
     CompileError,
     DataDependentError,
     InPlaceError,
+    KernelShapeError,
     Location,
     LossNotPerTokenError,
     NestloopError,
     ReadoutShapeError,
-    ShapeMismatchError,
     UnadmittedOpError,
     UnusedFastWeightError,
 )
-from nestloop.lang.loop import LoopSpec
+from nestloop.lang.loop import LoopSpec, body_line
 from nestloop.lowering import ops
+from nestloop.lowering.mismatch import OpFailed, about_shapes, operands, shape_mismatch, trial_sizes
 
 _HINT = 23  # stands for n while tracing; the graphs hold the symbol
-_LOOKS_AT_VALUES = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
+_LOOKS_AT_VALUES = {
+    *("_local_scalar_dense", "item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__"),
+    *("nonzero", "is_nonzero", "equal", "allclose", "masked_select", "unique"),
+}
+_RANDOM = {"dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "bernoulli", "multinomial", "rrelu"}
 
 
 @dataclass(frozen=True)
@@ -76,18 +83,55 @@ def capture_with(tracer: Tracer) -> Captured:
     spec, sizes = tracer.spec, tracer.sizes
     everything = {**spec.fast, **spec.slow}
     if spec.is_kernel_estimator:
-        kernel = tracer.trace(_kernel_body(spec, tracer.dims), [*spec.slow, "q", "k"], "kernel")
-        _check_used(spec, kernel)
+        kernel = _trace(tracer, lambda dims: _kernel_body(spec, dims), [*spec.slow, "q", "k"], "kernel")
+        _check_kernel(spec, kernel)
         value = tracer.tile("v")
         return Captured(spec, None, kernel, sizes, tuple(value.shape[1:]), tracer.fixed_tokens())
 
     inputs = [*everything, *spec.inputs]
-    loss = tracer.trace(_flat(reference.token_loss(spec, tracer.dims), spec), inputs, "loss")
+    loss = _trace(tracer, lambda dims: _flat(reference.token_loss(spec, dims), spec), inputs, "loss")
     _check_loss(spec, loss)
     _check_used(spec, loss)
-    readout = tracer.trace(_flat(reference.token_readout(spec, tracer.dims), spec), inputs, "readout")
+    readout = _trace(tracer, lambda dims: _flat(reference.token_readout(spec, dims), spec), inputs, "readout")
     output = _check_readout(spec, readout)
+    if spec.optimizer.transform is not None:
+        for name in spec.fast:
+            _trace(tracer, lambda dims: spec.optimizer.transformed, [name], "transform")
     return Captured(spec, loss, readout, sizes, output, tracer.fixed_tokens())
+
+
+def _trace(
+    tracer: Tracer, body_with: Callable[[dict[str, Any]], Callable[..., Any]], names: list[str], what: str
+) -> fx.GraphModule:
+    """The graph of a body. A shape mismatch is told by axis names, which a second trace with trial sizes gives."""
+    try:
+        return tracer.trace(body_with(tracer.dims), names, what)
+    except OpFailed as failed:
+        trial = _failure_in_trial(tracer, body_with, names, what, failed)
+        raise shape_mismatch(tracer.spec, what, failed, tracer.sizes, trial) from None
+
+
+def _failure_in_trial(
+    tracer: Tracer,
+    body_with: Callable[[dict[str, Any]], Callable[..., Any]],
+    names: list[str],
+    what: str,
+    failed: OpFailed,
+) -> tuple[OpFailed, dict[str, int]] | None:
+    """The same failure for sizes that tell every dim apart, and these sizes; None where it does not happen there."""
+    sizes = trial_sizes(tracer.spec, tracer.sizes)
+    if sizes is None:
+        return None
+    grid = tracer.spec.grid
+    tokens = tracer.tokens if grid is None or tracer.tokens is None else sizes[grid[0]] * sizes[grid[1]]
+    trial = Tracer(tracer.spec, sizes, tokens)
+    try:
+        trial.trace(body_with(trial.dims), names, what)
+    except OpFailed as again:
+        return (again, sizes) if failed.same_place(again) else None
+    except NestloopError:  # something else fails first: literal sizes, say
+        return None
+    return None
 
 
 def _flat(body: Callable[..., Tensor], spec: LoopSpec) -> Callable[..., Tensor]:
@@ -171,7 +215,7 @@ class Tracer:
         # A body may not write into tensors, but PyTorch's own composite functions and derivative formulas do.
         traced = torch.func.functionalize(watched)
 
-        with self.fake, _as_compile_error(self.spec, user_body):
+        with self.fake, _as_compile_error(self.spec, user_body), _quiet():
             module = make_fx(traced, decomposition_table=ops.decompositions(), tracing_mode="real")(*examples)
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         assert len(placeholders) == len(names), "two example inputs were merged: they share a storage"
@@ -199,31 +243,20 @@ class _BodyMode(TorchDispatchMode):
         where = user_line(self.spec)
         name = func._schema.name.split("::")[-1]
         if name in _LOOKS_AT_VALUES:
-            raise DataDependentError(
-                f"A body of {self.spec.name} looks at the values of a tensor.",
-                where=where,
-                given=f"{name}, which an if, while, int(), float() or .item() on a tensor calls",
-                need="control flow that depends on shapes and numbers only: the body is traced once for all values",
-                fix="choose between values with torch.where(condition, a, b)",
-            )
+            raise _data_dependent(self.spec, name, where)
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
-                raise CapturedTensorError(
-                    f"A body of {self.spec.name} uses a tensor from outside its declaration.",
-                    where=where,
-                    given=f"a tensor {_shape(value)}",
-                    need="weights and views that are declared; numbers may come from anywhere",
-                    fix="declare it, scale = nl.slow('d'), or write the number itself",
-                )
+                raise _captured(self.spec, value, where)
         mode = get_proxy_mode()
         graph = mode.tracer.graph if mode is not None else None
         before = len(graph.nodes) if graph is not None else 0
         try:
             result = func(*args, **kwargs)
         except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, NestloopError):
+            message = str(error).splitlines()[0]
+            if isinstance(error, NestloopError) or not about_shapes(message):
                 raise
-            raise _OpFailed(func, args, str(error).splitlines()[0], where) from error
+            raise OpFailed(name, operands(None, args, kwargs), message, where) from error
         if graph is not None and where is not None:
             for node in list(graph.nodes)[before:]:
                 node.meta.setdefault("where", where)
@@ -242,46 +275,80 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         plain_inplace = name.endswith("_") and not name.startswith("_") and not name.endswith("__")
-        writes = plain_inplace or name in _WRITES or "out" in kwargs or kwargs.get("inplace")
+        writes = plain_inplace or name in _WRITES or kwargs.get("out") is not None
         # PyTorch's own Python functions write into what they have just made; only the user's own writes count.
-        if writes and sys._getframe(1).f_code.co_filename in _user_files(self.spec):
+        writes = writes and sys._getframe(1).f_code.co_filename in _user_files(self.spec)
+        if writes or kwargs.get("inplace"):
             raise InPlaceError(
                 f"A body of {self.spec.name} writes into a tensor.",
                 where=user_line(self.spec),
-                given=f"{name} on {_shape(args[0]) if args else 'a tensor'}",
+                given=f"{name} on {ops.named_shape(args[0].shape) if args and isinstance(args[0], Tensor) else 'a tensor'}",
                 need="values that are computed, not overwritten: the graph has no memory",
                 fix="write y = x + z instead of x += z, torch.where or torch.cat instead of an assignment to x[...]",
             )
-        return func(*args, **kwargs)
+        if name in _LOOKS_AT_VALUES:
+            if isinstance(args[0], Tensor) and not torch._is_functional_tensor(args[0]):
+                raise _captured(self.spec, args[0], user_line(self.spec))
+            raise _data_dependent(self.spec, name, user_line(self.spec))
+        if name in _RANDOM:
+            raise UnadmittedOpError(
+                f"{self.spec.name} uses {name}, which draws random numbers.",
+                where=user_line(self.spec),
+                given=name,
+                need="a body that is a function of its tensors: backward computes it again",
+                fix="leave it out of the inner loop, or draw outside and pass the numbers as a view",
+            )
+        try:
+            return func(*args, **kwargs)
+        except (OpFailed, RuntimeError, ValueError, IndexError) as error:
+            message = str(error).splitlines()[0] if str(error) else ""
+            if isinstance(error, NestloopError) or not (isinstance(error, OpFailed) or about_shapes(message)):
+                raise
+            frame = user_frame(self.spec)
+            raise OpFailed(name, operands(frame, args, kwargs), message, user_line(self.spec)) from error
+
+
+def _captured(spec: LoopSpec, value: Tensor, where: Location | None) -> CapturedTensorError:
+    return CapturedTensorError(
+        f"A body of {spec.name} uses a tensor from outside its declaration.",
+        where=where,
+        given=f"a tensor {_shape(value)}",
+        need="weights and views that are declared; numbers may come from anywhere",
+        fix="declare it, scale = nl.slow('d'), or write the number itself",
+    )
+
+
+def _data_dependent(spec: LoopSpec, name: str, where: Location | None) -> DataDependentError:
+    return DataDependentError(
+        f"A body of {spec.name} looks at the values of a tensor.",
+        where=where,
+        given=f"{name}, which needs them, as an if, int(), float(), .item() and .tolist() on a tensor do",
+        need="control flow that depends on shapes and numbers only: the body is traced once for all values",
+        fix="choose between values with torch.where(condition, a, b)",
+    )
 
 
 _WRITES = {"__setitem__", *(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "div", "pow", "and", "or", "xor"))}
 
 
-class _OpFailed(Exception):
-    """An op refused its operands inside a user's body."""
-
-    def __init__(self, func: Any, args: tuple[Any, ...], message: str, where: Location | None) -> None:
-        super().__init__(message)
-        self.func, self.args_given, self.message, self.where = func, args, message, where
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch logs the traceback of an op that fails on fake tensors; here the error says it all."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 @contextmanager
 def _as_compile_error(spec: LoopSpec, user_body: str | None) -> Iterator[None]:
-    """Errors inside a user's body leave as a `CompileError` at the user's line, shapes given by axis names."""
+    """Errors inside a user's body leave as a `CompileError` at the user's line (`OpFailed` as it is)."""
     try:
         yield
-    except NestloopError:
+    except (NestloopError, OpFailed):
         raise
-    except _OpFailed as failed:
-        shapes = [_axes_of(spec, a) for a in failed.args_given if isinstance(a, Tensor)]
-        raise ShapeMismatchError(
-            f"In the {user_body} of {spec.name}, {_op_name(failed.func)} got axes that do not fit.",
-            where=failed.where,
-            given=" and ".join(shapes) or "no tensor",
-            need=failed.message,
-            fix="make the axes agree: transpose one side, or declare the weight with the other dims",
-        ) from None
     except Exception as error:
         if user_body is None:
             raise
@@ -305,18 +372,25 @@ def _user_files(spec: LoopSpec) -> set[str]:
                 files.add(code.co_filename)
         if not inside and module is not None and getattr(module, "__file__", None):
             files.add(module.__file__)
+    transform = getattr(spec.optimizer.transform, "__code__", None)
+    if transform is not None and not getattr(spec.optimizer.transform, "__module__", "").startswith("nestloop.lang"):
+        files.add(transform.co_filename)
     return files
 
 
-def user_line(spec: LoopSpec) -> Location | None:
-    """The innermost line of the user's own files on the stack."""
+def user_frame(spec: LoopSpec) -> FrameType | None:
+    """The innermost frame of the user's own files on the stack."""
     files = _user_files(spec)
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename in files:
-            return Location(frame.f_code.co_filename, frame.f_lineno)
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename not in files:
+        frame = frame.f_back
+    return frame
+
+
+def user_line(spec: LoopSpec) -> Location | None:
+    """Its line."""
+    frame = user_frame(spec)
+    return None if frame is None else Location(frame.f_code.co_filename, frame.f_lineno)
 
 
 def _line_in_traceback(spec: LoopSpec, error: BaseException) -> Location:
@@ -335,11 +409,6 @@ def _op_name(func: Any) -> str:
 
 def _shape(value: Any) -> str:
     return f"[{', '.join(map(str, value.shape))}]" if isinstance(value, Tensor) else repr(value)
-
-
-def _axes_of(spec: LoopSpec, value: Tensor) -> str:
-    """A shape with the dims that have each size: "[n, d] = [n, 16]"."""
-    return ops.named_shape(value.shape)
 
 
 def _check_admitted(spec: LoopSpec, module: fx.GraphModule) -> None:
@@ -369,18 +438,51 @@ def _value(module: fx.GraphModule) -> Any:
     return result
 
 
-def _check_loss(spec: LoopSpec, module: fx.GraphModule) -> None:
+def _written(spec: LoopSpec, what: str, module: fx.GraphModule) -> tuple[str, list[Any] | None, Location]:
+    """What a body returned: as text, its shape if it is one tensor, and the line to show.
+
+    That is the line of the last op if it stands in the body itself, and else the body's first.
+    """
     result = _value(module)
-    shape = result.meta["val"].shape if isinstance(result, fx.Node) else None
-    first = next(node for node in module.graph.nodes if node.meta.get("declared") in spec.inputs)
-    tokens = first.meta["val"].shape[0]
-    if shape is None or len(shape) != 1 or shape[0] is not tokens and shape[0] != tokens:
+    body = getattr(spec.cls, what)
+    where, code = body_line(body, spec.where), body.__code__
+    if not isinstance(result, fx.Node):
+        kind = type(result).__name__
+        return "None: the body returns nothing" if result is None else f"a {kind}", None, where
+    last, lines = result.meta.get("where"), [line for *_, line in code.co_lines() if line is not None]
+    if last is not None and last.file == code.co_filename and min(lines) <= last.line <= max(lines):
+        where = last
+    shape = list(result.meta["val"].shape)
+    return ops.named_shape(shape), shape, where
+
+
+def _check_loss(spec: LoopSpec, module: fx.GraphModule) -> None:
+    given, shape, where = _written(spec, "loss", module)
+    if shape is None or len(shape) != 1 or not _runs_over_tokens(spec, module, shape[0]):
         raise LossNotPerTokenError(
             f"The loss of {spec.name} is not one number per token.",
-            where=result.meta.get("where", spec.where) if isinstance(result, fx.Node) else spec.where,
-            given="not a tensor" if shape is None else f"{ops.named_shape(shape)}",
+            where=where,
+            given=given,
             need="[n]: the loss of each of the tile's n tokens; the schedule's reduction adds them up",
             fix="reduce over the last axis only: .mean(-1) or .sum(-1)",
+        )
+
+
+def _runs_over_tokens(spec: LoopSpec, module: fx.GraphModule, size: Any) -> bool:
+    first = next(node for node in module.graph.nodes if node.meta.get("declared") in {*spec.inputs})
+    tokens = first.meta["val"].shape[0]
+    return size is tokens or bool(size == tokens)
+
+
+def _check_kernel(spec: LoopSpec, module: fx.GraphModule) -> None:
+    given, shape, where = _written(spec, "kernel", module)
+    if shape is None or len(shape) != 2 or not all(_runs_over_tokens(spec, module, size) for size in shape):
+        raise KernelShapeError(
+            f"The kernel of {spec.name} is not one number per query and key.",
+            where=where,
+            given=given,
+            need="[n, m]: how much each of the m keys counts at each of the n queries",
+            fix="return torch.exp(q @ k.T), or another positive function of the two",
         )
 
 
@@ -398,15 +500,12 @@ def _check_used(spec: LoopSpec, module: fx.GraphModule) -> None:
 
 
 def _check_readout(spec: LoopSpec, module: fx.GraphModule) -> tuple[int, ...]:
-    result = _value(module)
-    shape = result.meta["val"].shape if isinstance(result, fx.Node) else None
-    first = next(node for node in module.graph.nodes if node.meta.get("declared") in spec.inputs)
-    tokens = first.meta["val"].shape[0]
-    if shape is None or len(shape) < 1 or shape[0] is not tokens and shape[0] != tokens:
+    given, shape, where = _written(spec, "readout", module)
+    if shape is None or not shape or not _runs_over_tokens(spec, module, shape[0]):
         raise ReadoutShapeError(
             f"The read-out of {spec.name} is not one row per token.",
-            where=result.meta.get("where", spec.where) if isinstance(result, fx.Node) else spec.where,
-            given="not a tensor" if shape is None else f"{ops.named_shape(shape)}",
+            where=where,
+            given=given,
             need="[n, *]: the output of each token",
             fix="return f(t.q), one row per token",
         )

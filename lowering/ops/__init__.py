@@ -35,7 +35,7 @@ def admitted(target: Any) -> bool:
 
 def nearest(target: Any) -> list[str]:
     """Admitted ops whose name is like that of `target`."""
-    names = sorted({row.name.split(".")[0] for row in ROWS.values()})
+    names = sorted({row.name.split(".")[0] for row in ROWS.values() if not row.name.startswith("_")})
     return difflib.get_close_matches(target._schema.name.split("::")[-1], names, 3, 0.5)
 
 

@@ -21,9 +21,9 @@ class Body:
             raise AttributeError(name)
         kind = type(self).__name__
         raise UnknownNameError(
-            f"A body of {kind} uses self.{name}, which nothing declares.",
+            f"{kind} declares no '{name}'.",
             where=caller(),
-            given=f"{name} of {kind}",
+            given=name,
             need=f"one of its weights and dims: {', '.join(sorted(self.__dict__))}",
             fix=f'declare {name} = nl.fast("d", "d") in a learner, {name} = nl.slow("d") or {name} = nl.dim(64)',
         )

@@ -11,7 +11,7 @@ import linecache
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, zip_longest
+from itertools import combinations
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -68,7 +68,8 @@ def operands(frame: FrameType | None, args: Sequence[Any], kwargs: Mapping[str, 
                 known = len(inside) == len(argument)
                 found.append(Operand(ast.unparse(inside[place]) if known else f"item {place + 1}", tuple(tensor.shape)))
     # PyTorch's own functions pass what was written by place on by name, in the same order.
-    for (name, tensor), text in zip_longest(list(kwargs.items()), texts[len(args) :], fillvalue=None):
+    rest = [*texts[len(args) :], *[None] * len(kwargs)]
+    for (name, tensor), text in zip(kwargs.items(), rest, strict=False):
         if isinstance(tensor, Tensor):
             found.append(Operand(ast.unparse(text) if text is not None else name, tuple(tensor.shape)))
     return found

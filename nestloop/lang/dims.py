@@ -91,7 +91,7 @@ def parse(text: str | int | DimExpr, where: Location | None = None) -> DimExpr:
     except SyntaxError as error:
         raise _refused(str(text), f"text that does not parse ({error.msg})", where) from None
     except (MemoryError, RecursionError, ValueError):
-        raise _refused(f"{text[:20]}...", "text that does not parse", where) from None
+        raise _refused(f"{str(text)[:20]}...", "text that does not parse", where) from None
     names: list[str] = []
     _admit(tree, str(text), names, where)
     return DimExpr(ast.unparse(tree), tuple(dict.fromkeys(names)), tree)

@@ -277,7 +277,8 @@ def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View]
 
 def _check_names(cls: type[Loop], learner: type[Learner], groups: list[dict[str, Any]]) -> None:
     seen: dict[str, Declaration] = {}
-    for group in [learner.fast, learner.slow, *groups]:
+    own: list[dict[str, Any]] = [dict(learner.fast), dict(learner.slow)]
+    for group in own + groups:
         for name, declaration in group.items():
             other = seen.setdefault(name, declaration)
             if other is not declaration:

@@ -1,0 +1,1 @@
+"""Tests of the language, file by file as in `nestloop/lang/`."""

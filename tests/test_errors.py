@@ -1,0 +1,1113 @@
+"""Bodies that cannot be compiled, parts that are missing, calls that do not fit: every message, whole."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import nestloop as nl
+from nestloop import errors
+from nestloop.errors import (
+    CapturedTensorError,
+    CompileError,
+    DataDependentError,
+    InPlaceError,
+    InputError,
+    KernelShapeError,
+    LossNotPerTokenError,
+    MissingPartError,
+    OrderError,
+    ReadoutShapeError,
+    ShapeMismatchError,
+    SideEffectError,
+    SignatureError,
+    TransformError,
+    UnadmittedOpError,
+    UnknownBackendError,
+    UnknownNameError,
+    UnresolvedDimError,
+    UnusedFastWeightError,
+)
+from tests.refusals import refused
+
+OUTER = torch.ones(8)
+LOG: list[object] = []
+COUNT = 0
+
+
+class Linear(nl.Learner):
+    w = nl.fast("d", "d")
+
+    def forward(self, x):
+        return x @ self.w
+
+
+class Squares(nl.Loop):
+    """A loop to change one part of; declared without a learner, it is not yet checked."""
+
+    k, q, v = nl.view("d"), nl.view("d"), nl.view("d")
+
+    def loss(self, f, t):
+        return (f(t.k) - t.v).square().sum(-1)
+
+    def readout(self, f, t):
+        return f(t.q)
+
+
+class Good(Squares):
+    learner = Linear
+
+
+class Ordered(Good):
+    schedule = nl.Shuffled(2)
+
+
+def layer_of(body, part="loss", **declared):
+    """A layer of the loop with one body (or another part) changed."""
+    return nl.Layer(type("Loop", (Squares,), {"learner": Linear, part: body, **declared}), 16, 2)
+
+
+MISMATCH = "In the {} of Loop, {} got axes that do not fit."
+FIT = "axes of equal sizes; PyTorch says: "
+FIT_FIX = "make the axes agree: transpose one side, or declare the weight with the other dims"
+
+
+def mismatch(body, op, given, says, part="loss", **declared):
+    def run():
+        layer_of(body, part, **declared)
+
+    with pytest.raises(ShapeMismatchError) as caught:
+        run()
+    lines = str(caught.value).splitlines()
+    assert lines[0] == MISMATCH.format(part, op)
+    assert lines[1].startswith(f"  at:    {__file__}:") and lines[1].endswith("# HERE")
+    assert lines[2:] == [f"  given: {given}", f"  need:  {FIT}{says}", f"  fix:   {FIT_FIX}"]
+
+
+def test_shapes_are_named_by_dims_even_where_sizes_are_equal():
+    def loss(self, f, t):
+        return (f(t.k) @ self.g).sum(-1)  # HERE
+
+    mismatch(
+        loss,
+        "matmul",
+        "f(t.k) is [n, d], self.g is [e, D]; d = 8 meets e = 24",
+        "a and b must have same reduction dim, but got [n, 8] X [24, 16].",
+        e=nl.dim(24),
+        g=nl.slow("e", "D"),
+    )
+    mismatch(  # D and r are both 16
+        loss,
+        "matmul",
+        "f(t.k) is [n, d], self.g is [r, D]; d = 8 meets r = 16",
+        "a and b must have same reduction dim, but got [n, 8] X [16, 16].",
+        r=nl.dim(16),
+        g=nl.slow("r", "D"),
+    )
+
+
+def test_shapes_of_expressions_slices_and_tokens():
+    def compound(self, f, t):
+        return (f(t.k) - self.g).sum(-1)  # HERE
+
+    def sliced(self, f, t):
+        return (f(t.k) - t.v[:, :3]).square().sum(-1)  # HERE
+
+    def tokens(self, f, t):
+        return torch.matmul(f(t.k), t.v).sum(-1)  # HERE
+
+    def joined(self, f, t):
+        return F.linear(f(t.k), torch.cat([self.g, self.g], 1)).sum(-1)  # HERE
+
+    broadcast = "The size of tensor a (8) must match the size of tensor b ({}) at non-singleton dimension 1)"
+    mismatch(
+        compound,
+        "sub",
+        "f(t.k) is [n, d], self.g is [4 * d]; d = 8 meets 4 * d = 32",
+        broadcast.format(32),
+        g=nl.slow("4*d"),
+    )
+    mismatch(
+        sliced, "sub", "f(t.k) is [n, d], t.v[:, :3] is [n, 3]; d = 8 meets 3", broadcast.format(3)
+    )
+    mismatch(
+        tokens,
+        "matmul",
+        "f(t.k) is [n, d], t.v is [n, d]; d = 8 meets n",
+        "a and b must have same reduction dim, but got [n, 8] X [n, 8].",
+    )
+    mismatch(
+        joined,
+        "linear",
+        "f(t.k) is [n, d], torch.cat([self.g, self.g], 1) is [D, 2*d]; d = 8 meets 2*d = 16",
+        "a and b must have same reduction dim, but got [n, 8] X [16, 16].",
+        g=nl.slow("D", "d"),
+    )
+
+
+def test_shapes_of_functions_with_many_operands():
+    def cat(self, f, t):
+        return torch.cat([f(t.k), self.g], 0).sum(-1)  # HERE
+
+    def einsum(self, f, t):
+        return torch.einsum("nd,ed->ne", f(t.k), self.g).sum(-1)  # HERE
+
+    def norm(self, f, t):
+        return F.layer_norm(f(t.k), (self.d,), self.g[0]).sum(-1)  # HERE
+
+    def reshape(self, f, t):
+        return f(t.k).reshape(-1, 7).sum(-1)  # HERE
+
+    g = {"g": nl.slow("d", "4*d")}
+    both = "f(t.k) is [n, d], self.g is [d, 4 * d]; d = 8 meets 4 * d = 32"
+    mismatch(
+        cat,
+        "cat",
+        both,
+        "Sizes of tensors must match except in dimension 0. "
+        "Expected 8 in dimension 1 but got 32 for tensor number 1 in the list",
+        **g,
+    )
+    mismatch(
+        einsum,
+        "einsum",
+        both,
+        "einsum(): subscript d has size 32 for operand 1 which does not broadcast with previously seen size 8",
+        **g,
+    )
+    mismatch(
+        norm,
+        "layer_norm",
+        "f(t.k) is [n, d], self.g[0] is [4 * d]; d = 8 meets 4 * d = 32",
+        "The size of tensor a (8) must match the size of tensor b (32) at non-singleton dimension 1)",
+        **g,
+    )
+    mismatch(reshape, "reshape", "f(t.k) is [n, d]", "shape '[-1, 7]' is invalid for input of size 8*n")
+
+
+def test_shapes_in_a_readout_a_learner_and_a_kernel():
+    def readout(self, f, t):
+        return f(t.q) + self.g  # HERE
+
+    class Tall(nl.Learner):
+        w = nl.fast("4*d", "d")
+
+        def forward(self, x):
+            return x @ self.w  # HERE
+
+    def kernel(self, q, k):
+        return torch.exp(q @ k)  # HERE
+
+    mismatch(
+        readout,
+        "add",
+        "f(t.q) is [n, d], self.g is [2 * d]; d = 8 meets 2 * d = 16",
+        "The size of tensor a (8) must match the size of tensor b (16) at non-singleton dimension 1)",
+        part="readout",
+        g=nl.slow("2*d"),
+    )
+    mismatch(
+        Squares.loss,
+        "matmul",
+        "x is [n, d], self.w is [4 * d, d]; d = 8 meets 4 * d = 32",
+        "a and b must have same reduction dim, but got [n, 8] X [32, 8].",
+        learner=Tall,
+    )
+    mismatch(
+        kernel,
+        "matmul",
+        "q is [n, d], k is [n, d]; d = 8 meets n",
+        "a and b must have same reduction dim, but got [n, 8] X [n, 8].",
+        part="kernel",
+        learner=nl.KernelEstimator,
+    )
+
+
+def test_a_body_whose_sizes_fit_at_these_sizes_alone_is_legal():
+    def loss(self, f, t):
+        return (f(t.k) @ self.g - t.v.repeat(1, 2)).square().sum(-1)
+
+    layer = layer_of(loss, e=nl.dim(8), g=nl.slow("e", "D"))
+    assert layer(torch.randn(1, 3, 16)).shape == (1, 3, 16)
+
+
+def test_sizes_that_only_these_numbers_spell_are_named_by_them():
+    def loss(self, f, t):
+        return (f(t.k).reshape(-1, 2, 4).flatten(1) @ self.g).sum(-1)
+
+    with pytest.raises(ShapeMismatchError, match=r"\[n, d\], self.g is \[r, e\]; d = 8 meets r = 12"):
+        layer_of(loss, r=nl.dim(12), e=nl.dim(24), g=nl.slow("r", "e"))
+
+
+PER_TOKEN = "[n]: the loss of each of the tile's n tokens; the schedule's reduction adds them up"
+PER_TOKEN_FIX = "reduce over the last axis only: .mean(-1) or .sum(-1)"
+
+
+def test_a_loss_is_one_number_per_token():
+    def whole():
+        def loss(self, f, t):
+            return f(t.k).sum()  # HERE
+
+        layer_of(loss)
+
+    def features():
+        def loss(self, f, t):  # HERE
+            return f(t.k)
+
+        layer_of(loss)
+
+    def nothing():
+        def loss(self, f, t):  # HERE
+            f(t.k)
+
+        layer_of(loss)
+
+    what = "The loss of Loop is not one number per token."
+    for step, given in ((whole, "[]"), (features, "[n, 8]"), (nothing, "None: the body returns nothing")):
+        refused(step, LossNotPerTokenError, what, given=given, need=PER_TOKEN, fix=PER_TOKEN_FIX)
+
+
+def test_a_readout_is_one_row_per_token():
+    def turned():
+        def readout(self, f, t):
+            return f(t.q).T  # HERE
+
+        layer_of(readout, "readout")
+
+    def several():
+        def readout(self, f, t):  # HERE
+            return f(t.q), t.q
+
+        layer_of(readout, "readout")
+
+    what = "The read-out of Loop is not one row per token."
+    need, fix = "[n, *]: the output of each token", "return f(t.q), one row per token"
+    refused(turned, ReadoutShapeError, what, given="[8, n]", need=need, fix=fix)
+    refused(several, ReadoutShapeError, what, given="a tuple", need=need, fix=fix)
+
+
+def test_a_kernel_is_one_number_per_pair():
+    def step():
+        def kernel(self, q, k):
+            return (q - k).square().sum(-1)  # HERE
+
+        layer_of(kernel, "kernel", learner=nl.KernelEstimator)
+
+    refused(
+        step,
+        KernelShapeError,
+        "The kernel of Loop is not one number per query and key.",
+        given="[n]",
+        need="[n, m]: how much each of the m keys counts at each of the n queries",
+        fix="return torch.exp(q @ k.T), or another positive function of the two",
+    )
+
+
+def test_a_fast_weight_is_used_by_the_loss():
+    def step():
+        class Biased(Linear):
+            b = nl.fast("d")  # HERE
+
+        layer_of(Squares.loss, learner=Biased)
+
+    refused(
+        step,
+        UnusedFastWeightError,
+        "The loss of Loop does not depend on the fast weight 'b'.",
+        given="Biased.b, which no path from the loss reaches",
+        need="a loss that every fast weight enters: the inner loop would never change it",
+        fix="use self.b in forward, or declare it as nl.slow(...)",
+    )
+
+
+def add_in_place(self, f, t):
+    y = f(t.k)
+    y += t.v  # HERE
+    return y.sum(-1)
+
+
+def assign(self, f, t):
+    y = f(t.k)
+    y[:, 0] = 0  # HERE
+    return y.sum(-1)
+
+
+def assign_to_a_view(self, f, t):
+    t.k[0] = 1  # HERE
+    return f(t.k).sum(-1)
+
+
+def method(self, f, t):
+    return f(t.k).add_(1).sum(-1)  # HERE
+
+
+def function(self, f, t):
+    return torch.relu_(f(t.k)).sum(-1)  # HERE
+
+
+def flag(self, f, t):
+    return F.relu(f(t.k), inplace=True).sum(-1)  # HERE
+
+
+def out(self, f, t):
+    y = f(t.k)
+    torch.mul(y, 2, out=y)  # HERE
+    return y.sum(-1)
+
+
+@pytest.mark.parametrize(
+    "loss, name",
+    [
+        (add_in_place, "add_"),
+        (assign, "__setitem__"),
+        (assign_to_a_view, "__setitem__"),
+        (method, "add_"),
+        (function, "relu_"),
+        (flag, "relu"),
+        (out, "mul"),
+    ],
+)
+def test_bodies_do_not_write_into_tensors(loss, name):
+    refused(
+        steps_into(loss),
+        InPlaceError,
+        "A body of Loop writes into a tensor.",
+        given=f"{name} on [n, 8]",
+        need="values that are computed, not overwritten: the graph has no memory",
+        fix="write y = x + z instead of x += z, torch.where or torch.cat instead of an assignment to x[...]",
+    )
+
+
+def steps_into(loss):
+    """A step that makes a layer with this loss, whose source is the loss's own."""
+
+    def step():
+        layer_of(loss)
+
+    step.__wrapped__ = loss  # type: ignore[attr-defined]
+    return step
+
+
+def branch(self, f, t):
+    y = f(t.k)
+    if y.sum() > 0:  # HERE
+        y = -y
+    return y.sum(-1)
+
+
+def item(self, f, t):
+    return f(t.k).sum(-1) * t.k.sum().item()  # HERE
+
+
+def integer(self, f, t):
+    return f(t.k).sum(-1) * int(t.k.sum())  # HERE
+
+
+def numbers(self, f, t):
+    return f(t.k).sum(-1) * t.k.tolist()[0][0]  # HERE
+
+
+def nonzero(self, f, t):
+    return f(t.k).sum(-1) * len(torch.nonzero(t.k))  # HERE
+
+
+@pytest.mark.parametrize(
+    "loss, name",
+    [(branch, "__bool__"), (item, "item"), (integer, "__int__"), (numbers, "tolist"), (nonzero, "nonzero")],
+)
+def test_bodies_do_not_look_at_values(loss, name):
+    refused(
+        steps_into(loss),
+        DataDependentError,
+        "A body of Loop looks at the values of a tensor.",
+        given=f"{name}, which needs them, as an if, int(), float(), .item() and .tolist() on a tensor do",
+        need="control flow that depends on shapes and numbers only: the body is traced once for all values",
+        fix="choose between values with torch.where(condition, a, b)",
+    )
+
+
+def fft(self, f, t):
+    return torch.fft.fft(f(t.k)).real.sum(-1)  # HERE
+
+
+def sort(self, f, t):
+    return torch.sort(f(t.k))[0].sum(-1)  # HERE
+
+
+@pytest.mark.parametrize(
+    "loss, name, op",
+    [(fft, "_fft_r2c", "aten._fft_r2c.default"), (sort, "sort", "aten.sort.default")],
+)
+def test_ops_outside_the_admitted_set(loss, name, op):
+    with pytest.raises(UnadmittedOpError) as caught:
+        layer_of(loss)
+    near = caught.value.need.partition("; near it: ")[2]
+    refused(
+        steps_into(loss),
+        UnadmittedOpError,
+        f"Loop uses {name}, which is outside the ops nestloop compiles.",
+        given=op,
+        need="an op with a row in lowering/ops" + (f"; near it: {near}" if near else ""),
+        fix="write it with admitted ops, or add a row for it (CONTRIBUTING.md); backend='reference' takes any op",
+    )
+
+
+def dropout(self, f, t):
+    return F.dropout(f(t.k)).sum(-1)  # HERE
+
+
+def test_bodies_draw_no_random_numbers():
+    refused(
+        steps_into(dropout),
+        UnadmittedOpError,
+        "Loop uses dropout, which draws random numbers.",
+        given="dropout",
+        need="a body that is a function of its tensors: backward computes it again",
+        fix="leave it out of the inner loop, or draw outside and pass the numbers as a view",
+    )
+
+
+def captured(self, f, t):
+    return (f(t.k) * OUTER).sum(-1)  # HERE
+
+
+def captured_numbers(self, f, t):
+    return f(t.k).sum(-1) * OUTER.sum().item()  # HERE
+
+
+def constant(self, f, t):
+    return (f(t.k) * torch.tensor([2.0] * 8)).sum(-1)  # HERE
+
+
+@pytest.mark.parametrize("loss, given", [(captured, "[8]"), (captured_numbers, "[8]"), (constant, "[8]")])
+def test_tensors_from_outside(loss, given):
+    refused(
+        steps_into(loss),
+        CapturedTensorError,
+        "A body of Loop uses a tensor from outside its declaration.",
+        given=f"a tensor {given}",
+        need="weights and views that are declared; numbers may come from anywhere",
+        fix="declare it, scale = nl.slow('d'), or write the number itself",
+    )
+
+
+def parameter(self, f, t):
+    return (f(t.k) * torch.nn.Parameter(torch.ones(()))).sum(-1)  # HERE
+
+
+def test_tensors_made_in_a_body():
+    refused(
+        steps_into(parameter),
+        CapturedTensorError,
+        "A body of Loop makes a tensor constant.",
+        given="a tensor made from numbers, used as _tensor_constant0",
+        need="Python numbers, or weights that are declared",
+        fix="write the number itself, or declare it: scale = nl.slow('d', init='constant(0.5)')",
+    )
+
+
+def prints(self, f, t):
+    print("seen")  # HERE
+    return f(t.k).sum(-1)
+
+
+def counts(self, f, t):
+    global COUNT  # HERE
+    COUNT += 1
+    return f(t.k).sum(-1)
+
+
+def remembers(self, f, t):
+    self.last = f(t.k)  # HERE
+    return self.last.sum(-1)
+
+
+def forgets(self, f, t):
+    del t.k  # HERE
+    return f(t.k).sum(-1)
+
+
+def logs(self, f, t):
+    LOG.append(f(t.k))  # HERE
+    return f(t.k).sum(-1)
+
+
+def overwrites(self, f, t):
+    LOG[0] = f(t.k)  # HERE
+    return f(t.k).sum(-1)
+
+
+def evades(self, f, t):
+    self.__dict__["last"] = t.k  # HERE
+    return f(t.k).sum(-1)
+
+
+def sets(self, f, t):
+    object.__setattr__(self, "last", t.k)  # HERE
+    return f(t.k).sum(-1)
+
+
+def generates(self, f, t):
+    yield f(t.k)  # HERE
+
+
+@pytest.mark.parametrize(
+    "loss, effect, given",
+    [
+        (prints, "it calls print", "print('seen')"),
+        (counts, "it writes to the outer name COUNT", "global COUNT"),
+        (remembers, "it stores into the attribute self.last", "self.last"),
+        (forgets, "it stores into the attribute t.k", "t.k"),
+        (logs, "it changes LOG, which is not its own", "LOG.append(f(t.k))"),
+        (overwrites, "it changes LOG, which is not its own", "LOG[0]"),
+        (evades, "it changes self.__dict__, which is not its own", "self.__dict__['last']"),
+        (sets, "it stores into an attribute", "object.__setattr__(self, 'last', t.k)"),
+        (generates, "it is a coroutine or a generator", "(yield f(t.k))"),
+    ],
+)
+def test_bodies_have_no_side_effects(loss, effect, given):
+    refused(
+        steps_into(loss),
+        SideEffectError,
+        f"{loss.__name__} has a side effect: {effect}.",
+        given=given,
+        need="a body that only computes its result: it is traced once, so the effect would happen once, "
+        "at compile time",
+        fix="compute with local names and return the result; inner losses are an output of the op "
+        "(return_losses=True)",
+    )
+    assert LOG == [] and COUNT == 0
+
+
+def test_a_list_of_its_own_is_no_side_effect():
+    def loss(self, f, t):
+        terms = {}
+        terms["k"] = [f(t.k)]
+        terms["k"].append(f(t.v))
+        return sum(term.square().sum(-1) for term in terms["k"])
+
+    assert layer_of(loss)(torch.randn(1, 3, 16)).shape == (1, 3, 16)
+
+
+def test_a_body_stores_nothing_even_where_its_source_cannot_be_read():
+    loss = eval("lambda self, f, t: setattr(self, 'x', 1)", {"setattr": setattr})
+
+    def step():
+        layer_of(loss)
+
+    with pytest.raises(SideEffectError) as caught:
+        step()
+    assert str(caught.value).splitlines()[0] == "A body of Loop stores into self.x."
+
+
+def test_names_that_nothing_declares():
+    def weight():
+        class Typo(nl.Learner):
+            w = nl.fast("d", "d")
+
+            def forward(self, x):
+                return x @ self.w3  # HERE
+
+        layer_of(Squares.loss, learner=Typo)
+
+    def slow():
+        layer_of(lambda self, f, t: f(t.k).sum(-1) * self.scale)  # HERE
+
+    def view():
+        layer_of(lambda self, f, t: f(t.x).sum(-1))  # HERE
+
+    refused(
+        weight,
+        UnknownNameError,
+        "Typo declares no 'w3'.",
+        given="w3",
+        need="one of its weights and dims: D, H, N, d, n, w",
+        fix='declare w3 = nl.fast("d", "d") in a learner, w3 = nl.slow("d") or w3 = nl.dim(64)',
+    )
+    refused(
+        slow,
+        UnknownNameError,
+        "Loop declares no 'scale'.",
+        given="scale",
+        need="one of its weights and dims: D, H, N, d, n",
+        fix='declare scale = nl.fast("d", "d") in a learner, scale = nl.slow("d") or scale = nl.dim(64)',
+    )
+    refused(
+        view,
+        UnknownNameError,
+        "The loop declares no view 'x'.",
+        given="t.x",
+        need="one of its views and gates: k, q, v",
+        fix='declare x = nl.view("d")',
+    )
+
+
+def test_an_undeclared_name_reads_the_same_on_the_reference():
+    def step():
+        loop = type("Loop", (Good,), {"loss": lambda self, f, t: f(t.k).sum(-1) * self.scale})  # HERE
+        nl.compile(loop, backend="reference")(*inputs())
+
+    refused(
+        step,
+        UnknownNameError,
+        "Loop declares no 'scale'.",
+        given="scale",
+        need="one of its weights and dims: H, N, d, n",
+        fix='declare scale = nl.fast("d", "d") in a learner, scale = nl.slow("d") or scale = nl.dim(64)',
+    )
+
+
+def test_signatures():
+    def loss():
+        layer_of(lambda self, f: f)  # HERE
+
+    def readout():
+        layer_of(lambda self, t: t.q, "readout")  # HERE
+
+    def kernel():
+        layer_of(lambda self, q: q, "kernel", learner=nl.KernelEstimator)  # HERE
+
+    what = "The {} of Loop does not take ({})."
+    for step, name, takes, arguments in (
+        (loss, "loss", "f", "f, t"),
+        (readout, "readout", "t", "f, t"),
+        (kernel, "kernel", "q", "q, k"),
+    ):
+        refused(
+            step,
+            SignatureError,
+            what.format(name, arguments),
+            given=f"{name}(self, {takes})",
+            need=f"{name}(self, {arguments})",
+            fix=f"write def {name}(self, {arguments}): return ...",
+        )
+
+
+def test_a_forward_called_with_too_much():
+    def step():
+        class Pair(nl.Learner):
+            w = nl.fast("d", "d")
+
+            def forward(self, x, y):
+                return x @ self.w + y
+
+        layer_of(lambda self, f, t: f(t.k).sum(-1), learner=Pair)  # HERE
+
+    refused(
+        step,
+        CompileError,
+        "The loss of Loop cannot be traced: TypeError.",
+        given="test_a_forward_called_with_too_much.<locals>.step.<locals>.Pair.forward() missing 1 required "
+        "positional argument: 'y'",
+        need="plain PyTorch on tensors, numbers and the declared names",
+        fix="run the body by hand on small tensors; backend='reference' calls it unchanged",
+    )
+
+
+def test_transforms_keep_shapes_and_are_bodies_too():
+    def shape():
+        optimizer = nl.SGD(transform=lambda g: g.sum(-1))  # HERE
+        layer_of(Squares.loss, optimizer=optimizer)
+
+    def written():
+        layer_of(Squares.loss, optimizer=nl.SGD(transform=lambda g: g.clamp_(-1, 1)))  # HERE
+
+    refused(
+        shape,
+        TransformError,
+        "The transform of SGD changes the shape of a gradient.",
+        given="[8]",
+        need="[8, 8], the shape of the fast weight",
+        fix="return one number for every element; reduce with keepdim=True inside",
+    )
+    refused(
+        written,
+        InPlaceError,
+        "A body of Loop writes into a tensor.",
+        given="clamp_ on [8, 8]",
+        need="values that are computed, not overwritten: the graph has no memory",
+        fix="write y = x + z instead of x += z, torch.where or torch.cat instead of an assignment to x[...]",
+    )
+
+
+PARTS = "a learner, views, a schedule, an optimizer, and the bodies they call for"
+
+
+def no_learner_class():
+    class Loop(Squares):  # HERE
+        learner = 3
+
+
+def no_fast_weight():
+    class Identity(nl.Learner):
+        def forward(self, x):
+            return x
+
+    class Loop(Squares):  # HERE
+        learner = Identity
+
+
+def no_view():
+    class Loop(nl.Loop):  # HERE
+        learner = Linear
+
+
+def no_loss():
+    class Loop(nl.Loop):  # HERE
+        learner = Linear
+        k = nl.view("d")
+
+
+def no_readout():
+    class Loop(nl.Loop):  # HERE
+        learner = Linear
+        k = nl.view("d")
+        loss = Squares.loss
+
+
+def no_schedule():
+    class Loop(Squares):  # HERE
+        learner = Linear
+        schedule = 4
+
+
+def no_optimizer():
+    class Loop(Squares):  # HERE
+        learner = Linear
+        optimizer = 0.1
+
+
+def no_kernel():
+    class Loop(Squares):  # HERE
+        learner = nl.KernelEstimator
+
+
+def no_values():
+    class Loop(nl.Loop):  # HERE
+        learner = nl.KernelEstimator
+        q, k = nl.view("d"), nl.view("d")
+
+        def kernel(self, q, k):
+            return torch.exp(q @ k.T)
+
+
+@pytest.mark.parametrize(
+    "step, what, given, fix",
+    [
+        (no_learner_class, "learner is not a Learner class", "3", "learner = MLP, the class itself"),
+        (no_fast_weight, "its learner Identity has no fast weight", "no nl.fast", 'declare w = nl.fast("d", "d")'),
+        (no_view, "it has no view", "no nl.view", 'declare k = nl.view("d")'),
+        (no_loss, "it has no loss", "no method loss", "add def loss(self, f, t): return ..."),
+        (no_readout, "it has no readout", "no method readout", "add def readout(self, f, t): return ..."),
+        (no_schedule, "its schedule is not one", "4", "schedule = nl.FullBatch(steps=1)"),
+        (no_optimizer, "its optimizer is not one", "0.1", "optimizer = nl.SGD(lr=1.0)"),
+        (no_kernel, "it has no kernel", "no method kernel", "add def kernel(self, q, k): return ..."),
+        (no_values, "its kernel estimator takes views q, k and v", "views q, k", 'declare v = nl.view("d")'),
+    ],
+)
+def test_missing_parts(step, what, given, fix):
+    refused(step, MissingPartError, f"The loop Loop: {what}.", given=given, need=PARTS, fix=fix)
+
+
+def test_a_learner_without_forward():
+    def step():
+        class Bare(nl.Learner):  # HERE
+            w = nl.fast("d", "d")
+
+    refused(
+        step,
+        MissingPartError,
+        "The learner Bare has no forward.",
+        given="fast weights w",
+        need="f(W; x) as a method",
+        fix="add def forward(self, x): return ...",
+    )
+
+
+def test_only_declared_loops_are_compiled():
+    def compiled():
+        nl.compile(Squares)  # HERE
+
+    def layer():
+        nl.Layer(3, 16, 2)  # HERE
+
+    def branches():
+        nl.Layer((Good, Linear), 16, 2)  # HERE
+
+    for step, given in ((compiled, Squares), (layer, 3), (branches, Linear)):
+        refused(
+            step,
+            MissingPartError,
+            "Only a declared loop can be compiled.",
+            given=repr(given),
+            need="a subclass of nl.Loop with a learner (the class, not an instance)",
+            fix="write class MTTT(nl.Loop): learner = MLP; ..., then nl.compile(MTTT) or nl.Layer(MTTT, ...)",
+        )
+
+
+def test_unknown_backend():
+    def step():
+        nl.compile(Good, backend="cuda")  # HERE
+
+    refused(
+        step,
+        UnknownBackendError,
+        "There is no such backend.",
+        given="'cuda'",
+        need="'auto', 'reference', 'torch'",
+        fix='write backend="auto"',
+    )
+
+
+def inputs(tokens=3, **changed):
+    views = {name: torch.randn(1, 2, tokens, 4) for name in "kqv"}
+    return {**views, **changed}, {"w": torch.randn(2, 4, 4)}
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_tensors_that_do_not_fit(backend):
+    op = nl.compile(Good, backend=backend)
+    views, weights = inputs()
+    loop, q, w = (f"  at:    {d.where}   {d.where.text}" for d in (Good.spec, Good.spec.views["q"], Linear.fast["w"]))
+
+    def message(error, *arguments, **keywords):
+        with pytest.raises(error) as caught:
+            op(*arguments, **keywords)
+        assert type(caught.value) is error
+        return str(caught.value).splitlines()
+
+    assert message(InputError, {**views, "z": 1}, weights) == [
+        "The names of the views given to Good are not the declared ones.",
+        loop,
+        "  given: k, q, v, z",
+        "  need:  k, q, v",
+        "  fix:   remove z",
+    ]
+    assert message(InputError, views, {}) == [
+        "The names of the weights given to Good are not the declared ones.",
+        loop,
+        "  given: none",
+        "  need:  w",
+        "  fix:   add w",
+    ]
+    assert message(InputError, list(views), weights) == [
+        "The views of Good are passed by name.",
+        loop,
+        "  given: a list",
+        "  need:  a dict with the keys k, q, v",
+        "  fix:   pass {'k': ..., 'q': ..., 'v': ...}",
+    ]
+    assert message(InputError, {**views, "q": torch.randn(1, 2, 4)}, weights) == [
+        "The view 'q' has the wrong shape.",
+        q,
+        "  given: [1, 2, 4]",
+        "  need:  [B, H, N, d], 4 axes",
+        "  fix:   pass q with the axes B, H, N, d",
+    ]
+    assert message(InputError, {**views, "q": torch.randn(1, 2, 5, 4)}, weights) == [
+        "The view 'q' has the wrong shape; axis 2 is N = 3, given 5.",
+        q,
+        "  given: [1, 2, 5, 4]",
+        "  need:  [B, H, N, d] = [1, 2, 3, 4]",
+        "  fix:   pass q with the axes B, H, N, d",
+    ]
+    assert message(InputError, views, {"w": torch.randn(3, 5, 4)}) == [
+        "The fast weight 'w' has the wrong shape; axis 0 is H = 2, given 3, axis 1 is d = 4, given 5.",
+        w,
+        "  given: [3, 5, 4]",
+        "  need:  [H, d, d] = [2, 4, 4]",
+        "  fix:   pass w with the axes H, d, d",
+    ]
+    assert message(InputError, views, weights, state={"w": torch.randn(7, 2, 4, 4)}) == [
+        "The fast weight 'w' has the wrong shape; axis 0 is B = 1, given 7.",
+        w,
+        "  given: [7, 2, 4, 4]",
+        "  need:  [B, H, d, d] = [1, 2, 4, 4]",
+        "  fix:   pass w with the axes B, H, d, d",
+    ]
+    assert message(InputError, {**views, "q": views["q"].long()}, weights) == [
+        "The view 'q' is not a tensor of a floating type.",
+        q,
+        "  given: torch.int64 [1, 2, 3, 4]",
+        "  need:  a tensor of float64, float32, bfloat16 or float16",
+        "  fix:   pass q.float()",
+    ]
+    assert message(InputError, {**views, "q": None}, weights)[2::2] == ["  given: None", "  fix:   pass a tensor"]
+    assert message(InputError, {**views, "q": views["q"].to("meta")}, weights) == [
+        "The view 'q' is on another device than the first view.",
+        q,
+        "  given: meta",
+        "  need:  cpu",
+        "  fix:   pass q.to('cpu')",
+    ]
+    assert message(InputError, views, weights, e=3) == [
+        "Good has no dim 'e' whose size could be given.",
+        loop,
+        "  given: e=3",
+        "  need:  one of D, d",
+        "  fix:   remove it, or declare e = nl.dim() in the loop",
+    ]
+    assert message(InputError, views, weights, d=-1) == [
+        "The size of the dim 'd' of Good is not a positive whole number.",
+        loop,
+        "  given: d=-1",
+        "  need:  1 or more",
+        "  fix:   write d=16",
+    ]
+    assert message(OrderError, views, weights, order=torch.arange(3)) == [
+        "Good does not take an order: its schedule sees all tokens in every step.",
+        loop,
+        "  given: order [3]",
+        "  need:  no order",
+        "  fix:   leave order out, or declare schedule = nl.Shuffled(4)",
+    ]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(
+    "order, given",
+    [
+        (None, "no order"),
+        (torch.zeros(2, 3, dtype=torch.int32), "torch.int32 [2, 3]"),
+        (torch.zeros(2, 4, dtype=torch.int64), "torch.int64 [2, 4]"),
+    ],
+)
+def test_orders_that_do_not_fit(backend, order, given):
+    where = Ordered.spec.where
+    with pytest.raises(OrderError) as caught:
+        nl.compile(Ordered, backend=backend)(*inputs(), order=order)
+    assert str(caught.value).splitlines() == [
+        "Ordered is Shuffled and needs the order of its tokens.",
+        f"  at:    {where}   {where.text}",
+        f"  given: {given}",
+        "  need:  int64 [H, N] = [2, 3], or [B, H, N]: each row a permutation of the tokens",
+        "  fix:   order = torch.rand(H, N).argsort(-1)",
+    ]
+
+
+def test_layers_that_do_not_fit():
+    layer = nl.Layer(Good, 16, 2)
+
+    def indivisible():
+        nl.Layer(Good, 16, 3)  # HERE
+
+    def headless():
+        nl.Layer(Good, 16, 0)  # HERE
+
+    def unknown():
+        nl.Layer(Good, 16, 2, e=3)  # HERE
+
+    def flat():
+        layer(torch.randn(3, 16))  # HERE
+
+    def whole():
+        layer(torch.ones(1, 3, 16, dtype=torch.int64))  # HERE
+
+    def called():
+        layer(torch.randn(1, 3, 16), h=3)  # HERE
+
+    refused(
+        indivisible,
+        InputError,
+        "The width does not divide into heads.",
+        given="width=16, heads=3",
+        need="a width that is a multiple of heads, or the size of d",
+        fix="write nl.Layer(..., width=15, heads=3), or pass d=...",
+    )
+    refused(
+        headless,
+        InputError,
+        "The heads of a layer is not a positive whole number.",
+        given="heads=0",
+        need="1 or more",
+        fix="write nl.Layer(..., width=384, heads=6)",
+    )
+    for step, given, name in ((unknown, "e=3", "e"), (called, "h=3", "h")):
+        refused(
+            step,
+            InputError,
+            f"No loop of the layer has a dim '{name}'.",
+            given=given,
+            need="one of d",
+            fix=f"remove it, or declare {name} = nl.dim() in a loop",
+        )
+    refused(
+        flat,
+        InputError,
+        "The layer's input is not [B, N, D].",
+        given="[3, 16]",
+        need="[sequences, tokens, 16]",
+        fix="pass x with three axes, the last one the layer's width",
+    )
+    refused(
+        whole,
+        InputError,
+        "The layer's input is not of a floating type.",
+        given="torch.int64",
+        need="float64, float32, bfloat16 or float16",
+        fix="pass x.float()",
+    )
+
+
+def test_a_dim_without_a_size():
+    def step():
+        wide = nl.view("e")  # HERE
+        layer_of(lambda self, f, t: f(t.k).sum(-1) + t.wide.sum(-1), wide=wide)
+
+    refused(
+        step,
+        UnresolvedDimError,
+        "The dim 'e' has no size.",
+        given="'e' with sizes for D, H, d",
+        need="a size for e",
+        fix="pass e=... where the loop is compiled or the layer is made",
+    )
+
+
+def test_tokens_that_are_no_grid():
+    def step():
+        class Rows(nl.Learner):
+            h, w = nl.grid()  # HERE
+            m = nl.fast("d", "d")
+
+            def forward(self, x):
+                return x.reshape(self.h, self.w, self.d).cumsum(0).reshape(-1, self.d) @ self.m
+
+        layer = layer_of(Squares.loss, learner=Rows)
+        assert layer(torch.randn(1, 9, 16)).shape == layer(torch.randn(1, 9, 16), h=1).shape
+        layer(torch.randn(1, 10, 16), h=3)
+
+    refused(
+        step,
+        UnresolvedDimError,
+        "The 10 tokens of Loop are not a grid of h = 3 by w = 3.",
+        given="N = 10",
+        need="h * w = N; without sizes a square",
+        fix="pass h=..., w=... with the call",
+    )
+
+
+@pytest.mark.parametrize(
+    "kind", [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, nl.NestloopError)]
+)
+def test_errors_cross_processes_whole(kind):
+    assert kind.__doc__ is not None and issubclass(kind, nl.NestloopError)
+    error = kind("what.", where=errors.Location(__file__, 3), given="g", need="n", fix="f")
+    for twin in (pickle.loads(pickle.dumps(error)), copy.deepcopy(error)):
+        assert type(twin) is kind and str(twin) == str(error)
+        assert (twin.what, twin.where, twin.given, twin.need, twin.fix) == (
+            error.what,
+            error.where,
+            error.given,
+            error.need,
+            error.fix,
+        )
+
+
+def test_a_message_has_only_the_parts_it_was_given():
+    assert str(nl.NestloopError("what.")) == "what."
+    missing = errors.Location("no/such/file.py", 7)
+    assert str(nl.NestloopError("what.", where=missing, fix="f")) == "what.\n  at:    no/such/file.py:7\n  fix:   f"
+    assert missing.short == "file.py:7" and missing.text == ""

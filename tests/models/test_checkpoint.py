@@ -168,7 +168,7 @@ def test_a_run_is_not_continued_with_other_numbers(uninterrupted):
     assert str(error.value) == (
         f"the run of {uninterrupted} has other settings\n"
         "  given: epochs=3, lr=1.0\n"
-        "  need:  epochs=2, lr=0.004\n"
+        "  need:  epochs=2, lr=0.002\n"
         "  fix:   continue with the run's own settings, or start a new run: --run-dir FOLDER"
     )
 

@@ -42,7 +42,7 @@ def test_each_states_its_command_cost_and_expected_result_and_builds_its_model(n
         assert f"\n{part}" in description
     assert f"train {name}" in description
     assert "2310.13807" in description or name == "digits"
-    model = dataclasses.replace(recipe, depth=1).create_model(7)
+    model = dataclasses.replace(recipe, depth=1, backend="reference", recompute=False).create_model(7)
     assert model.head.out_features == 7
 
 
@@ -128,7 +128,8 @@ def test_the_gain_scales_the_views_alone():
 
     def weights(gain: float) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        return dict(dataclasses.replace(digits, view_gain=gain, depth=1).create_model(10).named_parameters())
+        recipe = dataclasses.replace(digits, view_gain=gain, depth=1, backend="reference")
+        return dict(recipe.create_model(10).named_parameters())
 
     plain, scaled = weights(1.0), weights(2.0)
     changed = {name for name in plain if not torch.equal(plain[name], scaled[name])}
@@ -150,7 +151,9 @@ def test_real_images_train(shared, tmp_path, monkeypatch, name, data, flags):
         pytest.skip("the image samples are not here")
     if not data:
         pytest.importorskip("pyarrow")
-    argv = f"--depth 1 --max-steps 2 --log-every 1 --workers 1 --device cpu {flags}".split()
+    argv = (
+        f"--depth 1 --max-steps 2 --log-every 1 --workers 1 --device cpu --backend reference {flags}".split()
+    )
     monkeypatch.chdir(tmp_path)
     assert training.main(name, ["--data", str(shared / "data" / data), *argv]) == 0
     records = read_log(tmp_path / "runs" / name.replace("-", "_"))

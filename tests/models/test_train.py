@@ -32,6 +32,7 @@ TINY = dataclasses.replace(
     batch=120,
     warmup_steps=2,
     max_steps=4,
+    backend="reference",  # nothing here depends on the backend, and this one compiles nothing
     device="cpu",
     log_every=1,
     ema=0.0,
@@ -168,7 +169,14 @@ class TestSteps:
     def test_it_learns(self, tmp_path):
         """Linear attention, the cheapest: well above chance after four epochs."""
         recipe = dataclasses.replace(
-            digits, mixer="linear_attention", depth=2, epochs=4, warmup_steps=20, device="cpu", log_every=20
+            digits,
+            mixer="linear_attention",
+            backend="reference",
+            depth=2,
+            epochs=4,
+            warmup_steps=20,
+            device="cpu",
+            log_every=20,
         )
         run = train(recipe, tmp_path)
         assert losses(run)[-1] < 1.9
@@ -278,7 +286,7 @@ class TestLog:
         for record in steps:
             assert record["images_per_second"] > 0 and 0 <= record["data_wait"] <= 1
             assert record["inner_last"] < record["inner_first"]  # one step on the loss lowers it here
-        assert [record["lr"] for record in steps][:3] == [0.0, 0.002, 0.004]
+        assert [record["lr"] for record in steps][:3] == [0.0, 0.001, 0.002]
 
     def test_self_attention_has_no_inner_losses(self, tmp_path):
         run = train(dataclasses.replace(TINY, mixer="self_attention", max_steps=1), tmp_path)

@@ -174,6 +174,8 @@ def slice_backward(grad: Tensor, sizes: list[int], dim: int, start: int, end: in
     """The gradient of a slice: zeros around it (PyTorch's own writes into a buffer)."""
     dim = dim % len(sizes)
     start = start + sizes[dim] if start < 0 else start
+    if isinstance(sizes[dim], int):  # past either end, as Python's own slices
+        start = min(max(start, 0), sizes[dim])
     stop = min(end + sizes[dim] if end < 0 else end, sizes[dim])
     if step != 1:
         spread = torch.cat([grad.unsqueeze(dim + 1), *[torch.zeros_like(grad.unsqueeze(dim + 1))] * (step - 1)], dim + 1)

@@ -1,0 +1,189 @@
+"""Every decomposition against the op it replaces: values, gradients and second derivatives, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nestloop.lowering.ops import decompose
+
+aten = torch.ops.aten
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def derivatives(function: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
+    """Values, the gradient of a weighting of them, and the gradient of a weighting of that gradient."""
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    values = [v for v in tree_leaves(function(*leaves)) if isinstance(v, Tensor)]
+    weighted = sum((v * normal(*v.shape, seed=3)).sum() + v.square().sum() for v in values)
+    gradients = torch.autograd.grad(weighted, leaves, create_graph=True)
+    again = sum((g * normal(*g.shape, seed=4)).sum() + g.square().sum() for g in gradients)
+    second = torch.autograd.grad(again, leaves, allow_unused=True)
+    zeros = [torch.zeros_like(t) if s is None else s for s, t in zip(second, leaves, strict=True)]
+    return [t.detach() for t in (*values, *gradients, *zeros)]
+
+
+def assert_same(ours: Callable[..., Any], theirs: Callable[..., Any], *arguments: Any) -> None:
+    """Both functions and their derivatives agree on these arguments, of which the floating tensors vary."""
+    tensors = [a for a in tree_leaves(arguments) if isinstance(a, Tensor)]
+
+    def with_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Tensor) -> Any:
+            rest = iter(given)
+            return function(*tree_map(lambda a: next(rest) if isinstance(a, Tensor) else a, arguments))
+
+        return run
+
+    found, wanted = (derivatives(with_tensors(f), tensors) for f in (ours, theirs))
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+CONVOLUTIONS = [
+    # (input, weight, bias, stride, padding, dilation, groups)
+    pytest.param((2, 3, 7), (4, 3, 3), True, [1], [1], [1], 1, id="1d"),
+    pytest.param((1, 4, 9), (6, 2, 2), False, [2], [0], [3], 2, id="1d-grouped-strided-dilated"),
+    pytest.param((2, 4, 5, 6), (4, 1, 3, 3), False, [1, 1], [1, 1], [1, 1], 4, id="2d-depthwise"),
+    pytest.param((1, 3, 5, 5), (3, 1, 3, 1), True, [1, 2], [0, 1], [2, 1], 3, id="2d-depthwise-uneven"),
+    pytest.param((2, 3, 5, 4), (5, 3, 3, 2), True, [2, 1], [1, 0], [1, 2], 1, id="2d-uneven"),
+    pytest.param((2, 4, 6, 5), (6, 2, 1, 1), False, [1, 1], [0, 0], [1, 1], 2, id="2d-pointwise-grouped"),
+    pytest.param((1, 2, 4, 3, 3), (4, 1, 2, 2, 3), True, [1, 1, 1], [1, 0, 1], [1, 1, 1], 2, id="3d-grouped"),
+    pytest.param((1, 2, 3, 4, 3), (2, 1, 3, 3, 3), False, [1, 1, 1], [1, 1, 1], [1, 1, 1], 2, id="3d-depthwise"),
+    pytest.param((1, 2, 5, 5), (4, 1, 3, 3), False, [1, 1], [1, 1], [1, 1], 2, id="two-channels-out-of-each"),
+]
+
+
+@pytest.mark.parametrize(("shape", "kernel", "bias", "stride", "padding", "dilation", "groups"), CONVOLUTIONS)
+def test_convolution(shape, kernel, bias, stride, padding, dilation, groups):
+    settings = (stride, padding, dilation, False, [0] * len(stride), groups)
+    tensors = [normal(*shape), normal(*kernel), *([normal(kernel[0])] if bias else [])]
+
+    def of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, w, b=None: function(x, w, b, *settings)
+
+    assert_same(of(decompose.convolution), of(aten.convolution.default), *tensors)
+
+
+def test_a_transposed_convolution_is_left_to_be_refused():
+    arguments = (normal(1, 2, 4), normal(2, 3, 3), None, [1], [0], [1], True, [0], 1)
+    assert decompose.convolution(*arguments) is NotImplemented
+
+
+@pytest.mark.parametrize("correction", [None, 0, 1, 2])
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("dim", [None, [1], [-1, 0]])
+def test_variance(dim, keepdim, correction):
+    def of(function):
+        return lambda x: function(x, dim, correction=correction, keepdim=keepdim)
+
+    assert_same(of(decompose.var_mean), of(aten.var_mean.correction), normal(4, 5))
+    assert_same(of(decompose.var), of(aten.var.correction), normal(4, 5))
+
+
+@pytest.mark.parametrize("affine", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("shape", [[5], [3, 5]])
+def test_layer_norm(shape, affine):
+    weights = [normal(*shape, seed=i) if given else None for i, given in enumerate(affine)]
+
+    def first(function):
+        return lambda x, w, b: function(x, shape, w, b, 1e-5)[0]
+
+    assert_same(first(decompose.native_layer_norm), first(aten.native_layer_norm.default), normal(4, 3, 5), *weights)
+    ours = decompose.native_layer_norm(normal(4, 3, 5), shape, *weights, 1e-5)
+    theirs = aten.native_layer_norm.default(normal(4, 3, 5), shape, *weights, 1e-5)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("eps", [None, 1e-3])
+@pytest.mark.parametrize("affine", [False, True])
+def test_rms_norm(affine, eps):
+    weight = normal(5, seed=1) if affine else None
+
+    def ours(x, w=None):
+        return decompose.fused_rms_norm(x, [5], w, eps)[0]
+
+    def theirs(x, w=None):
+        scale = 1 if w is None else w
+        return x / (x.square().mean(-1, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).sqrt() * scale
+
+    tensors = [normal(4, 5), *([weight] if affine else [])]
+    assert_same(ours, theirs, *tensors)
+    torch.testing.assert_close(ours(*tensors), F.rms_norm(tensors[0], (5,), weight, eps), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "pad", [[1, 2], [0, 1, 2, 0], [-1, 0], [2, -1, -1, 1], [-1, -2, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0, 1, 0]]
+)
+@pytest.mark.parametrize("value", [0.0, 1.5])
+def test_padding(pad, value):
+    assert_same(
+        lambda x: decompose.constant_pad_nd(x, pad, value),
+        lambda x: aten.constant_pad_nd.default(x, pad, value),
+        normal(3, 4, 5),
+    )
+
+
+@pytest.mark.parametrize("repeats", [[2], [1, 3], [2, 1, 1], [2, 3]])
+def test_repeat(repeats):
+    x = normal(4) if len(repeats) == 1 else normal(3, 4)
+    assert_same(lambda x: decompose.repeat(x, repeats), lambda x: aten.repeat.default(x, repeats), x)
+
+
+@pytest.mark.parametrize(("sizes", "dim"), [([2, 3], 1), ([1, 1, 2], 0), ([5], -1)])
+def test_split(sizes, dim):
+    assert_same(
+        lambda x: decompose.split_with_sizes(x, sizes, dim),
+        lambda x: aten.split_with_sizes.default(x, sizes, dim),
+        normal(4, 5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("shifts", "dims"), [([1], [0]), ([-2], [1]), ([7], [1]), ([1, -1], [0, 1]), ([3], []), ([0], [0]), ([-9], [-1])]
+)
+def test_roll(shifts, dims):
+    assert_same(lambda x: decompose.roll(x, shifts, dims), lambda x: aten.roll.default(x, shifts, dims), normal(4, 5))
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize(
+    ("start", "end", "step"),
+    [(0, 3, 1), (1, 5, 1), (-3, -1, 1), (0, 6, 2), (1, 6, 2), (-5, 9, 3), (2, 2**63 - 1, 4), (-99, 3, 1), (2, 99, 2)],
+)
+def test_slice_backward(dim, start, end, step):
+    shape = [6, 6]
+    gradient = aten.slice.Tensor(normal(*shape), dim, start, end, step)
+    assert_same(
+        lambda g: decompose.slice_backward(g, shape, dim, start, end, step),
+        lambda g: aten.slice_backward.default(g, shape, dim, start, end, step),
+        gradient,
+    )
+
+
+@pytest.mark.parametrize(("dim", "index"), [(0, 0), (1, 2), (-1, -1), (0, -3)])
+def test_select_backward(dim, index):
+    shape = [4, 5]
+    assert_same(
+        lambda g: decompose.select_backward(g, shape, dim, index),
+        lambda g: aten.select_backward.default(g, shape, dim, index),
+        aten.select.int(normal(*shape), dim, index),
+    )
+
+
+def test_the_table_holds_them_and_keeps_what_has_a_row():
+    table = decompose.decompositions()
+    assert table[aten.convolution.default] is decompose.convolution
+    assert table[aten.slice_backward.default] is decompose.slice_backward
+    assert aten.softplus_backward.default not in table and aten.tril.default not in table

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from nestloop.lowering.runtime.tiles import like_lead
+
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
 _LOW = (torch.bfloat16, torch.float16)
 
@@ -120,7 +122,7 @@ class NestedLoopOp:
             made = module.forward(*computed, order, low)
             shapes = self.signature.shapes(inputs)
             owned = _owned(made, shapes, inputs)
-            owned[0] = owned[0].to(inputs[0].dtype)
+            owned[0] = owned[0].to(self._output_dtype(inputs))
             return tuple(owned) if len(owned) > 1 else owned[0]
 
         return kernel
@@ -129,8 +131,13 @@ class NestedLoopOp:
         inputs, _ = self._split(tensors)
         dtype = _compute_dtype(inputs)
         made = [inputs[0].new_empty(shape, dtype=dtype) for shape in self.signature.shapes(inputs)]
-        made[0] = made[0].to(inputs[0].dtype)
+        made[0] = made[0].to(self._output_dtype(inputs))
         return tuple(made) if len(made) > 1 else made[0]
+
+    def _output_dtype(self, inputs: Sequence[Tensor]) -> torch.dtype:
+        """The views' dtype; the compute dtype where they have several."""
+        dtypes = {t.dtype for t in inputs[: len(self.signature.tokens)]}
+        return dtypes.pop() if len(dtypes) == 1 else _compute_dtype(inputs)
 
     def _backward_kernel(self, module: ModuleType) -> Callable[..., Any]:
         count = len(self.signature.inputs)
@@ -139,6 +146,8 @@ class NestedLoopOp:
             given, order = self._split(tensors)
             computed, low = _prepare(given, given[:count])
             made = module.backward(*computed, order, low)
+            # where no step was taken, the cotangent of an initial fast weight is the end's, one per sequence
+            made = [like_lead(g, t) for g, t in zip(made, given, strict=False)]
             owned = _owned(made, [list(t.shape) for t in given[:count]], given)
             owned = [g.to(t.dtype) for g, t in zip(owned, given, strict=False)]
             return tuple(owned) if len(owned) > 1 else owned[0]

@@ -37,7 +37,7 @@ def mm_like(a: Tensor, b: Tensor, like: Tensor, low: torch.dtype | None) -> Tens
 
 def like_lead(cotangent: Tensor, like: Tensor) -> Tensor:
     """Sum a cotangent over the heads or sequences that share `like`."""
-    shared = [axis for axis in (0, 1) if like.shape[axis] == 1 and cotangent.shape[axis] > 1]
+    shared = [axis for axis in (0, 1) if like.shape[axis] == 1 and cotangent.shape[axis] != 1]
     return cotangent.sum(shared, keepdim=True) if shared else cotangent
 
 
@@ -76,7 +76,7 @@ def take(x: Tensor, index: Tensor | None, start: int, stop: int) -> Tensor:
         return x[:, :, start:stop]
     chosen = index[:, :, start:stop]
     chosen = chosen.reshape(*chosen.shape, *[1] * (x.ndim - 3))
-    heads, sequences = max(x.shape[0], chosen.shape[0]), max(x.shape[1], chosen.shape[1])
+    heads, sequences = torch.broadcast_shapes(x.shape[:2], chosen.shape[:2])
     source = x.expand(heads, sequences, *x.shape[2:])
     return source.gather(2, chosen.expand(heads, sequences, stop - start, *x.shape[3:]))
 
@@ -87,7 +87,7 @@ def untake(pieces: Sequence[Tensor | None], index: Tensor, like: Tensor) -> Tens
     if not given:
         return None
     inverse = index.argsort(-1)
-    heads, sequences = max(p.shape[0] for p in given), max(p.shape[1] for p in given)
+    heads, sequences = torch.broadcast_shapes(*[p.shape[:2] for p in given])
     joined = torch.cat([p.expand(heads, sequences, *p.shape[2:]) for p in given], 2)
     return like_lead(take(joined, inverse, 0, index.shape[-1]), like)
 

@@ -2,8 +2,8 @@
 
 paper     none; the data set is scikit-learn's: 1,797 images, a fixed fifth held out
 command   nestloop train digits
-cost      about 2 minutes on one CPU core with MTTT-MLP, 1 minute with --mixer linear_attention
-expected  94-98 % of the held-out fifth; one image is 0.28 points, two seeds differ by up to 3:
+cost      about 2 minutes on one quiet CPU core with MTTT-MLP, under 1 minute with --mixer linear_attention
+expected  95-98 % of the held-out fifth; one image is 0.28 points, two seeds differ by up to 3:
           it decides nothing between mixers
 """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nestloop import reference
@@ -13,7 +12,7 @@ from nestloop.errors import MissingPartError, UnknownBackendError
 from nestloop.lang.binding import bind, check_dims
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
-from nestloop.lowering import pipeline
+from nestloop.lowering import lower
 
 BACKENDS = ("auto", "reference", "torch")
 
@@ -115,16 +114,18 @@ class CompiledLoop:
         name = self._lowered(return_losses, carried, 0, sizes) if self.spec.grid is None else ""
         if not name:  # the declaration, or a body, holds for one sequence length only
             name = self._lowered(return_losses, carried, binding.tokens, sizes)
-        return pipeline.EXECUTABLES[name](views, weights, state, order)
+        return lower.EXECUTABLES[name](views, weights, state, order)
 
-    @torch.compiler.assume_constant_result
     def _lowered(self, losses: bool, carried: bool, tokens: int, sizes: tuple[tuple[str, int], ...]) -> str:
         """The name of the executable for these sizes, lowered the first time it is asked for (also while Dynamo traces a
         call, for which a name is a constant)."""
         key = (losses, carried, tokens, sizes)
         if key not in self._names:
-            self._names[key] = pipeline.lower(self.spec, dict(sizes), tokens or None, losses, carried, self.inductor)
+            self._names[key] = lower.lower(self.spec, dict(sizes), tokens or None, losses, carried, self.inductor)
         return self._names[key]
+
+    # What torch.compiler.assume_constant_result sets, without importing all of Dynamo (a second) with nestloop.
+    _lowered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def prepare(self, heads: int) -> tuple[int, ...]:
         """Check the bodies for the known sizes, lower them where no call needs to be seen first, and give the shape of
@@ -133,11 +134,17 @@ class CompiledLoop:
         Raises the `CompileError` of whatever is wrong in a body.
         """
         sizes = {**self.spec.default_dims, **self.dims, "H": heads}
-        grid = self.spec.grid
-        if self.backend != "reference" and (grid is None or all(name in sizes for name in grid)):
-            tokens = 0 if grid is None else sizes[grid[0]] * sizes[grid[1]]
-            self._lowered(False, False, tokens, tuple(sorted(sizes.items())))
-        return pipeline.token_output(self.spec, sizes)
+        if self.backend == "reference":
+            return reference.token_output(self.spec, sizes)
+        tokens = 0
+        if self.spec.grid is not None:
+            rows, columns = self.spec.grid
+            if rows not in sizes or columns not in sizes:  # no call has shown the grid: a small one shows the output
+                trial = {**sizes, rows: sizes.get(rows, 4), columns: sizes.get(columns, 4)}
+                return lower.plan_for(self.spec, trial, trial[rows] * trial[columns], False, False).output
+            tokens = sizes[rows] * sizes[columns]
+        self._lowered(False, False, tokens, tuple(sorted(sizes.items())))
+        return lower.plan_for(self.spec, sizes, tokens or None, False, False).output
 
 
 def _remake(loop: type[Loop], backend: str, inductor: bool, dims: dict[str, int]) -> CompiledLoop:

@@ -19,6 +19,7 @@ from nestloop.lowering.axes import is_token, readout_axes, type_axes
 from nestloop.lowering.emit.tile import size_text
 from nestloop.lowering.pipeline import Lowered
 from nestloop.lowering.runtime import cache
+from nestloop.lowering.runtime.executable import build
 from nestloop.lowering.schedule.cost import cost
 
 _TRIAL = {"d": 16, "H": 2, "B": 2, "N": 16}
@@ -236,7 +237,7 @@ def _emit(lowered: Lowered, sizes: Mapping[str, int]) -> str:
 def _run(lowered: Lowered, sizes: Mapping[str, int]) -> str:
     if lowered.source is None:
         return "PyTorch's scaled_dot_product_attention, called as it is"
-    name = pipeline.build(lowered, losses=False, inductor=False)
+    name = build(lowered.spec, pipeline.plan(lowered), sizes["H"], losses=False, inductor=False)
     op = getattr(torch.ops.nestloop, name).default
     backward = getattr(torch.ops.nestloop, f"{name}_backward").default
     file = f"{name}.py in the cache ({cache.cache_dir().name})"

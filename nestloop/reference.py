@@ -7,6 +7,7 @@ this file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,6 +55,23 @@ def kernel_fit(spec: LoopSpec, dims: dict[str, Any]) -> Callable[[Tensors, Tenso
         return weight @ tokens["v"] / weight.sum(-1, keepdim=True)
 
     return fit
+
+
+def token_output(spec: LoopSpec, sizes: dict[str, int]) -> tuple[int, ...]:
+    """The shape of one token's output: the read-out run on tensors without data."""
+    side = 4
+    grid = {} if spec.grid is None else {name: sizes.get(name, side) for name in spec.grid}
+    dims = {**sizes, **grid}
+    tokens = math.prod(grid.values()) if grid else side
+    dims.update(N=tokens, n=tokens)
+
+    def blank(declared: Mapping[str, Any], *lead: int) -> Tensors:
+        shapes = {name: [*lead, *[e.size(dims) for e in d.dims]] for name, d in declared.items()}
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+    fast, slow, views = blank(spec.fast), blank(spec.slow), blank(spec.inputs, tokens)
+    made = kernel_fit(spec, dims)(slow, views) if spec.is_kernel_estimator else token_readout(spec, dims)(fast, slow, views)
+    return tuple(made.shape[1:])
 
 
 def batch_objective(

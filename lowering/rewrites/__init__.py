@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
-from nestloop.lowering.rewrites.attention import attend, dot_product_scale, softmax_attention
+from nestloop.lowering.rewrites.attention import dot_product_scale, softmax_attention
 from nestloop.lowering.rewrites.linear_attention import linear_attention, zero_state
 from nestloop.lowering.rewrites.rule import Rewrite
 
@@ -14,4 +14,4 @@ def rewrites(captured: Captured, pieces: dict[str, Piece]) -> list[Rewrite]:
     return [rule(captured, pieces) for rule in (zero_state, linear_attention, softmax_attention)]
 
 
-__all__ = ["Rewrite", "attend", "dot_product_scale", "rewrites"]
+__all__ = ["Rewrite", "dot_product_scale", "rewrites"]

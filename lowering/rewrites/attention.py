@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
@@ -80,15 +78,3 @@ def _scaled_input(node: Any, name: str, transposed: bool = False) -> float | Non
         inner = _scaled_input(node.args[0], name, transposed)
         return None if inner is None else inner * node.args[1]
     return None
-
-
-def attend(scale: float | None) -> Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]:
-    """The loop as PyTorch's own attention, differentiable as it is."""
-
-    def run(
-        views: Mapping[str, Tensor], weights: Mapping[str, Tensor], state: Any, order: Any
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        z = F.scaled_dot_product_attention(views["q"], views["k"], views["v"], scale=scale)
-        return z, {}, None
-
-    return run

@@ -42,20 +42,25 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def put(path: Path, text: str) -> None:
+    """Write a file whole or not at all; another process never sees half of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
 def write(name: str, text: str) -> Path:
-    """Put a source in the cache under its content's address, whole or not at all."""
+    """Put a source in the cache under its content's address; a file that is not its content is written again."""
     path = cache_dir() / f"{name}_{digest(text)}.py"
     if not path.exists() or path.read_text() != text:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        put(path, text)
     return path
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from nestloop.inspection import state_size
 from nestloop.lang.loop import LoopSpec
 from nestloop.zoo.mttt import (
     LinearAttention,
@@ -40,6 +39,8 @@ def catalogue() -> list[dict[str, Any]]:
 
 
 def _entry(spec: LoopSpec) -> dict[str, Any]:
+    from nestloop.inspection import state_size  # brings the compiler along, which a declaration does not need
+
     schedule = spec.schedule
     zero = any(fast.frozen_zero for fast in spec.fast.values())
     return {

@@ -1,0 +1,53 @@
+"""The door to the compiler: a plan from the cache, or from the pipeline, made runnable.
+
+Nothing here imports the pipeline until a loop is lowered for the first time: a cached one runs without tracing.
+"""
+
+from __future__ import annotations
+
+from nestloop.lang.loop import LoopSpec
+from nestloop.lowering.runtime import plan as plans
+from nestloop.lowering.runtime.executable import EXECUTABLES, build
+from nestloop.lowering.runtime.fingerprint import fingerprint
+from nestloop.lowering.runtime.plan import Plan
+
+__all__ = ["EXECUTABLES", "lower", "plan_for"]
+
+_PLANS: dict[str, Plan] = {}
+
+
+def plan_for(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool) -> Plan:
+    """The plan of a loop for one set of sizes.
+
+    Args:
+        sizes: every dim but N and n, `H` included.
+        tokens: one sequence length, or None for any.
+        losses: whether the inner losses are wanted.
+        carried: whether fast weights come from a state even where they are frozen at zero.
+
+    Raises:
+        CompileError: a body cannot be compiled.
+    """
+    key = fingerprint(spec, sorted(sizes.items()), tokens, losses, carried)
+    if key is not None and key in _PLANS:
+        return _PLANS[key]
+    found = plans.read(key)
+    if found is None:
+        from nestloop.lowering import pipeline
+
+        found = pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried))
+        plans.keep(key, found)
+    if key is not None:
+        _PLANS[key] = found
+    return found
+
+
+def lower(
+    spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool, inductor: bool
+) -> str:
+    """The name in `EXECUTABLES` of the op for one set of sizes; "" where a body holds for one length only and `tokens`
+    does not say which."""
+    plan = plan_for(spec, sizes, tokens, losses, carried)
+    if tokens is None and plan.tokens is not None:
+        return ""
+    return build(spec, plan, sizes["H"], losses, inductor)

@@ -1,0 +1,125 @@
+"""Stage `run`: a plan as a function of views, weights, state and order."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestloop.lang.dims import parse
+from nestloop.lang.loop import LoopSpec
+from nestloop.lowering.runtime import cache
+from nestloop.lowering.runtime.library import NestedLoopOp, Signature
+from nestloop.lowering.runtime.plan import Plan
+
+Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
+
+EXECUTABLES: dict[str, Executable] = {}
+
+
+def build(spec: LoopSpec, plan: Plan, heads: int, losses: bool, inductor: bool) -> str:
+    """Make a plan runnable; its name in `EXECUTABLES`."""
+    if plan.form == "attention":
+        name = f"softmax_attention_{plan.scale}"
+        EXECUTABLES.setdefault(name, _attention(plan.scale))
+        return name
+    path = cache.write(plan.name, plan.source)
+    name = f"{path.stem}_inductor" if inductor else path.stem
+    if name not in EXECUTABLES:
+        module = cache.load(path)
+        if inductor:
+            module = _compiled(module, plan)
+        op = NestedLoopOp(name, module, _signature(spec, plan, heads, losses), _flops(spec, plan, heads))
+        EXECUTABLES[name] = _loop(op, spec)
+    return name
+
+
+def _attention(scale: float | None) -> Executable:
+    """The loop as PyTorch's own attention, differentiable as it is."""
+
+    def run(views: Mapping[str, Tensor], weights: Any, state: Any, order: Any) -> tuple[Tensor, dict[str, Tensor], None]:
+        z = F.scaled_dot_product_attention(views["q"], views["k"], views["v"], scale=scale)
+        return z, {}, None
+
+    return run
+
+
+def _compiled(module: types.ModuleType, plan: Plan) -> types.ModuleType:
+    """A copy of a generated module whose pieces go through `torch.compile`: each compiles once for all steps."""
+    copy = types.ModuleType(f"{module.__name__}_inductor")
+    copy.__dict__.update(module.__dict__)
+    for piece in plan.pieces:
+        for name in (piece, f"{piece}_vjp"):
+            setattr(copy, name, torch.compile(getattr(module, name)))
+    for name in ("forward", "backward"):
+        function = getattr(module, name)
+        setattr(copy, name, types.FunctionType(function.__code__, copy.__dict__, name, function.__defaults__))
+    return copy
+
+
+def _signature(spec: LoopSpec, plan: Plan, heads: int, losses: bool) -> Signature:
+    learns = plan.form == "loop"
+    return Signature(
+        tokens=tuple(spec.inputs),
+        fast=plan.inputs,
+        slow=tuple(spec.slow),
+        tiles={**plan.tiles, "z": plan.output},
+        ends=tuple(plan.tiles),
+        losses=losses and learns,
+        steps=spec.schedule.steps_on if learns else lambda length: 1,
+        ordered=spec.schedule.needs_order and learns,
+        heads=heads,
+    )
+
+
+def _flops(spec: LoopSpec, plan: Plan, heads: int) -> Callable[[int, int], tuple[int, int]]:
+    """(sequences, length) -> FLOPs of the products of the whole loop, forward and backward."""
+    costs = {name: [parse(text) for text in texts] for name, texts in plan.pieces.items()}
+
+    def total(sequences: int, length: int) -> tuple[int, int]:
+        runs = [(name, length) for name in ("readout", "final_loss", "fit")]
+        for index, (start, stop) in enumerate(spec.schedule.batches(length) if plan.form == "loop" else []):
+            runs.append(("first_step" if index == 0 and "first_step" in costs else "step", stop - start))
+        spent = [[int(cost.evaluate({"n": n})) for cost in costs[name]] for name, n in runs if name in costs]
+        forward, backward = (sum(one) * sequences * heads for one in zip(*spent, strict=True))
+        return forward, backward
+
+    return total
+
+
+def _loop(op: NestedLoopOp, spec: LoopSpec) -> Executable:
+    signature = op.signature
+
+    def run(
+        views: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        state: Mapping[str, Tensor] | None,
+        order: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        tensors = [_heads_first(views[n], spec.inputs[n]) for n in spec.inputs]
+        for name in signature.fast:
+            tensors.append(weights[name].unsqueeze(1) if state is None else state[name].transpose(0, 1))
+        for name in spec.slow:
+            weight = weights[name]
+            tensors.append(weight[None, None] if spec.slow[name].shared else weight.unsqueeze(1))
+        if signature.ordered:
+            assert order is not None
+            tensors.append(order.unsqueeze(1) if order.ndim == 2 else order.transpose(0, 1))
+        made = dict(zip(signature.results, op(*tensors), strict=True))
+        ends = {name: made[f"end_{name}"].transpose(0, 1) for name in signature.ends}
+        losses = made["losses"].transpose(0, 1) if signature.losses else None
+        return made["z"].transpose(0, 1), ends, losses
+
+    return run
+
+
+def _heads_first(view: Tensor, declared: Any) -> Tensor:
+    """[B, H, N, *] -> [H, B, N, *]; [B, N, *] -> [1, B, N, *]. Under autocast in its precision, as for any product."""
+    kind = view.device.type
+    if torch.is_autocast_enabled(kind) and view.dtype == torch.float32:
+        view = view.to(torch.get_autocast_dtype(kind))
+    return view.unsqueeze(0) if getattr(declared, "shared", False) else view.transpose(0, 1)

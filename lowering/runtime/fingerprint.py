@@ -1,0 +1,166 @@
+"""What a lowering depends on, as one digest: the declaration, the bodies with all they reach, the sizes, the versions.
+
+A lowering is looked up under this digest before anything is traced. So it must change whenever the lowering could: it
+covers the code of every body, the functions and constants it reaches, and nestloop's own files. What cannot be covered (an
+object of unknown kind that a body reads) gives no digest, and the loop is traced each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+
+from nestloop.lang.declare import Declaration
+from nestloop.lang.dims import DimExpr
+from nestloop.lang.loop import LoopSpec
+
+_KNOWN = {"torch", "math", "nestloop", "builtins", "operator", "functools", "numpy", "einops", "typing", "collections"}
+
+
+class _Unknown(Exception):
+    """A body reaches something whose content cannot be put in a digest."""
+
+
+def fingerprint(spec: LoopSpec, *settings: Any) -> str | None:
+    """The digest of one loop lowered with these settings, or None where it cannot be made."""
+    digest = _Digest()
+    try:
+        digest.add(own_files(), torch.__version__, spec.name, repr(settings))
+        digest.add_class(spec.cls)
+        digest.add_class(spec.learner)
+        digest.add_value(spec.optimizer.lr)
+        digest.add_value(spec.optimizer.transform)
+        digest.add(repr(spec.schedule), repr(spec.heads))
+    except (_Unknown, RecursionError):
+        return None
+    return digest.text()
+
+
+@cache
+def own_files() -> str:
+    """nestloop's own files that a lowering depends on, by name, size and time."""
+    package = Path(__file__).resolve().parents[2]
+    folders = [package / "lowering", package / "nestloop"]
+    found = []
+    for folder in folders if folders[1].exists() else [Path(__file__).parents[2]]:
+        for path in sorted(folder.rglob("*.py")):
+            status = os.stat(path)
+            found.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
+    return "\n".join(found)
+
+
+class _Digest:
+    def __init__(self) -> None:
+        self.hash = hashlib.sha256()
+        self.seen: set[int] = set()
+
+    def text(self) -> str:
+        return self.hash.hexdigest()[:24]
+
+    def add(self, *texts: str) -> None:
+        for text in texts:
+            self.hash.update(text.encode() + b"\0")
+
+    def add_class(self, cls: type) -> None:
+        """A class of the user's: every base that is theirs, every function and declaration in it."""
+        for base in cls.__mro__:
+            if id(base) in self.seen or base.__module__.split(".")[0] == "builtins":
+                continue
+            self.seen.add(id(base))
+            self.add(base.__module__, base.__qualname__)
+            if base.__module__.startswith("nestloop.lang"):
+                continue
+            for name, value in vars(base).items():
+                if name.startswith("__") or name in ("fast", "slow", "dims", "spec", "where"):
+                    continue
+                self.add(name)
+                self.add_value(value)
+
+    def add_value(self, value: Any) -> None:
+        """Anything a body can reach."""
+        if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+            self.add(type(value).__name__, repr(value))
+        elif isinstance(value, (tuple, list, set, frozenset)):
+            self.add(type(value).__name__, str(len(value)))
+            for item in value:
+                self.add_value(item)
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                self.add_value(key)
+                self.add_value(item)
+        elif isinstance(value, Declaration):
+            self.add(type(value).__name__, ", ".join(map(str, value.dims)), value.where.short)
+            self.add_value({k: v for k, v in vars(value).items() if k not in ("activation", "where", "dims")})
+        elif isinstance(value, DimExpr):
+            self.add(str(value))
+        elif isinstance(value, (staticmethod, classmethod, MethodType)):
+            self.add_value(value.__func__)
+        elif isinstance(value, ModuleType):
+            self.add_known(value.__name__)
+        elif isinstance(value, FunctionType):
+            self.add_function(value)
+        elif isinstance(value, type):
+            if _root(value.__module__) in _KNOWN and not value.__module__.startswith("nestloop.zoo"):
+                self.add(value.__module__, value.__qualname__)
+            else:
+                self.add_class(value)
+        elif isinstance(value, BuiltinFunctionType) or _root(type(value).__module__) == "torch":
+            self.add(type(value).__module__, repr(getattr(value, "__name__", type(value))))
+        elif type(value).__module__.startswith("nestloop."):
+            self.add(type(value).__qualname__, repr(value))
+        elif isinstance(value, property):
+            self.add_value(value.fget)
+        else:
+            raise _Unknown(repr(value))
+
+    def add_known(self, name: str) -> None:
+        if _root(name) not in _KNOWN:
+            raise _Unknown(name)
+        self.add(name)
+
+    def add_function(self, function: FunctionType) -> None:
+        if id(function) in self.seen:
+            return
+        self.seen.add(id(function))
+        self.add(function.__qualname__)
+        module = function.__module__ or ""
+        if _root(module) in _KNOWN and not module.startswith("nestloop.zoo"):
+            return
+        self.add_code(function.__code__)
+        for name in _names(function.__code__):
+            if name in function.__globals__:
+                self.add(name)
+                self.add_value(function.__globals__[name])
+        for cell in function.__closure__ or ():
+            self.add_value(cell.cell_contents)
+        self.add_value(function.__defaults__)
+        self.add_value(function.__kwdefaults__)
+
+    def add_code(self, code: CodeType) -> None:
+        self.hash.update(code.co_code + code.co_linetable)
+        self.add(Path(code.co_filename).name, str(code.co_firstlineno), repr(code.co_names), repr(code.co_varnames))
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                self.add_code(constant)
+            else:
+                self.add_value(constant)
+
+
+def _names(code: CodeType) -> list[str]:
+    """Every name a function's code mentions, inner functions included."""
+    found = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found += _names(constant)
+    return list(dict.fromkeys(found))
+
+
+def _root(module: str) -> str:
+    return module.split(".")[0]

@@ -1,0 +1,60 @@
+"""A plan: what the compiler decided about one loop, small enough to keep in the cache beside its source."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nestloop.lowering.runtime import cache
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a lowered loop runs.
+
+    Attributes:
+        form: "loop" (generated steps and read-out), "fit" (a kernel estimator's generated fit), or "attention"
+            (PyTorch's own, with `scale`).
+        name: the loop's name, as an identifier.
+        source: the generated module's text; empty for "attention".
+        inputs: fast weights that `forward` takes (those frozen at zero may be absent).
+        tiles: shape of each fast weight's tile.
+        output: shape of one token's output.
+        tokens: the one sequence length the plan is for, or None.
+        pieces: names of the generated pieces, each with the FLOPs of its products, forward and backward, as
+            arithmetic in n.
+    """
+
+    form: str
+    name: str
+    source: str
+    inputs: tuple[str, ...]
+    tiles: dict[str, tuple[int, ...]]
+    output: tuple[int, ...]
+    tokens: int | None
+    pieces: dict[str, tuple[str, str]]
+    scale: float | None = None
+
+
+def _path(fingerprint: str) -> Path:
+    return cache.cache_dir() / f"{fingerprint}.json"
+
+
+def read(fingerprint: str | None) -> Plan | None:
+    """The plan kept under a fingerprint, if there is a whole one."""
+    if fingerprint is None:
+        return None
+    try:
+        kept = json.loads(_path(fingerprint).read_text())
+        tiles = {name: tuple(shape) for name, shape in kept.pop("tiles").items()}
+        pieces = {name: tuple(flops) for name, flops in kept.pop("pieces").items()}
+        return Plan(**{**kept, "inputs": tuple(kept["inputs"]), "output": tuple(kept["output"])}, tiles=tiles, pieces=pieces)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # absent, or written by another version: lowered again and written again
+
+
+def keep(fingerprint: str | None, plan: Plan) -> None:
+    """Put a plan in the cache."""
+    if fingerprint is not None:
+        cache.put(_path(fingerprint), json.dumps(asdict(plan)))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
 from nestloop.lowering.runtime.tiles import like_lead
 
@@ -67,6 +67,19 @@ class Signature:
         ends = [[heads, sequences, *self.tiles[n]] for n in self.ends]
         losses = [[heads, sequences, steps + 1]] if self.losses else []
         return [[heads, sequences, length, *self.tiles["z"]], *ends, *losses, *[[max(steps - 1, 0), *e] for e in ends]]
+
+
+def _count_attention_on_cpu() -> None:
+    """FLOPs of PyTorch's CPU attention, which its own counter takes for free; a kernel estimator may run on it."""
+    packet = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if packet not in flop_registry:
+        register_flop_formula(packet)(lambda q, k, v, *_, out_shape=None, **__: sdpa_flop(q, k, v))
+    packet = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    if packet not in flop_registry:
+        register_flop_formula(packet)(lambda d, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop(d, q, k, v))
+
+
+_count_attention_on_cpu()
 
 
 class NestedLoopOp:

@@ -1,0 +1,121 @@
+"""The cache of generated sources: private, content-addressed, atomic, shared by many processes."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nestloop import NestloopError
+from nestloop.lowering.runtime import cache
+
+SOURCE = "def forward():\n    return 7\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    chosen = tmp_path / "cache"
+    monkeypatch.setenv("NESTLOOP_CACHE", str(chosen))
+    return chosen
+
+
+def test_the_folder_is_its_owners_alone(folder: Path):
+    previous = os.umask(0)
+    try:
+        assert cache.cache_dir() == folder
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_folder_others_may_write_to_is_refused(folder: Path):
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(NestloopError) as caught:
+        cache.write("loop", SOURCE)
+    assert str(caught.value) == (
+        "The cache of generated sources is not private.\n"
+        f"  given: {folder} with owner {os.getuid()} and mode 777\n"
+        "  need:  a folder that is yours and that only you can write to: its files are imported\n"
+        f"  fix:   chmod 700 {folder}, or name another with NESTLOOP_CACHE"
+    )
+    assert list(folder.iterdir()) == []
+
+
+def test_the_home_cache_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("NESTLOOP_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.cache_dir() == tmp_path / "nestloop"
+
+
+def test_the_name_is_the_content(folder: Path):
+    first, again, other = (cache.write("loop", text) for text in (SOURCE, SOURCE, SOURCE + "\n"))
+    assert first == again != other
+    assert first.name == f"loop_{cache.digest(SOURCE)}.py" and first.read_text() == SOURCE
+    assert cache.load(first).forward() == 7
+    assert cache.load(first) is cache.load(first)
+
+
+def test_a_file_that_is_not_its_content_is_written_again(folder: Path):
+    path = cache.write("spoilt", SOURCE)
+    path.write_text(SOURCE[:10])
+    assert cache.write("spoilt", SOURCE) == path
+    assert path.read_text() == SOURCE
+    assert cache.load(path).forward() == 7
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_a_write_that_is_interrupted_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str):
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, moment, killed)
+        with pytest.raises(KeyboardInterrupt):
+            cache.write("interrupted", SOURCE)
+    assert list(folder.iterdir()) == []
+    assert cache.write("interrupted", SOURCE).read_text() == SOURCE
+
+
+def test_a_process_killed_in_the_middle_leaves_no_module(folder: Path):
+    code = (
+        "import os, signal\nfrom nestloop.lowering.runtime import cache\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"cache.write('killed', {SOURCE!r})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env=os.environ, check=False)
+    assert result.returncode == -9
+    left = [p.name for p in folder.iterdir()]
+    assert all(name.startswith(".") for name in left)  # a hidden remainder that nothing imports
+    assert cache.load(cache.write("killed", SOURCE)).forward() == 7
+
+
+def test_a_module_that_fails_is_not_remembered(folder: Path):
+    path = cache.write("broken", "raise RuntimeError('broken')\n")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="broken"):
+            cache.load(path)
+    assert f"nestloop_generated.{path.stem}" not in sys.modules
+
+
+@pytest.mark.slow
+def test_eight_processes_lower_the_same_loop_at_once(folder: Path):
+    code = (
+        "import torch; torch.set_num_threads(1)\nimport nestloop as nl\nfrom nestloop import zoo\n"
+        "torch.manual_seed(0)\nlayer = nl.Layer(zoo.MTTTLinear, 8, 2)\n"
+        "print(layer(torch.ones(1, 3, 8)).sum().item())\n"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], env=os.environ, stdout=subprocess.PIPE, text=True)
+        for _ in range(8)
+    ]
+    results = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * 8
+    assert len(set(results)) == 1 and results[0]
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+    (source,) = folder.glob("*.py")
+    assert source.stem.endswith(cache.digest(source.read_text()))

@@ -19,9 +19,7 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def gemm_rate(
-    device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024, repeats: int = 5
-) -> float:
+def gemm_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024, repeats: int = 5) -> float:
     """GFLOP/s of one [size, size] x [size, size] product, the best of `repeats`."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")

@@ -110,8 +110,7 @@ def interleave(
         for name in names[shift:] + names[:shift]:
             times[name].append(functions[name]())
     return {
-        name: {"best": min(t), "median": statistics.median(t), "spread": max(t) / min(t)}
-        for name, t in times.items()
+        name: {"best": min(t), "median": statistics.median(t), "spread": max(t) / min(t)} for name, t in times.items()
     }
 
 
@@ -165,9 +164,7 @@ def ratios(times: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
 
 def print_peers(result: dict[str, Any]) -> None:
     problem, gemm = result["sizes"], result["gemm_gflops"]
-    title = "MTTT-MLP layer, forward + backward, float32: B={batch} N={tokens} D={width} H={heads}".format(
-        **problem
-    )
+    title = "MTTT-MLP layer, forward + backward, float32: B={batch} N={tokens} D={width} H={heads}".format(**problem)
     table = Table(title=title, title_justify="left")
     for column in ("", "best ms", "median ms", "max/min", "share of GEMM rate", "first call s"):
         table.add_column(column, justify="left" if not column else "right")
@@ -214,9 +211,7 @@ def cost_against_tokens(lengths: list[int], rounds: int, device: str) -> list[di
         x = problem.input()
         layers = {loop.__name__: problem.layer(loop) for loop in (zoo.MTTTMLP, zoo.MTTTMLPSGD4)}
         runs = {name: partial(time_once, layer, x, device) for name, layer in layers.items()}
-        micro = {
-            name: row["best"] * 1e3 / tokens for name, row in interleave(runs, rounds, warmups=1).items()
-        }
+        micro = {name: row["best"] * 1e3 / tokens for name, row in interleave(runs, rounds, warmups=1).items()}
         rows.append({"tokens": tokens, "us_a_token": micro})
         table.add_row(f"{tokens:,}", *(f"{us:.2f}" for us in micro.values()))
     console.print(table)

@@ -81,7 +81,9 @@ def type_axes(spec: LoopSpec, module: fx.GraphModule, output: Axes = ()) -> Typi
             axes[node], mixes = _rule(node, axes)
             if mixes:
                 source = next((axes[a] for a in node.all_input_nodes if a in axes), ())
-                mixing.append(Mixing(node.meta.get("called", ops.row(node.target).name), source, node.meta.get("where")))
+                mixing.append(
+                    Mixing(node.meta.get("called", ops.row(node.target).name), source, node.meta.get("where"))
+                )
     return Typing(axes, tuple(mixing))
 
 
@@ -151,7 +153,13 @@ def _best(names: list[str], fallback: str) -> str:
 
 def _reduce(node: fx.Node, source: Axes, value: torch.Tensor) -> tuple[Axes, bool]:
     given = node.args[2] if node.target is aten.linalg_vector_norm.default and len(node.args) > 2 else None
-    dims = given if given is not None else node.args[1] if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) else []
+    dims = (
+        given
+        if given is not None
+        else node.args[1]
+        if len(node.args) > 1 and isinstance(node.args[1], (list, tuple))
+        else []
+    )
     over = {d % len(source) for d in dims} if dims else set(range(len(source)))
     mixes = any(is_token(source[d]) for d in over)
     if value.ndim == len(source):

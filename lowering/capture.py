@@ -206,6 +206,7 @@ class Tracer:
         self, body: Callable[..., Any], examples: list[Tensor], names: list[str], user_body: str | None = None
     ) -> fx.GraphModule:
         """The graph of `body` over given fake tensors, placeholders named `names`."""
+
         def watched(*tensors: Tensor) -> Any:
             if user_body is None:
                 return body(*tensors)

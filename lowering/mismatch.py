@@ -133,7 +133,11 @@ def axis_names(spec: LoopSpec, sizes: Mapping[str, int], strict: bool = False) -
 
 
 def shape_mismatch(
-    spec: LoopSpec, what: str, failed: OpFailed, sizes: Mapping[str, int], trial: tuple[OpFailed, Mapping[str, int]] | None
+    spec: LoopSpec,
+    what: str,
+    failed: OpFailed,
+    sizes: Mapping[str, int],
+    trial: tuple[OpFailed, Mapping[str, int]] | None,
 ) -> ShapeMismatchError:
     """The error of an op that got axes that do not fit.
 
@@ -152,7 +156,9 @@ def shape_mismatch(
     met = _meeting(source)
     if met is not None:
         pairs = [(shapes[i][axis], failed.operands[i].shape[axis]) for i, axis in met]
-        listed[-1] += "; " + " meets ".join(name if name == _plain(size) else f"{name} = {size}" for name, size in pairs)
+        listed[-1] += "; " + " meets ".join(
+            name if name == _plain(size) else f"{name} = {size}" for name, size in pairs
+        )
     return ShapeMismatchError(
         f"In the {what} of {spec.name}, {failed.name} got axes that do not fit.",
         where=failed.where,

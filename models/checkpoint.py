@@ -137,9 +137,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def recipe_of(state: dict[str, Any], **changes: Any) -> Recipe:
     """The recipe a checkpoint was trained with, with changes."""
-    stored = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in state["recipe"].items()
-    }
+    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in state["recipe"].items()}
     return Recipe(**{**stored, **changes})
 
 

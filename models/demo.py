@@ -123,9 +123,7 @@ def draw(runs: dict[str, Run], path: Path) -> None:
     accuracy, loss = outer_row.subplots(1, 2)
     for mixer, run in runs.items():
         evaluations = [record for record in run.records if record["kind"] == "eval"]
-        accuracy.plot(
-            [r["epoch"] + 1 for r in evaluations], [100 * r["top1"] for r in evaluations], label=mixer
-        )
+        accuracy.plot([r["epoch"] + 1 for r in evaluations], [100 * r["top1"] for r in evaluations], label=mixer)
         steps = [record for record in run.records if record["kind"] == "step"]
         loss.plot([r["step"] for r in steps], [r["loss"] for r in steps], label=mixer)
     accuracy.set(xlabel="epoch", ylabel="held-out accuracy (%)", title="accuracy")
@@ -146,6 +144,4 @@ def lowered_stages(recipe: Recipe) -> str:
     """Every stage of MTTT-MLP's way to a kernel, at the sizes of the recipe."""
     assert recipe.width is not None and recipe.heads is not None
     sizes = {"D": recipe.width, "H": recipe.heads, "d": recipe.width // recipe.heads}
-    return inspection.inspect_text(
-        resolve("mttt_mlp"), None, {"B": recipe.batch, "N": recipe.image_size**2, **sizes}
-    )
+    return inspection.inspect_text(resolve("mttt_mlp"), None, {"B": recipe.batch, "N": recipe.image_size**2, **sizes})

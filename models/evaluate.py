@@ -75,9 +75,7 @@ def run(options: EvalOptions) -> dict[str, float]:
     state = checkpoint.load(path)
     recipe = checkpoint.recipe_of(state)
     if options.weights == "ema" and state["ema"] is None:
-        raise CheckpointError(
-            f"{path} holds no average of the weights", given="--weights ema", need="a run with --ema"
-        )
+        raise CheckpointError(f"{path} holds no average of the weights", given="--weights ema", need="a run with --ema")
     with join(options.device) as ranks:
         source = open_source(options.data or recipe.data, "val", recipe.holdout)
         if len(source.classes) > len(state["classes"]):

@@ -38,9 +38,7 @@ class Logbook:
         if not is_main:
             return
         path = run_dir / "log.jsonl"
-        self.records = (
-            [record for record in read_log(run_dir) if record["step"] <= step] if path.exists() else []
-        )
+        self.records = [record for record in read_log(run_dir) if record["step"] <= step] if path.exists() else []
         rewritten = path.with_suffix(".partial")
         rewritten.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         rewritten.replace(path)

@@ -21,9 +21,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 def count_nonfinite(value: Any) -> int:
     """How many entries of the tensors inside `value` are NaN or infinite."""
-    return sum(
-        int((~torch.isfinite(tensor)).sum()) for tensor in tensors(value) if tensor.is_floating_point()
-    )
+    return sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors(value) if tensor.is_floating_point())
 
 
 def first_nonfinite_layer(model: nn.Module, images: Tensor) -> str | None:

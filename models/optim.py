@@ -24,9 +24,7 @@ def matrices(model: nn.Module) -> set[str]:
             for name, weight in module.spec.weights.items():
                 kind = "fast" if name in module.spec.fast else "slow"
                 axes[f"{prefix}.{kind}.{name}"] = len(weight.dims)
-    return {
-        name for name, parameter in model.named_parameters() if parameter.requires_grad and axes[name] >= 2
-    }
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad and axes[name] >= 2}
 
 
 def outer_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:

@@ -72,9 +72,7 @@ def train(recipe: Recipe, run_dir: Path, console: Console | None = None) -> Run:
         # Data: the order and every random choice depend on (seed, epoch, step, image) alone.
         sources = {split: open_source(recipe.data, split, recipe.holdout) for split in SPLITS}
         unreadable = {s: UnreadableImages(s, len(sources[s]), recipe.max_unreadable) for s in SPLITS}
-        order = TrainOrder(
-            len(sources["train"]), recipe.batch, ranks.rank, ranks.world, recipe.accumulate, recipe.seed
-        )
+        order = TrainOrder(len(sources["train"]), recipe.batch, ranks.rank, ranks.world, recipe.accumulate, recipe.seed)
         eval_order = EvalOrder(len(sources["val"]), recipe.eval_batch, ranks.rank, ranks.world)
         images = ImageDataset(sources["train"], recipe.train_transform(), recipe.seed)
         eval_images = ImageDataset(sources["val"], recipe.eval_transform())
@@ -155,17 +153,13 @@ def train(recipe: Recipe, run_dir: Path, console: Console | None = None) -> Run:
 
                 # Gradients of the mean loss over the readable images of the global batch.
                 figures = backward(parallel, batches, recipe, step, ranks, readable, inner_losses=log_now)
-                norm = torch.nn.utils.get_total_norm(
-                    [p.grad for p in model.parameters() if p.grad is not None]
-                )
+                norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
                 if not (math.isfinite(figures["loss"]) and math.isfinite(norm)):
                     where = nonfinite_origin(model, batches, recipe, step, ranks.device)
                     dump = run_dir / f"nonfinite_step_{step + 1:08d}_rank_{ranks.rank}.pt"
                     with checkpoint.atomically(dump) as partial:
                         torch.save({**full_state(), "batches": [tuple(batch) for batch in batches]}, partial)
-                    log.record(
-                        "nonfinite", step, loss=str(figures["loss"]), norm=str(norm.item()), where=where
-                    )
+                    log.record("nonfinite", step, loss=str(figures["loss"]), norm=str(norm.item()), where=where)
                     raise NonFiniteError(
                         f"step {step + 1} gave loss {figures['loss']} and a gradient of norm {norm.item()}",
                         given=f"first in {where}",
@@ -260,9 +254,7 @@ def groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield group
 
 
-def nonfinite_origin(
-    model: ViT, batches: list[Batch], recipe: Recipe, step: int, device: torch.device
-) -> str:
+def nonfinite_origin(model: ViT, batches: list[Batch], recipe: Recipe, step: int, device: torch.device) -> str:
     """Runs the step's forward again, as it was, and names what first gave a number that is not finite."""
     for batch in batches:
         images, _ = prepare(batch, recipe, step, device)
@@ -356,11 +348,7 @@ def continued_state(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
             fix="--run-dir FOLDER, or leave out --resume to start one here",
         )
     checkpoint.check_same_run(json.loads(config.read_text()), recipe, run_dir)
-    return (
-        checkpoint.load(checkpoint.find(run_dir))
-        if checkpoint.all_checkpoints(run_dir / "checkpoints")
-        else None
-    )
+    return checkpoint.load(checkpoint.find(run_dir)) if checkpoint.all_checkpoints(run_dir / "checkpoints") else None
 
 
 def main(name: str, argv: list[str]) -> int:
@@ -370,9 +358,7 @@ def main(name: str, argv: list[str]) -> int:
         TrainingError: as `train`, or the recipe does not exist.
     """
     stem, recipe, description = recipes.load(name)
-    recipe = tyro.cli(
-        Recipe, default=recipe, args=argv, prog=f"nestloop train {name}", description=description
-    )
+    recipe = tyro.cli(Recipe, default=recipe, args=argv, prog=f"nestloop train {name}", description=description)
     run = train(recipe, Path(recipe.run_dir or f"runs/{stem}"))
     if run.records:  # the main process alone
         print(f"log and checkpoints are in {run.run_dir}")

@@ -72,9 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = command("inspect", run_inspect, "print the stages a loop goes through on its way to a kernel")
     inspect.add_argument("target", help=TARGET)
     inspect.add_argument("--stage", help="print this stage alone (default: every one)")
-    explain = command(
-        "explain", run_explain, "say what is fast, what is slow, where gradients flow and what runs"
-    )
+    explain = command("explain", run_explain, "say what is fast, what is slow, where gradients flow and what runs")
     explain.add_argument("target", help=TARGET)
     for added in (inspect, explain):
         added.add_argument("--shape", default="", metavar="B=2,H=2,N=16,d=16", help="sizes of the dims")
@@ -84,9 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     for added in (catalogue, doctor):
         added.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
     command("train", None, "train RECIPE [--key value ...]: run a recipe, any of its fields overridden")
-    command(
-        "eval", None, "eval CHECKPOINT [--key value ...]: accuracy of a checkpoint on its evaluation images"
-    )
+    command("eval", None, "eval CHECKPOINT [--key value ...]: accuracy of a checkpoint on its evaluation images")
     command("demo", None, "train four small vision transformers side by side on handwritten digits")
     for added in commands.choices.values():
         added.add_argument("--trace", action="store_true", help="show the traceback of an error")
@@ -165,9 +161,7 @@ def recipes() -> list[dict[str, Any]]:
     for file in sorted((Path(__file__).parent / "models" / "recipes").glob("*.py")):
         about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         if file.stem != "__init__":
-            found.append(
-                {"recipe": file.stem.replace("_", "-"), "about": " ".join(about.partition("\n\n")[0].split())}
-            )
+            found.append({"recipe": file.stem.replace("_", "-"), "about": " ".join(about.partition("\n\n")[0].split())})
     return found
 
 
@@ -190,9 +184,7 @@ def load_target(target: str) -> Any:
         raise UsageError(f"{target!r} names no loop; write FILE.py:Name or package.module:Name")
     module = _run_file(Path(place)) if place.endswith(".py") else _import(place)
     if not hasattr(module, name):
-        declared = [
-            n for n, value in vars(module).items() if isinstance(value, type) and hasattr(value, "spec")
-        ]
+        declared = [n for n, value in vars(module).items() if isinstance(value, type) and hasattr(value, "spec")]
         known = "it declares " + ", ".join(declared) if declared else "it declares no loop"
         raise UsageError(f"{place} has no {name!r}; {known}")
     return getattr(module, name)
@@ -217,9 +209,7 @@ def _import(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # the module exists; something that it imports does not
-        raise UsageError(
-            f"there is no module {name!r}; for a file write its path, as in loops.py:Name"
-        ) from None
+        raise UsageError(f"there is no module {name!r}; for a file write its path, as in loops.py:Name") from None
 
 
 def parse_shape(text: str) -> dict[str, int]:
@@ -228,9 +218,7 @@ def parse_shape(text: str) -> dict[str, int]:
     for entry in filter(None, text.split(",")):
         name, _, size = entry.partition("=")
         if not name.strip().isidentifier() or not size.strip().isdecimal() or int(size) == 0:
-            raise UsageError(
-                f"--shape cannot read {entry!r}; write NAME=SIZE,... as in --shape B=2,H=2,N=16,d=16"
-            )
+            raise UsageError(f"--shape cannot read {entry!r}; write NAME=SIZE,... as in --shape B=2,H=2,N=16,d=16")
         dims[name.strip()] = int(size)
     return dims
 

@@ -164,9 +164,7 @@ def check_pair(torch: str | None, torchvision: str | None) -> Check:
     if found == wanted:
         return Check("pair", "ok", f"{text} belong together")
     pins = " ".join(f"{name}=={TESTED[name].pin}" for name in ("torch", "torchvision"))
-    return Check(
-        "pair", "broken", f"{text}, which needs torchvision {wanted[0]}.{wanted[1]}", f"{PIP} {pins}"
-    )
+    return Check("pair", "broken", f"{text}, which needs torchvision {wanted[0]}.{wanted[1]}", f"{PIP} {pins}")
 
 
 def check_gpu() -> Check:
@@ -183,9 +181,7 @@ def check_gpu() -> Check:
     if torch.version.cuda is None:
         fix = f"{PIP} --force-reinstall torch=={TESTED['torch'].pin} --index-url https://download.pytorch.org/whl/cu130"
         return Check("gpu", "note", "this machine has an NVIDIA driver, but torch is a CPU build", fix)
-    return Check(
-        "gpu", "note", f"torch (CUDA {torch.version.cuda}) cannot use the NVIDIA driver", "nvidia-smi"
-    )
+    return Check("gpu", "note", f"torch (CUDA {torch.version.cuda}) cannot use the NVIDIA driver", "nvidia-smi")
 
 
 def check_compiler() -> Check:

@@ -140,7 +140,9 @@ def _optimizer(spec: LoopSpec) -> str:
     lr = spec.optimizer.lr
     rate = f"{lr.kind} {lr.name}" if isinstance(lr, (Slow, Gate)) else str(lr)
     transform = spec.optimizer.transform
-    return f"SGD, learning rate {rate}" + ("" if transform is None else f", transform {getattr(transform, '__name__', transform)}")
+    return f"SGD, learning rate {rate}" + (
+        "" if transform is None else f", transform {getattr(transform, '__name__', transform)}"
+    )
 
 
 def _schedule(spec: LoopSpec) -> str:
@@ -167,7 +169,9 @@ def graph_text(spec: LoopSpec, module: fx.GraphModule, output: tuple[str, ...] =
         elif node.op == "placeholder" and node.users:
             lines.append(f"  {_name(node)}: [{', '.join(axes[node])}]")
         elif node.op == "call_function" and node in axes:
-            given = [_argument(a) for a in node.args] + [f"{k}={v}" for k, v in node.kwargs.items() if k == "approximate"]
+            given = [_argument(a) for a in node.args] + [
+                f"{k}={v}" for k, v in node.kwargs.items() if k == "approximate"
+            ]
             where = node.meta.get("where")
             target = str(node.target).removeprefix("aten.").removesuffix(".default")
             text = f"  {_name(node)}: [{', '.join(axes[node])}] = {target}({', '.join(given)})"
@@ -206,7 +210,9 @@ def _differentiate(lowered: Lowered, sizes: Mapping[str, int]) -> str:
     parts = []
     for name, piece in lowered.pieces.items():
         parts.append(f"{name} -> {', '.join(piece.results)}:\n{graph_text(lowered.spec, piece.forward)}")
-        parts.append(f"{name} backward, d_{', d_'.join(piece.wrt)}:\n{graph_text(lowered.spec, piece.backward, output)}")
+        parts.append(
+            f"{name} backward, d_{', d_'.join(piece.wrt)}:\n{graph_text(lowered.spec, piece.backward, output)}"
+        )
     return "\n".join(parts)
 
 
@@ -221,9 +227,13 @@ def _cost(lowered: Lowered, sizes: Mapping[str, int]) -> str:
         for direction, module in (("forward", piece.forward), ("backward", piece.backward)):
             spent = cost(module)
             products, elementwise, traffic = spent.at(tokens)
-            lines.append(f"  {name} {direction}: products {spent.products} FLOP = {products:,}; elementwise {elementwise:,} FLOP; ")
+            lines.append(
+                f"  {name} {direction}: products {spent.products} FLOP = {products:,}; elementwise {elementwise:,} FLOP; "
+            )
             lines[-1] += f"values written unfused {traffic:,}"
-    lines.append(f"state: {state_size(lowered.spec)} = {_state_elements(lowered, sizes):,} numbers per head and sequence")
+    lines.append(
+        f"state: {state_size(lowered.spec)} = {_state_elements(lowered, sizes):,} numbers per head and sequence"
+    )
     lines.append("backward: recomputes every step from the state it started from; keeps one state per step")
     return "\n".join(lines)
 
@@ -274,18 +284,31 @@ def _state_elements(lowered: Lowered, sizes: Mapping[str, int]) -> int:
 
 def _explain(lowered: Lowered, sizes: Mapping[str, int], op: CompiledLoop | None) -> list[str]:
     spec = lowered.spec
-    lines = [f"{spec.name}  ({spec.where.short})", (spec.cls.__doc__ or "").strip().splitlines()[0] if spec.cls.__doc__ else ""]
+    lines = [
+        f"{spec.name}  ({spec.where.short})",
+        (spec.cls.__doc__ or "").strip().splitlines()[0] if spec.cls.__doc__ else "",
+    ]
     if spec.is_kernel_estimator:
         lines += ["", "fast weights: none. The state is the keys and values of the sequence."]
     else:
         elements = _state_elements(lowered, sizes)
         lines += ["", "fast weights (the inner loop changes them while it reads one sequence):"]
         for fast in spec.fast.values():
-            start = "exactly zero, never learned" if fast.frozen_zero else "learned by the outer loop" if fast.learned else "fixed"
+            start = (
+                "exactly zero, never learned"
+                if fast.frozen_zero
+                else "learned by the outer loop"
+                if fast.learned
+                else "fixed"
+            )
             lines.append(f"  {fast.name} [{', '.join(map(str, fast.dims))}] per head and sequence; starts {start}")
-        lines.append(f"state: {state_size(spec)} = {elements:,} numbers, {4 * elements:,} bytes in float32 per head and sequence;")
+        lines.append(
+            f"state: {state_size(spec)} = {elements:,} numbers, {4 * elements:,} bytes in float32 per head and sequence;"
+        )
         lines.append(f"  {4 * elements * sizes['H']:,} bytes a sequence with H = {sizes['H']}")
-        lines.append("reset: every sequence of every call starts from the initial fast weights, in training and evaluation alike,")
+        lines.append(
+            "reset: every sequence of every call starts from the initial fast weights, in training and evaluation alike,"
+        )
         lines.append("  unless a state is passed; nothing is carried from one call to the next by itself")
     lines += ["", "slow weights (only the outer loop changes them): " + (", ".join(spec.slow) or "none")]
     lines.append("views: " + ", ".join(f"{n} [{', '.join(map(str, v.dims))}]" for n, v in spec.views.items()))

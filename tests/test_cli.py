@@ -50,9 +50,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, s
 
 
 def test_inspect_prints_a_stage_of_a_loop_in_a_file(capsys, loops: Path):
-    status, out, err = run(
-        capsys, "inspect", f"{loops}:Recall", "--stage", "declare", "--shape", "B=2,H=2,N=16,d=16"
-    )
+    status, out, err = run(capsys, "inspect", f"{loops}:Recall", "--stage", "declare", "--shape", "B=2,H=2,N=16,d=16")
     assert (status, err) == (0, "")
     assert "Recall" in out and "Linear" in out
 
@@ -114,9 +112,7 @@ def test_wrong_usage_exits_2(capsys, monkeypatch, loops: Path, words: list[str],
     assert (status, out, err) == (2, "", f"nestloop: {message.format(**fill)}\n")
 
 
-@pytest.mark.parametrize(
-    "words", [[], ["inspekt"], ["inspect"], ["list", "--kind", "dogs"], ["doctor", "--j"]]
-)
+@pytest.mark.parametrize("words", [[], ["inspekt"], ["inspect"], ["list", "--kind", "dogs"], ["doctor", "--j"]])
 def test_what_the_parser_does_not_know_exits_2(capsys, words: list[str]):
     status, out, err = run(capsys, *words)
     assert (status, out) == (2, "") and err.startswith("usage: nestloop")
@@ -143,9 +139,7 @@ def test_train_without_a_recipe_lists_them(capsys):
         (["demo", "--epochs", "1", "--trace"], "demo", (["--epochs", "1"],)),
     ],
 )
-def test_other_words_are_handed_on_as_they_are(
-    capsys, monkeypatch, words: list[str], module: str, call: tuple
-):
+def test_other_words_are_handed_on_as_they_are(capsys, monkeypatch, words: list[str], module: str, call: tuple):
     calls = []
 
     class Stub:

@@ -42,9 +42,7 @@ def test_release(version: str, release: tuple[int, int]):
         (
             "torch",
             "2.9.1",
-            Check(
-                "torch", "broken", "2.9.1, too old (tested with 2.11 to 2.13)", "pip install torch==2.13.0"
-            ),
+            Check("torch", "broken", "2.9.1, too old (tested with 2.11 to 2.13)", "pip install torch==2.13.0"),
         ),
         (
             "torch",
@@ -160,11 +158,7 @@ def test_a_cache_that_others_can_write_to(monkeypatch: pytest.MonkeyPatch, tmp_p
     tmp_path.chmod(0o777)
     monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path))
     check = doctor.check_cache()
-    assert (
-        check.level == "broken"
-        and f"{tmp_path} with owner" in check.found
-        and "needs a folder" in check.found
-    )
+    assert check.level == "broken" and f"{tmp_path} with owner" in check.found and "needs a folder" in check.found
     assert check.fix is not None and check.fix.startswith(f"chmod 700 {tmp_path}")
 
 
@@ -177,9 +171,7 @@ def test_a_cache_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 @pytest.mark.parametrize("level", ["note", "broken"])
-def test_report_and_exit_status(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], level: str
-):
+def test_report_and_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], level: str):
     checks = [Check("torch", "ok", "2.13.0"), Check("triton", level, "not installed", "pip install triton")]
     monkeypatch.setattr(doctor, "run", lambda: iter(checks))
     status = int(level == "broken")

@@ -28,9 +28,7 @@ def test_every_package_comes_from_this_checkout(root: Path):
 
 @pytest.mark.parametrize("name", LINKED)
 def test_a_linked_package_refuses_its_short_name(root: Path, name: str):
-    result = subprocess.run(
-        [sys.executable, "-c", f"import {name}"], cwd=root, capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=root, capture_output=True, text=True)
     assert result.returncode == 1
     message = result.stderr.splitlines()[-1]
     assert message.startswith("ImportError") and f"{name!r}" in message and "nestloop" in message
@@ -44,9 +42,7 @@ def test_every_folder_of_modules_is_a_package(root: Path):
 def modules(root: Path) -> set[str]:
     """The module files of the tree, by the path they must have in a wheel."""
     own = {f.relative_to(root).as_posix() for f in (root / "nestloop").rglob("*.py")}
-    return own | {
-        f"nestloop/{f.relative_to(root).as_posix()}" for name in LINKED for f in (root / name).rglob("*.py")
-    }
+    return own | {f"nestloop/{f.relative_to(root).as_posix()}" for name in LINKED for f in (root / name).rglob("*.py")}
 
 
 @pytest.mark.slow
@@ -84,14 +80,10 @@ def test_every_dependency_is_pinned(root: Path):
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *(r for rs in project["optional-dependencies"].values() for r in rs)]
     pins = dict(
-        line.split("==")
-        for line in (root / "constraints.txt").read_text().splitlines()
-        if not line.startswith("#")
+        line.split("==") for line in (root / "constraints.txt").read_text().splitlines() if not line.startswith("#")
     )
     assert {canonical(r) for r in wanted} - {canonical(p) for p in pins} == {"nestloop"}
-    assert (
-        pins["torch"] == "2.13.0" and pins["torchvision"] == "0.28.0"
-    )  # no +cpu: the same pin fits CUDA builds
+    assert pins["torch"] == "2.13.0" and pins["torchvision"] == "0.28.0"  # no +cpu: the same pin fits CUDA builds
 
 
 def test_continuous_integration_runs_the_readme_command(root: Path):

@@ -72,7 +72,5 @@ def test_a_new_learner_takes_at_most_12_lines():
 
 def test_the_make_targets_exist(root: Path):
     targets = re.findall(r"^(\w+):", (root / "Makefile").read_text(), re.MULTILINE)
-    mentioned = [
-        line.split()[1] for language, text in BLOCKS if language == "bash" for line in text.splitlines()
-    ]
+    mentioned = [line.split()[1] for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
     assert mentioned and set(mentioned) <= set(targets)

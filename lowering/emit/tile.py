@@ -48,7 +48,12 @@ class TileFunction:
     """
 
     def __init__(
-        self, name: str, module: fx.GraphModule, doc: str, axes: Mapping[fx.Node, Axes], likes: Sequence[str] | None = None
+        self,
+        name: str,
+        module: fx.GraphModule,
+        doc: str,
+        axes: Mapping[fx.Node, Axes],
+        likes: Sequence[str] | None = None,
     ) -> None:
         self.name, self.module, self.doc, self.axes, self.likes = name, module, doc, axes, likes
         self.inputs = used_inputs(module)
@@ -104,7 +109,9 @@ class TileFunction:
             self.text[node] = f"({expression})" if node in self.scalar else expression
             return []
         base = node.target._schema.name.split("::")[-1].strip("_")
-        base = {"sum": "sum_", "where": "where_", "exp": "exp_", "mm": "mm_", "cat": "cat_", "expand": "expand_"}.get(base, base)
+        base = {"sum": "sum_", "where": "where_", "exp": "exp_", "mm": "mm_", "cat": "cat_", "expand": "expand_"}.get(
+            base, base
+        )
         self.count[base] = self.count.get(base, 0) + 1
         name = f"{base.rstrip('_')}_{self.count[base]}"
         self.text[node] = name

@@ -10,9 +10,7 @@ from nestloop.lowering.ops import movement, pointwise, products, reductions
 from nestloop.lowering.ops.decompose import decompositions
 from nestloop.lowering.ops.row import Kind, Op, Operands
 
-ROWS: dict[Any, Op] = {
-    row.target: row for module in (pointwise, products, reductions, movement) for row in module.ROWS
-}
+ROWS: dict[Any, Op] = {row.target: row for module in (pointwise, products, reductions, movement) for row in module.ROWS}
 
 # Sizes are computed in Python, not on tensors: these may stand in a graph without a row.
 SIZE_OPS = {"sym_size", "add", "mul", "sub", "floordiv", "mod", "sym_numel", "neg", "getitem", "truediv"}
@@ -44,4 +42,15 @@ def named_shape(shape: Iterable[Any]) -> str:
     return f"[{', '.join('n' if not isinstance(s, int) else str(s) for s in shape)}]"
 
 
-__all__ = ["ROWS", "Kind", "Op", "Operands", "admitted", "decompositions", "is_size_op", "named_shape", "nearest", "row"]
+__all__ = [
+    "ROWS",
+    "Kind",
+    "Op",
+    "Operands",
+    "admitted",
+    "decompositions",
+    "is_size_op",
+    "named_shape",
+    "nearest",
+    "row",
+]

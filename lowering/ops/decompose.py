@@ -178,7 +178,9 @@ def slice_backward(grad: Tensor, sizes: list[int], dim: int, start: int, end: in
         start = min(max(start, 0), sizes[dim])
     stop = min(end + sizes[dim] if end < 0 else end, sizes[dim])
     if step != 1:
-        spread = torch.cat([grad.unsqueeze(dim + 1), *[torch.zeros_like(grad.unsqueeze(dim + 1))] * (step - 1)], dim + 1)
+        spread = torch.cat(
+            [grad.unsqueeze(dim + 1), *[torch.zeros_like(grad.unsqueeze(dim + 1))] * (step - 1)], dim + 1
+        )
         shape = list(grad.shape)
         shape[dim] = grad.shape[dim] * step
         grad = aten.slice.Tensor(spread.reshape(shape), dim, 0, stop - start)

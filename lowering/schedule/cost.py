@@ -45,7 +45,9 @@ class Cost:
 
     def at(self, tokens: int) -> tuple[int, int, int]:
         """The numbers for a tile of `tokens` tokens."""
-        return tuple(int(sympy.sympify(e).subs(N_TOKENS, tokens)) for e in (self.products, self.elementwise, self.traffic))  # type: ignore[return-value]
+        return tuple(
+            int(sympy.sympify(e).subs(N_TOKENS, tokens)) for e in (self.products, self.elementwise, self.traffic)
+        )  # type: ignore[return-value]
 
 
 def cost(module: fx.GraphModule) -> Cost:

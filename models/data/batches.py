@@ -118,8 +118,7 @@ class UnreadableImages:
         if len(self.found) > self.limit * self.length:
             listed = "\n".join(f"    {name}: {reason}" for name, reason in self.found.values())
             raise TooManyUnreadableError(
-                f"{len(self.found)} of {self.length} images of the {self.split} split cannot be read:\n"
-                f"{listed}",
+                f"{len(self.found)} of {self.length} images of the {self.split} split cannot be read:\n{listed}",
                 need=f"at most {self.limit:.3g} of the images",
                 fix="repair or remove these files, or allow more with --max-unreadable SHARE",
             )

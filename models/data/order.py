@@ -24,9 +24,7 @@ class TrainOrder:
     batch of an epoch are not seen in that epoch.
     """
 
-    def __init__(
-        self, length: int, batch: int, rank: int = 0, world: int = 1, accumulate: int = 1, seed: int = 0
-    ):
+    def __init__(self, length: int, batch: int, rank: int = 0, world: int = 1, accumulate: int = 1, seed: int = 0):
         if batch % (world * accumulate):
             raise RecipeError(
                 f"a batch of {batch} does not split evenly",
@@ -56,9 +54,7 @@ class TrainOrder:
 
     def __iter__(self) -> Iterator[list[Place]]:
         epoch = self.epoch
-        permutation = torch.randperm(
-            self.length, generator=generator(self.seed, Purpose.ORDER, epoch)
-        ).tolist()
+        permutation = torch.randperm(self.length, generator=generator(self.seed, Purpose.ORDER, epoch)).tolist()
         for step in range(self.first_step, self.steps_per_epoch):
             for part in range(self.accumulate):
                 start = step * self.batch + (self.rank * self.accumulate + part) * self.micro

@@ -56,9 +56,7 @@ def open_source(path: str, split: Split, holdout: float = 0.2) -> Source:
             return ClassFolders(root, split, holdout)
     raise DatasetNotFoundError(
         f"no data set at {path!r}",
-        given="a folder with neither Parquet files nor class folders"
-        if root.is_dir()
-        else "a path that is no folder",
+        given="a folder with neither Parquet files nor class folders" if root.is_dir() else "a path that is no folder",
         need='"digits", a folder of *train*.parquet and *val*.parquet or *test*.parquet files, '
         "a folder with train/CLASS/ and val/CLASS/, or a folder of class folders",
         fix="--data PATH",
@@ -109,9 +107,7 @@ class ClassFolders:
         if not found or unknown:
             raise DatasetLayoutError(
                 f"{folder} does not hold the classes of the train split",
-                given=f"folders that are no train classes: {', '.join(unknown[:5])}"
-                if unknown
-                else "no class folders",
+                given=f"folders that are no train classes: {', '.join(unknown[:5])}" if unknown else "no class folders",
                 need=f"one folder a class, named as in {self.root / 'train'}",
                 fix="sort the validation images into one folder a class, with the names of the train folders",
             )
@@ -164,9 +160,7 @@ class Parquet:
         self._table: Any = None
         table = self._rows()
         if not table.num_rows:
-            raise DatasetLayoutError(
-                f"the {split} split of {folder} has no images", given=f"{files[0].name}: no rows"
-            )
+            raise DatasetLayoutError(f"the {split} split of {folder} has no images", given=f"{files[0].name}: no rows")
         self._labels = table["label"].to_numpy().astype(np.int64)
         self.classes = _class_names(table.schema) or tuple(str(n) for n in range(int(self._labels.max()) + 1))
         self._stem = files[0].name if len(files) == 1 else f"{folder.name} {split}"

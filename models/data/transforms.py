@@ -54,9 +54,7 @@ class TrainTransform:
         if self.randaugment is not None:
             ops, magnitude = self.randaugment
             # 11 bins make a magnitude of 10 the strongest, as in the paper; torchvision's default is 31
-            image = torchvision_transforms("RandAugment").RandAugment(ops, magnitude, num_magnitude_bins=11)(
-                image
-            )
+            image = torchvision_transforms("RandAugment").RandAugment(ops, magnitude, num_magnitude_bins=11)(image)
         return to_tensor(image, self.channels, self.mean, self.std)
 
 
@@ -132,9 +130,7 @@ def to_tensor(image: Image.Image, channels: int, mean: float, std: float) -> Ten
     if image.mode != "F":
         image = image.convert("RGB" if channels == 3 else "L")
     pixels = np.asarray(image, dtype=np.float32) / (1.0 if image.mode == "F" else 255.0)
-    return (
-        torch.from_numpy((pixels - mean) / std).reshape(*pixels.shape[:2], -1).permute(2, 0, 1).contiguous()
-    )
+    return torch.from_numpy((pixels - mean) / std).reshape(*pixels.shape[:2], -1).permute(2, 0, 1).contiguous()
 
 
 def _resize(image: Image.Image, width: int, height: int) -> Image.Image:

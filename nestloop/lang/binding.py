@@ -169,7 +169,8 @@ def _same_names(spec: LoopSpec, what: str, declared: Mapping[str, Any], given: M
         given=", ".join(map(str, given)) or "none",
         need=", ".join(declared) or "none",
         fix="; ".join(
-            ([f"add {', '.join(missing)}"] if missing else []) + ([f"remove {', '.join(map(str, extra))}"] if extra else [])
+            ([f"add {', '.join(missing)}"] if missing else [])
+            + ([f"remove {', '.join(map(str, extra))}"] if extra else [])
         ),
     )
 

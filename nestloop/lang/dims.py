@@ -151,9 +151,7 @@ def _evaluate(tree: ast.expr, sizes: Mapping[str, Any], text: str, where: Locati
         case ast.UnaryOp(operand=operand):
             return _evaluate(operand, sizes, text, where)
         case ast.BinOp(left=left, op=op, right=right):
-            return _OPERATORS[type(op)](
-                _evaluate(left, sizes, text, where), _evaluate(right, sizes, text, where)
-            )
+            return _OPERATORS[type(op)](_evaluate(left, sizes, text, where), _evaluate(right, sizes, text, where))
     raise AssertionError(f"not admitted: {ast.dump(tree)}")
 
 

@@ -259,7 +259,10 @@ def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View]
             raise _missing(cls, "it has no kernel", "no method kernel", "add def kernel(self, q, k): return ...")
         if absent:
             raise _missing(
-                cls, "its kernel estimator takes views q, k and v", f"views {', '.join(views)}", f'declare {absent[0]} = nl.view("d")'
+                cls,
+                "its kernel estimator takes views q, k and v",
+                f"views {', '.join(views)}",
+                f'declare {absent[0]} = nl.view("d")',
             )
         return
     if not learner.fast:

@@ -31,15 +31,11 @@ class Case:
     def load(cls, path: Path) -> Case:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-            return cls(
-                path.stem, {key: _decode(text) for key, text in (file.metadata() or {}).items()}, tensors
-            )
+            return cls(path.stem, {key: _decode(text) for key, text in (file.metadata() or {}).items()}, tensors)
 
     def inputs(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose name starts with `prefix.`, without it."""
-        return {
-            name[len(prefix) + 1 :]: t for name, t in self.tensors.items() if name.startswith(f"{prefix}.")
-        }
+        return {name[len(prefix) + 1 :]: t for name, t in self.tensors.items() if name.startswith(f"{prefix}.")}
 
     def setting(self, name: str, *known: Any) -> Any:
         """A setting that must be there, and one of `known` where they are given."""

@@ -43,9 +43,7 @@ class Report:
 
     @property
     def missed(self) -> bool:
-        return self.failure is not None or any(
-            error.missed for errors in self.errors.values() for error in errors
-        )
+        return self.failure is not None or any(error.missed for errors in self.errors.values() for error in errors)
 
     def line(self) -> str:
         """One line: verdict, and the worst error of each dtype with the tensor that has it."""
@@ -89,9 +87,7 @@ def check_file(path: Path, backend: str) -> Report:
 def recorded(case: Case) -> set[str]:
     """Names of the recorded outputs, inner losses and gradients, without their f64 prefix."""
     apart = ("in.", "param.", "mid.", "cot.", "sgd.", "check.", "updates.", "state.", "rope.")
-    return {
-        name.removeprefix("f64.") for name in case.tensors if not name.removeprefix("f64.").startswith(apart)
-    }
+    return {name.removeprefix("f64.") for name in case.tensors if not name.removeprefix("f64.").startswith(apart)}
 
 
 def compare(case: Case, quantities: Quantities, dtype: torch.dtype) -> Iterator[Error]:

@@ -55,9 +55,7 @@ def ttt_layer(w: Weights, x: Tensor, settings: dict[str, Any], order: Tensor | N
                 y = F.gelu(y, approximate="tanh")
                 return y @ fast["inner_Dense_1.kernel"] + fast.get("inner_Dense_1.bias", 0.0)
 
-            def loss(
-                fast: Weights, s: Tensor, p: Weights = p, learner: Callable[..., Tensor] = learner
-            ) -> Tensor:
+            def loss(fast: Weights, s: Tensor, p: Weights = p, learner: Callable[..., Tensor] = learner) -> Tensor:
                 r = learner(fast, s @ p["phi.kernel"] + p["phi.bias"]) @ p["g.kernel"] + p["g_bias"]
                 if settings["decoder_LN"]:
                     r = F.layer_norm(r, r.shape[-1:], p["decoder_LN.scale"], p["decoder_LN.bias"], 1e-6)
@@ -76,9 +74,7 @@ def ttt_layer(w: Weights, x: Tensor, settings: dict[str, Any], order: Tensor | N
     return torch.stack(outputs), losses.sum(1).mean(0)
 
 
-def model(
-    w: Weights, image: Tensor, settings: dict[str, Any], pos_emb: Tensor, orders: Any
-) -> tuple[Tensor, Tensor]:
+def model(w: Weights, image: Tensor, settings: dict[str, Any], pos_emb: Tensor, orders: Any) -> tuple[Tensor, Tensor]:
     """mttt Model, image [B, rows, cols, C]: logits and inner losses [depth, T+1]."""
     patch = settings["patch"]
     kernel = w["embedding.kernel"].permute(3, 2, 0, 1)
@@ -95,9 +91,7 @@ def model(
         block = f"Transformer.encoderblock_{index}"
         y, losses = norm(x, f"{block}.LayerNorm_0"), torch.full((2,), float("inf"), dtype=x.dtype)
         name, mixer = MODEL_MIXERS[settings["layer_type"]]
-        parameters = {
-            k.removeprefix(f"{block}.{name}."): t for k, t in w.items() if k.startswith(f"{block}.{name}.")
-        }
+        parameters = {k.removeprefix(f"{block}.{name}."): t for k, t in w.items() if k.startswith(f"{block}.{name}.")}
         layer_settings = {**settings["inner"], "heads": settings["heads"]}
         if settings["layer_type"] == "TTT":
             y, losses = ttt_layer(parameters, y, layer_settings, None if orders is None else orders[index])
@@ -132,9 +126,7 @@ def vittt_block(w: Weights, x: Tensor, settings: dict[str, Any]) -> Tensor:
             w1, w2 = w["w1"][0, h], w["w2"][0, h]
             inner = -(((k @ w1) * F.silu(k @ w2)) * v).sum(-1).mean() * 9**-0.5
             for_w1, for_w2 = torch.autograd.grad(inner, (w1, w2), create_graph=True)
-            w1, w2 = (
-                t - lr * g / (g.norm(dim=-2, keepdim=True) + 1) for t, g in ((w1, for_w1), (w2, for_w2))
-            )
+            w1, w2 = (t - lr * g / (g.norm(dim=-2, keepdim=True) + 1) for t, g in ((w1, for_w1), (w2, for_w2)))
             parts.append((q @ w1) * F.silu(q @ w2))
         q, k, v = (t[b].T.reshape(1, d, *grid) for t in (q2, k2, v2))
         inner = -(F.conv2d(k, w["w3"], padding=1, groups=d) * v).sum() / k[0, 0].numel() * 9**-0.5

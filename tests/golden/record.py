@@ -17,9 +17,7 @@ Weights = dict[str, Tensor]
 Outputs = dict[str, Tensor]
 
 
-def record(
-    path: Path, settings: dict[str, Any], inputs: Outputs, weights: Weights, run: Callable[..., Any]
-) -> None:
+def record(path: Path, settings: dict[str, Any], inputs: Outputs, weights: Weights, run: Callable[..., Any]) -> None:
     """Run in float64 and float32 from the same float32 numbers; write inputs, outputs and gradients.
 
     run: (inputs, weights) -> outputs by name, with a scalar `loss` among them.
@@ -38,9 +36,7 @@ def record(
         outputs |= {f"grad.{name}": g for name, g in zip(differentiated, gradients, strict=True)}
         for name, value in outputs.items():
             tensors[f"{prefix}{name}"] = value.detach().reshape(value.shape or (1,)).contiguous()
-    save_file(
-        {n: t.contiguous() for n, t in tensors.items()}, path, {k: json.dumps(v) for k, v in settings.items()}
-    )
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path, {k: json.dumps(v) for k, v in settings.items()})
 
 
 def drawn(shapes: dict[str, tuple[int, ...]], seed: int) -> Weights:
@@ -148,9 +144,7 @@ def model(path: Path, settings: dict[str, Any], batch: int, rows: int, cols: int
 
     def run(leaves: Outputs, parameters: Weights) -> Outputs:
         pos_emb = positions.to(leaves["image"].dtype)
-        logits, inner_losses = official.model(
-            parameters, leaves["image"], settings, pos_emb, inputs.get("order")
-        )
+        logits, inner_losses = official.model(parameters, leaves["image"], settings, pos_emb, inputs.get("order"))
         loss = -(leaves["onehot"] * torch.log_softmax(logits, -1)).sum(-1).mean()
         return {"logits": logits, "inner_losses": inner_losses, "loss": loss, "pos_emb": pos_emb}
 

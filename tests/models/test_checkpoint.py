@@ -60,9 +60,7 @@ def start(run_dir: Path, *flags: str) -> subprocess.Popen:
         *flags,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +91,7 @@ def test_killed_at_a_random_step_and_resumed_it_equals_the_uninterrupted_run(tmp
     deadline = time.monotonic() + 120
     log = tmp_path / "log.jsonl"
     while process.poll() is None and time.monotonic() < deadline:
-        if (
-            log.exists()
-            and sum('"kind": "step"' in line for line in log.read_text().splitlines()) >= kill_after
-        ):
+        if log.exists() and sum('"kind": "step"' in line for line in log.read_text().splitlines()) >= kill_after:
             break
         time.sleep(0.002)
     assert process.poll() is None, process.communicate()[0]
@@ -129,18 +124,14 @@ def test_resuming_from_any_checkpoint_ends_in_the_same_weights(tmp_path, uninter
         (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
     torch.manual_seed(99)  # what the process did before must not matter
     train(dataclasses.replace(TINY, resume=True, workers=step % 3), tmp_path)
-    assert_same_state(
-        tmp_path / "checkpoints/step_00000008.pt", uninterrupted / "checkpoints/step_00000008.pt"
-    )
+    assert_same_state(tmp_path / "checkpoints/step_00000008.pt", uninterrupted / "checkpoints/step_00000008.pt")
 
 
 def test_a_run_stopped_before_its_first_checkpoint_starts_over(tmp_path, uninterrupted):
     (tmp_path / "config.json").write_bytes((uninterrupted / "config.json").read_bytes())
     (tmp_path / "log.jsonl").write_text('{"kind": "step", "step": 1}\n{"kind": "st')
     train(dataclasses.replace(TINY, resume=True), tmp_path)
-    assert_same_state(
-        tmp_path / "checkpoints/step_00000008.pt", uninterrupted / "checkpoints/step_00000008.pt"
-    )
+    assert_same_state(tmp_path / "checkpoints/step_00000008.pt", uninterrupted / "checkpoints/step_00000008.pt")
     assert [r["step"] for r in read_log(tmp_path) if r["kind"] == "step"] == list(range(1, 9))
 
 
@@ -195,9 +186,7 @@ def test_the_last_k_are_kept(tmp_path):
         checkpoint.save(tmp_path, state, {"": model, ".ema": model}, keep=2)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [
-        f"step_000000{step}{suffix}"
-        for step in (15, 20)
-        for suffix in (".ema.safetensors", ".pt", ".safetensors")
+        f"step_000000{step}{suffix}" for step in (15, 20) for suffix in (".ema.safetensors", ".pt", ".safetensors")
     ]
     assert checkpoint.find(tmp_path).name == "step_00000020.pt"
     assert torch.equal(load_file(tmp_path / "step_00000020.safetensors")["weight"], model.weight)

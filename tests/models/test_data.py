@@ -322,9 +322,7 @@ class TestMixup:
         torch.testing.assert_close(images[:, 0, 0, 0], expected)
         logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
         log_p = logits.log_softmax(1)
-        by_hand = -torch.stack(
-            [weight * log_p[i, i] + (1 - weight) * log_p[i, (i - 1) % 4] for i in range(4)]
-        )
+        by_hand = -torch.stack([weight * log_p[i, i] + (1 - weight) * log_p[i, (i - 1) % 4] for i in range(4)])
         torch.testing.assert_close(targets.loss(logits), by_hand)
 
     def test_an_unreadable_image_is_nobodys_partner_and_has_no_loss(self):
@@ -337,7 +335,5 @@ class TestMixup:
         images, targets = mixup(batch, alpha=0.0, seed=1)
         assert images is batch.images
         logits = torch.randn(4, 5)
-        expected = torch.nn.functional.cross_entropy(
-            logits, batch.labels, reduction="none", label_smoothing=0.1
-        )
+        expected = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=0.1)
         assert torch.equal(targets.loss(logits, 0.1), expected)

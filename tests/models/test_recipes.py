@@ -64,9 +64,7 @@ def test_imagenet_has_the_papers_settings(name, model, own):
 
 
 def test_any_key_is_replaced_on_the_command_line(trained, capsys):
-    argv = (
-        "--epochs 3 --model vit_s16_mttt_mlp --data PLACE --mixer self_attention --no-flip --randaugment None"
-    )
+    argv = "--epochs 3 --model vit_s16_mttt_mlp --data PLACE --mixer self_attention --no-flip --randaugment None"
     assert training.main("imagenet-patch", argv.split()) == 0
     recipe, run_dir = trained[0]
     expected = dataclasses.replace(
@@ -151,9 +149,7 @@ def test_real_images_train(shared, tmp_path, monkeypatch, name, data, flags):
         pytest.skip("the image samples are not here")
     if not data:
         pytest.importorskip("pyarrow")
-    argv = (
-        f"--depth 1 --max-steps 2 --log-every 1 --workers 1 --device cpu --backend reference {flags}".split()
-    )
+    argv = f"--depth 1 --max-steps 2 --log-every 1 --workers 1 --device cpu --backend reference {flags}".split()
     monkeypatch.chdir(tmp_path)
     assert training.main(name, ["--data", str(shared / "data" / data), *argv]) == 0
     records = read_log(tmp_path / "runs" / name.replace("-", "_"))

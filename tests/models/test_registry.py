@@ -22,9 +22,7 @@ TINY: dict[str, Any] = {
     "image_size": 8,
     "patch_size": 4,
 }
-needs_hub = pytest.mark.skipif(
-    not importlib.util.find_spec("huggingface_hub"), reason="needs huggingface_hub"
-)
+needs_hub = pytest.mark.skipif(not importlib.util.find_spec("huggingface_hub"), reason="needs huggingface_hub")
 needs_timm = pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="needs timm")
 
 
@@ -161,9 +159,7 @@ def test_a_loop_without_a_name_is_not_saved(tmp_path):
 def test_a_hub_folder_with_other_weights_is_refused(tmp_path):
     tiny().save_pretrained(tmp_path)
     models.save_safetensors(tiny("mttt_linear"), tmp_path / "model.safetensors")
-    with pytest.raises(
-        nl.errors.WeightsMismatchError, match=r"blocks\.0\.mixer\.fast\.b1: absent in the file"
-    ):
+    with pytest.raises(nl.errors.WeightsMismatchError, match=r"blocks\.0\.mixer\.fast\.b1: absent in the file"):
         ViT.from_pretrained(tmp_path)
 
 

@@ -56,9 +56,7 @@ class TestOptimizer:
     def test_matrices_are_decided_by_declaration(self):
         model = TINY.create_model(10)
         chosen = matrices(model)
-        inner = {
-            name.removeprefix("blocks.0.mixer.") for name in chosen if name.startswith("blocks.0.mixer.")
-        }
+        inner = {name.removeprefix("blocks.0.mixer.") for name in chosen if name.startswith("blocks.0.mixer.")}
         assert inner == {"views.k.weight", "views.q.weight", "fast.w1", "fast.w2", "slow.g", "out.weight"}
         vectors = {name for name, parameter in model.named_parameters() if parameter.ndim == 2} - chosen
         assert {name.removeprefix("blocks.0.mixer.") for name in vectors if "blocks.0" in name} >= {
@@ -119,10 +117,7 @@ class TestSteps:
     def test_gradient_accumulation_gives_the_same_steps(self, tmp_path, tiny_run):
         accumulated = train(dataclasses.replace(TINY, accumulate=4), tmp_path)
         np.testing.assert_allclose(losses(accumulated), losses(tiny_run), rtol=1e-5)
-        norms = [
-            [r["gradient_norm"] for r in run.records if "gradient_norm" in r]
-            for run in (accumulated, tiny_run)
-        ]
+        norms = [[r["gradient_norm"] for r in run.records if "gradient_norm" in r] for run in (accumulated, tiny_run)]
         np.testing.assert_allclose(*norms, rtol=1e-4)
 
     def test_the_same_recipe_gives_the_same_weights(self, tmp_path, tiny_run):
@@ -161,9 +156,7 @@ class TestSteps:
             torch.testing.assert_close(state["ema"][f"module.{name}"], expected, rtol=1e-5, atol=1e-7)
         logged = [record["loss"] for record in run.records if record["kind"] == "eval"][-1]
         for weights, same in (("auto", True), ("ema", True), ("trained", False)):
-            figures = evaluate.run(
-                evaluate.EvalOptions(str(tmp_path), weights=weights, workers=0, device="cpu")
-            )
+            figures = evaluate.run(evaluate.EvalOptions(str(tmp_path), weights=weights, workers=0, device="cpu"))
             assert (figures["loss"] == pytest.approx(logged, rel=1e-6)) is same
 
     def test_it_learns(self, tmp_path):
@@ -210,9 +203,7 @@ class TestUnreadable:
 
     def test_too_many_stop_the_run(self, tmp_path):
         data = self.folder(tmp_path / "data", damaged=3)
-        with pytest.raises(
-            TooManyUnreadableError, match=r"^\d of 40 images of the train split cannot be read"
-        ):
+        with pytest.raises(TooManyUnreadableError, match=r"^\d of 40 images of the train split cannot be read"):
             train(dataclasses.replace(self.recipe, data=str(data), max_unreadable=0.03), tmp_path / "run")
 
 
@@ -273,9 +264,7 @@ class TestNonFinite:
             return model
 
         monkeypatch.setattr(Recipe, "create_model", poisoned)
-        with pytest.raises(
-            NonFiniteError, match=r"first in gradient of pre_logits\.0\.bias: 16 of 16 values"
-        ):
+        with pytest.raises(NonFiniteError, match=r"first in gradient of pre_logits\.0\.bias: 16 of 16 values"):
             train(TINY, tmp_path)
 
 
@@ -325,11 +314,7 @@ class TestEvaluate:
         argv = [str(tiny_run.run_dir), "--workers", "0", "--device", "cpu", "--eval-batch", "7", "--json"]
         assert evaluate.main(argv) == 0
         figures = json.loads(capsys.readouterr().out)
-        assert (
-            figures["images"] == 360
-            and figures["top1"] == logged["top1"]
-            and figures["top5"] == logged["top5"]
-        )
+        assert figures["images"] == 360 and figures["top1"] == logged["top1"] and figures["top5"] == logged["top5"]
         assert figures["loss"] == pytest.approx(logged["loss"], rel=1e-5)
 
     def test_an_average_that_was_not_kept(self, tiny_run):

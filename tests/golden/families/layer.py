@@ -32,9 +32,7 @@ def run_layer(
     out, losses = result
     gradients = take_gradients((out * case.tensors["in.cot"].to(run.dtype)).sum(), {"x": x, **named(weights)})
     quantities = {"out": out, **gradients}
-    if isinstance(
-        losses, Tensor
-    ):  # several loops give a list, a kernel estimator None: no file records those
+    if isinstance(losses, Tensor):  # several loops give a list, a kernel estimator None: no file records those
         quantities["inner_losses"] = total_losses(losses)
     return quantities
 

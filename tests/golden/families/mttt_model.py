@@ -89,13 +89,9 @@ def orders(case: Case) -> list[Tensor] | None:
     depth = case.setting("depth")
     if len(found) == 1 and (stacked := next(iter(found.values()))).shape[0] == depth and stacked.dim() == 4:
         return list(stacked)
-    numbered = {
-        int(n[-1]): t for name, t in found.items() if (n := re.findall(r"\d+", name.replace("_0", "")))
-    }
+    numbered = {int(n[-1]): t for name, t in found.items() if (n := re.findall(r"\d+", name.replace("_0", "")))}
     if sorted(numbered) != list(range(depth)):
-        numbered = {
-            int(re.findall(r"\d+", name)[0]): t for name, t in found.items() if re.search(r"\d", name)
-        }
+        numbered = {int(re.findall(r"\d+", name)[0]): t for name, t in found.items() if re.search(r"\d", name)}
     if sorted(numbered) != list(range(depth)):
         raise NotUnderstood(f"token orders {sorted(found)} for {depth} blocks")
     return [numbered[index] for index in range(depth)]

@@ -31,9 +31,7 @@ def regenerate(case: Case, shapes: Shapes) -> dict[str, Tensor]:
     if seed is None:
         raise NotUnderstood(f"param_recipe without a seed: {text}")
     for order in orders(text, shapes):
-        drawn = draw_all(
-            case, np.random.RandomState(int(seed[1])), {name: shapes[name] for name in order}, text
-        )
+        drawn = draw_all(case, np.random.RandomState(int(seed[1])), {name: shapes[name] for name in order}, text)
         if drawn is not None:
             return drawn
     raise NotUnderstood(f"param_recipe does not give the recorded values: {text}")
@@ -47,9 +45,7 @@ def orders(text: str, shapes: Shapes) -> Iterator[list[str]]:
     yield sorted(shapes)
 
 
-def draw_all(
-    case: Case, random: np.random.RandomState, shapes: Shapes, text: str
-) -> dict[str, Tensor] | None:
+def draw_all(case: Case, random: np.random.RandomState, shapes: Shapes, text: str) -> dict[str, Tensor] | None:
     """Draw parameter after parameter; None as soon as one has no scale that gives what was recorded."""
     drawn = {}
     for name, shape in shapes.items():
@@ -68,9 +64,7 @@ def draw_all(
     return drawn
 
 
-def fit(
-    case: Case, name: str, shape: tuple[int, ...], noise: np.ndarray[Any, Any], text: str
-) -> Tensor | None:
+def fit(case: Case, name: str, shape: tuple[int, ...], noise: np.ndarray[Any, Any], text: str) -> Tensor | None:
     """offset + scale * noise that has the recorded sums and first values, if there is one."""
     sums, head = recorded(case, f"sum.{name}").double(), recorded(case, f"head.{name}").float()
     start = noise.flatten()[: head.numel()]
@@ -80,9 +74,7 @@ def fit(
         scale, offset = np.polyfit(start, head.double().numpy(), 1)
         # exact numbers near what the first values, themselves rounded to float32, say
         scales = [s for s in numbers(shape, text) if abs(s - abs(scale)) <= 1e-5 * abs(scale)]
-        guesses = [
-            (o, s) for s in scales for o in (0.0, 1.0, -s / 2) if abs(o - offset) <= 1e-5 * max(1.0, s)
-        ]
+        guesses = [(o, s) for s in scales for o in (0.0, 1.0, -s / 2) if abs(o - offset) <= 1e-5 * max(1.0, s)]
     for offset, scale in guesses:
         value = torch.from_numpy((offset + scale * noise).astype(np.float32))
         found = torch.stack([value.double().sum(), value.double().abs().sum()])

@@ -37,5 +37,4 @@ for step in range(61):
     loss.backward()
     optimizer.step()
     if step % 20 == 0:
-        right = (logits.argmax(-1) == labels).float().mean()
-        print(f"step {step:2d}   loss {loss:.3f}   accuracy {right:.2f}")
+        print(f"step {step:2d}   loss {loss:.3f}   accuracy {(logits.argmax(-1) == labels).float().mean():.2f}")

@@ -69,18 +69,13 @@ def test_mttt_linear_is_linear_attention(backend):
 
 @both
 def test_layers_of_tied_values_are_equal(backend):
-    made = dict(backend=backend, bias=True)
-    mttt = nl.Layer(zoo.MTTTLinear, D, H, **made).double()
-    linear = nl.Layer(zoo.LinearAttention, D, H, **made).double()
-    torch.nn.init.normal_(mttt.slow["g_bias"])
-    for name in ("k", "q"):
-        torch.nn.init.normal_(mttt.views[name].bias)
-        linear.views[name].load_state_dict(mttt.views[name].state_dict())
-    linear.out.load_state_dict(mttt.out.state_dict())
-    g = mttt.slow["g"].detach()
-    with torch.no_grad():
-        linear.views["v"].weight.copy_(g.flatten(0, 1))
-        linear.views["v"].bias.copy_(-(g @ mttt.slow["g_bias"]).flatten())
+    mttt = nl.Layer(zoo.MTTTLinear, D, H, backend=backend).double()
+    linear = nl.Layer(zoo.LinearAttention, D, H, backend=backend).double()
+    given = {name: torch.randn_like(value) for name, value in mttt.state_dict().items()}
+    mttt.load_state_dict(given)
+    g, g_bias = given.pop("slow.g"), given.pop("slow.g_bias")
+    values = {"views.v.weight": g.flatten(0, 1), "views.v.bias": -(g @ g_bias).flatten()}
+    linear.load_state_dict({**given, **values})
     x = normal(B, N, D)
     torch.testing.assert_close(mttt(x), linear(x), rtol=1e-12, atol=1e-12)
     mine, theirs = (torch.autograd.grad(layer(x).square().sum(), x)[0] for layer in (mttt, linear))
@@ -148,7 +143,8 @@ def test_permutations(backend):
     def run(loop, given, **order):
         return nl.compile(loop, backend=backend)(given, weights, **order)[0]
 
-    torch.testing.assert_close(run(zoo.MTTTLinear, moved), run(zoo.MTTTLinear, views)[:, :, mixed], rtol=1e-10, atol=1e-10)
+    whole = run(zoo.MTTTLinear, views)[:, :, mixed]
+    torch.testing.assert_close(run(zoo.MTTTLinear, moved), whole, rtol=1e-10, atol=1e-10)
     order = torch.arange(N).expand(H, N).contiguous()
     first = run(Steps, views, order=order)
     assert (run(Steps, moved, order=order) - first[:, :, mixed]).abs().max() > 1e-3

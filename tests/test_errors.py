@@ -443,7 +443,7 @@ def sort(self, f, t):
 def test_ops_outside_the_admitted_set(loss, name, op):
     with pytest.raises(UnadmittedOpError) as caught:
         layer_of(loss)
-    near = caught.value.need.partition("; near it: ")[2]
+    near = str(caught.value.need).partition("; near it: ")[2]
     refused(
         steps_into(loss),
         UnadmittedOpError,
@@ -690,7 +690,7 @@ def test_a_forward_called_with_too_much():
         class Pair(nl.Learner):
             w = nl.fast("d", "d")
 
-            def forward(self, x, y):
+            def forward(self, x, y):  # type: ignore[override]
                 return x @ self.w + y
 
         layer_of(lambda self, f, t: f(t.k).sum(-1), learner=Pair)  # HERE
@@ -737,7 +737,7 @@ PARTS = "a learner, views, a schedule, an optimizer, and the bodies they call fo
 
 def no_learner_class():
     class Loop(Squares):  # HERE
-        learner = 3
+        learner = 3  # type: ignore[assignment]
 
 
 def no_fast_weight():
@@ -770,13 +770,13 @@ def no_readout():
 def no_schedule():
     class Loop(Squares):  # HERE
         learner = Linear
-        schedule = 4
+        schedule = 4  # type: ignore[assignment]
 
 
 def no_optimizer():
     class Loop(Squares):  # HERE
         learner = Linear
-        optimizer = 0.1
+        optimizer = 0.1  # type: ignore[assignment]
 
 
 def no_kernel():
@@ -831,10 +831,10 @@ def test_only_declared_loops_are_compiled():
         nl.compile(Squares)  # HERE
 
     def layer():
-        nl.Layer(3, 16, 2)  # HERE
+        nl.Layer(3, 16, 2)  # type: ignore[arg-type]  # HERE
 
     def branches():
-        nl.Layer((Good, Linear), 16, 2)  # HERE
+        nl.Layer((Good, Linear), 16, 2)  # type: ignore[arg-type]  # HERE
 
     for step, given in ((compiled, Squares), (layer, 3), (branches, Linear)):
         refused(
@@ -977,7 +977,8 @@ def test_tensors_that_do_not_fit(backend):
 def test_orders_that_do_not_fit(backend, order, given):
     where = Ordered.spec.where
     with pytest.raises(OrderError) as caught:
-        nl.compile(Ordered, backend=backend)(*inputs(), order=order)
+        views, weights = inputs()
+        nl.compile(Ordered, backend=backend)(views, weights, order=order)
     assert str(caught.value).splitlines() == [
         "Ordered is Shuffled and needs the order of its tokens.",
         f"  at:    {where}   {where.text}",

@@ -21,8 +21,7 @@ def close(one, other, leaves, tolerance=1e-10):
     one, other = list(one), list(other)
     weights = [torch.randn_like(value) for value in one]
     grads = [
-        torch.autograd.grad(sum((v * w).sum() for v, w in zip(values, weights, strict=True)), leaves, allow_unused=True, retain_graph=True)
-        for values in (one, other)
+        torch.autograd.grad(values, leaves, weights, allow_unused=True, retain_graph=True) for values in (one, other)
     ]
     for mine, theirs in [*zip(one, other, strict=True), *zip(*grads, strict=True)]:
         if mine is None or theirs is None:
@@ -82,7 +81,8 @@ def test_mttt_linear():
     before = 0.5 * H * (bias - x).square().mean((-1, -2)).expand(B, H)
     after = 0.5 * H * (views["k"] @ w1 @ g + bias - x).square().mean((-1, -2))
     expected = views["q"] @ w1
-    close([z, state["w"], losses], [expected, w1, torch.stack([before, after], -1)], [*views.values(), *weights.values()])
+    leaves = [*views.values(), *weights.values()]
+    close([z, state["w"], losses], [expected, w1, torch.stack([before, after], -1)], leaves)
 
 
 def test_an_mlp_of_two_steps():
@@ -103,7 +103,7 @@ def test_an_mlp_of_two_steps():
         y = F.layer_norm(y, (D,), weights["scale"][h], weights["shift"][h], eps=1e-6)
         return 0.5 * H * (y - views["x"][b]).square().mean()
 
-    rows = {"z": [], "w1": [], "b2": [], "losses": []}
+    rows: dict[str, list[torch.Tensor]] = {"z": [], "w1": [], "b2": [], "losses": []}
     for b in range(B):
         for h in range(H):
             fast, seen = {n: weights[n][h] for n in ("w1", "w2", "b1", "b2")}, []
@@ -230,7 +230,7 @@ def test_frozen_zeros_are_not_passed_but_can_be_carried():
     class Zero(Linear):
         w = nl.fast("d", "d", init="zeros", learned=False)
 
-    views, weights = inputs()
+    views, _ = inputs()
     op = squares(learner=Zero)
     assert not op.spec.weights
     z, state = op(views, {})

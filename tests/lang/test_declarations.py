@@ -178,7 +178,7 @@ def test_a_transform_is_a_function():
     def step():
         class Loop(Squares):
             learner = Linear
-            optimizer = nl.SGD(transform=3)  # HERE
+            optimizer = nl.SGD(transform=3)  # type: ignore[arg-type]  # HERE
 
     refused(
         step,

@@ -161,7 +161,7 @@ class Tracer:
         self.tokens = tokens
         self.fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
         first = next(iter(spec.inputs))
-        self.length = self.tile(first).shape[0]
+        self.length: Any = self.tile(first).shape[0]
         self.dims: dict[str, Any] = {**self.sizes, "n": self.length}
         if not spec.schedule.needs_order or spec.is_kernel_estimator:
             self.dims["N"] = self.length
@@ -189,7 +189,7 @@ class Tracer:
         return self._fake_tensor([_HINT if i in symbolic else size for i, size in enumerate(shape)], kinds)
 
     def _fake_tensor(self, shape: list[int], kinds: list[DimDynamic]) -> Tensor:
-        context = StatelessSymbolicContext(dynamic_sizes=kinds)
+        context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
         return self.fake.from_tensor(torch.empty(shape), symbolic_context=context)
 
     def fixed_tokens(self) -> int | None:
@@ -280,10 +280,11 @@ class _Calls(TorchFunctionMode):
         # PyTorch's own Python functions write into what they have just made; only the user's own writes count.
         writes = writes and sys._getframe(1).f_code.co_filename in _user_files(self.spec)
         if writes or kwargs.get("inplace"):
+            written = ops.named_shape(args[0].shape) if args and isinstance(args[0], Tensor) else "a tensor"
             raise InPlaceError(
                 f"A body of {self.spec.name} writes into a tensor.",
                 where=user_line(self.spec),
-                given=f"{name} on {ops.named_shape(args[0].shape) if args and isinstance(args[0], Tensor) else 'a tensor'}",
+                given=f"{name} on {written}",
                 need="values that are computed, not overwritten: the graph has no memory",
                 fix="write y = x + z instead of x += z, torch.where or torch.cat instead of an assignment to x[...]",
             )

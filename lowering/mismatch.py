@@ -20,7 +20,8 @@ from torch import Tensor
 from nestloop.errors import Location, ShapeMismatchError, UnresolvedDimError
 from nestloop.lang.loop import LoopSpec
 
-# Multiples of 12, so that halves, thirds and quarters of a dim are whole; distinct primes, so that a size tells its dim.
+# Multiples of 12, so that halves, thirds and quarters of a dim are whole; distinct primes, so that a size tells its
+# dim.
 _TRIAL = [12 * prime for prime in (29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)]
 _PRODUCTS = {"matmul", "mm", "bmm", "addmm", "linear"}
 _SYMBOL = re.compile(r"\bs\d+\b")  # the token axis, as PyTorch writes it

@@ -7,6 +7,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -59,9 +60,8 @@ def main(argv: list[str]) -> int:
     runs: dict[str, Run] = {}
     for mixer, settings in COMPARED.items():
         console.print(f"training {mixer}")
-        recipe = dataclasses.replace(
-            digits, mixer=mixer, epochs=options.epochs, seed=options.seed, log_every=44, **settings
-        )
+        common: dict[str, Any] = {"mixer": mixer, "epochs": options.epochs, "seed": options.seed, "log_every": 44}
+        recipe = dataclasses.replace(digits, **{**common, **settings})
         runs[mixer] = train(recipe, folder / mixer, console)
 
     console.print(comparison(runs))
@@ -119,7 +119,7 @@ def draw(runs: dict[str, Run], path: Path) -> None:
     inner = {mixer: [r for r in run.records if "inner_first" in r] for mixer, run in runs.items()}
     inner = {mixer: records for mixer, records in inner.items() if records}
     figure = Figure(figsize=(12, 7), layout="constrained")
-    outer_row, inner_row = figure.subfigures(2, 1)
+    outer_row, inner_row = figure.subfigures(2, 1, squeeze=False)[:, 0]
     accuracy, loss = outer_row.subplots(1, 2)
     for mixer, run in runs.items():
         evaluations = [record for record in run.records if record["kind"] == "eval"]

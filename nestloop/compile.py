@@ -33,7 +33,7 @@ def spec_of(loop: Any) -> LoopSpec:
 class CompiledLoop:
     """A loop as a function of tensors: `z, state = op(views, weights)`. Made by `compile`.
 
-    Differentiable to every order-one derivative of z, state and losses with respect to views, weights and the state given;
+    Differentiable once: z, state and losses with respect to views, weights and the state given;
     gradients go through the inner gradients (second order). Safe under `torch.compile(fullgraph=True)`,
     `torch.func.grad` and `vmap`, autocast, pickle and deepcopy.
     """
@@ -107,8 +107,8 @@ class CompiledLoop:
         """`__call__` with every argument given, and always three results."""
         binding = bind(self.spec, views, weights, state, order, {**self.dims, **dims})
         if self.backend == "reference":
-            carried = None if state is None else dict(state)
-            return reference.run(self.spec, binding, dict(views), dict(weights), carried, order, return_losses)
+            start = None if state is None else dict(state)
+            return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
         carried = state is not None
         sizes = tuple(sorted({**binding.dims, "H": binding.heads}.items()))
         name = self._lowered(return_losses, carried, 0, sizes) if self.spec.grid is None else ""
@@ -117,8 +117,8 @@ class CompiledLoop:
         return lower.EXECUTABLES[name](views, weights, state, order)
 
     def _lowered(self, losses: bool, carried: bool, tokens: int, sizes: tuple[tuple[str, int], ...]) -> str:
-        """The name of the executable for these sizes, lowered the first time it is asked for (also while Dynamo traces a
-        call, for which a name is a constant)."""
+        """The name of the executable for these sizes, lowered the first time it is asked for (also while Dynamo traces
+        a call, for which a name is a constant)."""
         key = (losses, carried, tokens, sizes)
         if key not in self._names:
             self._names[key] = lower.lower(self.spec, dict(sizes), tokens or None, losses, carried, self.inductor)
@@ -161,7 +161,7 @@ def compile(loop: type[Loop], backend: str = "auto", inductor: bool = False, **d
         dims: sizes that no tensor gives.
 
     Raises:
-        UnknownBackendError, MissingPartError, InputError: here; a body that cannot be compiled raises its `CompileError` when the
-            sizes are known, at the first call or when a layer is made.
+        UnknownBackendError, MissingPartError, InputError: here. A body that cannot be compiled raises its
+            `CompileError` when the sizes are known: at the first call, or when a layer is made.
     """
     return CompiledLoop(loop, backend, inductor, **dims)

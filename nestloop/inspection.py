@@ -30,7 +30,8 @@ def inspect(loop: Any, stage: str | None = None, **dims: int) -> str:
 
     Args:
         loop: a declared loop, `nl.compile(...)` of one, or a layer.
-        stage: one of "declare", "capture", "check", "differentiate", "rewrite", "schedule", "emit", "run"; None for all.
+        stage: one of "declare", "capture", "check", "differentiate", "rewrite", "schedule", "emit", "run"; None for
+            all.
         dims: sizes; those not given are small ones (d = 16, H = 2, N = 16).
 
     Raises:
@@ -41,7 +42,7 @@ def inspect(loop: Any, stage: str | None = None, **dims: int) -> str:
 
 
 def explain(loop: Any, **dims: int) -> str:
-    """In plain words: what is fast and slow, what the state is and when it resets, where gradients flow, what runs and why.
+    """In plain words: what is fast and slow, the state and when it resets, where gradients flow, what runs and why.
 
     Args:
         loop: a declared loop, `nl.compile(...)` of one, or a layer.
@@ -228,9 +229,9 @@ def _cost(lowered: Lowered, sizes: Mapping[str, int]) -> str:
             spent = cost(module)
             products, elementwise, traffic = spent.at(tokens)
             lines.append(
-                f"  {name} {direction}: products {spent.products} FLOP = {products:,}; elementwise {elementwise:,} FLOP; "
+                f"  {name} {direction}: products {spent.products} FLOP = {products:,}; "
+                f"elementwise {elementwise:,} FLOP; values written unfused {traffic:,}"
             )
-            lines[-1] += f"values written unfused {traffic:,}"
     lines.append(
         f"state: {state_size(lowered.spec)} = {_state_elements(lowered, sizes):,} numbers per head and sequence"
     )
@@ -303,11 +304,13 @@ def _explain(lowered: Lowered, sizes: Mapping[str, int], op: CompiledLoop | None
             )
             lines.append(f"  {fast.name} [{', '.join(map(str, fast.dims))}] per head and sequence; starts {start}")
         lines.append(
-            f"state: {state_size(spec)} = {elements:,} numbers, {4 * elements:,} bytes in float32 per head and sequence;"
+            f"state: {state_size(spec)} = {elements:,} numbers, "
+            f"{4 * elements:,} bytes in float32 per head and sequence;"
         )
         lines.append(f"  {4 * elements * sizes['H']:,} bytes a sequence with H = {sizes['H']}")
         lines.append(
-            "reset: every sequence of every call starts from the initial fast weights, in training and evaluation alike,"
+            "reset: every sequence of every call starts from the initial fast weights, "
+            "in training and evaluation alike,"
         )
         lines.append("  unless a state is passed; nothing is carried from one call to the next by itself")
     lines += ["", "slow weights (only the outer loop changes them): " + (", ".join(spec.slow) or "none")]

@@ -123,7 +123,7 @@ def constant_pad_nd(x: Tensor, pad: list[int], value: float = 0.0) -> Tensor:
     """Padding as joining: [before, x, after] along each padded axis, last axis first; negative pads cut."""
     for index in range(len(pad) // 2):
         axis, before, after = x.ndim - 1 - index, pad[2 * index], pad[2 * index + 1]
-        if isinstance(before, int) and before < 0 or isinstance(after, int) and after < 0:
+        if any(isinstance(end, int) and end < 0 for end in (before, after)):
             x = aten.slice.Tensor(x, axis, max(-before, 0), x.shape[axis] - max(-after, 0))
             before, after = max(before, 0), max(after, 0)
 

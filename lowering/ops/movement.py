@@ -30,13 +30,12 @@ def _unsqueeze(o: Operands) -> str:
 
 
 def _slice(o: Operands) -> str:
-    dim, start, end, step = (*o.raw[1:], *(0, None, None, 1)[len(o.raw) - 1 :])
-    del start, end
-    text = [*o.text[1:], *("0", "None", "None", "1")[len(o.text) - 1 :]]
-    stop = "" if text[2] in ("None", str(2**63 - 1)) else text[2]
-    start_text = "" if text[1] in ("None", "0") else text[1]
-    inside = f"{start_text}:{stop}" + ("" if step == 1 else f":{text[3]}")
-    after = -o.axis(dim) - 1
+    given = o.text[2:]
+    start, end, step = [*given, *("None", "None", "1")[len(given) :]]
+    first = "" if start in ("None", "0") else start
+    stop = "" if end in ("None", str(2**63 - 1)) else end
+    inside = f"{first}:{stop}" + ("" if step == "1" else f":{step}")
+    after = -o.axis(o.raw[1] if len(o.raw) > 1 else 0) - 1
     return f"{o[0]}[..., {inside}{', :' * after}]"
 
 

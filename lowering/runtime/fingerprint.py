@@ -1,8 +1,8 @@
 """What a lowering depends on, as one digest: the declaration, the bodies with all they reach, the sizes, the versions.
 
 A lowering is looked up under this digest before anything is traced. So it must change whenever the lowering could: it
-covers the code of every body, the functions and constants it reaches, and nestloop's own files. What cannot be covered (an
-object of unknown kind that a body reads) gives no digest, and the loop is traced each time.
+covers the code of every body, the functions and constants it reaches, and nestloop's own files. What cannot be covered
+(an object of unknown kind that a body reads) gives no digest, and the loop is traced each time.
 """
 
 from __future__ import annotations

@@ -206,7 +206,8 @@ def _resolve_grid(spec: LoopSpec, sizes: dict[str, int]) -> None:
         sizes[columns] = tokens // sizes[rows]
     if sizes[rows] * sizes[columns] != tokens:
         raise UnresolvedDimError(
-            f"The {tokens} tokens of {spec.name} are not a grid of {rows} = {sizes[rows]} by {columns} = {sizes[columns]}.",
+            f"The {tokens} tokens of {spec.name} are not a grid of "
+            f"{rows} = {sizes[rows]} by {columns} = {sizes[columns]}.",
             where=spec.dims[rows].where,
             given=f"N = {tokens}",
             need=f"{rows} * {columns} = N; without sizes a square",

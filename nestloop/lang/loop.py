@@ -142,7 +142,8 @@ class Loop(Body):
 
     Raises (when the class is created):
         MissingPartError, UnknownDimError, DuplicateNameError, LearningRateError, IllegalScheduleError,
-        SideEffectError, SignatureError, TransformError: with the user's file and line, what was given, what is needed and the fix.
+        SideEffectError, SignatureError, TransformError: with the user's file and line, what was given, what is needed
+            and the fix.
     """
 
     learner: type[Learner]
@@ -344,8 +345,8 @@ def _check_learning_rate(spec: LoopSpec) -> None:
             need=f"one of its own: {', '.join([*spec.slow, *spec.gates]) or 'it has none'}",
             fix="declare eta = nl.slow() (or nl.gate()) in the loop's body and write nl.SGD(lr=eta)",
         )
-    if isinstance(lr, tuple) and len(lr) != spec.schedule.steps:  # type: ignore[attr-defined]
-        steps = spec.schedule.steps  # type: ignore[attr-defined]
+    if isinstance(lr, tuple) and len(lr) != spec.schedule.steps:
+        steps = spec.schedule.steps
         raise IllegalScheduleError(
             f"{spec.name} has one learning rate per step, but not as many as steps.",
             where=spec.optimizer.where,

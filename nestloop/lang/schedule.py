@@ -6,6 +6,7 @@ A batch schedule learns first and reads out afterwards: every token is read with
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -23,6 +24,11 @@ class BatchSchedule:
 
     needs_order: ClassVar[bool] = False
     reduction: str = "mean"
+
+    @property
+    def steps(self) -> int:
+        """Steps taken on a sequence that is long enough."""
+        raise NotImplementedError
 
     def batches(self, tokens: int) -> list[tuple[int, int]]:
         """(start, stop) of each step's batch, in a sequence of `tokens` tokens."""
@@ -111,7 +117,7 @@ class Shuffled(BatchSchedule):
         bounds = [0]
         for index in range(count):
             bounds.append(bounds[-1] + small + (index < larger))
-        return list(zip(bounds, bounds[1:], strict=False))
+        return list(pairwise(bounds))
 
     def steps_on(self, tokens: int) -> int:
         return torch.sym_min(self.count, tokens)

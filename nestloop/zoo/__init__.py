@@ -7,25 +7,25 @@ from typing import Any
 
 from nestloop.lang.loop import LoopSpec
 from nestloop.zoo.mttt import (
-    LinearAttention,
-    LinearAttentionElu,
-    MTTTLinear,
     MTTTMLP,
     MTTTMLP4,
     MTTTMLPSGD4,
+    LinearAttention,
+    LinearAttentionElu,
+    MTTTLinear,
     SelfAttention,
 )
 from nestloop.zoo.vit3 import DepthwiseBranch, GatedBranch, ViT3
 
 __all__ = [
+    "MTTTMLP",
+    "MTTTMLP4",
+    "MTTTMLPSGD4",
     "DepthwiseBranch",
     "GatedBranch",
     "LinearAttention",
     "LinearAttentionElu",
     "MTTTLinear",
-    "MTTTMLP",
-    "MTTTMLP4",
-    "MTTTMLPSGD4",
     "SelfAttention",
     "ViT3",
     "catalogue",
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """Every loop of the zoo: name, arXiv id, lines of its declaration (learner included), state, schedule, what runs."""
+    """Every loop of the zoo: name, arXiv id, lines of code (learner included), state, schedule, what runs."""
     loops = [globals()[name] for name in __all__ if name not in ("ViT3", "catalogue")]
     return [_entry(loop.spec) for loop in loops]
 

@@ -196,9 +196,10 @@ class TestRandomness:
         assert torch.equal(images(2, epoch=1, step=2)[0], reference[2])
         place, other_epoch = (1, 0), (2, 0)
         first = dataset[place].image
-        assert first is not None and not torch.equal(first, dataset[other_epoch].image)
+        second = dataset[other_epoch].image
+        assert first is not None and second is not None and not torch.equal(first, second)
         other_seed = ImageDataset(source, TrainTransform(8), seed=2)[place].image
-        assert not torch.equal(first, other_seed)
+        assert other_seed is not None and not torch.equal(first, other_seed)
 
 
 class TestOrder:

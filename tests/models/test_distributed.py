@@ -34,9 +34,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     one = run(tmp_path / "one", 1)
     two = run(tmp_path / "two", 2, "--accumulate", "2")
     for name in ("loss", "gradient_norm", "inner_first", "inner_last"):
-        values = [[r[name] for r in records if r["kind"] == "step"] for records in (one, two)]
-        assert len(values[0]) == 4
-        np.testing.assert_allclose(*values, rtol=1e-4, err_msg=name)
+        by_one, by_two = ([r[name] for r in records if r["kind"] == "step"] for records in (one, two))
+        assert len(by_one) == 4
+        np.testing.assert_allclose(by_two, by_one, rtol=1e-4, err_msg=name)
     first, second = (next(r for r in records if r["kind"] == "eval") for records in (one, two))
     assert first["images"] == second["images"] == 360  # every held-out image once
     np.testing.assert_allclose(second["loss"], first["loss"], rtol=1e-4)

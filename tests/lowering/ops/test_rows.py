@@ -36,8 +36,8 @@ def example(row: Op, *lead: int) -> tuple[Any, ...]:
     return row.example(normal)
 
 
-def spelled(row: Op) -> tuple[str, Any, list[Tensor]]:
-    """The generated function of the op alone: its source, its result's meta, the example's tiles."""
+def spelled(row: Op) -> tuple[str, list[str], Tensor, list[Tensor]]:
+    """The generated function of the op alone: its source and arguments, its result's meta, the example's tiles."""
     arguments = example(row)
     graph = fx.Graph()
     tiles_given = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
@@ -55,7 +55,7 @@ def spelled(row: Op) -> tuple[str, Any, list[Tensor]]:
     graph.output((node, other))
     axes = {n: tuple(map(str, n.meta["val"].shape)) for n in (node, other)}
     function = TileFunction("f", fx.GraphModule(torch.nn.Module(), graph), "One op.", axes)
-    return function.write(None), node.meta["val"], tiles_given
+    return function.write(None), function.signature, node.meta["val"], tiles_given
 
 
 def kwargs(row: Op) -> dict[str, Any]:
@@ -70,15 +70,15 @@ def kwargs(row: Op) -> dict[str, Any]:
 @pytest.mark.parametrize("row", ops.ROWS.values(), ids=lambda row: row.name)
 @pytest.mark.parametrize("first", range(len(LEADS)))
 def test_the_spelling_is_the_op(row: Op, first: int):
-    text, meta, tiles_given = spelled(row)
+    text, signature, meta, tiles_given = spelled(row)
     names = dict(NAMES)
     exec(text, names)
     leads = [LEADS[(first + index) % len(LEADS)] for index in range(len(tiles_given))]
     whole = [t for t in tree_leaves(example(row, HEADS, SEQUENCES)) if isinstance(t, Tensor)]
     given = [t[: lead[0], : lead[1]] for t, lead in zip(whole, leads, strict=True)]
     anchor = torch.zeros(HEADS, SEQUENCES, 5, 4, dtype=torch.float64)
-    arguments = {"anchor": anchor, **{f"x{i}": t for i, t in enumerate(given)}, "low": None}
-    found = names["f"](**arguments)[0]
+    arguments = {"anchor": anchor, **{f"x{i}": t for i, t in enumerate(given)}}
+    found = names["f"](*[arguments[name] for name in signature], None)[0]
 
     assert found.ndim == meta.ndim + 2
     assert list(found.shape[2:]) == list(meta.shape)

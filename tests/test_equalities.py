@@ -6,6 +6,8 @@ MTTT-Linear is linear attention (arXiv 2310.13807 eqs. 7-11), a kernel estimator
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -181,12 +183,39 @@ class Polynomial(Scaled):
         return (q @ k.T + 1).square()
 
 
+class Exp2(Scaled):
+    def kernel(self, q, k):
+        return torch.exp2((0.5 * q) @ (k * 3).T / -4)
+
+
+class Swapped(Scaled):
+    """Like `Reversed`, but for the last transposition: another function of the two."""
+
+    def kernel(self, q, k):
+        return torch.exp(k @ q.T)
+
+
+class Queries(Scaled):
+    """The keys do not count."""
+
+    def kernel(self, q, k):
+        return torch.exp(q @ q.T)
+
+
+class Shifted(Scaled):
+    def kernel(self, q, k):
+        return torch.exp(q @ (k + 1).T) + 1
+
+
 def tokens(e=5):
     return {"q": normal(B, H, N, d), "k": normal(B, H, N, d), "v": normal(B, H, N, e)}
 
 
 @both
-@pytest.mark.parametrize("loop, scale", [(Scaled, 1.0), (Reversed, 1.0), (zoo.SelfAttention, d**-0.5)])
+@pytest.mark.parametrize(
+    "loop, scale",
+    [(Scaled, 1.0), (Reversed, 1.0), (Exp2, -0.375 * math.log(2)), (zoo.SelfAttention, d**-0.5)],
+)
 def test_kernel_estimators_are_softmax_attention(loop, scale, backend):
     views = tokens(5 if issubclass(loop, Scaled) else d)
     z, state = nl.compile(loop, backend=backend)(views, {})
@@ -210,6 +239,9 @@ def test_relabelled_arguments_are_attention_with_queries_and_keys_exchanged(back
     [
         (Gaussian, lambda q, k: torch.exp(-0.5 * (q[..., :, None, :] - k[..., None, :, :]).square().sum(-1))),
         (Polynomial, lambda q, k: (q @ k.mT + 1).square()),
+        (Swapped, lambda q, k: torch.exp(k @ q.mT)),
+        (Queries, lambda q, k: torch.exp(q @ q.mT)),
+        (Shifted, lambda q, k: torch.exp(q @ (k + 1).mT) + 1),
     ],
 )
 def test_other_kernels_are_fitted_as_they_are(loop, kernel, backend):
@@ -218,7 +250,7 @@ def test_other_kernels_are_fitted_as_they_are(loop, kernel, backend):
     weight = kernel(q, k)
     expected = weight @ v / weight.sum(-1, keepdim=True)
     z, _ = nl.compile(loop, backend=backend)(views, {})
-    equal(z, expected, list(views.values()))
+    equal(z, expected, [q, v] if loop is Queries else list(views.values()))
     # and they are the best constants: the weighted squares are least there
     off = (weight[..., None] * (v[:, :, None] - z[..., None, :]).square()).sum((-1, -2))
     shifted = (weight[..., None] * (v[:, :, None] - z[..., None, :] - 0.1).square()).sum((-1, -2))
@@ -239,6 +271,10 @@ def fired(loop, **sizes):
         (zoo.MTTTMLP, "linear attention", False),
         (zoo.SelfAttention, "softmax attention", True),
         (Scaled, "softmax attention", True),
+        (Exp2, "softmax attention", True),
+        (Swapped, "softmax attention", False),
+        (Queries, "softmax attention", False),
+        (Shifted, "softmax attention", False),
         (Gaussian, "softmax attention", False),
         (Polynomial, "softmax attention", False),
         (zoo.MTTTLinear, "softmax attention", False),

@@ -1,8 +1,8 @@
 """Stage `check`: every value typed by its axes, and proof that tokens do not mix, or the op that mixes them.
 
-An axis is named by the dim it was declared with: "n" for tokens, "d", "4*d". The axis rule of an op follows from its kind
-(`lowering.ops.row.Kind`). A token axis that is split (a grid's rows and columns) or joined with another stays a token
-axis.
+An axis is named by the dim it was declared with: "n" for tokens, "d", "4*d". The axis rule of an op follows from its
+kind (`lowering.ops.row.Kind`). A token axis that is split (a grid's rows and columns) or joined with another stays a
+token axis.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def is_token(axis: str) -> bool:
 def declared_axes(spec: LoopSpec, name: str) -> Axes:
     """The axes of one tile of a declared tensor, or of its cotangent or new value; scalars have none."""
     declared = {**spec.fast, **spec.slow, **spec.inputs}
-    plain = name.removeprefix("d_").removesuffix("_new")
+    plain = name.removeprefix("d_").removeprefix("gradient_").removesuffix("_new")
     if plain not in declared:
         return ()
     token = ("n",) if plain in spec.inputs else ()
@@ -229,6 +229,7 @@ def _smaller(a: Any, b: Any) -> bool:
 
 
 def _move(node: fx.Node, source: Axes, value: torch.Tensor, axes: Mapping[fx.Node, Axes]) -> tuple[Axes, bool]:
+    dim: Any
     if node.target is aten.slice.Tensor:
         dim = (node.args[1] if len(node.args) > 1 else 0) % len(source)
         size, whole = value.shape[dim], _equal(value.shape[dim], node.args[0].meta["val"].shape[dim])

@@ -1,7 +1,8 @@
 """Stage `differentiate`: the inner gradient, then the outer backward of each piece.
 
 Derivative rules are PyTorch's own: `torch.func.grad` and `vjp` of the captured graphs, traced again. The step traced
-here is `nestloop.reference.step`, the very definition, with the user's loss replaced by its graph.
+here is `nestloop.reference`'s own, the very definition, with the user's loss replaced by its graph. It is taken apart in
+two: the gradient, a sum over tokens that tiles of them can share, and the update.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Piece:
     """One piece of a loop as a tile graph, with its backward.
 
     Attributes:
-        name: "step", "first_step", "readout", "final_loss" or "fit".
+        name: "gradient", "update" (and, from zero fast weights, "first_gradient", "first_update"), "readout",
+            "final_loss" or "fit".
         forward: inputs by name -> `results`.
         backward: inputs and one cotangent per result (`d_NAME`) -> cotangents of `wrt`, None where zero.
         results: names of the results.
@@ -76,18 +78,22 @@ def pieces(captured: Captured, tracer: Tracer, losses: bool) -> dict[str, Piece]
     if captured.loss is None:
         return {"fit": _fit(captured, tracer)}
     spec = captured.spec
-    step, names = _step(captured, tracer)
-    results = [f"{name}_new" for name in spec.fast]
     made = {}
     zeros = {name: 0.0 for name, fast in spec.fast.items() if fast.frozen_zero}
-    made["step"] = _piece("step", step, names, [*results, "loss_before"], tracer, captured, losses, {})
-    if zeros:
-        made["first_step"] = _piece("first_step", step, names, [*results, "loss_before"], tracer, captured, losses, zeros)
+    gradient, names = _gradient(captured, tracer)
+    results = [*[f"gradient_{name}" for name in spec.fast], "loss_sum"]
+    update, update_names = _update(captured, tracer)
+    updated = [f"{name}_new" for name in spec.fast]
+    for prefix, start in (("", {}), ("first_", zeros)):
+        if start or not prefix:
+            parts = (tracer, captured)
+            made[f"{prefix}gradient"] = _piece(f"{prefix}gradient", gradient, names, results, *parts, losses, start)
+            made[f"{prefix}update"] = _piece(f"{prefix}update", update, update_names, updated, *parts, True, start)
     body = [*spec.fast, *spec.slow, *spec.inputs]
     made["readout"] = _piece("readout", captured.readout, body, ["z"], tracer, captured, True, {})
     if losses:
         final = tracer.trace_on(
-            lambda *given: _call(captured.loss)(*given).mean(),  # type: ignore[arg-type]
+            lambda *given: _call(captured.loss)(*given).sum(),  # type: ignore[arg-type]
             [tracer.tile(name) for name in body],
             body,
         )
@@ -95,34 +101,49 @@ def pieces(captured: Captured, tracer: Tracer, losses: bool) -> dict[str, Piece]
     return made
 
 
-def _step(captured: Captured, tracer: Tracer) -> tuple[fx.GraphModule, list[str]]:
-    """The traced step: fast, slow, tokens, weight (and rate) -> new fast weights, loss before."""
+def _gradient(captured: Captured, tracer: Tracer) -> tuple[fx.GraphModule, list[str]]:
+    """Fast, slow, tokens, weight -> the gradient of each fast weight, the sum of the token losses."""
     spec = captured.spec
     body = [*spec.fast, *spec.slow, *spec.inputs]
-    names = [*body, "weight", *(["rate"] if needs_rate(captured) else [])]
+    names = [*body, "weight"]
     loss_graph = captured.loss
     assert loss_graph is not None
 
     def loss(fast: dict[str, Tensor], slow: dict[str, Tensor], tokens: dict[str, Tensor]) -> Tensor:
         return _call(loss_graph)(*[{**fast, **slow, **tokens}[name] for name in body])
 
-    one_step = reference.step(spec, loss)
+    gradient = reference.batch_gradient(spec, loss)
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(names, tensors, strict=True))
-        slow = {name: given[name] for name in spec.slow}
-        rate = given["rate"] if needs_rate(captured) else spec.optimizer.rate(0, {}, slow)
-        fast, loss_before = one_step(
-            {name: given[name] for name in spec.fast},
-            slow,
-            {name: given[name] for name in spec.inputs},
-            given["weight"],
-            rate,
-        )
-        return (*fast.values(), loss_before)
+        groups = ({name: given[name] for name in group} for group in (spec.fast, spec.slow, spec.inputs))
+        gradients, total = gradient(*groups, given["weight"])
+        return (*gradients.values(), total)
 
-    examples = [tracer.tile(name) if name in body else tracer.example([]) for name in names]
-    return tracer.trace_on(flat, examples, names), names
+    return tracer.trace_on(flat, _examples(captured, tracer, names), names), names
+
+
+def _update(captured: Captured, tracer: Tracer) -> tuple[fx.GraphModule, list[str]]:
+    """Fast weights, their gradients, the rate (a number from outside, or a slow weight) -> new fast weights."""
+    spec = captured.spec
+    lr = spec.optimizer.lr
+    rate = ["rate"] if needs_rate(captured) else [lr.name] if isinstance(lr, Slow) else []
+    names = [*spec.fast, *[f"gradient_{name}" for name in spec.fast], *rate]
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(names, tensors, strict=True))
+        gradients = {name: given[f"gradient_{name}"] for name in spec.fast}
+        factor = given["rate"] if "rate" in given else spec.optimizer.rate(0, {}, given)
+        return tuple(reference.update(spec, {name: given[name] for name in spec.fast}, gradients, factor).values())
+
+    return tracer.trace_on(flat, _examples(captured, tracer, names), names), names
+
+
+def _examples(captured: Captured, tracer: Tracer, names: list[str]) -> list[Tensor]:
+    """A fake tensor for each input of a piece."""
+    declared = {**captured.spec.fast, **captured.spec.slow, **captured.spec.inputs}
+    tiles = [name if name in declared else name.removeprefix("gradient_") for name in names]
+    return [tracer.tile(name) if name in declared else tracer.example([]) for name in tiles]
 
 
 def _piece(
@@ -145,8 +166,7 @@ def _piece(
         return (made,) if isinstance(made, Tensor) else tuple(made)[:keep]
 
     def examples() -> list[Tensor]:
-        declared = {**captured.spec.fast, **captured.spec.slow, **captured.spec.inputs}
-        return [tracer.tile(n) if n in declared else tracer.example([]) for n in names]
+        return _examples(captured, tracer, names)
 
     raw = tracer.trace_on(outputs, examples(), names)
     (shapes,) = next(node for node in raw.graph.nodes if node.op == "output").args

@@ -15,7 +15,7 @@ from nestloop.lowering.differentiate import Piece, pieces
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, rewrites
 from nestloop.lowering.runtime.plan import Plan
-from nestloop.lowering.schedule.cost import cost
+from nestloop.lowering.schedule.cost import cost, rows_in_cache
 
 @dataclass(frozen=True)
 class Lowered:
@@ -59,8 +59,9 @@ def stages(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bo
         check_tokens(spec, typing)
     differentiated = pieces(captured, tracer, losses)
     applied = rewrites(captured, differentiated)
-    if "first_step" in differentiated and spec.schedule.steps == 1 and not carried:
-        del differentiated["step"]  # the rewrites have compared it; no step but the first is ever taken
+    if "first_gradient" in differentiated and spec.schedule.steps == 1:  # the rewrites have compared them
+        unused = ("first_gradient", "first_update") if carried else ("gradient", "update")
+        differentiated = {name: piece for name, piece in differentiated.items() if name not in unused}
     attention = next((r for r in applied if r.name == "softmax attention" and r.fired), None)
     emitter = TorchEmitter(captured, differentiated, losses, carried)
     return Lowered(captured, typing, differentiated, applied, None if attention else emitter.emit())
@@ -69,6 +70,7 @@ def stages(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bo
 def plan(lowered: Lowered) -> Plan:
     """What is kept of a lowering, and all that running it takes."""
     spec, captured, source = lowered.spec, lowered.captured, lowered.source
+    heads = captured.sizes["H"]
     tiles = {name: tuple(e.size(captured.sizes) for e in fast.dims) for name, fast in spec.fast.items()}
     form = "attention" if source is None else "fit" if captured.loss is None else "loop"
     return Plan(
@@ -83,5 +85,6 @@ def plan(lowered: Lowered) -> Plan:
             name: (str(cost(piece.forward).products), str(cost(piece.backward).products))
             for name, piece in lowered.pieces.items()
         },
+        rows=rows_in_cache([module for p in lowered.pieces.values() for module in (p.forward, p.backward)], heads),
         scale=dot_product_scale(captured) if form == "attention" else None,
     )

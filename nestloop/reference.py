@@ -78,10 +78,10 @@ def token_output(spec: LoopSpec, sizes: dict[str, int]) -> tuple[int, ...]:
     return tuple(made.shape[1:])
 
 
-def batch_objective(
+def batch_gradient(
     spec: LoopSpec, loss: Callable[[Tensors, Tensors, Tensors], Tensor]
-) -> Callable[[Tensors, Tensors, Tensors, Any], tuple[Tensor, Tensor]]:
-    """(fast, slow, tokens, weight) -> (what one step descends [], mean loss of the batch's tokens []).
+) -> Callable[[Tensors, Tensors, Tensors, Any], tuple[Tensors, Tensor]]:
+    """(fast, slow, tokens, weight) -> (gradient of what one step descends, sum of the batch's token losses []).
 
     Each token counts `weight`, and its gate where the learning rate is one.
     """
@@ -90,23 +90,14 @@ def batch_objective(
     def objective(fast: Tensors, slow: Tensors, tokens: Tensors, weight: Any) -> tuple[Tensor, Tensor]:
         losses = loss(fast, slow, tokens)
         counted = losses * tokens[lr.name] if isinstance(lr, Gate) else losses
-        return (counted * weight).sum(), losses.mean()
+        return (counted * weight).sum(), losses.sum()
 
-    return objective
+    return grad(objective, has_aux=True)
 
 
-def step(
-    spec: LoopSpec, loss: Callable[[Tensors, Tensors, Tensors], Tensor]
-) -> Callable[[Tensors, Tensors, Tensors, Any, Any], tuple[Tensors, Tensor]]:
-    """(fast, slow, tokens, weight, rate) -> (fast weights after one step, mean loss before it [])."""
-    objective = batch_objective(spec, loss)
-
-    def one_step(fast: Tensors, slow: Tensors, tokens: Tensors, weight: Any, rate: Any) -> tuple[Tensors, Tensor]:
-        gradients, loss_before = grad(objective, has_aux=True)(fast, slow, tokens, weight)
-        update = spec.optimizer.update
-        return {name: update(fast[name], gradients[name], rate) for name in fast}, loss_before
-
-    return one_step
+def update(spec: LoopSpec, fast: Tensors, gradients: Tensors, rate: Any) -> Tensors:
+    """The fast weights after one step of the optimizer."""
+    return {name: spec.optimizer.update(fast[name], gradients[name], rate) for name in fast}
 
 
 def initial_fast(
@@ -197,9 +188,10 @@ def _one_sequence(
         inside = {**dims, "n": stop - start}
         batch = {name: _take(t, order, start, stop) for name, t in tokens.items()}
         rate = spec.optimizer.rate(index, {**binding.sizes, "n": stop - start}, slow)
-        one_step = step(spec, token_loss(spec, inside))
-        fast, loss_before = one_step(fast, slow, batch, spec.schedule.weight(stop - start), rate)
-        losses.append(loss_before)
+        gradient = batch_gradient(spec, token_loss(spec, inside))
+        gradients, total = gradient(fast, slow, batch, spec.schedule.weight(stop - start))
+        fast = update(spec, fast, gradients, rate)
+        losses.append(total / (stop - start))
     whole = {**dims, "n": binding.tokens}
     if return_losses:
         losses.append(token_loss(spec, whole)(fast, slow, tokens).mean())

@@ -1,7 +1,7 @@
 """From a tile graph to a Python function on tensors [H, B, *tile].
 
-One line per op, with the tile's shape and the user's line it came from. Values are dropped after their last use, so that
-a long sequence holds only what is still needed.
+One line per op, with the tile's shape and the user's line it came from. Values are dropped after their last use, so
+that a long sequence holds only what is still needed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class TileFunction:
     Args:
         name: the function's name.
         module: a simplified tile graph.
-        likes: for a backward, the input whose cotangent each result is; None for a forward.
+        likes: for a backward, the input whose cotangent each result is ("" where it is given as it comes, one for
+            every sequence and head); None for a forward.
         doc: its docstring.
         axes: the names of each value's axes, for the comments.
     """
@@ -66,7 +67,7 @@ class TileFunction:
     @property
     def signature(self) -> list[str]:
         """Arguments of the generated function. A cotangent's own input is needed for its shape."""
-        likes = [like for like, node in zip(self.likes or [], self.results, strict=False) if node is not None]
+        likes = [like for like, node in zip(self.likes or [], self.results, strict=False) if node is not None and like]
         return [*self.inputs, *[like for like in likes if like not in self.inputs]]
 
     @property
@@ -88,7 +89,7 @@ class TileFunction:
                 body += self._line(node, last.get(node, []))
         returned = [write() for write in results if write is not None]
         inputs = set(self.signature)
-        head = [f"def {self.name}({', '.join([*self.signature, 'low'])}):", f'    """{self.doc}"""']
+        head = [f"def {self.name}({', '.join([*self.signature, '_low'])}):", f'    """{self.doc}"""']
         lines = "\n".join(body) + "\n".join(returned)
         if sized_by is not None and sized_by in inputs and _mentions(lines, "n"):
             head.append(f"    n = {sized_by}.shape[2]")
@@ -112,8 +113,10 @@ class TileFunction:
         base = {"sum": "sum_", "where": "where_", "exp": "exp_", "mm": "mm_", "cat": "cat_", "expand": "expand_"}.get(
             base, base
         )
-        self.count[base] = self.count.get(base, 0) + 1
-        name = f"{base.rstrip('_')}_{self.count[base]}"
+        name = ""
+        while not name or name in self.signature:
+            self.count[base] = self.count.get(base, 0) + 1
+            name = f"{base.rstrip('_')}_{self.count[base]}"
         self.text[node] = name
         names = [self.text[d] for d in dead if d not in self.scalar and self.text.get(d, "").isidentifier()]
         drop = f"; del {', '.join(names)}" if names else ""
@@ -136,7 +139,7 @@ class TileFunction:
             rank=len(first.meta["val"].shape) if first is not None else 0,
             shape=[size_text(s) for s in value.shape],
             dtype=value.dtype,
-            numbers=[isinstance(a, (int, float)) or isinstance(a, fx.Node) and a in self.scalar for a in node.args],
+            numbers=[isinstance(a, (int, float)) or (isinstance(a, fx.Node) and a in self.scalar) for a in node.args],
         )
         return row.spell(operands)
 
@@ -164,7 +167,7 @@ class TileFunction:
         for index, node in enumerate(self.results):
             if node is None:
                 writers.append(None)
-            elif self.likes is None:
+            elif self.likes is None or not self.likes[index]:
                 writers.append(lambda node=node: self.text[node])
             else:
                 writers.append(self._reduced(node, self.likes[index], absorbed, top=True))
@@ -195,7 +198,7 @@ class TileFunction:
         if alone and node.target is aten.mm.default:
             absorbed.add(node)
             a, b = node.args
-            return lambda: f"mm_like({self.text[a]}, {self.text[b]}, {like}, low)"
+            return lambda: f"mm_like({self.text[a]}, {self.text[b]}, {like}, _low)"
         return lambda: f"like_lead({self.text[node]}, {like})"
 
     def _last_uses(self, absorbed: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

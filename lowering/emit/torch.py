@@ -6,7 +6,7 @@ schedule. Backward recomputes each step from the fast weights it started from: w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from textwrap import indent
 
@@ -39,15 +39,26 @@ _HELPERS = (
     "cat",
     "expand",
     "filled",
+    "join",
     "like_lead",
     "mm",
     "mm_like",
     "reshape",
     "stack",
     "take",
+    "tiles",
     "untake",
     "zeros",
 )
+_TITLES = {
+    "gradient": "What one inner step descends: gradients summed over the tile's tokens",
+    "first_gradient": "The same at zero fast weights",
+    "update": "One step of the inner optimizer",
+    "first_update": "The same from zero fast weights",
+    "readout": "The output of a tile's tokens",
+    "final_loss": "The sum of the tile's token losses",
+    "fit": "The fit at every query",
+}
 
 
 @dataclass(frozen=True)
@@ -80,23 +91,22 @@ class TorchEmitter:
         spec = self.spec
         self.tokens, self.fast, self.slow = list(spec.inputs), list(spec.fast), list(spec.slow)
         self.starts = [n for n in self.fast if carried or not spec.fast[n].frozen_zero]
-        self.pieces = {name: piece for name, piece in pieces.items() if not (carried and name == "first_step")}
-        self.step = "step" if "step" in self.pieces else "first_step"
+        self.pieces = {name: piece for name, piece in pieces.items() if not (carried and name.startswith("first_"))}
+        self.variants = ["first_", ""] if "first_gradient" in self.pieces else [""]
+        if self.captured.loss is not None and "gradient" not in self.pieces:
+            self.variants = ["first_"]
+        self.mixes = {
+            "gradient": captured.loss is not None and bool(type_axes(spec, captured.loss).mixing),
+            "readout": bool(type_axes(spec, captured.readout).mixing),
+        }
         self.functions: dict[str, TileFunction] = {}
         for name, piece in self.pieces.items():
-            title = {"step": "One inner step", "first_step": "The first inner step, from zero fast weights"}.get(
-                name, name.replace("_", "-").capitalize() + ": every token at once"
-            )
-            returns = ", ".join(piece.results)
-            self.functions[name] = TileFunction(
-                name, piece.forward, f"{title}. Returns {returns}.", self._axes(piece.forward)
-            )
+            doc = f"{_TITLES[name]}. Returns {', '.join(piece.results)}."
+            self.functions[name] = TileFunction(name, piece.forward, doc, self._axes(piece.forward))
+            likes = ["" if like.startswith("gradient_") else like for like in piece.wrt]
+            doc = f"Cotangents of the inputs of {name}."
             self.functions[f"{name}_vjp"] = TileFunction(
-                f"{name}_vjp",
-                piece.backward,
-                f"Cotangents of the inputs of {name}.",
-                self._axes(piece.backward),
-                piece.wrt,
+                f"{name}_vjp", piece.backward, doc, self._axes(piece.backward), likes
             )
 
     def _axes(self, module: fx.GraphModule) -> Mapping[fx.Node, Axes]:
@@ -145,138 +155,157 @@ class TorchEmitter:
         value = f"{lr}[step]" if isinstance(lr, tuple) else repr(float(lr))
         return f'def learning_rate(step, n, N, B):\n    """The factor on the update of one step."""\n    return {value}'
 
-    def _call(self, name: str, batch: bool, results: list[str], extra: dict[str, str] | None = None) -> str:
-        """A call of a piece; `batch`: its tokens are the batch's."""
-        extra = extra or {}
-        arguments = []
-        for argument in self.functions[name].signature:
-            if argument in extra:
-                arguments.append(extra[argument])
-            elif argument in self.tokens and batch and self.spec.schedule.needs_order:
-                arguments.append(f"{argument}_i")
-            elif argument == "weight":
-                arguments.append("schedule.weight(stop - start)")
-            elif argument == "rate":
-                arguments.append(f"learning_rate(i, stop - start, N, {self.tokens[0]}.shape[1])")
-            else:
-                arguments.append(argument)
+    def _call(self, name: str, results: list[str], extra: dict[str, str] | None = None) -> str:
+        """A call of a piece. Token inputs are those of the tile (`k_i`), `extra` renames others."""
+        renamed = {
+            **{token: f"{token}_i" for token in self.tokens},
+            "weight": "schedule.weight(_stop - _start)",
+            "rate": f"learning_rate(_step, _stop - _start, N, {self.tokens[0]}.shape[1])",
+            **(extra or {}),
+        }
+        arguments = [renamed.get(argument, argument) for argument in self.functions[name].signature]
         kept = [r for r, zero in zip(results, self.functions[name].zero, strict=True) if not zero]
         left = f"{', '.join(kept)}{',' if len(kept) == 1 else ''} = " if kept else ""
-        return f"{left}{name}({', '.join([*arguments, 'low'])})"
+        return f"{left}{name}({', '.join([*arguments, '_low'])})"
 
-    def _takes(self) -> list[str]:
-        """Lines that take a shuffled batch's tokens."""
-        if not self.spec.schedule.needs_order:
-            return []
-        needed = {n for f in (self.step, f"{self.step}_vjp") for n in self.functions[f].signature if n in self.tokens}
-        return [f"{name}_i = take({name}, order, start, stop)" for name in self.tokens if name in needed]
+    def _each_variant(self, lines: Callable[[str], list[str]]) -> list[str]:
+        """Lines for every step, or for the first one and the others where these are different functions."""
+        if len(self.variants) == 1:
+            return lines(self.variants[0])
+        first, others = (indent("\n".join(lines(v)), "    ") for v in self.variants)
+        return ["if _step == 0:", first, "else:", others]
+
+    def _over_tiles(self, piece: str, bounds: str, order: str, functions: list[str], lines: list[str]) -> list[str]:
+        """A loop over tiles of tokens, which takes the tokens that the functions read."""
+        rows = "None" if self.mixes[piece] else "_rows"
+        read = {n for f in functions for n in self.functions[f].signature}
+        takes = [f"{n}_i = take({n}, {order}, _from, _to)" for n in self.tokens if n in read]
+        if "d_z" in read:
+            takes.append("d_z_i = d_z[:, :, _from:_to]")
+        return [f"for _from, _to in tiles({bounds}, {rows}):", *[f"    {line}" for line in [*takes, *lines]]]
+
+    @property
+    def _order(self) -> str:
+        return "_order" if self.spec.schedule.needs_order else "None"
+
+    def _gradients(self, with_losses: bool) -> list[str]:
+        """Lines that sum a step's gradient (and losses) over tiles."""
+        names = [f"gradient_{n}" for n in self.fast]
+        lines = [f"{' = '.join([*names, *(['_total'] if with_losses else [])])} = None"]
+
+        def one(variant: str) -> list[str]:
+            results = [f"c_{n}" for n in self.fast] + (["_loss"] if self.losses else [])
+            sums = [f"gradient_{n} = add(gradient_{n}, c_{n})" for n in self.fast]
+            sums += ["_total = add(_total, _loss)"] if with_losses else []
+            function = f"{variant}gradient"
+            inner = [self._call(function, results), *sums]
+            return self._over_tiles("gradient", "_start, _stop", self._order, [function], inner)
+
+        return lines + self._each_variant(one)
 
     def _forward(self) -> str:
         fast = self.fast
-        lines = [f"N = {self.tokens[0]}.shape[2]", "between = []"]
-        lines += ["losses = []"] if self.losses else []
-        lines.append("for i, (start, stop) in enumerate(schedule.batches(N)):")
-        loop = self._takes()
-        results = [*fast, *(["loss"] if self.losses else [])]
-        loop += self._step_call("", results, {})
-        loop.append(f"between.append(({', '.join(fast)},))")
-        loop += ["losses.append(loss)"] if self.losses else []
-        lines += [f"    {line}" for line in loop]
-        lines.append(self._call("readout", False, ["z"]))
+        lines = [f"N = {self.tokens[0]}.shape[2]", "_between, _losses = [], []"]
+        lines.append("for _step, (_start, _stop) in enumerate(schedule.batches(N)):")
+        loop = self._gradients(self.losses)
+        loop += self._each_variant(lambda variant: [self._call(f"{variant}update", fast)])
+        loop.append(f"_between.append(({', '.join(fast)},))")
+        loop += ["_losses.append(_total / (_stop - _start))"] if self.losses else []
+        lines.append(indent("\n".join(loop), "    "))
+        lines.append("_z = []")
+        lines += self._over_tiles(
+            "readout", "0, N", "None", ["readout"], [self._call("readout", ["_tile"]), "_z.append(_tile)"]
+        )
         if self.losses:
-            lines += [self._call("final_loss", False, ["loss"]), "losses.append(loss)"]
-        returned = ["z", *fast, *(["stack(losses, -1)"] if self.losses else [])]
-        returned += [f"stack([state[{j}] for state in between[:-1]], 0, {name})" for j, name in enumerate(fast)]
+            inner = [self._call("final_loss", ["_loss"]), "_total = add(_total, _loss)"]
+            lines += ["_total = None", *self._over_tiles("gradient", "0, N", "None", ["final_loss"], inner)]
+            lines.append("_losses.append(_total / N if N else _total * float('nan'))")
+        returned = ["join(_z)", *fast, *(["stack(_losses, -1)"] if self.losses else [])]
+        returned += [f"stack([state[{j}] for state in _between[:-1]], 0, {name})" for j, name in enumerate(fast)]
         lines.append(f"return {', '.join(returned)}")
-        arguments = ", ".join([*self.tokens, *self.starts, *self.slow, "order", "low"])
+        arguments = ", ".join([*self.tokens, *self.starts, *self.slow, "_order", "_low", "_rows"])
         doc = "z, the fast weights at the end" + (", inner losses" if self.losses else "") + ", the states between steps."
         return f'def forward({arguments}):\n    """{doc}"""\n' + indent("\n".join(lines), "    ")
 
-    def _step_call(self, suffix: str, results: list[str], extra: dict[str, str]) -> list[str]:
-        """The call of a step, or of the first step where that one is its own function."""
-        if "first_step" not in self.pieces:
-            return [self._call(f"step{suffix}", True, results, extra)]
-        frozen = [n for n in self.fast if n not in self.starts]
-        first = [r for r in results if not (suffix and r.removeprefix("c_") in frozen)]
-        if self.step == "first_step":
-            return [self._call(f"first_step{suffix}", True, first, extra)]
-        return [
-            "if i == 0:",
-            f"    {self._call(f'first_step{suffix}', True, first, extra)}",
-            "else:",
-            f"    {self._call(f'step{suffix}', True, results, extra)}",
-        ]
-
     def _backward(self) -> str:
-        fast, spec = self.fast, self.spec
-        shuffled = spec.schedule.needs_order
-        wrt = [*fast, *self.slow, *self.tokens]
-        stepped = self._nonzero(f"{self.step}_vjp")
-        lines = [f"N = {self.tokens[0]}.shape[2]", "batches = schedule.batches(N)"]
+        fast, slow, tokens = self.fast, self.slow, self.tokens
+        shuffled = self.spec.schedule.needs_order
+        lines = [f"N = {tokens[0]}.shape[2]", "_batches = schedule.batches(N)"]
         first = ", ".join(name if name in self.starts else "None" for name in fast)
         later = ", ".join(f"between_{name}[i]" for name in fast)
-        lines.append(f"starts = [({first},)] + [({later},) for i in range(len(batches) - 1)]")
+        lines.append(f"_starts = [({first},)] + [({later},) for i in range(len(_batches) - 1)]")
         lines += [f"{name} = end_{name}" for name in fast]
-        lines.append(f"{' = '.join('d_' + n for n in [*self.slow, *self.tokens])} = None" if self.slow or self.tokens else "")
-        lines.append(self._call("readout_vjp", False, [f"c_{n}" for n in wrt]))
-        lines += self._accumulate("readout_vjp")
+        lines.append(f"{' = '.join('d_' + n for n in [*slow, *tokens])} = None")
+        lines += self._pull("readout", "readout", "0, N", "None", "", {"d_z": "d_z_i"})
         if self.losses:
-            lines.append(self._call("final_loss_vjp", False, [f"c_{n}" for n in wrt], {"d_loss_after": "d_losses[..., -1]"}))
-            lines += self._accumulate("final_loss_vjp")
-        pieces = [n for n in self.tokens if shuffled and n in stepped]
-        lines += [f"pieces_{n} = []" for n in pieces]
-        lines.append("for i, (start, stop) in reversed(list(enumerate(batches))):")
-        loop = [f"{', '.join(fast)}{',' if len(fast) == 1 else ''} = starts[i]", *self._takes()]
-        if len({self.step, "first_step"} & set(self.pieces)) == 2:  # the two steps have different zeros
-            loop += [f"c_{n} = None" for n in stepped]
-        extra = {f"d_{n}_new": f"d_{n}" for n in fast} | {"d_loss_before": "d_losses[..., i]"}
-        loop += self._step_call("_vjp", [f"c_{n}" for n in wrt], extra)
-        loop += self._accumulate(f"{self.step}_vjp", frozenset(fast), frozenset(pieces))
-        lines += [f"    {line}" for line in loop]
-        lines += [f"d_{n} = add(d_{n}, untake(pieces_{n}[::-1], order, {n}))" for n in pieces]
-        inputs = [*self.tokens, *self.starts, *self.slow]
+            lines += self._pull("final_loss", "gradient", "0, N", "None", "", {"d_loss_after": "d_losses[..., -1] / N"})
+        seen = [n for n in tokens if any(n in self._nonzero(f"{v}gradient_vjp") for v in self.variants)]
+        lines += [f"_pieces_{n} = []" for n in seen if shuffled]
+        lines.append("for _step, (_start, _stop) in reversed(list(enumerate(_batches))):")
+        loop = [f"{', '.join(fast)}{',' if len(fast) == 1 else ''} = _starts[_step]"]
+        updates = [f"{v}update_vjp" for v in self.variants]
+        if any(f"gradient_{n}" in self.functions[u].signature for u in updates for n in fast):
+            loop += self._gradients(False)  # the optimizer's own derivative reads the gradient
+
+        def pull_update(variant: str) -> list[str]:
+            wrt = self.pieces[f"{variant}update"].wrt
+            results = [n.replace("gradient_", "d_gradient_") if n.startswith("gradient_") else f"c_{n}" for n in wrt]
+            call = self._call(f"{variant}update_vjp", results, {f"d_{n}_new": f"d_{n}" for n in fast})
+            nonzero = self._nonzero(f"{variant}update_vjp")
+            replaced = [f"d_{n} = {f'c_{n}' if n in nonzero else None}" for n in fast]
+            return [call, *replaced, *[f"d_{n} = add(d_{n}, c_{n})" for n in slow if n in nonzero]]
+
+        loop += self._each_variant(pull_update)
+        loss = {"d_loss_sum": "d_losses[..., _step] / (_stop - _start)"}
+        loop += self._each_variant(
+            lambda v: self._pull(f"{v}gradient", "gradient", "_start, _stop", self._order, "shuffled" * shuffled, loss)
+        )
+        lines.append(indent("\n".join(loop), "    "))
+        lines += [f"d_{n} = add(d_{n}, untake(_pieces_{n}, _order, {n}))" for n in seen if shuffled]
+        inputs = [*tokens, *self.starts, *slow]
         lines.append(f"return {', '.join(f'zeros({n}) if d_{n} is None else d_{n}' for n in inputs)}")
         cotangents = ["d_z", *[f"d_{n}" for n in fast], *(["d_losses"] if self.losses else [])]
         states = [*[f"end_{n}" for n in fast], *[f"between_{n}" for n in fast]]
-        arguments = ", ".join([*inputs, *states, *cotangents, "order", "low"])
+        arguments = ", ".join([*inputs, *states, *cotangents, "_order", "_low", "_rows"])
         doc = "Cotangents of forward's inputs, each step recomputed from the state it started from."
         return f'def backward({arguments}):\n    """{doc}"""\n' + indent("\n".join(filter(None, lines)), "    ")
+
+    def _pull(
+        self, piece: str, tiled_as: str, bounds: str, order: str, shuffled: str, extra: dict[str, str]
+    ) -> list[str]:
+        """Lines that run a piece's backward over tiles and add up what it gives."""
+        function = f"{piece}_vjp"
+        nonzero = self._nonzero(function)
+        seen = [n for n in self.tokens if n in nonzero]
+        inner = [self._call(function, [f"c_{n}" for n in self.pieces[piece].wrt], extra)]
+        inner += [f"d_{n} = add(d_{n}, c_{n})" for n in nonzero if n not in self.tokens]
+        inner += [f"_tile_{n}.append(c_{n})" for n in seen]
+        lines = [f"_tile_{n} = []" for n in seen]
+        lines += self._over_tiles(tiled_as, bounds, order, [function], inner)
+        if shuffled:
+            return lines + [f"_pieces_{n} = _tile_{n} + _pieces_{n}" for n in seen]
+        return lines + [f"d_{n} = add(d_{n}, join(_tile_{n}))" for n in seen]
 
     def _nonzero(self, function: str) -> list[str]:
         """The inputs that a backward gives a cotangent of."""
         piece = self.pieces[function.removesuffix("_vjp")]
         return [n for n, zero in zip(piece.wrt, self.functions[function].zero, strict=True) if not zero]
 
-    def _accumulate(
-        self, function: str, replace: frozenset[str] = frozenset(), pieces: frozenset[str] = frozenset()
-    ) -> list[str]:
-        """Lines that add a call's cotangents to the running ones; a step's fast weights replace theirs."""
-        two_kinds = function == "step_vjp" and "first_step" in self.pieces
-        lines = []
-        for name in self._nonzero(function):
-            if name in replace:
-                lines.append(f"d_{name} = c_{name}")
-            elif name in pieces:
-                piece = f"zeros({name}_i) if c_{name} is None else c_{name}" if two_kinds else f"c_{name}"
-                lines.append(f"pieces_{name}.append({piece})")
-            else:
-                lines.append(f"d_{name} = add(d_{name}, c_{name})")
-        return lines
-
     def _fit_forward(self) -> str:
-        arguments = ", ".join([*self.tokens, *self.slow, "order", "low"])
-        call = self._call("fit", False, ["z"])
-        return f'def forward({arguments}):\n    """The fit at every query."""\n    {call}\n    return (z,)'
+        arguments = ", ".join([*self.tokens, *self.slow, "_order", "_low", "_rows"])
+        whole = {name: name for name in self.tokens}
+        call = self._call("fit", ["_z"], whole)
+        return f'def forward({arguments}):\n    """The fit at every query."""\n    {call}\n    return (_z,)'
 
     def _fit_backward(self) -> str:
-        wrt = [*self.slow, *self.tokens]
         inputs = [*self.tokens, *self.slow]
-        lines = [self._call("fit_vjp", False, [f"d_{n}" for n in wrt])]
-        zero = dict(zip(wrt, self.functions["fit_vjp"].zero, strict=True))
-        returned = ", ".join(f"zeros({n})" if zero[n] else f"d_{n}" for n in inputs)
-        lines.append(f"return ({returned},)")
-        arguments = ", ".join([*inputs, "d_z", "order", "low"])
-        return f'def backward({arguments}):\n    """Cotangents of forward\'s inputs."""\n' + indent("\n".join(lines), "    ")
+        wrt = self.pieces["fit"].wrt
+        call = self._call("fit_vjp", [f"d_{n}" for n in wrt], {name: name for name in self.tokens})
+        nonzero = self._nonzero("fit_vjp")
+        returned = ", ".join(f"d_{n}" if n in nonzero else f"zeros({n})" for n in inputs)
+        arguments = ", ".join([*inputs, "d_z", "_order", "_low", "_rows"])
+        doc = "Cotangents of forward's inputs."
+        return f'def backward({arguments}):\n    """{doc}"""\n    {call}\n    return ({returned},)'
 
 
 def _schedule_text(schedule: object) -> str:

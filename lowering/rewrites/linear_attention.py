@@ -18,12 +18,12 @@ def zero_state(captured: Captured, pieces: dict[str, Piece]) -> Rewrite:
     frozen = [name for name, fast in captured.spec.fast.items() if fast.frozen_zero]
     if not frozen:
         return Rewrite("zero state", False, 'no fast weight is declared init="zeros", learned=False')
-    before, after = (cost(pieces[name].forward).products for name in ("step", "first_step"))
+    before, after = (cost(pieces[name].forward).products for name in ("gradient", "first_gradient"))
     return Rewrite(
         "zero state",
         True,
         f"{', '.join(frozen)} = 0 when a sequence starts, and no outer loop changes that",
-        (f"first step: {before} -> {after} FLOPs in products per head and sequence of n tokens",),
+        (f"first gradient: {before} -> {after} FLOPs in products per head and sequence of n tokens",),
     )
 
 
@@ -33,10 +33,10 @@ def linear_attention(captured: Captured, pieces: dict[str, Piece]) -> Rewrite:
     if captured.loss is None:
         return Rewrite(name, False, "the learner is a kernel estimator")
     steps = len(spec.schedule.batches(1 << 20))
-    if "first_step" not in pieces or len(spec.fast) != 1 or steps != 1:
+    if "first_gradient" not in pieces or len(spec.fast) != 1 or steps != 1:
         return Rewrite(name, False, f"it takes one fast weight, frozen at zero, and one step; here {len(spec.fast)} and {steps}")
     (weight,) = spec.fast
-    update = _matrix_product(_result(pieces["first_step"].forward))
+    update = _matrix_product(_result(pieces["first_gradient"].forward))
     read = next((n for n in pieces["readout"].forward.graph.nodes if n.name == weight and n.users), None)
     linear = read is not None and all(u.target is aten.mm.default and u.args[1] is read for u in read.users)
     if update is None or not linear:

@@ -14,27 +14,40 @@ from nestloop.errors import NestloopError
 
 
 def cache_dir() -> Path:
-    """The folder of generated sources, made if absent, readable by its owner alone (0700).
+    """The folder of what nestloop keeps between runs, made if absent, open to its owner alone (0700).
 
-    `NESTLOOP_CACHE` names it; else it is `nestloop` in `XDG_CACHE_HOME` or `~/.cache`.
+    `NESTLOOP_CACHE` names it; else it is `nestloop` in `XDG_CACHE_HOME` or `~/.cache`. A folder of yours that is open to
+    others is closed to them.
 
     Raises:
-        NestloopError: the folder belongs to somebody else, or others may write to it. What is imported from it runs as
-            you.
+        NestloopError: the folder belongs to somebody else, cannot be closed, or was open long enough for somebody else
+            to leave a file in it. What is imported from it runs as you.
+        OSError: it cannot be made.
     """
     named = os.environ.get("NESTLOOP_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(named) if named else Path(home) / "nestloop"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+    if hasattr(os, "getuid"):  # elsewhere a home folder is private by its access list
+        _make_private(folder)
+    return folder
+
+
+def _make_private(folder: Path) -> None:
+    before = folder.stat()
+    others = before.st_uid != os.getuid()
+    if not others and before.st_mode & 0o077:
+        folder.chmod(0o700)  # ignored where the file system knows no modes
+        others = bool(before.st_mode & 0o022) and any(f.lstat().st_uid != os.getuid() for f in folder.iterdir())
+    after = folder.stat()
+    if others or after.st_mode & 0o077:
         raise NestloopError(
             "The cache of generated sources is not private.",
-            given=f"{folder} with owner {status.st_uid} and mode {status.st_mode & 0o777:o}",
-            need="a folder that is yours and that only you can write to: its files are imported",
-            fix=f"chmod 700 {folder}, or name another with NESTLOOP_CACHE",
+            given=f"{folder} with owner {after.st_uid} and mode {after.st_mode & 0o777:o}"
+            + (", and files of another owner in it" if others and after.st_uid == os.getuid() else ""),
+            need="a folder that only you can open, with files that are all yours: they are imported",
+            fix="name another folder with NESTLOOP_CACHE",
         )
-    return folder
 
 
 def digest(text: str) -> str:

@@ -33,7 +33,7 @@ def build(spec: LoopSpec, plan: Plan, heads: int, losses: bool, inductor: bool) 
         module = cache.load(path)
         if inductor:
             module = _compiled(module, plan)
-        op = NestedLoopOp(name, module, _signature(spec, plan, heads, losses), _flops(spec, plan, heads))
+        op = NestedLoopOp(name, module, _signature(spec, plan, heads, losses), _flops(spec, plan, heads), plan.rows)
         EXECUTABLES[name] = _loop(op, spec)
     return name
 
@@ -83,7 +83,8 @@ def _flops(spec: LoopSpec, plan: Plan, heads: int) -> Callable[[int, int], tuple
     def total(sequences: int, length: int) -> tuple[int, int]:
         runs = [(name, length) for name in ("readout", "final_loss", "fit")]
         for index, (start, stop) in enumerate(spec.schedule.batches(length) if plan.form == "loop" else []):
-            runs.append(("first_step" if index == 0 and "first_step" in costs else "step", stop - start))
+            first = "first_" if index == 0 and "first_gradient" in costs else ""
+            runs += [(f"{first}gradient", stop - start), (f"{first}update", stop - start)]
         spent = [[int(cost.evaluate({"n": n})) for cost in costs[name]] for name, n in runs if name in costs]
         forward, backward = (sum(one) * sequences * heads for one in zip(*spent, strict=True))
         return forward, backward

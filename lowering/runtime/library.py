@@ -20,6 +20,7 @@ from nestloop.lowering.runtime.tiles import like_lead
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
 _LOW = (torch.bfloat16, torch.float16)
+_DEVICE_ROWS = 256  # a device works on so many times more tokens at once than fit a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,18 @@ class NestedLoopOp:
         module: the generated module, with `forward` and `backward`.
         signature: its tensors.
         flops: (sequences, length) -> FLOPs of the products in (forward, backward).
+        rows: tokens, of all sequences together, that are worked on at a time on a CPU.
     """
 
     def __init__(
-        self, name: str, module: ModuleType, signature: Signature, flops: Callable[[int, int], tuple[int, int]]
+        self,
+        name: str,
+        module: ModuleType,
+        signature: Signature,
+        flops: Callable[[int, int], tuple[int, int]],
+        rows: int,
     ) -> None:
-        self.name, self.signature = name, signature
+        self.name, self.signature, self.rows = name, signature, rows
         inputs = [f"Tensor {n}" for n in signature.inputs]
         order = ["Tensor order"] if signature.ordered else []
         results = signature.results
@@ -132,13 +139,42 @@ class NestedLoopOp:
         def kernel(*tensors: Tensor) -> Any:
             inputs, order = self._split(tensors)
             computed, low = _prepare(inputs)
-            made = module.forward(*computed, order, low)
-            shapes = self.signature.shapes(inputs)
-            owned = _owned(made, shapes, inputs)
+            made = self._in_groups(module.forward, computed, order, low, inputs)
+            owned = _owned(made, self.signature.shapes(inputs), inputs)
             owned[0] = owned[0].to(self._output_dtype(inputs))
             return tuple(owned) if len(owned) > 1 else owned[0]
 
         return kernel
+
+    def _in_groups(
+        self, function: Callable[..., Any], tensors: list[Tensor], order: Tensor | None, low: Any, inputs: list[Tensor]
+    ) -> Sequence[Tensor]:
+        """Run generated code on groups of sequences whose tiles stay in cache, and put the results together.
+
+        A result that has one row per sequence is joined; the cotangent of what sequences share is summed.
+        """
+        sequences, length = max(t.shape[1] for t in inputs), inputs[0].shape[2]
+        rows = self.rows if inputs[0].device.type == "cpu" else self.rows * _DEVICE_ROWS
+        size = max(1, rows // max(length, 1))
+        if size >= sequences:
+            return function(*tensors, order, low, rows)
+        axes = [2 if n.startswith("between_") else 1 for n in self._names(function.__name__)]
+        parts = []
+        for start in range(0, sequences, size):
+            stop = min(start + size, sequences)
+            group = [_narrow(t, axis, start, stop) for t, axis in zip(tensors, axes, strict=True)]
+            parts.append(function(*group, None if order is None else _narrow(order, 1, start, stop), low, rows))
+        if function.__name__ == "forward":
+            joined = [2 if n.startswith("between_") else 1 for n in self.signature.results]
+            sizes = [min(start + size, sequences) - start for start in range(0, sequences, size)]
+            return [_join(p, axis, sizes) for p, axis in zip(zip(*parts, strict=True), joined, strict=True)]
+        gathered = zip(zip(*parts, strict=True), inputs, strict=True)
+        return [torch.cat(p, 1) if like.shape[1] > 1 else torch.stack(p).sum(0) for p, like in gathered]
+
+    def _names(self, function: str) -> list[str]:
+        """Names of the tensors that a generated function takes."""
+        saved = [r for r in self.signature.results if r.startswith(("end_", "between_"))]
+        return [*self.signature.inputs, *([*saved, *self.cotangents] if function == "backward" else [])]
 
     def _forward_fake(self, *tensors: Tensor) -> Any:
         inputs, _ = self._split(tensors)
@@ -158,7 +194,7 @@ class NestedLoopOp:
         def kernel(*tensors: Tensor) -> Any:
             given, order = self._split(tensors)
             computed, low = _prepare(given, given[:count])
-            made = module.backward(*computed, order, low)
+            made = self._in_groups(module.backward, computed, order, low, given[:count])
             # where no step was taken, the cotangent of an initial fast weight is the end's, one per sequence
             made = [like_lead(g, t) for g, t in zip(made, given, strict=False)]
             owned = _owned(made, [list(t.shape) for t in given[:count]], given)
@@ -284,3 +320,14 @@ def _sum_to(split: Tensor, original: Tensor, dim: int | None) -> Tensor:
     """A folded cotangent [V, H, ...] for an input that had fewer heads: summed over the heads that shared it."""
     heads = (original if dim is None else original.movedim(dim, 0)[0]).shape[0]
     return split.sum(1, keepdim=True) if heads == 1 and split.shape[1] > 1 else split
+
+
+def _narrow(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
+    """The sequences start:stop of a tensor; what they share, whole."""
+    return tensor if tensor.shape[axis] == 1 else tensor.narrow(axis, start, stop - start)
+
+
+def _join(parts: Sequence[Tensor], axis: int, sizes: Sequence[int]) -> Tensor:
+    """Results of groups of sequences, side by side; one that does not depend on the sequence is repeated."""
+    whole = [p.expand(*p.shape[:axis], n, *p.shape[axis + 1 :]) for p, n in zip(parts, sizes, strict=True)]
+    return torch.cat(whole, axis)

@@ -24,6 +24,7 @@ class Plan:
         tokens: the one sequence length the plan is for, or None.
         pieces: names of the generated pieces, each with the FLOPs of its products, forward and backward, as
             arithmetic in n.
+        rows: tokens worked on at a time, so that their tiles stay in a CPU's cache.
     """
 
     form: str
@@ -34,6 +35,7 @@ class Plan:
     output: tuple[int, ...]
     tokens: int | None
     pieces: dict[str, tuple[str, str]]
+    rows: int
     scale: float | None = None
 
 

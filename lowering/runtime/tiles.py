@@ -81,23 +81,34 @@ def take(x: Tensor, index: Tensor | None, start: int, stop: int) -> Tensor:
     return source.gather(2, chosen.expand(heads, sequences, stop - start, *x.shape[3:]))
 
 
-def untake(pieces: Sequence[Tensor | None], index: Tensor, like: Tensor) -> Tensor | None:
-    """Cotangents of all batches, back in the order the tokens came in; each token is in exactly one batch."""
-    given = [p for p in pieces if p is not None]
-    if not given:
+def untake(pieces: Sequence[Tensor], index: Tensor, like: Tensor) -> Tensor | None:
+    """Cotangents of all tiles of all batches, back in the order the tokens came in; each token is in exactly one."""
+    if not pieces:
         return None
-    inverse = index.argsort(-1)
-    heads, sequences = torch.broadcast_shapes(*[p.shape[:2] for p in given])
-    joined = torch.cat([p.expand(heads, sequences, *p.shape[2:]) for p in given], 2)
-    return like_lead(take(joined, inverse, 0, index.shape[-1]), like)
+    return like_lead(take(join(pieces), index.argsort(-1), 0, index.shape[-1]), like)
 
 
-def stack(tiles: Sequence[Tensor], axis: int, like: Tensor | None = None) -> Tensor:
+def join(pieces: Sequence[Tensor]) -> Tensor:
+    """Tiles of consecutive tokens as one."""
+    return pieces[0] if len(pieces) == 1 else cat(pieces, 2)
+
+
+def tiles(start: int, stop: int, rows: int | None) -> list[tuple[int, int]]:
+    """Tokens start:stop in tiles of at most `rows`, as even as can be; all in one where `rows` is None."""
+    count = 1 if rows is None else max(1, -(-(stop - start) // rows))
+    size, larger = divmod(stop - start, count)
+    bounds = [start]
+    for index in range(count):
+        bounds.append(bounds[-1] + size + (index < larger))
+    return list(zip(bounds, bounds[1:], strict=False))
+
+
+def stack(values: Sequence[Tensor], axis: int, like: Tensor | None = None) -> Tensor:
     """Tiles stacked along a new axis; of none, an empty stack of what `like` is."""
-    if not tiles:
+    if not values:
         assert like is not None
         return like.new_empty(0, *like.shape)
-    return torch.stack(torch.broadcast_tensors(*tiles), axis)
+    return torch.stack(torch.broadcast_tensors(*values), axis)
 
 
 def zeros(like: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,3 +66,20 @@ def cost(module: fx.GraphModule) -> Cost:
             elementwise += row.work * size
         traffic += 0 if row.kind in (Kind.VIEW, Kind.CREATE) else size
     return Cost(sympy.expand(products), sympy.expand(elementwise), sympy.expand(traffic))
+
+
+# Tried on a 2-core machine with 1 MiB of L2 a core and 32 MiB of L3: 2 to 8 MiB are alike, 16 is slower by a tenth.
+CACHE_BYTES = 4 << 20
+
+
+def rows_in_cache(modules: Sequence[fx.GraphModule], heads: int) -> int:
+    """How many tokens to work on at a time, for the widest value of all heads to fit `CACHE_BYTES` in float32."""
+    widest = 1
+    for module in modules:
+        for node in module.graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "call_function" and isinstance(value, torch.Tensor):
+                size = elements(value)
+                if size.free_symbols:
+                    widest = max(widest, int(size.subs(N_TOKENS, 1)))
+    return max(32, CACHE_BYTES // (4 * heads * widest))

@@ -659,6 +659,20 @@ def test_an_undeclared_name_reads_the_same_on_the_reference():
     )
 
 
+def test_a_shuffled_body_does_not_know_the_length():
+    def step():
+        layer_of(lambda self, f, t: f(t.k).sum(-1) / self.N, schedule=nl.Shuffled(2))  # HERE
+
+    refused(
+        step,
+        UnknownNameError,
+        "Loop declares no 'N'.",
+        given="N",
+        need="one of its weights and dims: D, H, d, n",
+        fix="use self.n, the tokens of the step's batch: a shuffled body is compiled for every length",
+    )
+
+
 def test_signatures():
     def loss():
         layer_of(lambda self, f: f)  # HERE

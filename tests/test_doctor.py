@@ -1,6 +1,7 @@
 """Every line of the doctor's report, for installations this machine does not have."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -145,21 +146,18 @@ def test_a_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert doctor.check_compiler().found == "CXX=g++-99 does not exist; needed for inductor=True on a CPU"
 
 
-def test_a_readable_cache(tmp_path: Path):
+def test_a_cache_that_others_can_read_is_closed_to_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     tmp_path.chmod(0o755)
-    assert doctor.check_cache(lambda: tmp_path) == Check(
-        "cache", "note", f"{tmp_path} can be read by others (mode 0755)", f"chmod 700 {tmp_path}"
-    )
-    tmp_path.chmod(0o700)
-    assert doctor.check_cache(lambda: tmp_path) == Check("cache", "ok", f"{tmp_path} (mode 0700)")
-
-
-def test_a_cache_that_others_can_write_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    tmp_path.chmod(0o777)
     monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path))
+    assert doctor.check_cache() == Check("cache", "ok", f"{tmp_path} (mode 0700)")
+
+
+def test_a_cache_of_somebody_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
     check = doctor.check_cache()
     assert check.level == "broken" and f"{tmp_path} with owner" in check.found and "needs a folder" in check.found
-    assert check.fix is not None and check.fix.startswith(f"chmod 700 {tmp_path}")
+    assert check.fix == "name another folder with NESTLOOP_CACHE"
 
 
 def test_a_cache_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -16,8 +16,8 @@ from nestloop.errors import NestloopError
 def cache_dir() -> Path:
     """The folder of what nestloop keeps between runs, made if absent, open to its owner alone (0700).
 
-    `NESTLOOP_CACHE` names it; else it is `nestloop` in `XDG_CACHE_HOME` or `~/.cache`. A folder of yours that is open to
-    others is closed to them.
+    `NESTLOOP_CACHE` names it; else it is `nestloop` in `XDG_CACHE_HOME` or `~/.cache`. A folder of yours that is open
+    to others is closed to them.
 
     Raises:
         NestloopError: the folder belongs to somebody else, cannot be closed, or was open long enough for somebody else
@@ -34,20 +34,22 @@ def cache_dir() -> Path:
 
 
 def _make_private(folder: Path) -> None:
-    before = folder.stat()
-    others = before.st_uid != os.getuid()
-    if not others and before.st_mode & 0o077:
+    status = folder.stat()
+    mine = status.st_uid == os.getuid()
+    if mine and not status.st_mode & 0o077:
+        return
+    foreign = mine and any(file.lstat().st_uid != status.st_uid for file in folder.iterdir())
+    if mine and not foreign:
         folder.chmod(0o700)  # ignored where the file system knows no modes
-        others = bool(before.st_mode & 0o022) and any(f.lstat().st_uid != os.getuid() for f in folder.iterdir())
-    after = folder.stat()
-    if others or after.st_mode & 0o077:
-        raise NestloopError(
-            "The cache of generated sources is not private.",
-            given=f"{folder} with owner {after.st_uid} and mode {after.st_mode & 0o777:o}"
-            + (", and files of another owner in it" if others and after.st_uid == os.getuid() else ""),
-            need="a folder that only you can open, with files that are all yours: they are imported",
-            fix="name another folder with NESTLOOP_CACHE",
-        )
+        if not folder.stat().st_mode & 0o077:
+            return
+    raise NestloopError(
+        "The cache of generated sources is not private.",
+        given=f"{folder} with owner {status.st_uid} and mode {status.st_mode & 0o777:o}"
+        + (", and files of another owner in it" if foreign else ""),
+        need="a folder that only you can open, with files that are all yours: they are imported",
+        fix="name another folder with NESTLOOP_CACHE",
+    )
 
 
 def digest(text: str) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from nestloop.errors import MissingPackageError
+from nestloop.lowering.runtime.cache import cache_dir
 from nestloop.models.errors import DatasetLayoutError, DatasetNotFoundError
 from nestloop.models.seeding import Purpose, derive_seed
 
@@ -192,8 +193,8 @@ class Parquet:
 def arrow_copy(files: list[Path]) -> Path:
     """An uncompressed Arrow file with the columns `image` and `label` of Parquet files, made once and kept.
 
-    It lies in $NESTLOOP_CACHE/arrow (else ~/.cache/nestloop/arrow) under a name that changes with the files'
-    paths, sizes and times; written under another name and renamed, so half a file is never seen.
+    It lies in nestloop's cache, in arrow/, under a name that changes with the files' paths, sizes and times;
+    written under another name and renamed, so half a file is never seen.
     """
     try:
         import pyarrow as pa
@@ -206,7 +207,7 @@ def arrow_copy(files: list[Path]) -> Path:
         ) from error
     facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("NESTLOOP_CACHE") or "~/.cache/nestloop").expanduser() / "arrow"
+    cache = cache_dir() / "arrow"
     target = cache / f"{key}.arrow"
     if target.exists():
         return target
@@ -218,7 +219,7 @@ def arrow_copy(files: list[Path]) -> Path:
             given=f"columns {', '.join(f'{field.name}: {field.type}' for field in schema)}",
             need="columns image: struct<bytes: binary, path: string> and label: int64",
         )
-    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    cache.mkdir(exist_ok=True)
     partial = cache / f"{key}.{os.getpid()}.partial"
     # large_binary: the images of one split may pass 2 GiB
     encoded = pa.struct([("bytes", pa.large_binary()), ("path", pa.string())])

@@ -32,18 +32,48 @@ def test_the_folder_is_its_owners_alone(folder: Path):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_a_folder_others_may_write_to_is_refused(folder: Path):
+@pytest.mark.parametrize("mode", [0o755, 0o777])
+def test_a_folder_open_to_others_is_closed(folder: Path, mode: int):
     folder.mkdir()
-    folder.chmod(0o777)
+    folder.chmod(mode)
+    path = cache.write("loop", SOURCE)
+    folder.chmod(mode)
+    assert cache.write("loop", SOURCE) == path
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def refused(folder: Path, given: str) -> None:
     with pytest.raises(NestloopError) as caught:
         cache.write("loop", SOURCE)
     assert str(caught.value) == (
         "The cache of generated sources is not private.\n"
-        f"  given: {folder} with owner {os.getuid()} and mode 777\n"
-        "  need:  a folder that is yours and that only you can write to: its files are imported\n"
-        f"  fix:   chmod 700 {folder}, or name another with NESTLOOP_CACHE"
+        f"  given: {folder} with {given}\n"
+        "  need:  a folder that only you can open, with files that are all yours: they are imported\n"
+        "  fix:   name another folder with NESTLOOP_CACHE"
     )
+
+
+def test_the_folder_of_somebody_else_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    folder.mkdir(mode=0o755)
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    refused(folder, f"owner {owner} and mode 755")
     assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_closed_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    folder.mkdir(mode=0o755)
+    monkeypatch.setattr(Path, "chmod", lambda *_: None)  # as a file system without modes does
+    refused(folder, f"owner {os.getuid()} and mode 755")
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give files away")
+def test_a_file_somebody_else_left_is_refused(folder: Path):
+    folder.mkdir()
+    folder.chmod(0o777)
+    (folder / "left.py").touch()
+    os.chown(folder / "left.py", 1234, -1)
+    refused(folder, f"owner {os.getuid()} and mode 777, and files of another owner in it")
 
 
 def test_the_home_cache_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -33,6 +33,7 @@ _ARITHMETIC = {
     aten.neg.default: lambda a: -a,
     aten.pow.Tensor_Scalar: lambda a, b: a**b,
 }
+_CONSTANTS = {"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0}
 _MUL = (aten.mul.Tensor, aten.mul.Scalar)
 _ADD = (aten.add.Tensor, aten.add.Scalar)
 _SUB = (aten.sub.Tensor, aten.sub.Scalar)
@@ -159,10 +160,10 @@ class _Rebuild:
         return self._copy(node, self._mapped(node.args), node.kwargs) if simple is None else simple
 
     def _create(self, node: fx.Node) -> Any:
-        numbers = {"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0}
         name = node.target._schema.name.split("::")[-1]
-        value = numbers.get(name, node.args[{"scalar_tensor": 0, "new_full": 2}.get(name, 1)] if name not in numbers else 0)
-        if node.meta["val"].dtype == torch.bool or not isinstance(value, (int, float)):
+        where = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}.get(name)
+        value = _CONSTANTS.get(name) if where is None else node.args[where]
+        if node.meta["val"].dtype == torch.bool or not isinstance(value, (int, float)):  # a mask, or a count
             return self._copy(node, self._mapped(node.args), node.kwargs)
         return Fill(float(value))
 

@@ -6,6 +6,7 @@ that a long sequence holds only what is still needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -148,7 +149,7 @@ class TileFunction:
         if isinstance(value, (list, tuple)):
             return [self._operand(v, rank) for v in value]
         if not isinstance(value, fx.Node):
-            return repr(value)
+            return f"float('{value}')" if isinstance(value, float) and not math.isfinite(value) else repr(value)
         text = self.text[value]
         own = value.meta.get("val")
         if rank is None or value in self.scalar or not isinstance(own, torch.Tensor):

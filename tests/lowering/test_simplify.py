@@ -100,6 +100,7 @@ IDENTITIES: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "numbers": (lambda x, y: (torch.full_like(x, 3.0) * 2 - 1) / 5, ["full.default"]),
     "a slice of zeros": (lambda x, y: x[1:] + torch.zeros_like(y)[1:], ["slice.Tensor"]),
     "a triangle of zeros": (lambda x, y: x + torch.zeros_like(y).tril(), []),
+    "a count is no constant": (lambda x, y: x + torch.arange(4), ["arange.start_step", "add.Tensor"]),
     "the same twice": (lambda x, y: x.tanh() + x.tanh(), ["tanh.default", "add.Tensor"]),
     "dead": (lambda x, y: (x.exp(), x + y)[1], ["add.Tensor"]),
 }

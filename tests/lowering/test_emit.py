@@ -1,0 +1,87 @@
+"""The generated source: its text for three loops, the user's lines in it, and that Python takes it without a warning."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nestloop import zoo
+from nestloop.lowering.pipeline import stages
+
+SIZES = {"d": 4, "D": 8, "H": 2}
+GOLDEN = Path(__file__).parent / "golden"
+LOOPS: dict[str, tuple[Any, int | None, bool]] = {
+    "MTTTLinear": (zoo.MTTTLinear, None, False),
+    "MTTTMLPSGD4": (zoo.MTTTMLPSGD4, None, True),
+    "DepthwiseBranch": (zoo.DepthwiseBranch, 9, False),
+}
+
+
+def source(loop: Any, tokens: int | None = None, losses: bool = False, carried: bool = False) -> str:
+    sizes = {**SIZES, **({"h": 3, "w": 3} if loop.spec.grid else {})}
+    made = stages(loop.spec, sizes, tokens, losses, carried).source
+    assert made is not None
+    return made.text
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_text_is_the_golden_one(name: str, update_golden: bool):
+    loop, tokens, losses = LOOPS[name]
+    text, file = source(loop, tokens, losses), GOLDEN / f"{name}.txt"
+    if update_golden:
+        file.write_text(text)
+    assert text == file.read_text(), "read the difference, then `pytest tests/lowering --update-golden`"
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_lowering_again_gives_the_same_text(name: str):
+    assert source(*LOOPS[name]) == source(*LOOPS[name])
+
+
+@pytest.mark.parametrize("losses", [False, True])
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("name", LOOPS)
+def test_python_takes_it_without_a_warning(name: str, losses: bool, carried: bool, tmp_path: Path):
+    loop, tokens, _ = LOOPS[name]
+    text = source(loop, tokens, losses, carried)
+    compile(text, "generated.py", "exec", flags=ast.PyCF_ONLY_AST)
+    if losses and carried:
+        file = tmp_path / "generated.py"
+        file.write_text(text)
+        command = [sys.executable, "-W", "error", "-m", "py_compile", str(file)]
+        subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_only_names_that_are_used_are_imported(name: str):
+    text = source(*LOOPS[name])
+    tree = ast.parse(text)
+    (imports,) = [n for n in tree.body if isinstance(n, ast.ImportFrom) and str(n.module).endswith("runtime.tiles")]
+    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    assert {alias.name for alias in imports.names} <= used
+
+
+def test_it_shows_the_users_lines():
+    text = source(zoo.MTTTMLPSGD4)
+    file = Path(str(sys.modules[zoo.MTTTMLPSGD4.__module__].__file__))
+    lines = file.read_text().splitlines()
+    shown = {int(n) for n in re.findall(rf"{file.name}:(\d+)", text)}
+    bodies = "\n".join(lines[n - 1] for n in sorted(shown))
+    for fragment in ("self.w1", "layer_norm", "square()", "f(t.q)"):
+        assert fragment in bodies
+    assert "/" not in "".join(re.findall(rf"\S*{file.name}", text)).replace(file.name, "")
+
+
+def test_every_op_says_its_shape_and_line():
+    text = source(zoo.MTTTMLPSGD4)
+    operations = [line for line in text.splitlines() if re.match(r"    [a-z_]+_\d+ = ", line)]
+    assert len(operations) > 50
+    assert [line for line in operations if not re.search(r"# \[.*\]", line)] == []
+    unplaced = [line for line in operations if not re.search(r"\w+\.py:\d+", line)]
+    assert len(unplaced) <= len(operations) // 10, unplaced

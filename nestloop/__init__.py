@@ -6,19 +6,19 @@ Declare a learner and a loop (`Learner`, `Loop`, `fast`, `slow`, `view`, `gate`)
 layer (`Layer`); look at every stage (`inspect`, `explain`).
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nestloop.compile import CompiledLoop, compile
-from nestloop.errors import NestloopError
-from nestloop.lang.declare import dim, fast, gate, grid, slow, view
-from nestloop.lang.learner import KernelEstimator, Learner
-from nestloop.lang.loop import Loop
-from nestloop.lang.optim import SGD, soft_clip
-from nestloop.lang.schedule import FullBatch, Shuffled
-from nestloop.layer import Layer
-
 if TYPE_CHECKING:
+    from nestloop.compiled import CompiledLoop, compile
+    from nestloop.errors import NestloopError
     from nestloop.inspection import explain, inspect
+    from nestloop.lang.declare import dim, fast, gate, grid, slow, view
+    from nestloop.lang.learner import KernelEstimator, Learner
+    from nestloop.lang.loop import Loop
+    from nestloop.lang.optim import SGD, soft_clip
+    from nestloop.lang.schedule import FullBatch, Shuffled
+    from nestloop.layer import Layer
 
 __version__ = "0.1.0"
 
@@ -45,10 +45,28 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`inspect` and `explain` bring the whole compiler along: imported when they are first used."""
-    if name in ("inspect", "explain"):
-        from nestloop import inspection
+# Where each name is at home, imported when it is first used: the command line answers without torch, a declaration
+# comes without the compiler.
+_HOME = {
+    "nestloop.compiled": ("CompiledLoop", "compile"),
+    "nestloop.errors": ("NestloopError",),
+    "nestloop.inspection": ("explain", "inspect"),
+    "nestloop.lang.declare": ("dim", "fast", "gate", "grid", "slow", "view"),
+    "nestloop.lang.learner": ("KernelEstimator", "Learner"),
+    "nestloop.lang.loop": ("Loop",),
+    "nestloop.lang.optim": ("SGD", "soft_clip"),
+    "nestloop.lang.schedule": ("FullBatch", "Shuffled"),
+    "nestloop.layer": ("Layer",),
+}
 
-        return getattr(inspection, name)
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOME.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(home), name)
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from nestloop.compile import CompiledLoop, spec_of
+from nestloop.compiled import CompiledLoop, spec_of
 from nestloop.errors import UnknownStageError
 from nestloop.lang.declare import Declaration, Gate, Slow, View, caller
 from nestloop.lang.dims import DimExpr

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestloop.compile import CompiledLoop, spec_of
+from nestloop.compiled import CompiledLoop, spec_of
 from nestloop.errors import InputError
 from nestloop.lang import init
 from nestloop.lang.declare import Gate, Slow, View, caller

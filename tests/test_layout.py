@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import nestloop as nl
+
 LINKED = ["lowering", "models"]
 
 
@@ -32,6 +34,15 @@ def test_a_linked_package_refuses_its_short_name(root: Path, name: str):
     assert result.returncode == 1
     message = result.stderr.splitlines()[-1]
     assert message.startswith("ImportError") and f"{name!r}" in message and "nestloop" in message
+
+
+def test_every_name_of_the_package_is_found_when_it_is_used():
+    assert sorted(nl.__all__, key=str.lower) == sorted((n for names in nl._HOME.values() for n in names), key=str.lower)
+    for home, names in nl._HOME.items():
+        for name in names:
+            assert getattr(nl, name) is getattr(import_module(home), name) and name in dir(nl)
+    with pytest.raises(AttributeError, match=r"^module 'nestloop' has no attribute 'Lop'$"):
+        nl.Lop  # noqa: B018
 
 
 def test_every_folder_of_modules_is_a_package(root: Path):

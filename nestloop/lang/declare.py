@@ -17,7 +17,7 @@ from nestloop.lang import init as initialisers
 from nestloop.lang.dims import DimExpr, parse
 
 # Where a declaration, a compile or a layer is written; the zoo's declarations are lines like any user's.
-_OWN_MODULES = ("nestloop.lang.", "nestloop.compile", "nestloop.layer", "nestloop.inspection", "torch.nn.modules.")
+_OWN_MODULES = ("nestloop.lang.", "nestloop.compiled", "nestloop.layer", "nestloop.inspection", "torch.nn.modules.")
 
 
 def caller() -> Location:

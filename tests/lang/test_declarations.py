@@ -21,12 +21,8 @@ INITS = (
     "one of zeros, ones, constant(value), xavier_uniform = xavier_uniform(1.0), lecun_normal = lecun_normal(1.0), "
     "normal = normal(0.02), trunc_normal = trunc_normal(0.02), eye = eye(1.0)"
 )
-RATES = (
-    'a finite number, text like "H/(N*D)", a tuple of numbers (one per step), a slow weight without dims, or a gate'
-)
-RATE_FIX = (
-    "write nl.SGD(lr=0.1), or declare eta = nl.slow() or eta = nl.gate() in the loop and write nl.SGD(lr=eta)"
-)
+RATES = 'a finite number, text like "H/(N*D)", a tuple of numbers (one per step), a slow weight without dims, or a gate'
+RATE_FIX = "write nl.SGD(lr=0.1), or declare eta = nl.slow() or eta = nl.gate() in the loop and write nl.SGD(lr=eta)"
 
 
 class Linear(nl.Learner):
@@ -49,7 +45,9 @@ class Squares(nl.Loop):
 
 
 @pytest.mark.parametrize(
-    "init", ["xavier", "normal(a)", "normal(1-2)", "constant", "zeros(3)", "", torch.nn.init.zeros_], ids=str
+    "init",
+    ["xavier", "normal(a)", "normal(1-2)", "constant", "zeros(3)", "", torch.nn.init.zeros_],
+    ids=lambda init: getattr(init, "__name__", init),
 )
 def test_unknown_initialisers(init):
     def step():

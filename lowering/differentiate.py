@@ -47,7 +47,7 @@ class Piece:
         return [node.name for node in self.forward.graph.find_nodes(op="placeholder")]
 
 
-class _Located(fx.Interpreter):
+class Located(fx.Interpreter):
     """Runs a captured graph under a trace; the new nodes keep the user's lines."""
 
     def run_node(self, n: fx.Node) -> Any:
@@ -61,7 +61,7 @@ class _Located(fx.Interpreter):
 
 
 def _call(module: fx.GraphModule) -> Callable[..., Any]:
-    return _Located(module).run
+    return Located(module).run
 
 
 def needs_rate(captured: Captured) -> bool:

@@ -13,7 +13,7 @@ from nestloop.lowering.axes import Typing, check_tokens, type_axes
 from nestloop.lowering.capture import Captured, Tracer, capture_with
 from nestloop.lowering.differentiate import Piece, pieces
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
-from nestloop.lowering.rewrites import Rewrite, dot_product_scale, rewrites
+from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, rewrites
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.schedule.cost import cost, rows_in_cache
 
@@ -57,8 +57,9 @@ def stages(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bo
     typing = None if captured.loss is None else type_axes(spec, captured.loss)
     if typing is not None:
         check_tokens(spec, typing)
-    differentiated = pieces(captured, tracer, losses)
-    applied = rewrites(captured, differentiated)
+    narrowed, gram = gram_form(captured, tracer)
+    differentiated = pieces(narrowed, tracer, losses)
+    applied = [gram, *rewrites(captured, differentiated)]
     if "first_gradient" in differentiated and spec.schedule.steps == 1:  # the rewrites have compared them
         unused = ("first_gradient", "first_update") if carried else ("gradient", "update")
         differentiated = {name: piece for name, piece in differentiated.items() if name not in unused}

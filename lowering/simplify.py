@@ -151,6 +151,8 @@ class _Rebuild:
             simple = self._view(node, args)
         elif row.kind is Kind.PRODUCT and any(isinstance(a, Fill) and a.number == 0 for a in args):
             simple = Fill(0.0)
+        elif node.target is aten.mm.default:
+            simple = self._row_scaled(node, args)
         elif row.kind is Kind.REDUCTION:
             simple = self._reduction(node, args)
         elif row.kind is Kind.MOVE and isinstance(args[0], Fill):
@@ -176,6 +178,8 @@ class _Rebuild:
             order = [d % len(shape) for d in node.args[1]]
             if order == list(range(len(order))):
                 return source
+            if source.target is aten.mm.default and order == [1, 0] and _is_gram(source):
+                return source
             if source.target is aten.permute.default:
                 inner = [d % len(shape) for d in source.args[1]]
                 if [inner[d] for d in order] == list(range(len(order))):
@@ -185,6 +189,21 @@ class _Rebuild:
                 return source
             if node.target is aten.expand.default and not before:
                 return Fill(source)
+        return None
+
+    def _row_scaled(self, node: fx.Node, args: list[Any]) -> Any:
+        """(r a) b = r (a b) for a number r per row, where a b is there already."""
+        left, right = args
+        if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left.target is not aten.mul.Tensor:
+            return None
+        for row, rows in (left.args[:2], left.args[1::-1]):
+            if not isinstance(row, fx.Node) or not isinstance(rows, fx.Node) or _is_scalar(row) or _is_size(rows):
+                continue
+            shape = row.meta["val"].shape
+            if len(shape) == 2 and _same_size(shape[1], 1) and not _same_size(rows.meta["val"].shape[-1], 1):
+                there = next((u for u in rows.users if u.target is aten.mm.default and u.args == (rows, right)), None)
+                if there is not None:
+                    return self._emit(aten.mul.Tensor, (row, there), node)
         return None
 
     def _reduction(self, node: fx.Node, args: list[Any]) -> Any:
@@ -311,6 +330,12 @@ def _is_size(node: fx.Node) -> bool:
 
 def _is_scalar(node: fx.Node) -> bool:
     return _is_size(node) or not node.meta["val"].shape
+
+
+def _is_gram(product: fx.Node) -> bool:
+    """Whether a product is a a^T, its own transpose."""
+    left, right = product.args
+    return right.target is aten.permute.default and list(right.args[1]) == [1, 0] and right.args[0] is left
 
 
 def _takes_numbers(node: fx.Node, slim: list[Any]) -> bool:

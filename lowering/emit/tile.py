@@ -142,6 +142,8 @@ class TileFunction:
             dtype=value.dtype,
             numbers=[isinstance(a, (int, float)) or (isinstance(a, fx.Node) and a in self.scalar) for a in node.args],
         )
+        if row.kind is Kind.VIEW and tensors[0] in self.scalar:
+            return f"filled({', '.join([self.text[tensors[0]], *operands.shape])}, dtype=dtype, device=device)"
         return row.spell(operands)
 
     def _operand(self, value: Any, rank: int | None) -> Any:

@@ -21,6 +21,10 @@ def mm(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
     """
     if low is not None:
         return mm(a.to(low), b.to(low), None).to(torch.float32)
+    if a.shape[0] == 1 and b.shape[1] == 1 and b.shape[0] > 1:  # every head reads the same rows: heads side by side
+        heads, _, k, m = b.shape
+        wide = a[0].flatten(0, 1) @ b[:, 0].transpose(0, 1).reshape(k, heads * m)
+        return wide.reshape(a.shape[1], a.shape[2], heads, m).permute(2, 0, 1, 3)
     if b.shape[1] == 1 and a.shape[1] > 1:
         return torch.matmul(a.flatten(1, 2), b[:, 0]).unflatten(1, a.shape[1:3])
     return torch.matmul(a, b)
@@ -28,6 +32,11 @@ def mm(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
 
 def mm_like(a: Tensor, b: Tensor, like: Tensor, low: torch.dtype | None) -> Tensor:
     """The cotangent a @ b of `like`: summed over sequences, if they share it, within the product itself."""
+    if like.shape[0] == 1 and a.shape[0] > 1 and a.shape[0] == b.shape[0] and b.shape[1] == 1 < like.shape[1]:
+        if low is not None:
+            return mm_like(a.to(low), b.to(low), like, None).to(torch.float32)
+        rows = a.permute(1, 2, 0, 3).flatten(0, 1).flatten(1, 2)  # the sum over heads is part of the product
+        return (rows @ b[:, 0].flatten(0, 1)).unflatten(0, a.shape[1:3]).unsqueeze(0)
     if like.shape[1] == 1 and a.shape[1] > 1 and b.shape[1] > 1:
         if low is not None:
             return mm_like(a.to(low), b.to(low), like, None).to(torch.float32)

@@ -5,6 +5,8 @@ Nothing here imports the pipeline until a loop is lowered for the first time: a 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import plan as plans
 from nestloop.lowering.runtime.executable import EXECUTABLES, build
@@ -33,13 +35,20 @@ def plan_for(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: 
         return _PLANS[key]
     found = plans.read(key)
     if found is None:
-        from nestloop.lowering import pipeline
-
-        found = pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried))
+        # In a thread of its own, which has none of what a call may be made under: autocast, a functional transform, a
+        # recomputed block's hooks on saved tensors, Dynamo's fake tensors. All of these are a thread's own.
+        with ThreadPoolExecutor(1, "nestloop-lowering") as clean:
+            found = clean.submit(_plan, spec, sizes, tokens, losses, carried).result()
         plans.keep(key, found)
     if key is not None:
         _PLANS[key] = found
     return found
+
+
+def _plan(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool) -> Plan:
+    from nestloop.lowering import pipeline
+
+    return pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried))
 
 
 def lower(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from nestloop.models.data.transforms import Crop, EvalTransform, TrainTransform
 from nestloop.models.errors import RecipeError
 from nestloop.models.registry import create
@@ -132,11 +130,6 @@ class Recipe:
         for name, parameter in model.named_parameters():
             if ".views." in name and name.endswith(".weight"):
                 parameter.data.mul_(self.view_gain)
-        if self.recompute:
-            # What returns the inner losses is lowered at its first call. Lowering differentiates, which
-            # torch refuses inside a recomputed block, so it is called once outside of one.
-            with torch.no_grad():
-                model(torch.zeros(1, *self.image_shape), return_losses=True)
         return model
 
     def train_transform(self) -> TrainTransform:

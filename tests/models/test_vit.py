@@ -17,7 +17,8 @@ from nestloop.models.vit import SIZES, ViT, sincos_positions
 def tiny(mixer, **arguments):
     """A model of 2 blocks, 16 wide, on 8 x 8 images, its head no longer zero."""
     torch.manual_seed(0)
-    model = ViT(mixer, 16, 2, 2, **{"num_classes": 5, "image_size": 8, "patch_size": 2, **arguments})
+    sizes = {"width": 16, "depth": 2, "heads": 2, "num_classes": 5, "image_size": 8, "patch_size": 2}
+    model = ViT(mixer, **{**sizes, **arguments})
     torch.nn.init.normal_(model.head.weight)
     return model
 
@@ -145,6 +146,16 @@ def test_recomputation_changes_nothing():
         results.append([logits, *gradients])
     for plain, recomputed in zip(*results, strict=True):
         torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
+
+
+def test_a_loop_may_be_lowered_inside_a_recomputed_block():
+    images = torch.randn(2, 3, 8, 8)
+    model = tiny("mttt_mlp", width=24, checkpoint=True)  # sizes of its own: nothing has lowered them before
+    _, losses = model(images, return_losses=True)
+    with torch.no_grad():
+        _, expected = model(images, return_losses=True)
+    for recomputed, plain in zip(losses, expected, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
 
 
 def test_a_shuffled_run_is_replayed_by_its_orders():

@@ -30,8 +30,8 @@ def _unsqueeze(o: Operands) -> str:
 
 
 def _slice(o: Operands) -> str:
-    given = o.text[2:]
-    start, end, step = [*given, *("None", "None", "1")[len(given) :]]
+    whole = ["None", "None", "1"]
+    start, end, step = o.text[2:] + whole[len(o.text[2:]) :]
     first = "" if start in ("None", "0") else start
     stop = "" if end in ("None", str(2**63 - 1)) else end
     inside = f"{first}:{stop}" + ("" if step == "1" else f":{step}")

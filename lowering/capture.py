@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -59,6 +59,8 @@ class Captured:
         sizes: every dim's size; N and n are absent where they are symbolic.
         output: the shape of one token's output.
         tokens: the one sequence length the graphs are valid for, or None for any.
+        prepare: slow weights -> what the loss reads of them (`lowering.rewrites.hoist`); None where it reads them.
+        hoisted: those values, by name, traced; more inputs of the loss.
     """
 
     spec: LoopSpec
@@ -67,6 +69,13 @@ class Captured:
     sizes: dict[str, int]
     output: tuple[int, ...]
     tokens: int | None
+    prepare: fx.GraphModule | None = None
+    hoisted: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def loss_inputs(self) -> list[str]:
+        """Inputs of the loss, in order."""
+        return [*self.spec.fast, *self.spec.slow, *self.hoisted, *self.spec.inputs]
 
 
 def capture(spec: LoopSpec, sizes: dict[str, int], tokens: int | None) -> Captured:

@@ -92,31 +92,35 @@ def pieces(captured: Captured, tracer: Tracer, losses: bool) -> dict[str, Piece]
     body = [*spec.fast, *spec.slow, *spec.inputs]
     made["readout"] = _piece("readout", captured.readout, body, ["z"], tracer, captured, True, {})
     if losses:
+        inputs = captured.loss_inputs
         final = tracer.trace_on(
             lambda *given: _call(captured.loss)(*given).sum(),  # type: ignore[arg-type]
-            [tracer.tile(name) for name in body],
-            body,
+            _examples(captured, tracer, inputs),
+            inputs,
         )
-        made["final_loss"] = _piece("final_loss", final, body, ["loss_after"], tracer, captured, True, {})
+        made["final_loss"] = _piece("final_loss", final, inputs, ["loss_after"], tracer, captured, True, {})
+    if captured.prepare is not None:
+        slow, prepared = list(spec.slow), list(captured.hoisted)
+        made["prepare"] = _piece("prepare", captured.prepare, slow, prepared, tracer, captured, True, {})
     return made
 
 
 def _gradient(captured: Captured, tracer: Tracer) -> tuple[fx.GraphModule, list[str]]:
     """Fast, slow, tokens, weight -> the gradient of each fast weight, the sum of the token losses."""
     spec = captured.spec
-    body = [*spec.fast, *spec.slow, *spec.inputs]
-    names = [*body, "weight"]
+    names = [*captured.loss_inputs, "weight"]
+    hoisted = list(captured.hoisted)
     loss_graph = captured.loss
     assert loss_graph is not None
 
     def loss(fast: dict[str, Tensor], slow: dict[str, Tensor], tokens: dict[str, Tensor]) -> Tensor:
-        return _call(loss_graph)(*[{**fast, **slow, **tokens}[name] for name in body])
+        return _call(loss_graph)(*[{**fast, **slow, **tokens}[name] for name in captured.loss_inputs])
 
     gradient = reference.batch_gradient(spec, loss)
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(names, tensors, strict=True))
-        groups = ({name: given[name] for name in group} for group in (spec.fast, spec.slow, spec.inputs))
+        groups = ({name: given[name] for name in group} for group in (spec.fast, [*spec.slow, *hoisted], spec.inputs))
         gradients, total = gradient(*groups, given["weight"])
         return (*gradients.values(), total)
 
@@ -142,8 +146,14 @@ def _update(captured: Captured, tracer: Tracer) -> tuple[fx.GraphModule, list[st
 def _examples(captured: Captured, tracer: Tracer, names: list[str]) -> list[Tensor]:
     """A fake tensor for each input of a piece."""
     declared = {**captured.spec.fast, **captured.spec.slow, **captured.spec.inputs}
-    tiles = [name if name in declared else name.removeprefix("gradient_") for name in names]
-    return [tracer.tile(name) if name in declared else tracer.example([]) for name in tiles]
+    found = []
+    for name in names:
+        tile = name if name in declared else name.removeprefix("gradient_")
+        if tile in captured.hoisted:
+            found.append(tracer.like(captured.hoisted[tile]))
+        else:
+            found.append(tracer.tile(tile) if tile in declared else tracer.example([]))
+    return found
 
 
 def _piece(

@@ -13,7 +13,7 @@ from nestloop.lowering.axes import Typing, check_tokens, type_axes
 from nestloop.lowering.capture import Captured, Tracer, capture_with
 from nestloop.lowering.differentiate import Piece, pieces
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
-from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, rewrites
+from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, rewrites
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.schedule.cost import cost, rows_in_cache
 
@@ -58,13 +58,14 @@ def stages(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bo
     if typing is not None:
         check_tokens(spec, typing)
     narrowed, gram = gram_form(captured, tracer)
-    differentiated = pieces(narrowed, tracer, losses)
-    applied = [gram, *rewrites(captured, differentiated)]
+    hoisted, hoisting = hoist(narrowed, tracer)
+    differentiated = pieces(hoisted, tracer, losses)
+    applied = [gram, hoisting, *rewrites(captured, differentiated)]
     if "first_gradient" in differentiated and spec.schedule.steps == 1:  # the rewrites have compared them
         unused = ("first_gradient", "first_update") if carried else ("gradient", "update")
         differentiated = {name: piece for name, piece in differentiated.items() if name not in unused}
     attention = next((r for r in applied if r.name == "softmax attention" and r.fired), None)
-    emitter = TorchEmitter(captured, differentiated, losses, carried)
+    emitter = TorchEmitter(hoisted, differentiated, losses, carried)
     return Lowered(captured, typing, differentiated, applied, None if attention else emitter.emit())
 
 

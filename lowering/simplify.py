@@ -131,6 +131,8 @@ class _Rebuild:
             return size
         for node in self.graph.nodes:
             value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
+                return node
             if isinstance(value, torch.Tensor):
                 for axis, other in enumerate(value.shape):
                     if not isinstance(other, int) and other.node.expr == size.node.expr:
@@ -178,7 +180,7 @@ class _Rebuild:
             order = [d % len(shape) for d in node.args[1]]
             if order == list(range(len(order))):
                 return source
-            if source.target is aten.mm.default and order == [1, 0] and _is_gram(source):
+            if order == [1, 0] and is_gram(source):
                 return source
             if source.target is aten.permute.default:
                 inner = [d % len(shape) for d in source.args[1]]
@@ -332,9 +334,11 @@ def _is_scalar(node: fx.Node) -> bool:
     return _is_size(node) or not node.meta["val"].shape
 
 
-def _is_gram(product: fx.Node) -> bool:
-    """Whether a product is a a^T, its own transpose."""
-    left, right = product.args
+def is_gram(value: fx.Node) -> bool:
+    """Whether a value is a a^T, its own transpose: by what it is, or (an input) by its name."""
+    if value.target is not aten.mm.default:
+        return value.op == "placeholder" and value.name.startswith("gram_")
+    left, right = value.args
     return right.target is aten.permute.default and list(right.args[1]) == [1, 0] and right.args[0] is left
 
 

@@ -37,6 +37,7 @@ schedule = {schedule}
 _HELPERS = (
     "add",
     "cat",
+    "every_head",
     "expand",
     "filled",
     "join",
@@ -51,6 +52,7 @@ _HELPERS = (
     "zeros",
 )
 _TITLES = {
+    "prepare": "What the loss reads of the slow weights, once for all tiles",
     "gradient": "What one inner step descends: gradients summed over the tile's tokens",
     "first_gradient": "The same at zero fast weights",
     "update": "One step of the inner optimizer",
@@ -90,6 +92,7 @@ class TorchEmitter:
         self.output = readout_axes(captured)
         spec = self.spec
         self.tokens, self.fast, self.slow = list(spec.inputs), list(spec.fast), list(spec.slow)
+        self.hoisted = list(captured.hoisted)
         self.starts = [n for n in self.fast if carried or not spec.fast[n].frozen_zero]
         self.pieces = {name: piece for name, piece in pieces.items() if not (carried and name.startswith("first_"))}
         self.variants = ["first_", ""] if "first_gradient" in self.pieces else [""]
@@ -203,9 +206,17 @@ class TorchEmitter:
 
         return lines + self._each_variant(one)
 
+    def _prepared(self) -> list[str]:
+        """Lines that compute what tiles share: for every head its own, so that its cotangent is that head's too."""
+        if not self.hoisted:
+            return []
+        names = ", ".join(self.hoisted) + ("," if len(self.hoisted) == 1 else "")
+        inputs = ", ".join([*self.tokens, *self.starts, *self.slow])
+        return [self._call("prepare", self.hoisted), f"{names} = every_head(({names}), ({inputs},))"]
+
     def _forward(self) -> str:
         fast = self.fast
-        lines = [f"N = {self.tokens[0]}.shape[2]", "_between, _losses = [], []"]
+        lines = [f"N = {self.tokens[0]}.shape[2]", "_between, _losses = [], []", *self._prepared()]
         lines.append("for _step, (_start, _stop) in enumerate(schedule.batches(N)):")
         loop = self._gradients(self.losses)
         loop += self._each_variant(lambda variant: [self._call(f"{variant}update", fast)])
@@ -230,12 +241,12 @@ class TorchEmitter:
     def _backward(self) -> str:
         fast, slow, tokens = self.fast, self.slow, self.tokens
         shuffled = self.spec.schedule.needs_order
-        lines = [f"N = {tokens[0]}.shape[2]", "_batches = schedule.batches(N)"]
+        lines = [f"N = {tokens[0]}.shape[2]", "_batches = schedule.batches(N)", *self._prepared()]
         first = ", ".join(name if name in self.starts else "None" for name in fast)
         later = ", ".join(f"between_{name}[i]" for name in fast)
         lines.append(f"_starts = [({first},)] + [({later},) for i in range(len(_batches) - 1)]")
         lines += [f"{name} = end_{name}" for name in fast]
-        lines.append(f"{' = '.join('d_' + n for n in [*slow, *tokens])} = None")
+        lines.append(f"{' = '.join('d_' + n for n in [*slow, *self.hoisted, *tokens])} = None")
         lines += self._pull("readout", "readout", "0, N", "None", "", {"d_z": "d_z_i"})
         if self.losses:
             lines += self._pull("final_loss", "gradient", "0, N", "None", "", {"d_loss_after": "d_losses[..., -1] / N"})
@@ -262,6 +273,10 @@ class TorchEmitter:
         )
         lines.append(indent("\n".join(loop), "    "))
         lines += [f"d_{n} = add(d_{n}, untake(_pieces_{n}, _order, {n}))" for n in seen if shuffled]
+        if self.hoisted:
+            lines += [f"d_{n} = zeros({n}) if d_{n} is None else d_{n}" for n in self.hoisted]
+            lines.append(self._call("prepare_vjp", [f"c_{n}" for n in self.pieces["prepare"].wrt]))
+            lines += [f"d_{n} = add(d_{n}, c_{n})" for n in self._nonzero("prepare_vjp")]
         inputs = [*tokens, *self.starts, *slow]
         lines.append(f"return {', '.join(f'zeros({n}) if d_{n} is None else d_{n}' for n in inputs)}")
         cotangents = ["d_z", *[f"d_{n}" for n in fast], *(["d_losses"] if self.losses else [])]

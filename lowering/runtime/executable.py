@@ -81,7 +81,7 @@ def _flops(spec: LoopSpec, plan: Plan, heads: int) -> Callable[[int, int], tuple
     costs = {name: [parse(text) for text in texts] for name, texts in plan.pieces.items()}
 
     def total(sequences: int, length: int) -> tuple[int, int]:
-        runs = [(name, length) for name in ("readout", "final_loss", "fit")]
+        runs = [(name, length) for name in ("prepare", "readout", "final_loss", "fit")]
         for index, (start, stop) in enumerate(spec.schedule.batches(length) if plan.form == "loop" else []):
             first = "first_" if index == 0 and "first_gradient" in costs else ""
             runs += [(f"{first}gradient", stop - start), (f"{first}update", stop - start)]

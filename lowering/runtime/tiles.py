@@ -61,6 +61,12 @@ def expand(x: Tensor, *tile: int) -> Tensor:
     return x.expand(*x.shape[:2], *tile)
 
 
+def every_head(values: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """Values repeated for each of the heads that the others have."""
+    heads = max(t.shape[0] for t in others)
+    return [v.expand(heads, *v.shape[1:]) for v in values]
+
+
 def cat(tiles: Sequence[Tensor], axis: int) -> Tensor:
     """Tiles joined along an axis counted from the end."""
     heads, sequences = (max(t.shape[axis] for t in tiles) for axis in (0, 1))

@@ -1,0 +1,84 @@
+"""What depends on slow weights alone is computed once, not for every tile: loop-invariant code motion.
+
+The values at the border become inputs of the loss, like slow weights. Their cotangents are then summed over tiles and
+sequences before they flow on, so no weight's gradient is ever spread over sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from nestloop.lowering import ops
+from nestloop.lowering.capture import Captured, Tracer
+from nestloop.lowering.rewrites.rule import Rewrite
+from nestloop.lowering.simplify import is_gram, simplify
+
+NAME = "hoisting"
+
+
+def hoist(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
+    """Take what depends on slow weights alone out of the loss."""
+    if captured.loss is None or not captured.spec.slow:
+        return captured, Rewrite(NAME, False, "no slow weight enters a loss")
+    loss = simplify(captured.loss)
+    slow = set(captured.spec.slow)
+    reached: dict[fx.Node, set[str]] = {}
+    for node in loss.graph.nodes:
+        below = set().union(*[reached[n] for n in node.all_input_nodes]) if node.all_input_nodes else set()
+        reached[node] = {node.name} if node.op == "placeholder" else below
+    ours = [n for n, r in reached.items() if n.op == "call_function" and r and r <= slow and not ops.is_size_op(n.target)]
+    border = [n for n in ours if any(user not in ours for user in n.users)]
+    if not border or all(n.target is torch.ops.aten.permute.default for n in border):
+        return captured, Rewrite(NAME, False, "no value of the loss depends on slow weights alone")
+    names = {n: f"gram_{i}" if is_gram(n) else f"hoisted_{i}" for i, n in enumerate(border)}
+
+    def prepare(*weights: Tensor) -> tuple[Tensor, ...]:
+        env = _run(loss, dict(zip(captured.spec.slow, weights, strict=True)), {}, set(ours))
+        return tuple(env[n] for n in border)
+
+    inputs = [*captured.spec.fast, *captured.spec.slow, *names.values(), *captured.spec.inputs]
+
+    def rest(*tensors: Tensor) -> Tensor:
+        given = dict(zip(inputs, tensors, strict=True))
+        env = _run(loss, given, {n: given[name] for n, name in names.items()}, None)
+        (result,) = next(n for n in loss.graph.nodes if n.op == "output").args
+        return env[result]
+
+    slow_names = list(captured.spec.slow)
+    prepared = tracer.trace_on(prepare, [tracer.tile(n) for n in slow_names], slow_names)
+    hoisted = {name: n.meta["val"] for n, name in names.items()}
+    extended = replace(captured, prepare=prepared, hoisted=hoisted)
+    tiles = [tracer.like(hoisted[n]) if n in hoisted else tracer.tile(n) for n in inputs]
+    remaining = replace(extended, loss=tracer.trace_on(rest, tiles, inputs))
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in hoisted.items())
+    return remaining, Rewrite(NAME, True, f"these depend on slow weights alone, and are computed once: {shapes}")
+
+
+def _run(
+    module: fx.GraphModule, inputs: dict[str, Tensor], known: dict[fx.Node, Tensor], only: set[fx.Node] | None
+) -> dict[fx.Node, Any]:
+    """Evaluate a graph where some values are known; `only` these nodes, or all that the result needs."""
+    env: dict[fx.Node, Any] = dict(known)
+    needed = only
+    if needed is None:
+        (result,) = next(n for n in module.graph.nodes if n.op == "output").args
+        needed, stack = set(), [result]
+        while stack:
+            node = stack.pop()
+            if node not in needed and node not in known:
+                needed.add(node)
+                stack.extend(node.all_input_nodes)
+    for node in module.graph.nodes:
+        if node.op == "placeholder" and node.name in inputs:
+            env[node] = inputs[node.name]
+        elif node.op == "call_function" and node in needed and node not in known:
+            args = fx.node.map_arg(node.args, env.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
+            function: Callable[..., Any] = node.target  # type: ignore[assignment]
+            env[node] = function(*args, **kwargs)
+    return env

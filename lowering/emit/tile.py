@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._sympy.printers import PythonPrinter
 
 from nestloop.lowering import ops
 from nestloop.lowering.axes import Axes
@@ -23,13 +24,13 @@ SCALARS = ("weight", "rate")  # placeholders that are Python numbers when the co
 
 
 def size_text(size: Any) -> str:
-    """A traced size as source text, the token axis being n."""
-    if isinstance(size, int):
+    """A traced size, or a number computed from sizes, as source text; the token axis is n."""
+    if isinstance(size, (int, float)):
         return str(size)
     expr = size.node.expr
     for symbol in expr.free_symbols:
         expr = expr.subs(symbol, type(symbol)("n", integer=True, positive=True))
-    return str(expr)
+    return PythonPrinter().doprint(expr)
 
 
 def used_inputs(module: fx.GraphModule) -> list[str]:

@@ -13,7 +13,10 @@ from nestloop.lowering.ops.row import Kind, Op, Operands
 ROWS: dict[Any, Op] = {row.target: row for module in (pointwise, products, reductions, movement) for row in module.ROWS}
 
 # Sizes are computed in Python, not on tensors: these may stand in a graph without a row.
-SIZE_OPS = {"sym_size", "add", "mul", "sub", "floordiv", "mod", "sym_numel", "neg", "getitem", "truediv"}
+SIZE_OPS = {
+    *("sym_size", "sym_numel", "sym_float", "sym_max", "sym_min"),
+    *("add", "mul", "sub", "floordiv", "mod", "neg", "getitem", "truediv", "pow"),
+}
 
 
 def row(target: Any) -> Op:

@@ -84,9 +84,7 @@ def random_inputs(
 
 def run(op: nl.CompiledLoop, inputs: Inputs, losses: bool = True) -> dict[str, Tensor]:
     """Outputs, and gradients of a fixed weighting of all of them, by name."""
-    made = op(
-        inputs.views, inputs.weights, inputs.state, inputs.order, return_losses=losses, **inputs.dims
-    )
+    made = op(inputs.views, inputs.weights, inputs.state, inputs.order, return_losses=losses, **inputs.dims)
     outputs = {"z": made[0], **{f"end {n}": t for n, t in made[1].items()}}
     if losses and made[2] is not None:
         outputs["losses"] = made[2]
@@ -117,13 +115,17 @@ def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
     return errors
 
 
+def tokens_at_a_time(rows: int) -> property:
+    """For `NestedLoopOp.rows`: so few tokens that every sequence is worked on in several tiles."""
+    return property(lambda op: rows, lambda op, chosen: None)
+
+
 def compare(
     loop: type[nl.Loop], inputs: Inputs, losses: bool = True, sizes: Mapping[str, int] | None = None
 ) -> dict[str, float]:
     """The torch backend against the reference on the same inputs."""
     found, wanted = (
-        run(nl.compile(loop, backend=backend, **(sizes or {})), inputs, losses)
-        for backend in ("torch", "reference")
+        run(nl.compile(loop, backend=backend, **(sizes or {})), inputs, losses) for backend in ("torch", "reference")
     )
     return differences(found, wanted)
 

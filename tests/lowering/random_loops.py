@@ -59,6 +59,7 @@ class RandomLoop:
     carried: bool
     losses: bool
     order_per_sequence: bool
+    rows: int
     seed: int
 
     def declare(self) -> type[nl.Loop]:
@@ -114,6 +115,7 @@ def random_loops(loss: str, shuffled: bool) -> st.SearchStrategy[RandomLoop]:
         carried=st.booleans(),
         losses=st.booleans(),
         order_per_sequence=st.booleans(),
+        rows=st.sampled_from([1, 7, 50, 10**6]),
         seed=st.integers(0, 2**16),
     )
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 import nestloop as nl
 from nestloop import zoo
 from nestloop.lowering import capture, lower, ops, pipeline
-from tests.lowering.comparison import assert_equal, compare, differences, random_inputs, run
+from nestloop.lowering.runtime.library import NestedLoopOp
+from tests.lowering.comparison import assert_equal, compare, differences, random_inputs, run, tokens_at_a_time
 
 LENGTHS = [1, 2, 23, 100]
 
@@ -178,6 +179,13 @@ FUNCTIONS = {
     "cumsum": lambda x: x.cumsum(0) / 5,
     "position": lambda x: x + torch.arange(x.shape[-1], device=x.device) / 8,
     "token position": lambda x: x * (torch.arange(x.shape[0], device=x.device)[:, None] + 1) / 8,
+    "token count": lambda x: x * x.shape[0] / 4,
+    "token count in a root": lambda x: x / x.shape[0] ** 0.5,
+    "half the tokens": lambda x: x * (x.shape[0] / 4) / (1 + x.shape[0] // 2),
+    "first token": lambda x: x + x[:1],
+    "previous token": lambda x: x + F.pad(x, (0, 0, 1, 0))[:-1],
+    "tokens reversed": lambda x: x + x.flip(0),
+    "a triangle of the tile": lambda x: x.tril(1),
     "convolution over tokens": lambda x: F.conv1d(x.T[None], x.new_full((8, 1, 3), 0.3), padding=1, groups=8)[0].T,
     "mse": lambda x: F.mse_loss(x, torch.zeros_like(x), reduction="none"),
     "huber": lambda x: F.huber_loss(x, torch.zeros_like(x), reduction="none", delta=0.8),
@@ -192,8 +200,9 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_inside_a_body(name: str):
-    """PyTorch's functions by name, as an activation: values, losses, every gradient."""
+def test_a_function_inside_a_body(name: str, monkeypatch: pytest.MonkeyPatch):
+    """PyTorch's functions by name, as an activation: values, losses, every gradient, in tiles unless tokens mix."""
+    monkeypatch.setattr(NestedLoopOp, "rows", tokens_at_a_time(2), raising=False)
     function = FUNCTIONS[name]
 
     class Learner(nl.Learner):

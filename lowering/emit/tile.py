@@ -145,7 +145,11 @@ class TileFunction:
         )
         if row.kind is Kind.VIEW and tensors[0] in self.scalar:
             return f"filled({', '.join([self.text[tensors[0]], *operands.shape])}, dtype=dtype, device=device)"
-        return row.spell(operands)
+        spelled = row.spell(operands)
+        if row.kind is Kind.PRODUCT and any(t.name.startswith("gram_") for t in tensors):
+            # A Gram matrix squares the condition number: its products stay in full precision.
+            spelled = spelled.replace(", _low)", ", None)")
+        return spelled
 
     def _operand(self, value: Any, rank: int | None) -> Any:
         """An argument as text; with `rank`, a tile of lower rank gets its missing leading axes."""

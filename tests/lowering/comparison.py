@@ -77,8 +77,8 @@ def random_inputs(
     state = {name: weight(name, (sequences, heads)) for name in spec.fast} if carried else None
     order = None
     if spec.schedule.needs_order and not spec.is_kernel_estimator:
-        lead = (sequences, heads) if order_per_sequence else (heads,)
-        order = torch.rand(*lead, tokens, generator=generator).argsort(-1)
+        rows = (sequences, heads) if order_per_sequence else (heads,)
+        order = torch.rand(*rows, tokens, generator=generator).argsort(-1)
     return Inputs(views, weights, state, order, dict(call))
 
 
@@ -120,13 +120,9 @@ def tokens_at_a_time(rows: int) -> property:
     return property(lambda op: rows, lambda op, chosen: None)
 
 
-def compare(
-    loop: type[nl.Loop], inputs: Inputs, losses: bool = True, sizes: Mapping[str, int] | None = None
-) -> dict[str, float]:
+def compare(loop: type[nl.Loop], inputs: Inputs, losses: bool = True) -> dict[str, float]:
     """The torch backend against the reference on the same inputs."""
-    found, wanted = (
-        run(nl.compile(loop, backend=backend, **(sizes or {})), inputs, losses) for backend in ("torch", "reference")
-    )
+    found, wanted = (run(nl.compile(loop, backend=backend), inputs, losses) for backend in ("torch", "reference"))
     return differences(found, wanted)
 
 

@@ -127,7 +127,7 @@ def _declare(case: RandomLoop) -> type[nl.Loop]:
     weights: dict[str, Any] = {}
 
     def fast(name: str, *dims: str, position: str) -> None:
-        frozen = case.frozen in (position, "all") or case.frozen == "biases" and len(dims) == 1
+        frozen = case.frozen in (position, "all") or (case.frozen == "biases" and len(dims) == 1)
         weights[name] = nl.fast(*dims, init="zeros", learned=False) if frozen else nl.fast(*dims)
 
     for index in range(case.layers):

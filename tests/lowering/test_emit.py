@@ -1,4 +1,4 @@
-"""The generated source: its text for three loops, the user's lines in it, and that Python takes it without a warning."""
+"""The generated source: its text for three loops, the user's lines in it, and that Python takes it as it is."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ IDENTITIES: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "x ** 0": (lambda x, y: x**0, ["full.default"]),
     "x ** 1": (lambda x, y: x**1, []),
     "x ** 2": (lambda x, y: x**2, ["mul.Tensor"]),
-    "-(-x)": (lambda x, y: -(-x), []),
+    "-(-x)": (lambda x, y: torch.neg(-x), []),
     "(x a) b": (lambda x, y: x * 3 * 0.5, ["mul.Tensor"]),
     "-(x a)": (lambda x, y: -(x * 3), ["mul.Tensor"]),
     "(-x) a": (lambda x, y: (-x) * -1, []),

@@ -25,9 +25,9 @@ def derivatives(function: Callable[..., Any], tensors: list[Tensor]) -> list[Ten
     """Values, the gradient of a weighting of them, and the gradient of a weighting of that gradient."""
     leaves = [t.clone().requires_grad_() for t in tensors]
     values = [v for v in tree_leaves(function(*leaves)) if isinstance(v, Tensor)]
-    weighted = sum((v * normal(*v.shape, seed=3)).sum() + v.square().sum() for v in values)
+    weighted = torch.stack([(v * normal(*v.shape, seed=3)).sum() + v.square().sum() for v in values]).sum()
     gradients = torch.autograd.grad(weighted, leaves, create_graph=True)
-    again = sum((g * normal(*g.shape, seed=4)).sum() + g.square().sum() for g in gradients)
+    again = torch.stack([(g * normal(*g.shape, seed=4)).sum() + g.square().sum() for g in gradients]).sum()
     second = torch.autograd.grad(again, leaves, allow_unused=True)
     zeros = [torch.zeros_like(t) if s is None else s for s, t in zip(second, leaves, strict=True)]
     return [t.detach() for t in (*values, *gradients, *zeros)]
@@ -94,14 +94,16 @@ def test_variance(dim, keepdim, correction):
 @pytest.mark.parametrize("affine", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("shape", [[5], [3, 5]])
 def test_layer_norm(shape, affine):
-    weights = [normal(*shape, seed=i) if given else None for i, given in enumerate(affine)]
+    weight, bias = (normal(*shape, seed=i) if given else None for i, given in enumerate(affine))
 
     def first(function):
         return lambda x, w, b: function(x, shape, w, b, 1e-5)[0]
 
-    assert_same(first(decompose.native_layer_norm), first(aten.native_layer_norm.default), normal(4, 3, 5), *weights)
-    ours = decompose.native_layer_norm(normal(4, 3, 5), shape, *weights, 1e-5)
-    theirs = aten.native_layer_norm.default(normal(4, 3, 5), shape, *weights, 1e-5)
+    assert_same(
+        first(decompose.native_layer_norm), first(aten.native_layer_norm.default), normal(4, 3, 5), weight, bias
+    )
+    ours = decompose.native_layer_norm(normal(4, 3, 5), shape, weight, bias, 1e-5)
+    theirs = aten.native_layer_norm.default(normal(4, 3, 5), shape, weight, bias, 1e-5)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -115,12 +117,11 @@ def test_rms_norm(affine, eps):
         return decompose.fused_rms_norm(x, [5], w, eps)[0]
 
     def theirs(x, w=None):
-        scale = 1 if w is None else w
-        return (
-            x / (x.square().mean(-1, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).sqrt() * scale
-        )
+        added = torch.finfo(x.dtype).eps if eps is None else eps
+        normed = x / (x.square().mean(-1, keepdim=True) + added).sqrt()
+        return normed if w is None else normed * w
 
-    tensors = [normal(4, 5), *([weight] if affine else [])]
+    tensors = [normal(4, 5), *([] if weight is None else [weight])]
     assert_same(ours, theirs, *tensors)
     torch.testing.assert_close(ours(*tensors), F.rms_norm(tensors[0], (5,), weight, eps), rtol=1e-6, atol=1e-6)
 

@@ -5,7 +5,11 @@ Nothing here imports the pipeline until a loop is lowered for the first time: a 
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import plan as plans
@@ -16,6 +20,17 @@ from nestloop.lowering.runtime.plan import Plan
 __all__ = ["EXECUTABLES", "lower", "plan_for"]
 
 _PLANS: dict[str, Plan] = {}
+_NAME = "nestloop-lowering"
+_THREAD = ThreadPoolExecutor(1, _NAME)
+
+
+def _after_fork() -> None:
+    global _THREAD
+    _THREAD = ThreadPoolExecutor(1, _NAME)  # threads stay in the parent
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def plan_for(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool) -> Plan:
@@ -35,14 +50,22 @@ def plan_for(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: 
         return _PLANS[key]
     found = plans.read(key)
     if found is None:
-        # In a thread of its own, which has none of what a call may be made under: autocast, a functional transform, a
-        # recomputed block's hooks on saved tensors, Dynamo's fake tensors. All of these are a thread's own.
-        with ThreadPoolExecutor(1, "nestloop-lowering") as clean:
-            found = clean.submit(_plan, spec, sizes, tokens, losses, carried).result()
+        found = _apart(_plan, spec, sizes, tokens, losses, carried)
         plans.keep(key, found)
     if key is not None:
         _PLANS[key] = found
     return found
+
+
+def _apart(function: Callable[..., Plan], *arguments: Any) -> Plan:
+    """Call a function in a thread that has nothing of what a user's call may be made under: a functional transform, the
+    hooks of a recomputed block on saved tensors, autocast, a mode that counts FLOPs. All of these are a thread's own.
+
+    The thread lives as long as the process: PyTorch 2.11 keeps pointers into one that has ended.
+    """
+    if threading.current_thread().name.startswith(_NAME):  # a body that itself calls a loop
+        return function(*arguments)
+    return _THREAD.submit(function, *arguments).result()
 
 
 def _plan(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool) -> Plan:

@@ -129,9 +129,7 @@ def test_shapes_of_expressions_slices_and_tokens():
         broadcast.format(32),
         g=nl.slow("4*d"),
     )
-    mismatch(
-        sliced, "sub", "f(t.k) is [n, d], t.v[:, :3] is [n, 3]; d = 8 meets 3", broadcast.format(3)
-    )
+    mismatch(sliced, "sub", "f(t.k) is [n, d], t.v[:, :3] is [n, 3]; d = 8 meets 3", broadcast.format(3))
     mismatch(
         tokens,
         "matmul",
@@ -575,8 +573,7 @@ def test_bodies_have_no_side_effects(loss, effect, given):
         given=given,
         need="a body that only computes its result: it is traced once, so the effect would happen once, "
         "at compile time",
-        fix="compute with local names and return the result; inner losses are an output of the op "
-        "(return_losses=True)",
+        fix="compute with local names and return the result; inner losses are an output of the op (return_losses=True)",
     )
     assert LOG == [] and COUNT == 0
 

@@ -34,7 +34,7 @@ def test_numbers_and_roots():
 @pytest.mark.parametrize(
     "text, given",
     [
-        ("__import__('os').system('x')", '"__import__(\'os\').system(\'x\')"'),
+        ("__import__('os').system('x')", "\"__import__('os').system('x')\""),
         ("f(d)", "'f(d)'"),
         ("d if d else 1", "'d if d else 1'"),
         ("d[0]", "'d[0]'"),
@@ -46,7 +46,7 @@ def test_numbers_and_roots():
         ("d @ d", "'d @ d'"),
         ("not d", "'not d'"),
         ("True", "'True'"),
-        ("'d'", '"\'d\'"'),
+        ("'d'", "\"'d'\""),
         ("d; 1", "text that does not parse (invalid syntax)"),
         ("", "text that does not parse (invalid syntax)"),
         ("4*", "text that does not parse (invalid syntax)"),

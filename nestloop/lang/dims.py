@@ -77,7 +77,7 @@ class DimExpr:
                 need="a positive integer",
                 fix=f"choose sizes that make {self.text} whole and positive" if self.names else "write another number",
             )
-        return int(value)
+        return Fraction(value).numerator
 
 
 def parse(text: str | int | DimExpr, where: Location | None = None) -> DimExpr:

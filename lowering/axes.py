@@ -87,6 +87,24 @@ def type_axes(spec: LoopSpec, module: fx.GraphModule, output: Axes = ()) -> Typi
     return Typing(axes, tuple(mixing))
 
 
+def needs_all_tokens(spec: LoopSpec, module: fx.GraphModule) -> bool:
+    """Whether a graph cannot be computed tile by tile: tokens mix, or a value depends on how many there are."""
+    if type_axes(spec, module).mixing:
+        return True
+    for node in module.graph.nodes:
+        if node.op == "call_function" and ops.is_size_op(node.target):
+            readers = [user for user in node.users if not ops.is_size_op(user.target)]
+            if any(ops.row(u.target).kind not in (Kind.VIEW, Kind.CREATE) or _counts(u) for u in readers if u.op != "output"):
+                return True
+    return False
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a created value holds positions or sizes, not a constant."""
+    name = node.target._schema.name.split("::")[-1]
+    return name == "arange" or any(isinstance(a, fx.Node) for a in node.args if not isinstance(a, (list, tuple)) and name.endswith("full"))
+
+
 def readout_axes(captured: Captured) -> Axes:
     """The axes of a loop's output."""
     spec = captured.spec

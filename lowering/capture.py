@@ -41,6 +41,7 @@ from nestloop.lang.loop import LoopSpec, body_line
 from nestloop.lowering import ops
 from nestloop.lowering.mismatch import OpFailed, about_shapes, operands, shape_mismatch, trial_sizes
 
+_LENGTHS = (*range(2, 70), 128, 196, 1024, 50_176, 10**6)  # a decision on n is tried on these; 1 is lowered on its own
 _HINT = 23  # stands for n while tracing; the graphs hold the symbol
 _LOOKS_AT_VALUES = {
     *("_local_scalar_dense", "item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__"),
@@ -61,6 +62,7 @@ class Captured:
         tokens: the one sequence length the graphs are valid for, or None for any.
         prepare: slow weights -> what the loss reads of them (`lowering.rewrites.hoist`); None where it reads them.
         hoisted: those values, by name, traced; more inputs of the loss.
+        reads_dtype: whether a body uses a constant of the dtype (RMSNorm's default eps).
     """
 
     spec: LoopSpec
@@ -71,6 +73,7 @@ class Captured:
     tokens: int | None
     prepare: fx.GraphModule | None = None
     hoisted: Mapping[str, Tensor] = field(default_factory=dict)
+    reads_dtype: bool = False
 
     @property
     def loss_inputs(self) -> list[str]:
@@ -165,7 +168,10 @@ def _kernel_body(spec: LoopSpec, dims: dict[str, Any]) -> Callable[..., Tensor]:
 class Tracer:
     """Traces functions of one loop's tensors over fake tiles, all with the same symbol for n."""
 
-    def __init__(self, spec: LoopSpec, sizes: dict[str, int], tokens: int | None) -> None:
+    def __init__(
+        self, spec: LoopSpec, sizes: dict[str, int], tokens: int | None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.dtype, self.reads_dtype = dtype, False
         self.spec, self.sizes = spec, {n: s for n, s in sizes.items() if n not in ("N", "n")}
         self.tokens = tokens
         self.fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
@@ -199,11 +205,13 @@ class Tracer:
 
     def _fake_tensor(self, shape: list[int], kinds: list[DimDynamic]) -> Tensor:
         context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
-        return self.fake.from_tensor(torch.empty(shape), symbolic_context=context)
+        return self.fake.from_tensor(torch.empty(shape, dtype=self.dtype), symbolic_context=context)
 
     def fixed_tokens(self) -> int | None:
         """The sequence length, where a body (or the declaration) fixes it."""
-        return self.tokens or (None if self.length.node.expr.free_symbols and _is_free(self.length) else _HINT)
+        if self.tokens is not None:
+            return self.tokens
+        return None if self.length.node.expr.free_symbols and _is_free(self.length) else _HINT
 
     def trace(self, body: Callable[..., Any], names: list[str], what: str) -> fx.GraphModule:
         """The graph of `body` over tiles of the named tensors."""
@@ -219,7 +227,7 @@ class Tracer:
         def watched(*tensors: Tensor) -> Any:
             if user_body is None:
                 return body(*tensors)
-            with _BodyMode(self.spec), _Calls(self.spec):
+            with _BodyMode(self.spec), _Calls(self):
                 return body(*tensors)
 
         # A body may not write into tensors, but PyTorch's own composite functions and derivative formulas do.
@@ -236,9 +244,12 @@ class Tracer:
 
 
 def _is_free(length: Any) -> bool:
-    """Whether the symbol n is still any number: a body may have fixed it by reshaping to a literal size."""
-    env, expr = length.node.shape_env, length.node.expr
-    return bool(env.replace(expr).free_symbols)
+    """Whether the graphs hold for any n: no body reshaped to a literal size, or took a branch that another n would not."""
+    env, symbol = length.node.shape_env, length.node.expr
+    if not env.replace(symbol).free_symbols:
+        return False
+    decided = [guard.expr for guard in env.guards if symbol in guard.expr.free_symbols]
+    return all(expr.subs(symbol, n) != False for expr in decided for n in _LENGTHS)  # noqa: E712 (a sympy value)
 
 
 class _BodyMode(TorchDispatchMode):
@@ -277,9 +288,9 @@ class _BodyMode(TorchDispatchMode):
 class _Calls(TorchFunctionMode):
     """Sees the functions a body calls, before PyTorch takes them apart: refuses writes into tensors."""
 
-    def __init__(self, spec: LoopSpec) -> None:
+    def __init__(self, tracer: Tracer) -> None:
         super().__init__()
-        self.spec = spec
+        self.tracer, self.spec = tracer, tracer.spec
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -297,6 +308,12 @@ class _Calls(TorchFunctionMode):
                 need="values that are computed, not overwritten: the graph has no memory",
                 fix="write y = x + z instead of x += z, torch.where or torch.cat instead of an assignment to x[...]",
             )
+        if name == "rms_norm":
+            # PyTorch's own is taken apart where nothing sees it, with its eps rounded to float32.
+            given = dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)) | kwargs
+            self.tracer.reads_dtype |= given.get("eps") is None  # the default is the dtype's own
+            x, shape = given["input"], list(given["normalized_shape"])
+            return ops.fused_rms_norm(x, shape, given.get("weight"), given.get("eps"))[0]
         if name in _LOOKS_AT_VALUES:
             if isinstance(args[0], Tensor) and not torch._is_functional_tensor(args[0]):
                 raise _captured(self.spec, args[0], user_line(self.spec))
@@ -415,7 +432,7 @@ def _line_in_traceback(spec: LoopSpec, error: BaseException) -> Location:
 
 
 def _op_name(func: Any) -> str:
-    return func._schema.name.split("::")[-1]
+    return func._schema.name.split("::")[-1] if hasattr(func, "_schema") else getattr(func, "__name__", str(func))
 
 
 def _shape(value: Any) -> str:

@@ -9,6 +9,8 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+
+import torch
 from typing import Any
 
 from nestloop.lang.loop import LoopSpec
@@ -33,7 +35,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def plan_for(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool) -> Plan:
+def plan_for(
+    spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool, double: bool = False
+) -> Plan:
     """The plan of a loop for one set of sizes.
 
     Args:
@@ -41,16 +45,17 @@ def plan_for(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: 
         tokens: one sequence length, or None for any.
         losses: whether the inner losses are wanted.
         carried: whether fast weights come from a state even where they are frozen at zero.
+        double: whether it computes in float64, for the rare body that depends on the dtype.
 
     Raises:
         CompileError: a body cannot be compiled.
     """
-    key = fingerprint(spec, sorted(sizes.items()), tokens, losses, carried)
+    key = fingerprint(spec, sorted(sizes.items()), tokens, losses, carried, double)
     if key is not None and key in _PLANS:
         return _PLANS[key]
     found = plans.read(key)
     if found is None:
-        found = _apart(_plan, spec, sizes, tokens, losses, carried)
+        found = _apart(_plan, spec, sizes, tokens, losses, carried, double)
         plans.keep(key, found)
     if key is not None:
         _PLANS[key] = found
@@ -68,18 +73,23 @@ def _apart(function: Callable[..., Plan], *arguments: Any) -> Plan:
     return _THREAD.submit(function, *arguments).result()
 
 
-def _plan(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool) -> Plan:
+def _plan(
+    spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool, double: bool
+) -> Plan:
     from nestloop.lowering import pipeline
 
-    return pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried))
+    dtype = {"dtype": torch.float64} if double else {}
+    return pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried, **dtype))
 
 
 def lower(
-    spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool, inductor: bool
+    spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool, inductor: bool, double: bool = False
 ) -> str:
     """The name in `EXECUTABLES` of the op for one set of sizes; "" where a body holds for one length only and `tokens`
     does not say which."""
     plan = plan_for(spec, sizes, tokens, losses, carried)
     if tokens is None and plan.tokens is not None:
         return ""
+    if double and plan.reads_dtype:
+        plan = plan_for(spec, sizes, tokens, losses, carried, double)
     return build(spec, plan, sizes["H"], losses, inductor)

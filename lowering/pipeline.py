@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.axes import Typing, check_tokens, type_axes
@@ -40,7 +42,9 @@ class Lowered:
         return self.captured.spec
 
 
-def stages(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool) -> Lowered:
+def stages(
+    spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool, dtype: torch.dtype = torch.float32
+) -> Lowered:
     """Run the compiler up to source.
 
     Args:
@@ -48,11 +52,12 @@ def stages(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bo
         tokens: a sequence length the graphs may rely on, or None.
         losses: whether the inner losses are wanted.
         carried: whether fast weights come from a state even where they are frozen at zero.
+        dtype: the compute dtype, for the rare body that depends on it.
 
     Raises:
         CompileError: a body cannot be compiled.
     """
-    tracer = Tracer(spec, sizes, tokens)
+    tracer = Tracer(spec, sizes, tokens, dtype)
     captured = capture_with(tracer)
     typing = None if captured.loss is None else type_axes(spec, captured.loss)
     if typing is not None:
@@ -60,6 +65,7 @@ def stages(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bo
     narrowed, gram = gram_form(captured, tracer)
     hoisted, hoisting = hoist(narrowed, tracer)
     differentiated = pieces(hoisted, tracer, losses)
+    captured = replace(captured, tokens=tracer.fixed_tokens(), reads_dtype=tracer.reads_dtype)  # derivatives may have decided on n too
     applied = [gram, hoisting, *rewrites(captured, differentiated)]
     if "first_gradient" in differentiated and spec.schedule.steps == 1:  # the rewrites have compared them
         unused = ("first_gradient", "first_update") if carried else ("gradient", "update")
@@ -83,6 +89,7 @@ def plan(lowered: Lowered) -> Plan:
         tiles={} if form != "loop" else tiles,
         output=captured.output,
         tokens=captured.tokens,
+        reads_dtype=captured.reads_dtype,
         pieces={
             name: (str(cost(piece.forward).products), str(cost(piece.backward).products))
             for name, piece in lowered.pieces.items()

@@ -228,7 +228,10 @@ class _Rebuild:
         arithmetic = _ARITHMETIC.get(node.target)
         numbers = [a.number if isinstance(a, Fill) else a if isinstance(a, (int, float)) else None for a in args]
         if arithmetic and all(n is not None for n in numbers):
-            return Fill(float(arithmetic(*numbers)))
+            try:
+                return Fill(float(arithmetic(*numbers)))
+            except (ZeroDivisionError, OverflowError):
+                return None  # computed on tensors, which give an infinity or NaN
         fills = [isinstance(a, (Fill, int, float)) for a in args]
         if arithmetic and all(fills):  # scalars times numbers stay scalars
             inner = [a.value if isinstance(a, Fill) else a for a in args]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nestloop import reference
-from nestloop.errors import MissingPartError, UnknownBackendError
+from nestloop.errors import MissingPartError, ShapeMismatchError, UnknownBackendError
 from nestloop.lang.binding import bind, check_dims
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
@@ -111,17 +112,27 @@ class CompiledLoop:
             return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
         carried = state is not None
         sizes = tuple(sorted({**binding.dims, "H": binding.heads}.items()))
-        name = self._lowered(return_losses, carried, 0, sizes) if self.spec.grid is None else ""
-        if not name:  # the declaration, or a body, holds for one sequence length only
-            name = self._lowered(return_losses, carried, binding.tokens, sizes)
+        # One lowering serves every length but 1, where sizes broadcast, and loops that hold for one length only.
+        double = reference.compute_dtype({**views, **weights, **(state or {})}) == torch.float64
+        name = ""
+        if self.spec.grid is None and binding.tokens != 1:
+            name = self._lowered(return_losses, carried, 0, sizes, double)
+        if not name:
+            name = self._lowered(return_losses, carried, binding.tokens, sizes, double)
         return lower.EXECUTABLES[name](views, weights, state, order)
 
-    def _lowered(self, losses: bool, carried: bool, tokens: int, sizes: tuple[tuple[str, int], ...]) -> str:
+    def _lowered(self, losses: bool, carried: bool, tokens: int, sizes: tuple[tuple[str, int], ...], double: bool) -> str:
         """The name of the executable for these sizes, lowered the first time it is asked for (also while Dynamo traces
         a call, for which a name is a constant)."""
-        key = (losses, carried, tokens, sizes)
+        key = (losses, carried, tokens, sizes, double)
         if key not in self._names:
-            self._names[key] = lower.lower(self.spec, dict(sizes), tokens or None, losses, carried, self.inductor)
+            try:
+                name = lower.lower(self.spec, dict(sizes), tokens or None, losses, carried, self.inductor, double)
+            except ShapeMismatchError:
+                if tokens:
+                    raise
+                name = ""  # it may hold for the length of the call
+            self._names[key] = name
         return self._names[key]
 
     # What torch.compiler.assume_constant_result sets, without importing all of Dynamo (a second) with nestloop.
@@ -143,8 +154,9 @@ class CompiledLoop:
                 trial = {**sizes, rows: sizes.get(rows, 4), columns: sizes.get(columns, 4)}
                 return lower.plan_for(self.spec, trial, trial[rows] * trial[columns], False, False).output
             tokens = sizes[rows] * sizes[columns]
-        self._lowered(False, False, tokens, tuple(sorted(sizes.items())))
-        return lower.plan_for(self.spec, sizes, tokens or None, False, False).output
+        output = lower.plan_for(self.spec, sizes, tokens or None, False, False).output
+        self._lowered(False, False, tokens, tuple(sorted(sizes.items())), torch.get_default_dtype() == torch.float64)
+        return output
 
 
 def _remake(loop: type[Loop], backend: str, inductor: bool, dims: dict[str, int]) -> CompiledLoop:

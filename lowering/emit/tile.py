@@ -62,6 +62,10 @@ class TileFunction:
         self.inputs = used_inputs(module)
         (results,) = next(node for node in module.graph.nodes if node.op == "output").args
         self.results: list[fx.Node | None] = list(results)
+        if not self.signature and any(node is not None for node in self.results):
+            # Constants alone: the last tensor (a token input, a cotangent) tells their dtype and device.
+            names = [node.name for node in module.graph.find_nodes(op="placeholder")]
+            self.inputs = [next(name for name in reversed(names) if name not in SCALARS)]
         self.text: dict[fx.Node, str] = {}
         self.scalar: set[fx.Node] = set()
         self.count: dict[str, int] = {}
@@ -103,7 +107,8 @@ class TileFunction:
     def _line(self, node: fx.Node, dead: list[fx.Node]) -> list[str]:
         """The statement of one node, or nothing where it is spelled inside its users."""
         if ops.is_size_op(node.target):
-            self.text[node] = size_text(node.meta["val"])
+            text = size_text(node.meta["val"])
+            self.text[node] = text if text.isidentifier() or text.isdigit() else f"({text})"
             self.scalar.add(node)
             return []
         expression = self._expression(node)

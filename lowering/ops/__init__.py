@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from nestloop.lowering.ops import movement, pointwise, products, reductions
-from nestloop.lowering.ops.decompose import decompositions
+from nestloop.lowering.ops.decompose import decompositions, fused_rms_norm
 from nestloop.lowering.ops.row import Kind, Op, Operands
 
 ROWS: dict[Any, Op] = {row.target: row for module in (pointwise, products, reductions, movement) for row in module.ROWS}
@@ -52,6 +52,7 @@ __all__ = [
     "Operands",
     "admitted",
     "decompositions",
+    "fused_rms_norm",
     "is_size_op",
     "named_shape",
     "nearest",

@@ -32,7 +32,7 @@ def fingerprint(spec: LoopSpec, *settings: Any) -> str | None:
     """The digest of one loop lowered with these settings, or None where it cannot be made."""
     digest = _Digest()
     try:
-        digest.add(own_files(), torch.__version__, spec.name, repr(settings))
+        digest.add(own_files(), torch.__version__, str(torch.get_default_dtype()), spec.name, repr(settings))
         digest.add_class(spec.cls)
         digest.add_class(spec.learner)
         digest.add_value(spec.optimizer.lr)

@@ -24,6 +24,7 @@ class Plan:
         tokens: the one sequence length the plan is for, or None.
         pieces: names of the generated pieces, each with the FLOPs of its products, forward and backward, as
             arithmetic in n.
+        reads_dtype: whether it holds for one compute dtype only.
         rows: tokens worked on at a time, so that their tiles stay in a CPU's cache.
     """
 
@@ -36,6 +37,7 @@ class Plan:
     tokens: int | None
     pieces: dict[str, tuple[str, str]]
     rows: int
+    reads_dtype: bool = False
     scale: float | None = None
 
 

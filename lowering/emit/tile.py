@@ -99,8 +99,8 @@ class TileFunction:
         lines = "\n".join(body) + "\n".join(returned)
         if sized_by is not None and sized_by in inputs and _mentions(lines, "n"):
             head.append(f"    n = {sized_by}.shape[2]")
-        reference = next(iter(self.signature))
         if "dtype" in lines:
+            reference = self.signature[0]
             head.append(f"    dtype, device = {reference}.dtype, {reference}.device")
         return "\n".join([*head, *body, f"    return ({', '.join(returned)}{',' if len(returned) == 1 else ''})"])
 

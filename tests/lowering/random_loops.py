@@ -148,7 +148,7 @@ def _declare(case: RandomLoop) -> type[nl.Loop]:
             scale, shift = getattr(self, f"scale{index}"), getattr(self, f"shift{index}")
             return F.layer_norm(x, (x.shape[-1],), scale, shift, eps=1e-3)
         if case.norm == "rms norm":
-            return x * (x.square().mean(-1, keepdim=True) + 1e-3).rsqrt()
+            return F.rms_norm(x, (x.shape[-1],), eps=1e-3)
         return F.normalize(x, dim=-1) if case.norm == "l2" else x
 
     def layer(self, x, index):

@@ -148,7 +148,6 @@ FUNCTIONS = {
     "layer norm": lambda x: F.layer_norm(x, (x.shape[-1],)),
     "group norm": lambda x: F.group_norm(x, 2),
     "rms norm": lambda x: F.rms_norm(x, (x.shape[-1],), eps=1e-3),
-    "rms norm, default eps": lambda x: F.rms_norm(x, (x.shape[-1],)),
     "norm": lambda x: x / (torch.linalg.norm(x, dim=-1, keepdim=True) + 1),
     "std": lambda x: x / (x.std(-1, keepdim=True) + 1e-3),
     "var": lambda x: x / (x.var(-1, keepdim=True, correction=0) + 1),

@@ -24,10 +24,14 @@ test: install
 	$(VENV)/bin/lint-imports
 	$(PY) -m pytest -n 2 -q --durations=15
 
-gpu: install
-	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch " + torch.__version__ \
-	    + " sees no CUDA device here, so there is nothing to measure. `nestloop doctor` says what is installed.")'
-	$(PY) -m benchmarks.gpu
+# Runs on the machine's own Python where that one sees a GPU (GPU_PYTHON=... names another), else in .venv.
+GPU_PYTHON ?= python3
+gpu:
+	@if $(GPU_PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; then \
+	    PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu; \
+	else \
+	    $(MAKE) --no-print-directory install && $(PY) -m benchmarks.gpu; \
+	fi
 
 install: $(INSTALLED)
 

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +89,21 @@ def layer_times(batch: int, tokens: int, width: int, heads: int, device: str, ro
     runs: dict[str, Callable[[], torch.Tensor]] = {"nestloop, eager": lambda: eager(x)}
     if device == "cuda":
         runs["nestloop, inductor"] = lambda: fused(x)
-        runs |= {name: (lambda f=torch.compile(f): f(parameters, x)) for name, f in compiled.items()}
+        runs |= {name: partial(torch.compile(peer), parameters, x) for name, peer in compiled.items()}
     else:
-        runs |= {name.replace("compiled", "eager"): (lambda f=f: f(parameters, x)) for name, f in compiled.items()}
+        runs |= {name.replace("compiled", "eager"): partial(peer, parameters, x) for name, peer in compiled.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(rounds + 2):
         for name, run in runs.items():
-            elapsed = timed(lambda run=run: run().float().sum().backward(), device)
+            elapsed = timed(partial(_forward_backward, run), device)
             if index >= 2:
                 times[name].append(elapsed)
     size = {"B": batch, "N": tokens, "D": width, "H": heads}
     return {**size, **{name: [statistics.median(t) * 1e3, min(t) * 1e3] for name, t in times.items()}}
+
+
+def _forward_backward(run: Callable[[], torch.Tensor]) -> None:
+    run().float().sum().backward()
 
 
 def training_step(mixer: str, device: str, quick: bool) -> float:

@@ -94,7 +94,11 @@ def needs_all_tokens(spec: LoopSpec, module: fx.GraphModule) -> bool:
     for node in module.graph.nodes:
         if node.op == "call_function" and ops.is_size_op(node.target):
             readers = [user for user in node.users if not ops.is_size_op(user.target)]
-            if any(ops.row(u.target).kind not in (Kind.VIEW, Kind.CREATE) or _counts(u) for u in readers if u.op != "output"):
+            if any(
+                ops.row(u.target).kind not in (Kind.VIEW, Kind.CREATE) or _counts(u)
+                for u in readers
+                if u.op != "output"
+            ):
                 return True
     return False
 
@@ -102,7 +106,9 @@ def needs_all_tokens(spec: LoopSpec, module: fx.GraphModule) -> bool:
 def _counts(node: fx.Node) -> bool:
     """Whether a created value holds positions or sizes, not a constant."""
     name = node.target._schema.name.split("::")[-1]
-    return name == "arange" or any(isinstance(a, fx.Node) for a in node.args if not isinstance(a, (list, tuple)) and name.endswith("full"))
+    return name == "arange" or any(
+        isinstance(a, fx.Node) for a in node.args if not isinstance(a, (list, tuple)) and name.endswith("full")
+    )
 
 
 def readout_axes(captured: Captured) -> Axes:

@@ -244,7 +244,7 @@ class Tracer:
 
 
 def _is_free(length: Any) -> bool:
-    """Whether the graphs hold for any n: no body reshaped to a literal size, or took a branch that another n would not."""
+    """Whether the graphs hold for any n: no body took a size or a branch that another n would not."""
     env, symbol = length.node.shape_env, length.node.expr
     if not env.replace(symbol).free_symbols:
         return False

@@ -1,8 +1,8 @@
 """Stage `differentiate`: the inner gradient, then the outer backward of each piece.
 
 Derivative rules are PyTorch's own: `torch.func.grad` and `vjp` of the captured graphs, traced again. The step traced
-here is `nestloop.reference`'s own, the very definition, with the user's loss replaced by its graph. It is taken apart in
-two: the gradient, a sum over tokens that tiles of them can share, and the update.
+here is `nestloop.reference`'s own, the very definition, with the user's loss replaced by its graph. It is taken apart
+in two: the gradient, a sum over tokens that tiles of them can share, and the update.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def pieces(captured: Captured, tracer: Tracer, losses: bool) -> dict[str, Piece]
     if losses:
         inputs = captured.loss_inputs
         final = tracer.trace_on(
-            lambda *given: _call(captured.loss)(*given).sum(),  # type: ignore[arg-type]
+            lambda *given: _call(captured.loss)(*given).sum(),
             _examples(captured, tracer, inputs),
             inputs,
         )
@@ -120,8 +120,10 @@ def _gradient(captured: Captured, tracer: Tracer) -> tuple[fx.GraphModule, list[
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(names, tensors, strict=True))
-        groups = ({name: given[name] for name in group} for group in (spec.fast, [*spec.slow, *hoisted], spec.inputs))
-        gradients, total = gradient(*groups, given["weight"])
+        fast, slow, tokens = (
+            {name: given[name] for name in group} for group in (spec.fast, [*spec.slow, *hoisted], spec.inputs)
+        )
+        gradients, total = gradient(fast, slow, tokens, given["weight"])
         return (*gradients.values(), total)
 
     return tracer.trace_on(flat, _examples(captured, tracer, names), names), names
@@ -188,13 +190,15 @@ def _piece(
             inside = {**inputs, **dict(zip(wrt, differentiable, strict=True))}
             return outputs(*[inside[n] for n in names])
 
-        _, pull = torch.func.vjp(of, *[inputs[n] for n in wrt])
+        pull = torch.func.vjp(of, *[inputs[n] for n in wrt])[1]
         return pull(tuple(given[len(names) :]))
 
     cotangents = [tracer.like(node.meta["val"]) for node in shapes]
     cotangent_names = [f"d_{r}" for r in results[:keep]]
     backward = tracer.trace_on(vjp, [*examples(), *cotangents], [*names, *cotangent_names])
-    return Piece(name, simplify(raw, zeros), simplify(backward, zeros, zero_is_none=True), tuple(results[:keep]), tuple(wrt))
+    return Piece(
+        name, simplify(raw, zeros), simplify(backward, zeros, zero_is_none=True), tuple(results[:keep]), tuple(wrt)
+    )
 
 
 def _fit(captured: Captured, tracer: Tracer) -> Piece:

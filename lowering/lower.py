@@ -9,9 +9,9 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
-from typing import Any
 
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import plan as plans
@@ -73,9 +73,7 @@ def _apart(function: Callable[..., Plan], *arguments: Any) -> Plan:
     return _THREAD.submit(function, *arguments).result()
 
 
-def _plan(
-    spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool, double: bool
-) -> Plan:
+def _plan(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool, double: bool) -> Plan:
     from nestloop.lowering import pipeline
 
     dtype = {"dtype": torch.float64} if double else {}
@@ -83,7 +81,13 @@ def _plan(
 
 
 def lower(
-    spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool, inductor: bool, double: bool = False
+    spec: LoopSpec,
+    sizes: dict[str, int],
+    tokens: int | None,
+    losses: bool,
+    carried: bool,
+    inductor: bool,
+    double: bool = False,
 ) -> str:
     """The name in `EXECUTABLES` of the op for one set of sizes; "" where a body holds for one length only and `tokens`
     does not say which."""

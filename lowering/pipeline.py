@@ -1,6 +1,6 @@
 """The compiler on one screen: each stage a function from one printable value to the next.
 
-    declare -> capture -> check -> differentiate -> rewrite -> schedule -> emit -> run
+declare -> capture -> check -> differentiate -> rewrite -> schedule -> emit -> run
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, rewrites
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.schedule.cost import cost, rows_in_cache
+
 
 @dataclass(frozen=True)
 class Lowered:
@@ -43,7 +44,12 @@ class Lowered:
 
 
 def stages(
-    spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool, dtype: torch.dtype = torch.float32
+    spec: LoopSpec,
+    sizes: dict[str, int],
+    tokens: int | None,
+    losses: bool,
+    carried: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Lowered:
     """Run the compiler up to source.
 
@@ -65,7 +71,9 @@ def stages(
     narrowed, gram = gram_form(captured, tracer)
     hoisted, hoisting = hoist(narrowed, tracer)
     differentiated = pieces(hoisted, tracer, losses)
-    captured = replace(captured, tokens=tracer.fixed_tokens(), reads_dtype=tracer.reads_dtype)  # derivatives may have decided on n too
+    captured = replace(
+        captured, tokens=tracer.fixed_tokens(), reads_dtype=tracer.reads_dtype
+    )  # derivatives may have decided on n too
     applied = [gram, hoisting, *rewrites(captured, differentiated)]
     if "first_gradient" in differentiated and spec.schedule.steps == 1:  # the rewrites have compared them
         unused = ("first_gradient", "first_update") if carried else ("gradient", "update")

@@ -121,7 +121,9 @@ class CompiledLoop:
             name = self._lowered(return_losses, carried, binding.tokens, sizes, double)
         return lower.EXECUTABLES[name](views, weights, state, order)
 
-    def _lowered(self, losses: bool, carried: bool, tokens: int, sizes: tuple[tuple[str, int], ...], double: bool) -> str:
+    def _lowered(
+        self, losses: bool, carried: bool, tokens: int, sizes: tuple[tuple[str, int], ...], double: bool
+    ) -> str:
         """The name of the executable for these sizes, lowered the first time it is asked for (also while Dynamo traces
         a call, for which a name is a constant)."""
         key = (losses, carried, tokens, sizes, double)

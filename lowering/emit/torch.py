@@ -140,7 +140,7 @@ class TorchEmitter:
         )
         return TorchSource(
             f"{head}\n\n{body}\n",
-            tuple([*self.tokens, *self.starts, *self.slow]),
+            (*self.tokens, *self.starts, *self.slow),
             tuple(self.starts),
             tuple(results) if steps else ("z",),
             tuple(cotangents) if steps else ("z",),
@@ -154,9 +154,7 @@ class TorchEmitter:
         if isinstance(lr, DimExpr):
             sizes = {n: s for n, s in self.captured.sizes.items() if n in lr.names}
             constants = "".join(f"    {name} = {size}\n" for name, size in sizes.items())
-            return (
-                f'def learning_rate(step, n, N, B):\n    """{lr}"""\n{constants}    return {lr}'
-            )
+            return f'def learning_rate(step, n, N, B):\n    """{lr}"""\n{constants}    return {lr}'
         value = f"{lr}[step]" if isinstance(lr, tuple) else repr(float(lr))
         return f'def learning_rate(step, n, N, B):\n    """The factor on the update of one step."""\n    return {value}'
 
@@ -237,7 +235,9 @@ class TorchEmitter:
         returned += [f"stack([state[{j}] for state in _between[:-1]], 0, {name})" for j, name in enumerate(fast)]
         lines.append(f"return {', '.join(returned)}")
         arguments = ", ".join([*self.tokens, *self.starts, *self.slow, "_order", "_low", "_rows"])
-        doc = "z, the fast weights at the end" + (", inner losses" if self.losses else "") + ", the states between steps."
+        doc = (
+            "z, the fast weights at the end" + (", inner losses" if self.losses else "") + ", the states between steps."
+        )
         return f'def forward({arguments}):\n    """{doc}"""\n' + indent("\n".join(lines), "    ")
 
     def _backward(self) -> str:

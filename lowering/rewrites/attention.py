@@ -23,7 +23,9 @@ def softmax_attention(captured: Captured, pieces: dict[str, Piece]) -> Rewrite:
         return Rewrite("softmax attention", False, "the learner is parametric, not a kernel estimator")
     scale = dot_product_scale(captured)
     if scale is None:
-        return Rewrite("softmax attention", False, "the kernel is not exp(c q k^T) with a number c: it is fitted as it is")
+        return Rewrite(
+            "softmax attention", False, "the kernel is not exp(c q k^T) with a number c: it is fitted as it is"
+        )
     return Rewrite(
         "softmax attention",
         True,

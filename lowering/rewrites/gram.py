@@ -1,14 +1,14 @@
 """A wide decoder, normalised or not, under a square loss: the wide axis becomes Gram matrices of the learner's width.
 
-Values on the wide axis D are kept as sums of terms, `row * (z G)`, `row * x v` and `row * v`: z [n, d] is the learner's output,
-G [d, D] and v [D] are slow weights, x [n, D] is a view and `row` a number per token. Affine maps along D stay sums of such
-terms; centring moves into the weights (z G - mean(z G) = z (G - mean G)); and a sum over D of a product of two of them is a
-quadratic form, with G G^T [d, d] and x G^T [n, d] in place of anything wide:
+Values on the wide axis D are kept as sums of terms, `row * (z G)`, `row * x v` and `row * v`: z [n, d] is the
+learner's output, G [d, D] and v [D] are slow weights, x [n, D] is a view and `row` a number per token. Affine maps
+along D stay sums of such terms; centring moves into the weights (z G - mean(z G) = z (G - mean G)); and a sum over D of
+a product of two of them is a quadratic form, with G G^T [d, d] and x G^T [n, d] in place of anything wide:
 
     sum_D (z G)(z G) = z (G G^T) z^T        sum_D (z G)(x v) = z . x (v G)^T        sum_D (z G) v = z (G v)
 
-The identity is exact. In finite precision it squares the decoder's condition number, so it is left out where the learner's
-width is not much smaller than D.
+The identity is exact. In finite precision it squares the decoder's condition number, so it is left out where the
+learner's width is not much smaller than D.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def gram_form(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
         (
             "r = sum of terms row * (z G) + row * v - x       affine in z; centring by a LayerNorm is z (G - mean G)",
             "sum_D r^2 = z (G G^T) z^T + 2 z . (v G^T - x G^T) + |v - x|^2, each with its rows",
-            f"G G^T is {width} x {width}, x G^T one projection of the view: nothing of {wide} features depends on a fast weight",
+            f"G G^T is {width} x {width}, x G^T one projection of the view;",
+            f"nothing of {wide} features depends on a fast weight any more",
         ),
     )
 
@@ -114,7 +115,9 @@ def _decodes(captured: Captured, node: fx.Node) -> bool:
     inner, outer = weight.meta["val"].shape
     if not isinstance(inner, int) or not isinstance(outer, int) or outer <= NARROWER * inner:
         return False
-    return bool(_reached(captured, z) & set(captured.spec.fast)) and _reached(captured, weight) <= set(captured.spec.slow)
+    return bool(_reached(captured, z) & set(captured.spec.fast)) and _reached(captured, weight) <= set(
+        captured.spec.slow
+    )
 
 
 class _Narrow(Located):
@@ -148,7 +151,7 @@ class _Narrow(Located):
             return "column"
         if wide and not reached & set(self.captured.spec.fast) and value.ndim == 2:
             return "view"
-        if value.ndim == 0 or value.ndim == 2 and value.shape[-1] == 1:
+        if value.ndim == 0 or (value.ndim == 2 and value.shape[-1] == 1):
             return "row"
         raise _NotThisLoss("a wide value meets one that depends on a fast weight in another way")
 
@@ -164,7 +167,9 @@ class _Narrow(Located):
         known = next(t for t in like.terms if t.weight is not None)
         assert known.weight is not None
         ones = torch.ones_like(known.weight.reshape(-1, self.wide)[0])
-        return Wide((Term(float(value) if kind == "number" else 1.0, value if kind == "row" else None, None, None, ones),))
+        return Wide(
+            (Term(float(value) if kind == "number" else 1.0, value if kind == "row" else None, None, None, ones),)
+        )
 
     def add(self, n: fx.Node, a: Any, b: Any, sign: float = 1.0) -> Wide:
         like = a if isinstance(a, Wide) else b
@@ -179,7 +184,7 @@ class _Narrow(Located):
     def scale(self, n: fx.Node, a: Any, b: Any, divide: bool = False) -> Wide | Product:
         if isinstance(a, Wide) and isinstance(b, Wide) and not divide:
             return Product(a, b)
-        if not isinstance(a, Wide) and divide or not isinstance(a, Wide) and not isinstance(b, Wide):
+        if (not isinstance(a, Wide) and divide) or (not isinstance(a, Wide) and not isinstance(b, Wide)):
             raise _NotThisLoss("a product is scaled before it is summed")
         wide, other, node = (a, b, n.args[1]) if isinstance(a, Wide) else (b, a, n.args[0])
         kind = self.kind(other, node)
@@ -254,7 +259,7 @@ def _dot(left: Wide, right: Wide) -> Tensor:
         first, second = (a, b) if a.z is not None else (b, a)
         assert first.z is not None and first.weight is not None
         other = _against(first.weight, second)
-        rows = (a.row, b.row)
+        rows: tuple[Tensor | None, ...] = (a.row, b.row)
         key = (id(first.z), *sorted(id(r) for r in rows if r is not None))
         along.setdefault(key, []).append((first.z, rows, other if factor == 1 else other * factor))
     for group in along.values():

@@ -31,7 +31,9 @@ def hoist(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
     for node in loss.graph.nodes:
         below = set().union(*[reached[n] for n in node.all_input_nodes]) if node.all_input_nodes else set()
         reached[node] = {node.name} if node.op == "placeholder" else below
-    ours = [n for n, r in reached.items() if n.op == "call_function" and r and r <= slow and not ops.is_size_op(n.target)]
+    ours = [
+        n for n, r in reached.items() if n.op == "call_function" and r and r <= slow and not ops.is_size_op(n.target)
+    ]
     border = [n for n in ours if any(user not in ours for user in n.users)]
     if not border or all(n.target is torch.ops.aten.permute.default for n in border):
         return captured, Rewrite(NAME, False, "no value of the loss depends on slow weights alone")
@@ -79,6 +81,6 @@ def _run(
         elif node.op == "call_function" and node in needed and node not in known:
             args = fx.node.map_arg(node.args, env.__getitem__)
             kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
-            function: Callable[..., Any] = node.target  # type: ignore[assignment]
+            function: Callable[..., Any] = node.target
             env[node] = function(*args, **kwargs)
     return env

@@ -34,7 +34,9 @@ def linear_attention(captured: Captured, pieces: dict[str, Piece]) -> Rewrite:
         return Rewrite(name, False, "the learner is a kernel estimator")
     steps = len(spec.schedule.batches(1 << 20))
     if "first_gradient" not in pieces or len(spec.fast) != 1 or steps != 1:
-        return Rewrite(name, False, f"it takes one fast weight, frozen at zero, and one step; here {len(spec.fast)} and {steps}")
+        return Rewrite(
+            name, False, f"it takes one fast weight, frozen at zero, and one step; here {len(spec.fast)} and {steps}"
+        )
     (weight,) = spec.fast
     update = _matrix_product(_result(pieces["first_gradient"].forward))
     read = next((n for n in pieces["readout"].forward.graph.nodes if n.name == weight and n.users), None)

@@ -41,7 +41,9 @@ def build(spec: LoopSpec, plan: Plan, heads: int, losses: bool, inductor: bool) 
 def _attention(scale: float | None) -> Executable:
     """The loop as PyTorch's own attention, differentiable as it is."""
 
-    def run(views: Mapping[str, Tensor], weights: Any, state: Any, order: Any) -> tuple[Tensor, dict[str, Tensor], None]:
+    def run(
+        views: Mapping[str, Tensor], weights: Any, state: Any, order: Any
+    ) -> tuple[Tensor, dict[str, Tensor], None]:
         z = F.scaled_dot_product_attention(views["q"], views["k"], views["v"], scale=scale)
         return z, {}, None
 

@@ -221,7 +221,9 @@ class NestedLoopOp:
             # an axis of heads gets one of V * H; those shared by heads are repeated for each copy and stay shared
             # within it, which the sum over copies below the op's own results undoes.
             size, heads = info.batch_size, self.signature.heads
-            folded = [self._fold(t, d, size, heads, n) for t, d, n in zip(tensors, in_dims, self._axes(op), strict=True)]
+            folded = [
+                self._fold(t, d, size, heads, n) for t, d, n in zip(tensors, in_dims, self._axes(op), strict=True)
+            ]
             made = op(*folded)
             made = made if isinstance(made, tuple) else (made,)
             unfolded = []

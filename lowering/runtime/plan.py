@@ -53,7 +53,9 @@ def read(fingerprint: str | None) -> Plan | None:
         kept = json.loads(_path(fingerprint).read_text())
         tiles = {name: tuple(shape) for name, shape in kept.pop("tiles").items()}
         pieces = {name: tuple(flops) for name, flops in kept.pop("pieces").items()}
-        return Plan(**{**kept, "inputs": tuple(kept["inputs"]), "output": tuple(kept["output"])}, tiles=tiles, pieces=pieces)
+        return Plan(
+            **{**kept, "inputs": tuple(kept["inputs"]), "output": tuple(kept["output"])}, tiles=tiles, pieces=pieces
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None  # absent, or written by another version: lowered again and written again
 

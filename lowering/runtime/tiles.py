@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nestloop.lang.schedule import even
+
 
 def mm(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
     """Matrix product of tiles [.., n, k] @ [.., k, m].
@@ -110,12 +112,7 @@ def join(pieces: Sequence[Tensor]) -> Tensor:
 
 def tiles(start: int, stop: int, rows: int | None) -> list[tuple[int, int]]:
     """Tokens start:stop in tiles of at most `rows`, as even as can be; all in one where `rows` is None."""
-    count = 1 if rows is None else max(1, -(-(stop - start) // rows))
-    size, larger = divmod(stop - start, count)
-    bounds = [start]
-    for index in range(count):
-        bounds.append(bounds[-1] + size + (index < larger))
-    return list(zip(bounds, bounds[1:], strict=False))
+    return even(start, stop, 1 if rows is None else max(1, -(-(stop - start) // rows)))
 
 
 def stack(values: Sequence[Tensor], axis: int, like: Tensor | None = None) -> Tensor:

@@ -15,6 +15,15 @@ from nestloop.errors import IllegalScheduleError
 from nestloop.lang.declare import caller
 
 
+def even(start: int, stop: int, count: int) -> list[tuple[int, int]]:
+    """(start, stop) of `count` parts as even as can be, the first ones with one more."""
+    size, larger = divmod(stop - start, count) if count else (0, 0)
+    bounds = [start]
+    for index in range(count):
+        bounds.append(bounds[-1] + size + (index < larger))
+    return list(pairwise(bounds))
+
+
 @dataclass(frozen=True)
 class BatchSchedule:
     """Steps on batches of tokens, then one read-out of every token.
@@ -112,12 +121,7 @@ class Shuffled(BatchSchedule):
         return self.count
 
     def batches(self, tokens: int) -> list[tuple[int, int]]:
-        count = self.steps_on(tokens)
-        small, larger = divmod(tokens, count) if count else (0, 0)
-        bounds = [0]
-        for index in range(count):
-            bounds.append(bounds[-1] + small + (index < larger))
-        return list(pairwise(bounds))
+        return even(0, tokens, self.steps_on(tokens))
 
     def steps_on(self, tokens: int) -> int:
         return torch.sym_min(self.count, tokens)

@@ -83,7 +83,7 @@ def layer_times(batch: int, tokens: int, width: int, heads: int, device: str, ro
     eager = nl.Layer(zoo.MTTTMLP, width, heads, backend="torch").to(device)
     fused = nl.Layer(zoo.MTTTMLP, width, heads, backend="torch", inductor=True).to(device)
     fused.load_state_dict(eager.state_dict())
-    parameters = dict(eager.named_parameters())
+    parameters: dict[str, torch.Tensor] = dict(eager.named_parameters())
     x = torch.randn(batch, tokens, width, device=device, requires_grad=True)
     compiled = {"vmap(grad), compiled": peers.vmap_grad, "closed form, compiled": peers.closed_form}
     runs: dict[str, Callable[[], torch.Tensor]] = {"nestloop, eager": lambda: eager(x)}

@@ -300,7 +300,11 @@ class TorchEmitter:
         lines = [f"_tile_{n} = []" for n in seen]
         lines += self._over_tiles(tiled_as, bounds, order, [function], inner)
         if shuffled:
-            return lines + [f"_pieces_{n} = _tile_{n} + _pieces_{n}" for n in seen]
+            lines += [f"_pieces_{n} = _tile_{n} + _pieces_{n}" for n in seen]
+            # a token input that only the other steps' gradient depends on
+            others = {n for v in self.variants for n in self._nonzero(f"{v}gradient_vjp")} - set(seen)
+            absent = [n for n in self.tokens if n in others]
+            return lines + [f"_pieces_{n} = [zeros(take({n}, {order}, _start, _stop)), *_pieces_{n}]" for n in absent]
         return lines + [f"d_{n} = add(d_{n}, join(_tile_{n}))" for n in seen]
 
     def _nonzero(self, function: str) -> list[str]:

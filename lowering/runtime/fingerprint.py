@@ -114,7 +114,8 @@ class _Digest:
         elif isinstance(value, BuiltinFunctionType) or _root(type(value).__module__) == "torch":
             self.add(type(value).__module__, repr(getattr(value, "__name__", type(value))))
         elif type(value).__module__.startswith("nestloop."):
-            self.add(type(value).__qualname__, repr(value))
+            self.add(type(value).__qualname__)
+            self.add_value(vars(value))
         elif isinstance(value, property):
             self.add_value(value.fget)
         else:

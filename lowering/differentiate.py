@@ -20,8 +20,6 @@ from nestloop.lang.declare import Gate, Slow
 from nestloop.lowering.capture import Captured, Tracer
 from nestloop.lowering.simplify import simplify
 
-Graphs = dict[str, fx.GraphModule]
-
 
 @dataclass(frozen=True)
 class Piece:

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 
 from nestloop.lowering.capture import Captured, Tracer
 from nestloop.lowering.differentiate import Located
+from nestloop.lowering.rewrites.reach import inputs_below
 from nestloop.lowering.rewrites.rule import Rewrite
 from nestloop.lowering.simplify import simplify
 
@@ -96,17 +97,6 @@ def gram_form(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
     )
 
 
-def _reached(captured: Captured, node: fx.Node) -> set[str]:
-    """The inputs a node depends on."""
-    seen, stack = set(), [node]
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return {n.name for n in seen if n.op == "placeholder"}
-
-
 def _decodes(captured: Captured, node: fx.Node) -> bool:
     """Whether a node is (learner's output) @ (slow weight) onto a much wider axis."""
     if node.target is not aten.mm.default:
@@ -115,9 +105,8 @@ def _decodes(captured: Captured, node: fx.Node) -> bool:
     inner, outer = weight.meta["val"].shape
     if not isinstance(inner, int) or not isinstance(outer, int) or outer <= NARROWER * inner:
         return False
-    return bool(_reached(captured, z) & set(captured.spec.fast)) and _reached(captured, weight) <= set(
-        captured.spec.slow
-    )
+    learned = not set(inputs_below(z)).isdisjoint(captured.spec.fast)
+    return learned and set(inputs_below(weight)) <= set(captured.spec.slow)
 
 
 class _Narrow(Located):
@@ -145,7 +134,7 @@ class _Narrow(Located):
         """How a value enters a wide one: number, row [n, 1], column [D], or view [n, D]."""
         if not isinstance(value, Tensor):
             return "number"
-        reached = _reached(self.captured, node)
+        reached = set(inputs_below(node))
         wide = value.ndim > 0 and value.shape[-1] == self.wide and self.wide != 1
         if wide and reached <= set(self.captured.spec.slow) and value.numel() == self.wide:
             return "column"

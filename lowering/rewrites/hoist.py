@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from nestloop.lowering import ops
 from nestloop.lowering.capture import Captured, Tracer
+from nestloop.lowering.rewrites.reach import ancestors, inputs_below
 from nestloop.lowering.rewrites.rule import Rewrite
 from nestloop.lowering.simplify import is_gram, simplify
 
@@ -27,10 +28,7 @@ def hoist(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
         return captured, Rewrite(NAME, False, "no slow weight enters a loss")
     loss = simplify(captured.loss)
     slow = set(captured.spec.slow)
-    reached: dict[fx.Node, set[str]] = {}
-    for node in loss.graph.nodes:
-        below = set().union(*[reached[n] for n in node.all_input_nodes]) if node.all_input_nodes else set()
-        reached[node] = {node.name} if node.op == "placeholder" else below
+    reached = {node: set(inputs_below(node)) for node in loss.graph.nodes}
     ours = [
         n for n, r in reached.items() if n.op == "call_function" and r and r <= slow and not ops.is_size_op(n.target)
     ]
@@ -69,12 +67,7 @@ def _run(
     needed = only
     if needed is None:
         (result,) = next(n for n in module.graph.nodes if n.op == "output").args
-        needed, stack = set(), [result]
-        while stack:
-            node = stack.pop()
-            if node not in needed and node not in known:
-                needed.add(node)
-                stack.extend(node.all_input_nodes)
+        needed = ancestors(result, known)
     for node in module.graph.nodes:
         if node.op == "placeholder" and node.name in inputs:
             env[node] = inputs[node.name]

@@ -7,6 +7,7 @@ from torch import fx
 
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
+from nestloop.lowering.rewrites.reach import inputs_below
 from nestloop.lowering.rewrites.rule import Rewrite
 from nestloop.lowering.schedule.cost import cost
 
@@ -82,11 +83,5 @@ def _describe(node: fx.Node) -> str:
     """A value by what it is made of: the inputs below it."""
     if node.op == "placeholder":
         return node.name
-    seen, stack = set(), [node]
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    names = [n.name for n in node.graph.nodes if n in seen and n.op == "placeholder"]
+    names = inputs_below(node)
     return f"a function of {', '.join(n for n in names if n not in ('weight', 'rate'))}"

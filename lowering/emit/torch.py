@@ -17,6 +17,7 @@ from nestloop.lowering.axes import Axes, needs_all_tokens, readout_axes, type_ax
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece, needs_rate
 from nestloop.lowering.emit.tile import TileFunction
+from nestloop.lowering.runtime import tiles
 
 _HEADER = '''"""{title}
 
@@ -28,28 +29,14 @@ axis of size 1 is shared. {dims}.
 import torch.nn.functional as F
 
 from nestloop.lang.schedule import {schedule_class}
-from nestloop.lowering.runtime.tiles import {helpers}
+from nestloop.lowering.runtime.tiles import {imported}
 
 aten = torch.ops.aten
 schedule = {schedule}
 '''
 
-_HELPERS = (
-    "add",
-    "cat",
-    "every_head",
-    "expand",
-    "filled",
-    "join",
-    "like_lead",
-    "mm",
-    "mm_like",
-    "reshape",
-    "stack",
-    "take",
-    "tiles",
-    "untake",
-    "zeros",
+_TILE_OPERATIONS = sorted(
+    name for name, value in vars(tiles).items() if getattr(value, "__module__", "") == tiles.__name__
 )
 _TITLES = {
     "prepare": "What the loss reads of the slow weights, once for all tiles",
@@ -69,18 +56,11 @@ class TorchSource:
 
     Attributes:
         text: the module's source.
-        inputs: tensors `forward` takes, in order: tokens, fast weights, slow weights (then order and low).
-        fast_inputs: the fast weights among them; those frozen at zero are absent unless a state is carried.
-        results: names of what `forward` returns: z, the end of each fast weight, losses where asked for, and the states
-            between steps (`between_NAME`).
-        cotangents: names of what `backward` takes a cotangent of.
+        fast_inputs: the fast weights that `forward` takes; those frozen at zero are absent unless a state is carried.
     """
 
     text: str
-    inputs: tuple[str, ...]
     fast_inputs: tuple[str, ...]
-    results: tuple[str, ...]
-    cotangents: tuple[str, ...]
 
 
 class TorchEmitter:
@@ -118,14 +98,12 @@ class TorchEmitter:
     def emit(self) -> TorchSource:
         """The module and its calling convention."""
         steps = self.captured.loss is not None
-        results = ["z", *self.fast, *(["losses"] if self.losses else []), *[f"between_{n}" for n in self.fast]]
-        cotangents = ["z", *self.fast, *(["losses"] if self.losses else [])]
         parts = [function.write(self._sized_by(function)) for function in self.functions.values()]
         parts += [self._rate()] if steps and needs_rate(self.captured) else []
         parts += [self._forward(), self._backward()] if steps else [self._fit_forward(), self._fit_backward()]
         body = "\n\n\n".join(parts)
         math = "import math\n\n" if "math." in body else ""
-        helpers = [h for h in _HELPERS if f"{h}(" in body]
+        imported = [name for name in _TILE_OPERATIONS if f"{name}(" in body]
         schedule = self.spec.schedule
         sizes = ", ".join(f"{n} = {s}" for n, s in self.captured.sizes.items())
         head = _HEADER.format(
@@ -135,16 +113,10 @@ class TorchEmitter:
             heads=self.captured.sizes.get("H", 1),
             dims=sizes,
             schedule_class=type(schedule).__name__,
-            helpers=", ".join(helpers),
+            imported=", ".join(imported),
             schedule=_schedule_text(schedule),
         )
-        return TorchSource(
-            f"{head}\n\n{body}\n",
-            (*self.tokens, *self.starts, *self.slow),
-            tuple(self.starts),
-            tuple(results) if steps else ("z",),
-            tuple(cotangents) if steps else ("z",),
-        )
+        return TorchSource(f"{head}\n\n{body}\n", tuple(self.starts))
 
     def _sized_by(self, function: TileFunction) -> str | None:
         return next((name for name in function.signature if name in self.tokens or name == "d_z"), None)

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from nestloop.lang.declare import dim, fast, gate, grid, slow, view
     from nestloop.lang.learner import KernelEstimator, Learner
     from nestloop.lang.loop import Loop
-    from nestloop.lang.optim import SGD, soft_clip
-    from nestloop.lang.schedule import FullBatch, Shuffled
+    from nestloop.lang.optim import SGD, global_clip, newton_schulz, restore_norm, soft_clip
+    from nestloop.lang.schedule import Causal, Chunked, FullBatch, Online, Program, Shuffled
     from nestloop.layer import Layer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SGD",
+    "Causal",
+    "Chunked",
     "CompiledLoop",
     "FullBatch",
     "KernelEstimator",
@@ -31,14 +33,19 @@ __all__ = [
     "Learner",
     "Loop",
     "NestloopError",
+    "Online",
+    "Program",
     "Shuffled",
     "compile",
     "dim",
     "explain",
     "fast",
     "gate",
+    "global_clip",
     "grid",
     "inspect",
+    "newton_schulz",
+    "restore_norm",
     "slow",
     "soft_clip",
     "view",
@@ -54,8 +61,8 @@ _HOME = {
     "nestloop.lang.declare": ("dim", "fast", "gate", "grid", "slow", "view"),
     "nestloop.lang.learner": ("KernelEstimator", "Learner"),
     "nestloop.lang.loop": ("Loop",),
-    "nestloop.lang.optim": ("SGD", "soft_clip"),
-    "nestloop.lang.schedule": ("FullBatch", "Shuffled"),
+    "nestloop.lang.optim": ("SGD", "global_clip", "newton_schulz", "restore_norm", "soft_clip"),
+    "nestloop.lang.schedule": ("Causal", "Chunked", "FullBatch", "Online", "Program", "Shuffled"),
     "nestloop.layer": ("Layer",),
 }
 

@@ -107,7 +107,7 @@ class CompiledLoop:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """`__call__` with every argument given, and always three results."""
         binding = bind(self.spec, views, weights, state, order, {**self.dims, **dims})
-        if self.backend == "reference":
+        if self.backend == "reference" or self.spec.streams:
             start = None if state is None else dict(state)
             return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
         carried = state is not None
@@ -147,7 +147,7 @@ class CompiledLoop:
         Raises the `CompileError` of whatever is wrong in a body.
         """
         sizes = {**self.spec.default_dims, **self.dims, "H": heads}
-        if self.backend == "reference":
+        if self.backend == "reference" or self.spec.streams:
             return reference.token_output(self.spec, sizes)
         tokens = 0
         if self.spec.grid is not None:

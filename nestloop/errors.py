@@ -107,6 +107,14 @@ class LearningRateError(DeclarationError):
     """A learning rate that is none of the forms SGD takes."""
 
 
+class CoefficientError(DeclarationError):
+    """A decay, momentum, scale or window that the optimizer does not take, or that does not fit the fast weights."""
+
+
+class ViewError(DeclarationError):
+    """A view whose heads do not group, or whose micro-steps the schedule does not take."""
+
+
 class IllegalScheduleError(DeclarationError):
     """A schedule that the loop's learner or optimizer does not allow, with the nearest legal one."""
 
@@ -173,6 +181,10 @@ class UnknownStageError(NestloopError):
 
 class InputError(NestloopError):
     """Tensors given to a compiled loop or a layer that do not fit its declaration."""
+
+
+class StateError(InputError):
+    """A state that does not belong to the loop, or that stands where a call cannot go on from."""
 
 
 class OrderError(InputError):

@@ -6,7 +6,7 @@ Every axis is checked by name, so a mistake reads "axis 1 of w1 is 4*d = 64, giv
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,22 +14,21 @@ import torch
 from torch import Tensor
 
 from nestloop.errors import InputError, OrderError, UnresolvedDimError
-from nestloop.lang.declare import Declaration, Fast, Gate, Slow, View
+from nestloop.lang.declare import Declaration, Gate, Slow, View
 from nestloop.lang.dims import unify
 from nestloop.lang.loop import LoopSpec
+from nestloop.lang.state import check_position, counts_tokens, entries
 
 _LEAD = {"BHN": "sequences, heads, tokens", "BN": "sequences, tokens", "BH": "sequences, heads", "H": "heads", "": ""}
 
 
-def lead(declaration: Declaration, carried: bool = False) -> str:
-    """The leading axes of a tensor as it is passed: letters of B, H and N. `carried`: a state's fast weight."""
+def lead(declaration: Declaration) -> str:
+    """The leading axes of a tensor as it is passed: letters of B, H and N."""
     match declaration:
         case View(shared=True):
             return "BN"
         case View() | Gate():
             return "BHN"
-        case Fast():
-            return "BH" if carried else "H"
         case Slow(shared=True):
             return ""
     return "H"
@@ -59,7 +58,7 @@ def bind(
     spec: LoopSpec,
     views: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
-    state: Mapping[str, Tensor] | None,
+    state: Mapping[str, Any] | None,
     order: Tensor | None,
     dims: Mapping[str, int],
 ) -> Binding:
@@ -68,19 +67,22 @@ def bind(
     Raises:
         InputError: a missing or unknown name or dim, no tensor of a floating type, a wrong rank, an axis of the wrong
             size, tensors on several devices.
+        StateError: a state whose position is none, or one to go on from only elsewhere.
         OrderError: an order that is missing, superfluous or of the wrong shape.
         UnresolvedDimError: a dim whose size nothing gives.
     """
     check_dims(spec, dims)
     _same_names(spec, "views", spec.inputs, views)
     _same_names(spec, "weights", spec.weights, weights)
+    carried = entries(spec)
     if state is not None:
-        _same_names(spec, "state", spec.fast, state)
-    given: list[tuple[Declaration, str, Tensor]] = []
+        _same_names(spec, "state", [*carried, *(["position"] if counts_tokens(spec) else [])], state)
+        check_position(spec, state)
+    given: list[tuple[Declaration, _Axes, Tensor]] = []
     for name, view in spec.inputs.items():
-        given.append((view, lead(view), views[name]))
-    given += [(weight, lead(weight), weights[name]) for name, weight in spec.weights.items()]
-    given += [(spec.fast[name], lead(spec.fast[name], carried=True), t) for name, t in (state or {}).items()]
+        given.append((view, _axes(spec, view), views[name]))
+    given += [(weight, _Axes(lead(weight)), weights[name]) for name, weight in spec.weights.items()]
+    given += [(e.like, _Axes("BH", rows=e.rows), state[name]) for name, e in carried.items() if state is not None]
 
     sizes = dict(dims) if spec.heads is None else {**dims, "H": spec.heads}
     device = given[0][2].device if isinstance(given[0][2], Tensor) else None
@@ -89,24 +91,76 @@ def bind(
             raise _not_floating(declaration, tensor)
         if tensor.device != device:
             raise _elsewhere(declaration, tensor, str(device))
-        rank = len(axes) + len(declaration.dims)
+        rank = axes.rank + len(declaration.dims)
         if tensor.ndim != rank:
             raise _wrong_shape(declaration, axes, tensor, f"{rank} axes")
-        unify(declaration.dims, tuple(tensor.shape[len(axes) :]), sizes)
-        for letter, size in zip(axes, tensor.shape, strict=False):
-            sizes.setdefault(letter, size)
+        unify(declaration.dims, tuple(tensor.shape[axes.rank :]), sizes)
+        for letter, size in zip(axes.lead, tensor.shape, strict=False):
+            sizes.setdefault(letter, size * axes.group if letter == "H" else size)
     if "H" not in sizes:
         sizes["H"] = 1
     sizes = {**spec.default_dims, **sizes}
     _resolve_grid(spec, sizes)
     for declaration, axes, tensor in given:
-        wanted = [sizes[letter] for letter in axes]
-        wanted += [expr.size(sizes, declaration.where) for expr in declaration.dims]
+        wanted = axes.sizes(declaration, sizes)
         if list(tensor.shape) != wanted:
             raise _wrong_shape(declaration, axes, tensor, str(wanted), sizes)
     _check_order(spec, order, sizes)
     plain = {name: size for name, size in sizes.items() if name not in ("B", "H", "N", "n")}
     return Binding(sizes["B"], sizes["H"], sizes["N"], plain)
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """The axes of a tensor as it is passed, before its own dims.
+
+    Attributes:
+        lead: letters of B, H and N.
+        group: heads that one of its heads stands for.
+        micro: micro-steps, an axis after N where there are several.
+        rows: tokens of a state's tail, an axis after H; 0 for none.
+    """
+
+    lead: str
+    group: int = 1
+    micro: int = 0
+    rows: int = 0
+
+    @property
+    def rank(self) -> int:
+        return len(self.lead) + bool(self.micro) + bool(self.rows)
+
+    @property
+    def names(self) -> list[str]:
+        letters = [f"H/{self.group}" if a == "H" and self.group > 1 else a for a in self.lead]
+        return [*letters, *([f"{self.micro} micro-steps"] if self.micro else []), *([str(self.rows)] * bool(self.rows))]
+
+    def sizes(self, declaration: Declaration, sizes: Mapping[str, int]) -> list[int]:
+        """The shape it must have."""
+        found = [sizes[letter] for letter in self.lead]
+        if self.group > 1:
+            at = self.lead.index("H")
+            if found[at] % self.group:
+                raise InputError(
+                    f"The heads of the view '{declaration.name}' do not group.",
+                    where=declaration.where,
+                    given=f"H = {found[at]}, group = {self.group}",
+                    need=f"a number of heads that is a multiple of {self.group}",
+                    fix=f"pass the other views with {max(found[at] // self.group, 1) * self.group} heads",
+                )
+            found[at] //= self.group
+        found += [n for n in (self.micro, self.rows) if n]
+        return found + [expr.size(sizes, declaration.where) for expr in declaration.dims]
+
+
+def _axes(spec: LoopSpec, view: View | Gate) -> _Axes:
+    return _Axes(lead(view), view.group, getattr(spec.schedule, "micro", 1) if view.micro else 0)
+
+
+def grouped_heads(spec: LoopSpec, name: str, tensor: Tensor) -> Tensor:
+    """A view of fewer heads [B, H / group, N, *], repeated for every head it stands for [B, H, N, *]."""
+    group = spec.inputs[name].group
+    return tensor if group == 1 else tensor.repeat_interleave(group, 1)
 
 
 def check_dims(spec: LoopSpec, dims: Mapping[str, int]) -> None:
@@ -151,7 +205,7 @@ def _elsewhere(declaration: Declaration, value: Tensor, device: str) -> InputErr
     )
 
 
-def _same_names(spec: LoopSpec, what: str, declared: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def _same_names(spec: LoopSpec, what: str, declared: Iterable[str], given: Mapping[str, Any]) -> None:
     if not isinstance(given, Mapping):
         raise InputError(
             f"The {what} of {spec.name} are passed by name.",
@@ -176,12 +230,12 @@ def _same_names(spec: LoopSpec, what: str, declared: Mapping[str, Any], given: M
 
 
 def _wrong_shape(
-    declaration: Declaration, axes: str, tensor: Tensor, need: str, sizes: Mapping[str, int] | None = None
+    declaration: Declaration, axes: _Axes, tensor: Tensor, need: str, sizes: Mapping[str, int] | None = None
 ) -> InputError:
-    names = [*axes, *map(str, declaration.dims)]
+    names = [*axes.names, *map(str, declaration.dims)]
     which = ""
     if sizes is not None:
-        known = [sizes[a] for a in axes] + [e.size(sizes) for e in declaration.dims]
+        known = axes.sizes(declaration, sizes)
         wrong = [i for i, (a, b) in enumerate(zip(tensor.shape, known, strict=True)) if a != b]
         which = "; " + ", ".join(f"axis {i} is {names[i]} = {known[i]}, given {tensor.shape[i]}" for i in wrong)
     return InputError(

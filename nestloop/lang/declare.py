@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from nestloop.errors import Location
+from nestloop.errors import Location, ViewError
 from nestloop.lang import init as initialisers
 from nestloop.lang.dims import DimExpr, parse
 
@@ -68,11 +68,11 @@ class Slow(Declaration):
 
     kind = "slow weight"
 
-    def __init__(self, dims, init: str | None, shared: bool) -> None:
+    def __init__(self, dims, init: str | None, shared: bool, learned: bool) -> None:
         super().__init__(dims)
         default = "xavier_uniform" if len(dims) > 1 else "ones"
         self.init = initialisers.check(default if init is None else init, len(dims), self.where)
-        self.shared = shared
+        self.shared, self.learned = shared, learned
 
 
 class View(Declaration):
@@ -80,19 +80,28 @@ class View(Declaration):
 
     kind = "view"
 
-    def __init__(self, dims, shared: bool, bias: bool, gain: float) -> None:
+    def __init__(self, dims, shared: bool, bias: bool, gain: float, group: int, micro: bool) -> None:
         super().__init__(dims)
-        self.shared, self.bias, self.gain = shared, bias, gain
+        self.shared, self.bias, self.gain, self.group, self.micro = shared, bias, gain, group, micro
+        if isinstance(group, bool) or not isinstance(group, int) or group < 1 or (group > 1 and shared):
+            raise ViewError(
+                "The heads of a view do not group.",
+                where=self.where,
+                given=f"group={group!r}" + (", shared=True" if shared else ""),
+                need="how many neighbouring heads see one view: a whole number, 1 or more; 1 for a shared view",
+                fix="write group=2, or shared=True for one view of all heads",
+            )
 
 
 class Gate(Declaration):
-    """One number per token and head, made from the token. See `gate`."""
+    """One number (or one per channel) for each token and head, made from the token. See `gate`."""
 
     kind = "gate"
+    shared, group = False, 1
 
-    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor], bias: bool) -> None:
-        super().__init__()
-        self.activation, self.bias = activation, bias
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor], bias: bool, dims, micro: bool) -> None:
+        super().__init__(dims)
+        self.activation, self.bias, self.micro = activation, bias, micro
 
 
 class Dim(Declaration):
@@ -121,39 +130,62 @@ def fast(*dims: str | int, init: str | None = None, learned: bool = True) -> Any
     return Fast(dims, init, learned)
 
 
-def slow(*dims: str | int, init: str | None = None, shared: bool = False) -> Any:
+def slow(*dims: str | int, init: str | None = None, shared: bool = False, learned: bool = True) -> Any:
     """Declare a slow weight, one per head [H, *dims], or one for all heads [*dims] with `shared=True`.
 
     Args:
         dims: axis sizes; none at all declares a scalar (a learned learning rate, say).
         init: "xavier_uniform" for two axes or more, else "ones", unless given.
         shared: one tensor for all heads.
+        learned: whether the outer loop learns it; without, it keeps its initial value (a decay fixed per head, say).
 
     Raises:
         DimExpressionError, UnknownInitError: at the line of the declaration.
     """
-    return Slow(dims, init, shared)
+    return Slow(dims, init, shared, learned)
 
 
-def view(*dims: str | int, shared: bool = False, bias: bool = False, gain: float = 1.0) -> Any:
+def view(
+    *dims: str | int,
+    shared: bool = False,
+    bias: bool = False,
+    gain: float = 1.0,
+    group: int = 1,
+    micro: bool = False,
+) -> Any:
     """Declare a view: [B, H, N, *dims], or [B, N, *dims] with `shared=True` (one for all heads).
 
     A functional op takes views as inputs. A layer makes each as a linear projection of its input x [B, N, D]:
     the weight is drawn from N(0, gain^2 / D), and there is a bias where `bias=True`. A shared view of dims ("D",)
     is x itself.
 
+    Args:
+        group: so many neighbouring heads see one view: [B, H / group, N, *dims] (grouped value heads: the keys and
+            queries of fewer heads than there are values).
+        micro: one view for each micro-step of a token, [B, H, N, m, *dims], under a schedule with `micro=m`. The loss
+            sees those of one micro-step, [n, *dims]; the read-out does not see them.
+
     Raises:
-        DimExpressionError: at the line of the declaration.
+        DimExpressionError, ViewError: at the line of the declaration.
     """
-    return View(dims, shared, bias, gain)
+    return View(dims, shared, bias, gain, group, micro)
 
 
-def gate(activation: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid, bias: bool = True) -> Any:
-    """Declare a gate [B, H, N]: one number per token and head, for a per-token learning rate.
+def gate(
+    activation: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid,
+    bias: bool = True,
+    dims: tuple[str | int, ...] = (),
+    micro: bool = False,
+) -> Any:
+    """Declare a gate [B, H, N, *dims]: numbers per token and head, for the optimizer's rates, decays and momenta.
 
     A layer makes it as `activation(x @ w_h + c_h)`; a functional op takes it ready made, among the views.
+
+    Args:
+        dims: for one number per channel: the dims of the fast weight's axes that it runs along, ("d",) say.
+        micro: one gate for each micro-step of a token, [B, H, N, m, *dims].
     """
-    return Gate(activation, bias)
+    return Gate(activation, bias, dims, micro)
 
 
 def dim(default: int | None = None) -> Any:

@@ -11,21 +11,19 @@ from torch import Tensor
 
 from nestloop.errors import (
     DuplicateNameError,
-    IllegalScheduleError,
-    LearningRateError,
     Location,
     MissingPartError,
     SignatureError,
-    TransformError,
     UnknownDimError,
     UnknownNameError,
 )
 from nestloop.lang.declare import Declaration, Dim, Fast, Gate, Slow, View, caller, collect
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.learner import Body, KernelEstimator, Learner
+from nestloop.lang.legal import check_optimizer, check_rate_dims
 from nestloop.lang.optim import SGD
 from nestloop.lang.purity import check_body
-from nestloop.lang.schedule import BatchSchedule, FullBatch
+from nestloop.lang.schedule import FullBatch, Schedule, Stream
 
 BUILT_IN_DIMS = {
     "B": "sequences",
@@ -45,20 +43,27 @@ class LoopSpec:
         fast, slow, views, gates: declarations by name; `slow` holds the learner's own too.
         dims: dims that no view defines, with their defaults.
         heads: a fixed number of heads, where the loop declares one; None takes the layer's.
+        holds: whether a body reads `f.held`, the learner with its weights held constant.
     """
 
     name: str
     cls: type[Loop]
     learner: type[Learner]
     optimizer: SGD
-    schedule: BatchSchedule
+    schedule: Any  # a Schedule
     fast: dict[str, Fast]
     slow: dict[str, Slow]
     views: dict[str, View]
     gates: dict[str, Gate]
     dims: dict[str, Dim]
     heads: int | None
+    holds: bool
     where: Location
+
+    @property
+    def streams(self) -> bool:
+        """Whether the loop reads out while it learns, and carries a state."""
+        return isinstance(self.schedule, Stream) and not self.is_kernel_estimator
 
     @property
     def is_kernel_estimator(self) -> bool:
@@ -92,10 +97,16 @@ class LoopSpec:
         names = [name for name, dim in self.dims.items() if dim.on_grid]
         return (names[0], names[1]) if names else None
 
-    def learner_with(self, values: dict[str, Any], dims: dict[str, int]) -> Learner:
-        """The learner with its weights standing for `values`: the `f` that bodies call."""
+    def learner_with(self, values: dict[str, Any], dims: dict[str, int], held: dict[str, Any] | None = None) -> Learner:
+        """The learner with its weights standing for `values`: the `f` that bodies call.
+
+        held: what the fast weights of `f.held` stand for; by default the same values.
+        """
         own = [*self.learner.fast, *self.learner.slow]
-        return self.learner.bound({**dims, **{name: values[name] for name in own}})
+        bound = {**dims, **{name: values[name] for name in own}}
+        if self.holds:
+            bound["held"] = self.learner.bound({**bound, **(held or {})})
+        return self.learner.bound(bound)
 
     def body_with(self, values: dict[str, Any], dims: dict[str, int]) -> Loop:
         """The loop with its own slow weights standing for `values`: the `self` of `loss` and `readout`."""
@@ -132,23 +143,25 @@ class Loop(Body):
     Class attributes:
         learner: a `Learner` class.
         optimizer: `nl.SGD(...)`.
-        schedule: `nl.FullBatch(...)` (default) or `nl.Shuffled(...)`.
+        schedule: `nl.FullBatch(...)` (default), `nl.Shuffled(...)`, `nl.Causal(...)`, `nl.Online(...)`,
+            `nl.Chunked(...)` or `nl.Program(...)`.
         heads: a fixed number of heads (rare; the layer's otherwise).
         paper: the arXiv id of where the loop is from, for listings.
 
     Bodies (plain PyTorch on one head's tile; `t.NAME` is a view [n, *dims], `self.NAME` a slow weight or a dim):
-        loss(self, f, t) -> [n]: each token's loss.
-        readout(self, f, t) -> [n, *]: the output, with the weights the schedule ends with.
+        loss(self, f, t) -> [n]: each token's loss. `f.held` is the learner with the same fast weights, which the inner
+            gradient takes for constants (outer gradients flow through them).
+        readout(self, f, t) -> [n, *]: the output, with the weights that the schedule reads each token with.
 
     Raises (when the class is created):
-        MissingPartError, UnknownDimError, DuplicateNameError, LearningRateError, IllegalScheduleError,
-        SideEffectError, SignatureError, TransformError: with the user's file and line, what was given, what is needed
-            and the fix.
+        MissingPartError, UnknownDimError, DuplicateNameError, LearningRateError, CoefficientError, ViewError,
+        IllegalScheduleError, SideEffectError, SignatureError, TransformError: with the user's file and line, what was
+            given, what is needed and the fix.
     """
 
     learner: type[Learner]
     optimizer: SGD = SGD(lr=1.0)
-    schedule: BatchSchedule = FullBatch(steps=1)
+    schedule: Schedule = FullBatch(steps=1)
     heads: int | None = None
     paper: str = ""
     spec: LoopSpec
@@ -196,6 +209,7 @@ def _specify(cls: type[Loop]) -> LoopSpec:
         gates=gates,
         dims=dims,
         heads=cls.heads,
+        holds=not estimator and _reads_held(cls),
         where=cls.where,
     )
     _check_dims(spec)
@@ -203,9 +217,14 @@ def _specify(cls: type[Loop]) -> LoopSpec:
     for body, arguments in bodies.items():
         _check_signature(spec, body, arguments)
     if not estimator:
-        _check_learning_rate(spec)
-        _check_transform(spec)
+        check_optimizer(spec)
     return spec
+
+
+def _reads_held(cls: type[Loop]) -> bool:
+    """Whether a body of the loop mentions `f.held`."""
+    functions = [value for base in cls.__mro__ for value in vars(base).values() if hasattr(value, "__code__")]
+    return any("held" in function.__code__.co_names for function in functions)
 
 
 def body_line(body: Callable[..., Any], default: Location) -> Location:
@@ -226,18 +245,6 @@ def _check_signature(spec: LoopSpec, body: str, arguments: tuple[str, ...]) -> N
             need=f"{body}(self, {', '.join(arguments)})",
             fix=f"write def {body}(self, {', '.join(arguments)}): return ...",
         ) from None
-
-
-def _check_transform(spec: LoopSpec) -> None:
-    transform = spec.optimizer.transform
-    if transform is not None and not callable(transform):
-        raise TransformError(
-            f"The transform of {spec.name}'s optimizer is not a function.",
-            where=spec.optimizer.where,
-            given=repr(transform),
-            need="a function from one fast weight's gradient to its update, or None",
-            fix="write nl.SGD(lr=1.0, transform=nl.soft_clip(-2))",
-        )
 
 
 def _missing(cls: type, what: str, given: str, fix: str) -> MissingPartError:
@@ -273,7 +280,7 @@ def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View]
     for body in ("loss", "readout"):
         if body not in own:
             raise _missing(cls, f"it has no {body}", f"no method {body}", f"add def {body}(self, f, t): return ...")
-    if not isinstance(cls.schedule, BatchSchedule):
+    if not isinstance(cls.schedule, Schedule):
         raise _missing(cls, "its schedule is not one", repr(cls.schedule), "schedule = nl.FullBatch(steps=1)")
     if not isinstance(cls.optimizer, SGD):
         raise _missing(cls, "its optimizer is not one", repr(cls.optimizer), "optimizer = nl.SGD(lr=1.0)")
@@ -330,27 +337,4 @@ def _check_dims(spec: LoopSpec) -> None:
     for name, weight in {**spec.fast, **spec.slow}.items():
         for expr in weight.dims:
             check(expr, f"The {weight.kind} {name}", weight.where)
-    if isinstance(spec.optimizer.lr, DimExpr):
-        check(spec.optimizer.lr, "The learning rate", spec.optimizer.where)
-
-
-def _check_learning_rate(spec: LoopSpec) -> None:
-    lr = spec.optimizer.lr
-    declared = {**spec.slow, **spec.gates}.get(getattr(lr, "name", ""))
-    if isinstance(lr, (Slow, Gate)) and declared is not lr:
-        raise LearningRateError(
-            f"The learning rate of {spec.name} is a {lr.kind} that the loop does not declare.",
-            where=lr.where,
-            given=f"{lr!r}",
-            need=f"one of its own: {', '.join([*spec.slow, *spec.gates]) or 'it has none'}",
-            fix="declare eta = nl.slow() (or nl.gate()) in the loop's body and write nl.SGD(lr=eta)",
-        )
-    if isinstance(lr, tuple) and len(lr) != spec.schedule.steps:
-        steps = spec.schedule.steps
-        raise IllegalScheduleError(
-            f"{spec.name} has one learning rate per step, but not as many as steps.",
-            where=spec.optimizer.where,
-            given=f"rates: {len(lr)}, steps: {steps}",
-            need=f"rates: {steps}",
-            fix=f"write nl.SGD(lr={(1.0,) * steps}), or one number for all steps",
-        )
+    check_rate_dims(spec, known)

@@ -7,13 +7,15 @@ file and nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from nestloop.errors import LearningRateError, Location, TransformError
+from nestloop.errors import CoefficientError, LearningRateError, Location, TransformError
+from nestloop.lang import coefficient
 from nestloop.lang.declare import Gate, Slow, caller
 from nestloop.lang.dims import DimExpr, parse
 
@@ -22,49 +24,133 @@ Transform = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SGD:
-    """Gradient descent: `W <- W - lr * transform(G)`, G the gradient of the batch's loss.
+    """Gradient descent with decay and momentum, each a definition on one fast weight W and its gradient G:
+
+        G <- gradient_transform(G)
+        S <- momentum * S + G                  (one line more for each further order)
+        W <- decay * W - lr * scale * transform(S)
+        W <- restore(W, the initial W)
+
+    G is summed over a step's tokens. Where a schedule steps once a chunk, gates among the coefficients are averaged
+    over the chunk's tokens, the learning rate aside, which weighs each token's loss.
 
     Args:
         lr: one of
             - a number, or text in the dims: "H/(N*D)" (N tokens in the sequence, n in the step's batch);
-            - a tuple of numbers, one per step;
-            - a slow weight without dims (`eta = nl.slow(init="constant(0.1)")`): a learned scalar;
-            - a gate (`eta = nl.gate()`): each token's loss is multiplied by its own rate, before `transform`.
-        transform: plain PyTorch from one fast weight's gradient to its update, same shape (a clip, say); None
-            leaves the gradient as it is.
+            - a tuple of numbers, one per step of a batch schedule;
+            - a slow weight (`eta = nl.slow(init="constant(0.1)")`): a learned rate per head;
+            - a gate (`eta = nl.gate()`): each token's loss is multiplied by its own rate, before any transform. With
+              dims, each token's gradient has a rate per channel;
+            - a dict of these by fast weight.
+        transform: plain PyTorch from one fast weight's S to its update, same shape (a clip, Newton-Schulz), or a joint
+            one (`global_clip`) that sees all fast weights; None leaves it as it is.
+        gradient_transform: the same for the gradient, before the momentum.
+        scale: a coefficient on what is taken from W since the last anchor, the weights that gradients are taken at:
+            under `Causal`, W_t = anchor - scale_t * sum_{s <= t} lr_s G_s, a rate of both positions (TTT-LM's
+            tau_t * lr_s, arXiv 2407.04620). Not together with decay or momentum under `Causal`.
+        decay: the factor on W of one step, in [0, 1].
+        log_decay: its logarithm instead, at most 0 (GLA, Mamba-2).
+        decay_order: "after" takes the gradient at W and then decays W (Titans); "before" takes it at the decayed W
+            (gated delta rule). Only `Online` can tell them apart.
+        momentum: the factor on S of one step; several, in a tuple, for higher orders (S' <- momentum' * S' + S).
+        window: under `Causal`, the gradient of a step is the sum over so many last tokens instead of one (the Omega
+            rule, arXiv 2505.23735).
+        restore: plain PyTorch from (W, initial W) to the weights a step leaves (`restore_norm`).
 
     Raises:
-        LearningRateError: `lr` is none of these.
-        DimExpressionError: `lr` is text that is not arithmetic.
+        LearningRateError, CoefficientError: a coefficient is none of what it may be.
+        DimExpressionError: text that is not arithmetic.
     """
 
     lr: Any = 1.0
-    transform: Transform | None = None
+    transform: Any = None
+    _: KW_ONLY
+    gradient_transform: Any = None
+    scale: Any = None
+    decay: Any = None
+    log_decay: Any = None
+    decay_order: str = "after"
+    momentum: Any = None
+    window: int | None = None
+    restore: Callable[[Tensor, Tensor], Tensor] | None = None
     where: Location = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         where = caller()
         object.__setattr__(self, "where", where)
-        lr = self.lr
+        object.__setattr__(self, "lr", self._read_rate(self.lr, where))
+        for name in ("scale", "decay", "log_decay"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, coefficient.read(getattr(self, name), name, where))
+        if self.momentum is not None:
+            orders = self.momentum if isinstance(self.momentum, (tuple, list)) else (self.momentum,)
+            object.__setattr__(self, "momentum", tuple(coefficient.read(m, "momentum", where) for m in orders))
+        self._check(where)
+
+    @staticmethod
+    def _read_rate(lr: Any, where: Location) -> Any:
+        if isinstance(lr, Mapping):
+            return {name: SGD._read_rate(value, where) for name, value in lr.items()}
         if isinstance(lr, str):
-            object.__setattr__(self, "lr", parse(lr, where))
-        elif isinstance(lr, list):
-            object.__setattr__(self, "lr", tuple(lr))
-        lr = self.lr
+            return parse(lr, where)
+        lr = tuple(lr) if isinstance(lr, list) else lr
         numbers = lr if isinstance(lr, tuple) else (lr,)
-        if isinstance(lr, (DimExpr, Gate)) or (isinstance(lr, Slow) and not lr.dims):
-            return
-        if numbers and all(map(_is_rate, numbers)):
-            return
+        if isinstance(lr, (DimExpr, Gate, Slow)) or (numbers and all(map(coefficient.is_number, numbers))):
+            return lr
         raise LearningRateError(
             "The learning rate of SGD is not one it takes.",
             where=where,
             given=repr(lr),
-            need='a finite number, text like "H/(N*D)", a tuple of numbers (one per step), a slow weight without dims, '
-            "or a gate",
+            need='a finite number, text like "H/(N*D)", a tuple of numbers (one per step), a slow weight, a gate, '
+            "or a dict of these by fast weight",
             fix="write nl.SGD(lr=0.1), or declare eta = nl.slow() or eta = nl.gate() in the loop and write "
             "nl.SGD(lr=eta)",
         )
+
+    def _check(self, where: Location) -> None:
+        if self.decay is not None and self.log_decay is not None:
+            raise CoefficientError(
+                "SGD takes a decay or its logarithm, not both.",
+                where=where,
+                given="decay and log_decay",
+                need="one of them",
+                fix="leave log_decay out, or write log_decay=a with a gate whose activation is F.logsigmoid",
+            )
+        if self.decay_order not in ("before", "after"):
+            raise CoefficientError(
+                "SGD does not know this order of decay and gradient.",
+                where=where,
+                given=f"decay_order={self.decay_order!r}",
+                need='"before" or "after" the gradient is taken',
+                fix='write decay_order="after"',
+            )
+        window = self.window
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            raise CoefficientError(
+                "The window of SGD is not a number of tokens.",
+                where=where,
+                given=f"window={window!r}",
+                need="a whole number, 1 or more",
+                fix="write window=16",
+            )
+
+    @property
+    def orders(self) -> int:
+        """How many momenta each fast weight has."""
+        return len(self.momentum or ())
+
+    @property
+    def decays(self) -> Any:
+        """The coefficient of the decay, whichever way it is given."""
+        return self.decay if self.log_decay is None else self.log_decay
+
+    def coefficients(self) -> list[Any]:
+        """Every single coefficient: the rate's, the scale's, the decay's and the momenta's."""
+        return coefficient.parts([self.lr, self.scale, self.decay, self.log_decay, self.momentum])
+
+    def rate_of(self, weight: str) -> Any:
+        """The learning rate of one fast weight."""
+        return coefficient.of(self.lr, weight, 1.0)
 
     def rate(self, step: int, sizes: dict[str, int], slow: dict[str, Tensor]) -> Any:
         """The factor on the update of step `step`: a number, or the learned scalar's tensor []."""
@@ -80,14 +166,17 @@ class SGD:
         return float(self.lr)
 
     def update(self, weight: Tensor, gradient: Tensor, rate: Any) -> Tensor:
-        """One step on one fast weight."""
+        """One step on one fast weight, without momentum or decay."""
         return weight - rate * self.transformed(gradient)
 
     def transformed(self, gradient: Tensor) -> Tensor:
         """The update of one fast weight before its learning rate. Raises `TransformError` if its shape is another."""
-        if self.transform is None:
+        return self._apply(self.transform, gradient)
+
+    def _apply(self, transform: Any, gradient: Tensor) -> Tensor:
+        if transform is None:
             return gradient
-        step = self.transform(gradient)
+        step = transform(gradient)
         if not isinstance(step, Tensor) or step.shape != gradient.shape:
             given = f"[{', '.join(map(str, step.shape))}]" if isinstance(step, Tensor) else f"a {type(step).__name__}"
             raise TransformError(
@@ -98,6 +187,63 @@ class SGD:
                 fix="return one number for every element; reduce with keepdim=True inside",
             )
         return step
+
+    def _each(self, transform: Any, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        if isinstance(transform, GlobalClip):
+            return transform.joint(gradients)
+        return {name: self._apply(transform, gradient) for name, gradient in gradients.items()}
+
+    def step(
+        self,
+        weights: dict[str, Tensor],
+        momenta: dict[str, Tensor],
+        gradients: dict[str, Tensor],
+        initial: dict[str, Tensor],
+        factor: Callable[[str, Any], Any],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One step on all fast weights: the whole definition.
+
+        Args:
+            weights, gradients, initial: by fast weight. Gradients hold what their tokens' gates weigh.
+            momenta: by fast weight and order, `momentum_name(w, order)`.
+            factor: (fast weight, coefficient) -> its value for this step, 1.0 for None.
+
+        Returns:
+            The new weights and momenta.
+        """
+        moved = self._each(self.gradient_transform, gradients)
+        kept: dict[str, Tensor] = {}
+        for order, eta in enumerate(self.momentum or ()):
+            for name in moved:
+                key = momentum_name(name, order)
+                kept[key] = factor(name, coefficient.of(eta, name)) * momenta[key] + moved[name]
+            moved = {name: kept[momentum_name(name, order)] for name in moved}
+        moved = self._each(self.transform, moved)
+        made = {}
+        for name, weight in weights.items():
+            rate = self.rate_of(name)
+            scaled = moved[name] if isinstance(rate, Gate) else factor(name, rate) * moved[name]
+            if self.scale is not None:
+                scaled = factor(name, coefficient.of(self.scale, name)) * scaled
+            made[name] = self.decayed(weight, name, factor) - scaled
+            if self.restore is not None:
+                made[name] = self.restore(made[name], initial[name])
+        return made, kept
+
+    def decayed(self, weight: Tensor, name: str, factor: Callable[[str, Any], Any]) -> Tensor:
+        """A fast weight after the decay of one step."""
+        kept = coefficient.of(self.decays, name)
+        if kept is None:
+            return weight
+        value = factor(name, kept)
+        if self.log_decay is not None:
+            value = value.exp() if isinstance(value, Tensor) else math.exp(value)
+        return value * weight
+
+
+def momentum_name(weight: str, order: int) -> str:
+    """The name of a momentum in a state: "w.momentum", "w.momentum2", ..."""
+    return f"{weight}.momentum{order + 1 if order else ''}"
 
 
 @dataclass(frozen=True)
@@ -113,10 +259,83 @@ class SoftClip:
         return f"soft_clip({', '.join(map(str, self.dims))})"
 
 
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+@dataclass(frozen=True)
+class GlobalClip:
+    """A joint transform, made by `global_clip`."""
+
+    norm: float
+
+    def joint(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        total = sum(g.square().sum() for g in gradients.values()).sqrt()  # type: ignore[union-attr]
+        factor = self.norm / total.clamp(min=self.norm)
+        return {name: g * factor for name, g in gradients.items()}
+
+    def __str__(self) -> str:
+        return f"global_clip({self.norm})"
+
+
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """A transform, made by `newton_schulz`."""
+
+    coefficients: tuple[tuple[float, float, float], ...]
+    eps: float
+    precision: torch.dtype | None
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        x = gradient if self.precision is None else gradient.to(self.precision)
+        tall = x.shape[-2] > x.shape[-1]
+        x = x.mT if tall else x
+        x = x / (x.square().sum((-2, -1), keepdim=True).sqrt() + self.eps)
+        for a, b, c in self.coefficients:
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return (x.mT if tall else x).to(gradient.dtype)
+
+    def __str__(self) -> str:
+        return f"newton_schulz({len(self.coefficients)} steps)"
+
+
+@dataclass(frozen=True)
+class RestoreNorm:
+    """A restore, made by `restore_norm`."""
+
+    dim: int
+    eps: float
+
+    def __call__(self, weight: Tensor, initial: Tensor) -> Tensor:
+        norm = weight.square().sum(self.dim, keepdim=True).sqrt()
+        return weight / (norm + self.eps) * initial.square().sum(self.dim, keepdim=True).sqrt()
+
+    def __str__(self) -> str:
+        return f"restore_norm({self.dim})"
+
+
+JORDAN = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's coefficients: singular values in [0.02, 1] go to [0.68, 1.13]
 
 
 def soft_clip(*dims: int) -> Transform:
     """ViT^3's clip: `g / (|g| + 1)`, the 2-norm taken over `dims` of each fast weight's gradient (2512.01643)."""
     return SoftClip(dims)
+
+
+def global_clip(norm: float) -> GlobalClip:
+    """All fast weights' updates scaled down together where their joint 2-norm is above `norm` (2512.23675)."""
+    return GlobalClip(norm)
+
+
+def newton_schulz(
+    coefficients: Sequence[tuple[float, float, float]] = JORDAN, eps: float = 1e-7, precision: torch.dtype | None = None
+) -> Transform:
+    """Muon's orthogonalisation: X = G / (|G| + eps), then X <- a X + (b X X^T + c (X X^T)^2) X for each (a, b, c).
+
+    Args:
+        coefficients: one (a, b, c) a step.
+        precision: the dtype it is computed in, bfloat16 say; None for the gradient's own.
+    """
+    return NewtonSchulz(tuple(tuple(c) for c in coefficients), eps, precision)  # type: ignore[misc]
+
+
+def restore_norm(dim: int = -1, eps: float = 1e-5) -> RestoreNorm:
+    """LaCT's weight norm: each row's 2-norm over `dim` becomes that of the initial weights (2505.23884)."""
+    return RestoreNorm(dim, eps)

@@ -1,6 +1,7 @@
 """Schedules: the order in which an inner loop sees the tokens of one sequence, and when it steps.
 
-A batch schedule learns first and reads out afterwards: every token is read with the last weights.
+A batch schedule learns first and reads out afterwards: every token is read with the last weights. A stream reads out
+while it learns.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import ClassVar
 
 import torch
 
-from nestloop.errors import IllegalScheduleError
+from nestloop.errors import IllegalScheduleError, InputError
 from nestloop.lang.declare import caller
+from nestloop.lang.dims import DimExpr, parse
 
 
 def even(start: int, stop: int, count: int) -> list[tuple[int, int]]:
@@ -24,14 +26,19 @@ def even(start: int, stop: int, count: int) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
+class Schedule:
+    """What a schedule is: a `BatchSchedule` or a `Stream`."""
+
+    needs_order: ClassVar[bool] = False
+
+
 @dataclass(frozen=True)
-class BatchSchedule:
+class BatchSchedule(Schedule):
     """Steps on batches of tokens, then one read-out of every token.
 
     The loss of a batch is the mean of its tokens' losses (`reduction="mean"`), or their sum ("sum").
     """
 
-    needs_order: ClassVar[bool] = False
     reduction: str = "mean"
 
     @property
@@ -125,3 +132,199 @@ class Shuffled(BatchSchedule):
 
     def steps_on(self, tokens: int) -> int:
         return torch.sym_min(self.count, tokens)
+
+
+@dataclass(frozen=True)
+class Stream(Schedule):
+    """Schedules that read out while they learn, and carry a state from one call to the next.
+
+    A step's loss is the sum of its tokens' losses. `reset` starts again from the initial fast weights every so many
+    tokens.
+    """
+
+    def _positive(self, **counts: int | None) -> None:
+        kind = type(self).__name__
+        for name, count in counts.items():
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise IllegalScheduleError(
+                    f"{kind} counts tokens.",
+                    where=caller(),
+                    given=f"{name}={count!r}",
+                    need="a whole number, 1 or more",
+                    fix=f"write {name}=16",
+                )
+
+    def _multiple(self, name: str, value: int | None, of: int) -> None:
+        if value is not None and value % of:
+            raise IllegalScheduleError(
+                f"The {name} of {type(self).__name__} falls inside a chunk.",
+                where=caller(),
+                given=f"{name}={value}, chunks of {of} tokens",
+                need=f"a multiple of {of}",
+                fix=f"write {name}={max(value // of, 1) * of}",
+            )
+
+
+@dataclass(frozen=True)
+class Causal(Stream):
+    """Token by token; gradients are taken at the weights their chunk started with (arXiv 2407.04620).
+
+    Token t's step uses its own loss's gradient at the chunk's first weights, the anchor; it is then read out with the
+    weights after its step (`read="after"`) or before it ("before").
+
+    Args:
+        chunk: tokens per anchor. 1 takes every gradient at the current weights.
+        read: "after" (inclusive) or "before" a token's own step.
+        reset: start from the initial fast weights every so many tokens, a multiple of `chunk`.
+
+    Raises:
+        IllegalScheduleError: a count that is none, a reset inside a chunk, an unknown `read`.
+    """
+
+    chunk: int = 16
+    read: str = "after"
+    reset: int | None = None
+    micro: int = 1
+
+    def __init__(self, chunk: int = 16, read: str = "after", reset: int | None = None) -> None:
+        self._set(chunk, read, reset, 1)
+
+    def _set(self, chunk: int, read: str, reset: int | None, micro: int) -> None:
+        for name, value in (("chunk", chunk), ("read", read), ("reset", reset), ("micro", micro)):
+            object.__setattr__(self, name, value)
+        self._positive(chunk=chunk, reset=reset, micro=micro)
+        self._multiple("reset", reset, chunk)
+        if read not in ("after", "before"):
+            raise IllegalScheduleError(
+                f"{type(self).__name__} does not know when to read out.",
+                where=caller(),
+                given=f"read={read!r}",
+                need='"after" or "before" the token\'s own step',
+                fix='write read="after"',
+            )
+
+
+@dataclass(frozen=True)
+class Online(Causal):
+    """Token by token, each gradient at the current weights: the delta rule's schedule (2102.11174, 2412.06464).
+
+    Args:
+        read, reset: as for `Causal`.
+        micro: steps per token, each on views of its own (`nl.view(..., micro=True)`; DeltaProduct, 2502.10297). The
+            decay is taken once, with the first; the token is read out once, after the last.
+    """
+
+    def __init__(self, read: str = "after", reset: int | None = None, micro: int = 1) -> None:
+        self._set(1, read, reset, micro)
+
+
+@dataclass(frozen=True)
+class Chunked(Stream):
+    """Chunk by chunk: one step on all tokens of a chunk, which are all read out with the same weights.
+
+    Args:
+        size: tokens per chunk.
+        order: "update-apply" reads a chunk with the weights its own step leaves, so that its tokens see one another
+            (the last chunk may be shorter); "apply-update" reads it with the weights before the step (LaCT,
+            arXiv 2505.23884). There a chunk that is not complete takes no step; its gradient waits in the state.
+        anchor: gradients are taken at the weights of the last multiple of so many tokens; None takes them at the
+            chunk's first weights, 0 always at the initial ones.
+        inclusive: with "apply-update", the last token of a chunk is read after the chunk's step (titans-pytorch).
+        reset: start from the initial fast weights every so many tokens.
+
+    Raises:
+        IllegalScheduleError: a count that is none, an anchor or reset inside a chunk, an unknown order.
+    """
+
+    size: int = 64
+    order: str = "update-apply"
+    anchor: int | None = None
+    inclusive: bool = False
+    reset: int | None = None
+
+    def __post_init__(self) -> None:
+        self._positive(size=self.size, reset=self.reset, anchor=self.anchor or None)
+        self._multiple("reset", self.reset, self.size)
+        self._multiple("anchor", self.anchor, self.size)
+        if self.order not in ("update-apply", "apply-update"):
+            raise IllegalScheduleError(
+                "Chunked does not know this order.",
+                where=caller(),
+                given=f"order={self.order!r}",
+                need='"update-apply" or "apply-update"',
+                fix='write order="apply-update"',
+            )
+        if self.inclusive and self.order == "update-apply":
+            raise IllegalScheduleError(
+                "Chunked reads every token after the step already.",
+                where=caller(),
+                given='inclusive=True, order="update-apply"',
+                need='inclusive with order="apply-update" only',
+                fix="leave inclusive out",
+            )
+
+
+@dataclass(frozen=True)
+class Program(Stream):
+    """A list of operations on token ranges, carried out in order: LaCT's explicit schedule.
+
+        nl.Program(("update", 0, "M"), ("apply", 0, "N"))
+
+    "update" takes one step on the tokens start:stop, with gradients at the current weights; "apply" reads them out.
+    Bounds are numbers or text in the dims. Every token is read out exactly once.
+
+    Raises:
+        IllegalScheduleError: an operation that is none.
+        DimExpressionError: a bound that is not arithmetic.
+    """
+
+    operations: tuple[tuple[str, DimExpr, DimExpr], ...] = ()
+
+    def __init__(self, *operations: tuple[str, str | int, str | int]) -> None:
+        where = caller()
+        parsed = []
+        for operation in operations:
+            if not isinstance(operation, (tuple, list)) or len(operation) != 3 or operation[0] not in _OPERATIONS:
+                raise IllegalScheduleError(
+                    "Program does not know this operation.",
+                    where=where,
+                    given=repr(operation),
+                    need='("update", start, stop) or ("apply", start, stop)',
+                    fix='write nl.Program(("update", 0, "N"), ("apply", 0, "N"))',
+                )
+            parsed.append((operation[0], parse(operation[1], where), parse(operation[2], where)))
+        object.__setattr__(self, "operations", tuple(parsed))
+
+    def on(self, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
+        """The operations on a sequence of these sizes, empty ranges left out.
+
+        Raises:
+            InputError: a range outside the sequence, a token read twice or not at all.
+        """
+        tokens = sizes["N"]
+        made, read = [], [0] * tokens
+        for kind, first, last in self.operations:
+            start, stop = (int(bound.evaluate(sizes)) for bound in (first, last))
+            if not 0 <= start <= stop <= tokens:
+                raise InputError(
+                    "An operation of Program lies outside the sequence.",
+                    given=f'("{kind}", {first}, {last}) = {start}:{stop}, N = {tokens}',
+                    need="0 <= start <= stop <= N",
+                    fix='bound it by the length: "N"',
+                )
+            if kind == "apply":
+                read[start:stop] = [count + 1 for count in read[start:stop]]
+            if start < stop:
+                made.append((kind, start, stop))
+        wrong = [index for index, count in enumerate(read) if count != 1]
+        if wrong:
+            raise InputError(
+                "Program reads tokens out twice, or not at all.",
+                given=f"token {wrong[0]} read {read[wrong[0]]} times",
+                need="every token in one apply",
+                fix='end with ("apply", 0, "N")',
+            )
+        return made
+
+
+_OPERATIONS = ("update", "apply")

@@ -1,0 +1,255 @@
+"""Which optimizer goes with which schedule: everything that can be refused before a size is known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nestloop.errors import (
+    CoefficientError,
+    IllegalScheduleError,
+    LearningRateError,
+    TransformError,
+    UnknownDimError,
+    ViewError,
+)
+from nestloop.lang import coefficient
+from nestloop.lang.declare import Declaration, Gate, Slow
+from nestloop.lang.dims import DimExpr
+from nestloop.lang.optim import GlobalClip
+from nestloop.lang.schedule import BatchSchedule, Causal, Chunked, Stream
+
+if TYPE_CHECKING:
+    from nestloop.lang.loop import LoopSpec
+
+_NAMES = {"lr": "learning rate"}
+
+
+def check_optimizer(spec: LoopSpec) -> None:
+    """Refuse coefficients that are not the loop's, or do not fit its fast weights, and parts its schedule has no room
+    for."""
+    _check_coefficients(spec)
+    _check_functions(spec)
+    if isinstance(spec.schedule, BatchSchedule):
+        _check_batch(spec)
+    elif isinstance(spec.schedule, Causal):
+        _check_causal(spec)
+    elif isinstance(spec.schedule, Chunked):
+        _check_chunked(spec)
+    if isinstance(spec.schedule, Stream):
+        _check_stream(spec)
+    _check_micro(spec)
+
+
+def _coefficients(spec: LoopSpec) -> list[tuple[str, Any]]:
+    optimizer = spec.optimizer
+    found = [(name, getattr(optimizer, name)) for name in ("lr", "scale", "decay", "log_decay")]
+    return [*found, *[("momentum", order) for order in optimizer.momentum or ()]]
+
+
+def _check_coefficients(spec: LoopSpec) -> None:
+    declared: dict[str, Declaration] = {**spec.slow, **spec.gates}
+    for name, value in _coefficients(spec):
+        what = _NAMES.get(name, name)
+        error = LearningRateError if name == "lr" else CoefficientError
+        coefficient.check_declared(value, what, spec.name, declared, error)
+        if isinstance(value, dict) and not set(value) <= set(spec.fast):
+            (unknown,) = list(set(value) - set(spec.fast))[:1]
+            raise CoefficientError(
+                f"The {what} of {spec.name} names a fast weight that its learner does not have.",
+                where=spec.optimizer.where,
+                given=repr(unknown),
+                need=f"one of {', '.join(spec.fast)}",
+                fix=f"write {name}={{{next(iter(spec.fast))!r}: ...}}",
+            )
+        for weight in spec.fast.values():
+            one = coefficient.of(value, weight.name)
+            if isinstance(one, (Slow, Gate)):
+                coefficient.along(one, weight)
+
+
+def _check_functions(spec: LoopSpec) -> None:
+    optimizer = spec.optimizer
+    for name in ("transform", "gradient_transform", "restore"):
+        given = getattr(optimizer, name)
+        if given is None or callable(given) or (isinstance(given, GlobalClip) and name != "restore"):
+            continue
+        takes = "(W, initial W) to the weights" if name == "restore" else "one fast weight's gradient to its update"
+        fix = "restore=nl.restore_norm(-1)" if name == "restore" else f"{name}=nl.soft_clip(-2)"
+        if name == "transform":
+            fix = "transform=nl.soft_clip(-2)"
+        raise TransformError(
+            f"The {name.replace('_', ' ')} of {spec.name}'s optimizer is not a function.",
+            where=optimizer.where,
+            given=repr(given),
+            need=f"a function from {takes}, or None",
+            fix=f"write nl.SGD(lr=1.0, {fix})",
+        )
+
+
+def _illegal(spec: LoopSpec, what: str, given: str, need: str, fix: str) -> IllegalScheduleError:
+    return IllegalScheduleError(f"{spec.name}: {what}", where=spec.optimizer.where, given=given, need=need, fix=fix)
+
+
+def _shown(spec: LoopSpec) -> str:
+    return f"schedule {type(spec.schedule).__name__}"
+
+
+def _check_batch(spec: LoopSpec) -> None:
+    optimizer, schedule = spec.optimizer, spec.schedule
+    assert isinstance(schedule, BatchSchedule)
+    extra = [
+        name
+        for name in ("gradient_transform", "scale", "decay", "log_decay", "momentum", "window", "restore")
+        if getattr(optimizer, name) is not None
+    ]
+    if isinstance(optimizer.lr, dict) or (isinstance(optimizer.lr, (Slow, Gate)) and optimizer.lr.dims):
+        extra.append("a learning rate per fast weight or channel")
+    if isinstance(optimizer.transform, GlobalClip):
+        extra.append("a joint transform")
+    if extra:
+        raise _illegal(
+            spec,
+            f"a batch schedule steps with the learning rate and a transform alone, not with {extra[0]}.",
+            f"{', '.join(extra)}; {_shown(spec)}",
+            "a schedule that steps chunk by chunk",
+            'write schedule = nl.Program(("update", 0, "N"), ("apply", 0, "N")), one update for each step',
+        )
+    lr = optimizer.lr
+    if isinstance(lr, tuple) and len(lr) != schedule.steps:
+        raise IllegalScheduleError(
+            f"{spec.name} has one learning rate per step, but not as many as steps.",
+            where=optimizer.where,
+            given=f"rates: {len(lr)}, steps: {schedule.steps}",
+            need=f"rates: {schedule.steps}",
+            fix=f"write nl.SGD(lr={(1.0,) * schedule.steps}), or one number for all steps",
+        )
+
+
+def _check_stream(spec: LoopSpec) -> None:
+    for name, value in _coefficients(spec):
+        if any(isinstance(part, tuple) for part in ([value] if isinstance(value, tuple) else [])):
+            raise _illegal(
+                spec,
+                "one learning rate per step belongs to a batch schedule.",
+                f"lr={value}; {_shown(spec)}",
+                "a number, text, a slow weight or a gate",
+                "declare eta = nl.gate() and write nl.SGD(lr=eta)",
+            )
+        for part in coefficient.parts(value):
+            if isinstance(part, DimExpr) and {"N", "n"} & set(part.names):
+                raise _illegal(
+                    spec,
+                    f"its {_NAMES.get(name, name)} depends on how many tokens there are.",
+                    f"{part}; {_shown(spec)}",
+                    "sizes that are the same wherever a sequence is split",
+                    "write it without N and n, or make it a gate",
+                )
+    if spec.grid is not None:
+        raise _illegal(
+            spec,
+            "a token grid is whole from the start, a stream is not.",
+            f"nl.grid(); {_shown(spec)}",
+            "a batch schedule",
+            "write schedule = nl.FullBatch(1)",
+        )
+
+
+def _check_causal(spec: LoopSpec) -> None:
+    optimizer, schedule = spec.optimizer, spec.schedule
+    assert isinstance(schedule, Causal)
+    size = max(schedule.chunk, 16)
+    for name in ("transform", "gradient_transform", "restore"):
+        given = getattr(optimizer, name)
+        if given is not None:
+            raise _illegal(
+                spec,
+                f"its {name.replace('_', ' ')} needs a whole chunk's gradient, but each token is read with weights of "
+                "its own.",
+                f"{given if not callable(given) or isinstance(given, type) else _function(given)}; {_shown(spec)}",
+                "a schedule that steps once a chunk: the nearest is Chunked",
+                f'write schedule = nl.Chunked({size}, "apply-update"), or "update-apply"',
+            )
+    if optimizer.scale is not None and (optimizer.decays is not None or optimizer.momentum is not None):
+        raise _illegal(
+            spec,
+            "a scale on the updates since the anchor has no meaning once these decay or gather momentum.",
+            f"scale with {'decay' if optimizer.decays is not None else 'momentum'}; {_shown(spec)}",
+            "one or the other",
+            "fold the scale into lr, a rate per token",
+        )
+    if optimizer.decays is not None and optimizer.decay_order == "before" and schedule.chunk > 1:
+        raise _illegal(
+            spec,
+            "gradients at a chunk's first weights cannot be taken at the decayed ones.",
+            f'decay_order="before"; {_shown(spec)}, chunk = {schedule.chunk}',
+            'decay_order="after", or gradients at the current weights',
+            'write schedule = nl.Online(), or decay_order="after"',
+        )
+    if optimizer.window is not None and schedule.micro > 1:
+        raise _illegal(
+            spec,
+            "a window over tokens and micro-steps within one do not go together.",
+            f"window={optimizer.window}, micro={schedule.micro}",
+            "one of them",
+            "write schedule = nl.Online()",
+        )
+
+
+def _function(given: Any) -> str:
+    return getattr(given, "__name__", str(given))
+
+
+def _check_chunked(spec: LoopSpec) -> None:
+    optimizer = spec.optimizer
+    if optimizer.window is not None:
+        raise _illegal(
+            spec,
+            "a window belongs to a schedule that steps with every token.",
+            f"window={optimizer.window}; {_shown(spec)}",
+            "Causal or Online",
+            "write schedule = nl.Causal(16)",
+        )
+    if optimizer.decays is not None and optimizer.decay_order == "before":
+        raise _illegal(
+            spec,
+            "a chunk's gradient is taken before its decay.",
+            f'decay_order="before"; {_shown(spec)}',
+            'decay_order="after", or gradients at the current weights',
+            'write schedule = nl.Online(), or decay_order="after"',
+        )
+
+
+def _check_micro(spec: LoopSpec) -> None:
+    steps = getattr(spec.schedule, "micro", 1)
+    found = [declared for declared in spec.inputs.values() if declared.micro]
+    if steps == 1 and found:
+        raise ViewError(
+            f"The {found[0].kind} '{found[0].name}' is one for each micro-step, of which {spec.name} has one.",
+            where=found[0].where,
+            given=f"micro=True; {_shown(spec)}",
+            need="a schedule with micro-steps",
+            fix="write schedule = nl.Online(micro=2), or leave micro out of the view",
+        )
+    if steps > 1 and not any(not isinstance(declared, Gate) for declared in found):
+        raise ViewError(
+            f"{spec.name} takes {steps} micro-steps a token, all on the same views.",
+            where=spec.where,
+            given=f"micro={steps}, no view with micro=True",
+            need="a view for each micro-step",
+            fix='declare k = nl.view("d", micro=True)',
+        )
+
+
+def check_rate_dims(spec: LoopSpec, known: set[str]) -> None:
+    """Every dim that a coefficient's text uses is one of the loop's."""
+    for name, value in _coefficients(spec):
+        for part in coefficient.parts(value):
+            for dim in part.names if isinstance(part, DimExpr) else ():
+                if dim not in known:
+                    raise UnknownDimError(
+                        f"The {_NAMES.get(name, name)} of {spec.name} uses the dim '{dim}', which no view defines.",
+                        where=spec.optimizer.where,
+                        given=f"'{part}'",
+                        need=f"one of {', '.join(sorted(known))}",
+                        fix=f"use one of these, or declare the dim in the loop: {dim} = nl.dim(64)",
+                    )

@@ -1,0 +1,111 @@
+"""The state of a loop: what a sequence carries from one call to the next, so that any split of it is the whole.
+
+A state is a dict. Every fast weight is there under its name, [B, H, *dims]: the weights after the last token. A stream
+adds what the rest of its chunk needs, under the fast weight's name and a point, and `position`, an int: the tokens
+seen. `torch.save` and `torch.load` keep it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nestloop.errors import StateError
+from nestloop.lang import coefficient
+from nestloop.lang.declare import Declaration, Gate
+from nestloop.lang.optim import momentum_name
+from nestloop.lang.schedule import Causal, Chunked, Program, Stream
+
+if TYPE_CHECKING:
+    from nestloop.lang.loop import LoopSpec
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a state.
+
+    Attributes:
+        name: its key.
+        like: the declaration that has its dims.
+        part: "weight", "anchor" (where gradients are taken), "update" (the scaled sum since the anchor), "momentum",
+            "pending" (a chunk's gradient, or the sum of a gate over its tokens, so far), "tail" (last tokens' views).
+        rows: leading axis of tokens, for a tail.
+    """
+
+    name: str
+    like: Declaration
+    part: str
+    rows: int = 0
+
+
+def entries(spec: LoopSpec) -> dict[str, Entry]:
+    """Every tensor of a loop's state, fast weights first."""
+    optimizer, schedule = spec.optimizer, spec.schedule
+    found = [Entry(name, fast, "weight") for name, fast in spec.fast.items()]
+    if isinstance(schedule, Stream):
+        for name, fast in spec.fast.items():
+            found += [Entry(momentum_name(name, o), fast, "momentum") for o in range(optimizer.orders)]
+            if _has_anchor(spec):
+                found.append(Entry(f"{name}.anchor", fast, "anchor"))
+            if optimizer.scale is not None and isinstance(schedule, Causal):
+                found.append(Entry(f"{name}.update", fast, "update"))
+            if isinstance(schedule, Chunked) and schedule.order == "apply-update":
+                found.append(Entry(f"{name}.pending", fast, "pending"))
+        if isinstance(schedule, Chunked) and schedule.order == "apply-update":
+            found += [Entry(f"{gate.name}.pending", gate, "pending") for gate in averaged_gates(spec)]
+        if optimizer.window is not None and optimizer.window > 1:
+            rows = optimizer.window - 1
+            found += [Entry(f"{name}.tail", declared, "tail", rows) for name, declared in spec.inputs.items()]
+    return {entry.name: entry for entry in found}
+
+
+def _has_anchor(spec: LoopSpec) -> bool:
+    schedule = spec.schedule
+    if isinstance(schedule, Causal):
+        return schedule.chunk > 1
+    return isinstance(schedule, Chunked) and schedule.anchor is not None
+
+
+def averaged_gates(spec: LoopSpec) -> list[Gate]:
+    """The gates that a step once a chunk reads as their mean over the chunk's tokens."""
+    optimizer = spec.optimizer
+    parts = coefficient.parts([optimizer.scale, optimizer.decays, optimizer.momentum])
+    return list({part.name: part for part in parts if isinstance(part, Gate)}.values())
+
+
+def counts_tokens(spec: LoopSpec) -> bool:
+    """Whether a state holds `position`."""
+    return isinstance(spec.schedule, Stream) and not isinstance(spec.schedule, Program)
+
+
+def check_position(spec: LoopSpec, state: Mapping[str, Any]) -> int:
+    """The position a state stands at.
+
+    Raises:
+        StateError: it is no number, or inside a chunk whose tokens see one another.
+    """
+    if not counts_tokens(spec):
+        return 0
+    position, schedule = state["position"], spec.schedule
+    if isinstance(position, bool) or not isinstance(position, int) or position < 0:
+        raise StateError(
+            f"The position in the state of {spec.name} is not a number of tokens.",
+            where=spec.where,
+            given=repr(position.shape if isinstance(position, Tensor) else position),
+            need="an int, 0 or more: the tokens seen",
+            fix="pass the state as an earlier call returned it",
+        )
+    if isinstance(schedule, Chunked) and schedule.order == "update-apply" and position % schedule.size:
+        raise StateError(
+            f"{spec.name} cannot go on inside a chunk, whose tokens see one another.",
+            where=spec.where,
+            given=f"a state at position {position}, chunks of {schedule.size} tokens",
+            need=f"a position that is a multiple of {schedule.size}",
+            fix=f"split sequences at multiples of {schedule.size} tokens",
+        )
+    return position

@@ -16,6 +16,7 @@ from torch import fx
 
 from nestloop.errors import Location, TokenMixingError
 from nestloop.lang.loop import LoopSpec
+from nestloop.lang.schedule import Program
 from nestloop.lowering import ops
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.ops import Kind
@@ -59,10 +60,12 @@ def declared_axes(spec: LoopSpec, name: str) -> Axes:
     """The axes of one tile of a declared tensor, or of its cotangent or new value; scalars have none."""
     declared = {**spec.fast, **spec.slow, **spec.inputs}
     plain = name.removeprefix("d_").removeprefix("gradient_").removesuffix("_new")
+    plain = plain if plain in declared else plain.split("__")[0]
     if plain not in declared:
         return ()
     token = ("n",) if plain in spec.inputs else ()
-    return (*token, *[str(e) for e in declared[plain].dims])
+    steps = (str(getattr(spec.schedule, "micro", 1)),) if plain in spec.inputs and spec.inputs[plain].micro else ()
+    return (*token, *steps, *[str(e) for e in declared[plain].dims])
 
 
 def type_axes(spec: LoopSpec, module: fx.GraphModule, output: Axes = ()) -> Typing:
@@ -120,17 +123,38 @@ def readout_axes(captured: Captured) -> Axes:
     return type_axes(spec, captured.readout).axes[result]
 
 
-def check_tokens(spec: LoopSpec, loss: Typing) -> None:
-    """Raise `TokenMixingError` where the schedule needs independent tokens and the loss mixes them."""
-    if not spec.schedule.needs_order or not loss.mixing:
-        return
-    first = loss.mixing[0]
-    raise TokenMixingError(
-        f"{spec.name} is Shuffled, but its loss mixes tokens.",
+def check_tokens(spec: LoopSpec, loss: Typing, readout: Typing) -> None:
+    """Raise `TokenMixingError` where the schedule needs independent tokens and a body mixes them."""
+    schedule = spec.schedule
+    if schedule.needs_order and loss.mixing:
+        raise _mixes(
+            spec,
+            "loss",
+            loss.mixing[0],
+            "a loss whose every token is on its own: the tokens of a shuffled batch are not neighbours, nor all",
+            f"schedule = nl.FullBatch(steps={schedule.steps}), or a learner that keeps tokens apart",
+        )
+    whole = isinstance(schedule, Program) or getattr(schedule, "order", "") == "update-apply"
+    for name, typing in (("loss", loss), ("readout", readout)):
+        if spec.streams and not whole and typing.mixing:
+            size = max(getattr(schedule, "chunk", 0), getattr(schedule, "size", 0), 16)
+            raise _mixes(
+                spec,
+                name,
+                typing.mixing[0],
+                "tokens that are on their own: a later one must not reach an earlier one's output",
+                f'schedule = nl.Chunked({size}, "update-apply"), whose tokens see one another within a chunk',
+            )
+
+
+def _mixes(spec: LoopSpec, body: str, first: Mixing, need: str, fix: str) -> TokenMixingError:
+    kind = type(spec.schedule).__name__
+    return TokenMixingError(
+        f"{spec.name} is {kind}, but its {body} mixes tokens.",
         where=first.where or spec.where,
         given=f"{first.op} over the token axis of [{', '.join(first.axes)}]",
-        need="a loss whose every token is on its own: the tokens of a shuffled batch are not neighbours, nor all",
-        fix=f"schedule = nl.FullBatch(steps={spec.schedule.steps}), or a learner that keeps tokens apart",
+        need=need,
+        fix=fix,
     )
 
 
@@ -150,6 +174,8 @@ def _rule(node: fx.Node, axes: Mapping[fx.Node, Axes]) -> tuple[Axes, bool]:
     if row.kind is Kind.PRODUCT:
         left, right = axes[node.args[0]], axes[node.args[1]]
         return (*left[:-1], right[-1]), is_token(left[-1])
+    if row.kind is Kind.SOLVE:
+        return axes[node.args[1]], is_token(first[-1])
     if row.kind is Kind.REDUCTION:
         return _reduce(node, first, value)
     if row.kind is Kind.NORMALIZE:

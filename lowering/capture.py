@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -38,6 +39,7 @@ from nestloop.errors import (
     UnusedFastWeightError,
 )
 from nestloop.lang.loop import LoopSpec, body_line
+from nestloop.lang.schedule import Causal
 from nestloop.lowering import ops
 from nestloop.lowering.mismatch import OpFailed, about_shapes, operands, shape_mismatch, trial_sizes
 
@@ -78,7 +80,8 @@ class Captured:
     @property
     def loss_inputs(self) -> list[str]:
         """Inputs of the loss, in order."""
-        return [*self.spec.fast, *self.spec.slow, *self.hoisted, *self.spec.inputs]
+        held = [f"{name}__held" for name in self.spec.fast] if self.spec.holds else []
+        return [*self.spec.fast, *self.spec.slow, *self.hoisted, *self.spec.inputs, *held]
 
 
 def capture(spec: LoopSpec, sizes: dict[str, int], tokens: int | None) -> Captured:
@@ -101,12 +104,14 @@ def capture_with(tracer: Tracer) -> Captured:
         return Captured(spec, None, kernel, sizes, tuple(value.shape[1:]), tracer.fixed_tokens())
 
     inputs = [*everything, *spec.inputs]
-    loss = _trace(tracer, lambda dims: _flat(reference.token_loss(spec, dims), spec), inputs, "loss")
+    held = [f"{name}__held" for name in spec.fast] if spec.holds else []
+    loss = _trace(tracer, lambda dims: _flat(reference.token_loss(spec, dims), spec, held), inputs + held, "loss")
     _check_loss(spec, loss)
     _check_used(spec, loss)
+    inputs = [name for name in inputs if name not in spec.inputs or not spec.inputs[name].micro]
     readout = _trace(tracer, lambda dims: _flat(reference.token_readout(spec, dims), spec), inputs, "readout")
     output = _check_readout(spec, readout)
-    if spec.optimizer.transform is not None:
+    if callable(spec.optimizer.transform):
         for name in spec.fast:
             _trace(tracer, lambda dims: spec.optimizer.transformed, [name], "transform")
     return Captured(spec, loss, readout, sizes, output, tracer.fixed_tokens())
@@ -146,13 +151,19 @@ def _failure_in_trial(
     return None
 
 
-def _flat(body: Callable[..., Tensor], spec: LoopSpec) -> Callable[..., Tensor]:
-    """A body over dicts as a function of its tensors in declaration order."""
+def _flat(body: Callable[..., Tensor], spec: LoopSpec, held: Sequence[str] = ()) -> Callable[..., Tensor]:
+    """A body over dicts as a function of its tensors in declaration order, those of `held` weights last.
+
+    A read-out sees no view of micro-steps.
+    """
     names = [*spec.fast, *spec.slow, *spec.inputs]
 
     def flat(*tensors: Tensor) -> Tensor:
-        given = dict(zip(names, tensors, strict=True))
-        return body(*({n: given[n] for n in group} for group in (spec.fast, spec.slow, spec.inputs)))
+        whole = len(tensors) == len(names) + len(held)
+        seen = names if whole else [n for n in names if n not in spec.inputs or not spec.inputs[n].micro]
+        given = dict(zip([*seen, *held], tensors, strict=True))
+        parts = [{n: given[n] for n in group if n in given} for group in (spec.fast, spec.slow, spec.inputs)]
+        return body(*parts, {n: given[f"{n}__held"] for n in spec.fast}) if held else body(*parts)
 
     return flat
 
@@ -177,17 +188,21 @@ class Tracer:
         self.fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
         first = next(iter(spec.inputs))
         self.length: Any = self.tile(first).shape[0]
-        self.dims: dict[str, Any] = {**self.sizes, "n": self.length}
-        if not spec.schedule.needs_order or spec.is_kernel_estimator:
+        one_token = isinstance(spec.schedule, Causal) and spec.streams  # whose body sees a token at a time
+        self.dims: dict[str, Any] = {**self.sizes, "n": 1 if one_token else self.length}
+        if (not spec.schedule.needs_order and not spec.streams) or spec.is_kernel_estimator:
             self.dims["N"] = self.length
 
-    def tile(self, name: str) -> Tensor:
-        """A fresh fake tile of a declared tensor: [n, *dims] for views, [*dims] for weights."""
+    def tile(self, name: str, micro: int = 0) -> Tensor:
+        """A fresh fake tile of a declared tensor: [n, *dims] for views (with `micro`, [n, micro, *dims]), [*dims] for
+        weights, of which NAME__held is another."""
+        name = name.removesuffix("__held")
         declared = {**self.spec.fast, **self.spec.slow, **self.spec.inputs}[name]
         shape = [expr.size(self.sizes, declared.where) for expr in declared.dims]
         if name not in self.spec.inputs:
             return self.example(shape)
-        return self.example([self.tokens or _HINT, *shape], symbolic=self.tokens is None)
+        steps = [micro] if micro else []
+        return self.example([self.tokens or _HINT, *steps, *shape], symbolic=self.tokens is None)
 
     def example(self, shape: list[int], symbolic: bool = False) -> Tensor:
         """A fake tensor with its own storage; the first axis is the symbol n where `symbolic`."""
@@ -233,7 +248,7 @@ class Tracer:
         # A body may not write into tensors, but PyTorch's own composite functions and derivative formulas do.
         traced = torch.func.functionalize(watched)
 
-        with self.fake, _as_compile_error(self.spec, user_body), _quiet():
+        with self.fake, _as_compile_error(self.spec, user_body), _quiet(), _symbolic_solve():
             module = make_fx(traced, decomposition_table=ops.decompositions(), tracing_mode="real")(*examples)
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         assert len(placeholders) == len(names), "two example inputs were merged: they share a storage"
@@ -368,6 +383,22 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+@contextmanager
+def _symbolic_solve() -> Iterator[None]:
+    """PyTorch's own shape rule of the triangular solve resizes its result, which takes no symbolic number of rows."""
+    op = torch.ops.aten.linalg_solve_triangular.default
+
+    def shape(mode: Any, func: Any, a: Tensor, b: Tensor, **settings: Any) -> Tensor:
+        with mode:
+            return torch.empty_like(b)
+
+    fake_impls.op_implementations_dict[op] = shape
+    try:
+        yield
+    finally:
+        fake_impls.op_implementations_dict.pop(op, None)
 
 
 @contextmanager

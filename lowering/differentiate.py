@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from nestloop import reference
 from nestloop.lang.declare import Gate, Slow
+from nestloop.lowering import ops
 from nestloop.lowering.capture import Captured, Tracer
 from nestloop.lowering.simplify import simplify
 
@@ -45,6 +46,13 @@ class Piece:
         return [node.name for node in self.forward.graph.find_nodes(op="placeholder")]
 
 
+_TENSORS_ONLY = (
+    torch.ops.aten.where.self,
+    torch.ops.aten.maximum.default,
+    torch.ops.aten.minimum.default,
+)
+
+
 class Located(fx.Interpreter):
     """Runs a captured graph under a trace; the new nodes keep the user's lines."""
 
@@ -56,6 +64,16 @@ class Located(fx.Interpreter):
             for node in list(mode.tracer.graph.nodes)[before:]:
                 node.meta.setdefault("where", n.meta["where"])
         return result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is ops.SOLVE:  # whose derivative is PyTorch's own
+            return torch.linalg.solve(args[0].mT if args[2] else args[0], args[1])
+        # `simplify` writes a constant operand as a number, which these take only as a tensor.
+        if target in _TENSORS_ONLY:
+            dtype = next(a.dtype for a in reversed(args) if isinstance(a, Tensor))
+            dtype = torch.float32 if dtype == torch.bool else dtype
+            args = tuple(torch.scalar_tensor(a, dtype=dtype) if isinstance(a, (int, float)) else a for a in args)
+        return super().call_function(target, args, kwargs)
 
 
 def _call(module: fx.GraphModule) -> Callable[..., Any]:
@@ -85,10 +103,10 @@ def pieces(captured: Captured, tracer: Tracer, losses: bool) -> dict[str, Piece]
     for prefix, start in (("", {}), ("first_", zeros)):
         if start or not prefix:
             parts = (tracer, captured)
-            made[f"{prefix}gradient"] = _piece(f"{prefix}gradient", gradient, names, results, *parts, losses, start)
-            made[f"{prefix}update"] = _piece(f"{prefix}update", update, update_names, updated, *parts, True, start)
+            made[f"{prefix}gradient"] = make_piece(f"{prefix}gradient", gradient, names, results, *parts, losses, start)
+            made[f"{prefix}update"] = make_piece(f"{prefix}update", update, update_names, updated, *parts, True, start)
     body = [*spec.fast, *spec.slow, *spec.inputs]
-    made["readout"] = _piece("readout", captured.readout, body, ["z"], tracer, captured, True, {})
+    made["readout"] = make_piece("readout", captured.readout, body, ["z"], tracer, captured, True, {})
     if losses:
         inputs = captured.loss_inputs
         final = tracer.trace_on(
@@ -96,10 +114,10 @@ def pieces(captured: Captured, tracer: Tracer, losses: bool) -> dict[str, Piece]
             _examples(captured, tracer, inputs),
             inputs,
         )
-        made["final_loss"] = _piece("final_loss", final, inputs, ["loss_after"], tracer, captured, True, {})
+        made["final_loss"] = make_piece("final_loss", final, inputs, ["loss_after"], tracer, captured, True, {})
     if captured.prepare is not None:
         slow, prepared = list(spec.slow), list(captured.hoisted)
-        made["prepare"] = _piece("prepare", captured.prepare, slow, prepared, tracer, captured, True, {})
+        made["prepare"] = make_piece("prepare", captured.prepare, slow, prepared, tracer, captured, True, {})
     return made
 
 
@@ -156,7 +174,7 @@ def _examples(captured: Captured, tracer: Tracer, names: list[str]) -> list[Tens
     return found
 
 
-def _piece(
+def make_piece(
     name: str,
     forward: fx.GraphModule,
     names: list[str],
@@ -165,8 +183,12 @@ def _piece(
     captured: Captured,
     with_last: bool,
     zeros: dict[str, float],
+    examples: Callable[[], list[Tensor]] | None = None,
 ) -> Piece:
-    """Trace the vjp of `forward`; without `with_last` its last result (an inner loss) is dropped first."""
+    """Trace the vjp of `forward`; without `with_last` its last result (an inner loss) is dropped first.
+
+    examples: makes a fake tensor for each input, where they are not simply the declared tiles.
+    """
     keep = len(results) if with_last else len(results) - 1
     wrt = [n for n in names if n not in ("weight", "rate") and n not in zeros]
     run = _call(forward)
@@ -175,10 +197,8 @@ def _piece(
         made = run(*given)
         return (made,) if isinstance(made, Tensor) else tuple(made)[:keep]
 
-    def examples() -> list[Tensor]:
-        return _examples(captured, tracer, names)
-
-    raw = tracer.trace_on(outputs, examples(), names)
+    fresh = examples or (lambda: _examples(captured, tracer, names))
+    raw = tracer.trace_on(outputs, fresh(), names)
     (shapes,) = next(node for node in raw.graph.nodes if node.op == "output").args
 
     def vjp(*given: Tensor) -> tuple[Tensor, ...]:
@@ -193,7 +213,7 @@ def _piece(
 
     cotangents = [tracer.like(node.meta["val"]) for node in shapes]
     cotangent_names = [f"d_{r}" for r in results[:keep]]
-    backward = tracer.trace_on(vjp, [*examples(), *cotangents], [*names, *cotangent_names])
+    backward = tracer.trace_on(vjp, [*fresh(), *cotangents], [*names, *cotangent_names])
     return Piece(
         name, simplify(raw, zeros), simplify(backward, zeros, zero_is_none=True), tuple(results[:keep]), tuple(wrt)
     )
@@ -211,4 +231,4 @@ def _fit(captured: Captured, tracer: Tracer) -> Piece:
         return weight @ given["v"] / weight.sum(-1, keepdim=True)
 
     forward = tracer.trace_on(fit, [tracer.tile(n) for n in names], names)
-    return _piece("fit", forward, names, ["z"], tracer, captured, True, {})
+    return make_piece("fit", forward, names, ["z"], tracer, captured, True, {})

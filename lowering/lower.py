@@ -18,8 +18,9 @@ from nestloop.lowering.runtime import plan as plans
 from nestloop.lowering.runtime.executable import EXECUTABLES, build
 from nestloop.lowering.runtime.fingerprint import fingerprint
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.streams import STREAM_OPS, build_stream
 
-__all__ = ["EXECUTABLES", "lower", "plan_for"]
+__all__ = ["EXECUTABLES", "STREAM_OPS", "lower", "plan_for"]
 
 _PLANS: dict[str, Plan] = {}
 _NAME = "nestloop-lowering"
@@ -36,7 +37,13 @@ if hasattr(os, "register_at_fork"):
 
 
 def plan_for(
-    spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool, double: bool = False
+    spec: LoopSpec,
+    sizes: dict[str, int],
+    tokens: int | None,
+    losses: bool,
+    carried: bool,
+    double: bool = False,
+    part: str = "",
 ) -> Plan:
     """The plan of a loop for one set of sizes.
 
@@ -46,16 +53,17 @@ def plan_for(
         losses: whether the inner losses are wanted.
         carried: whether fast weights come from a state even where they are frozen at zero.
         double: whether it computes in float64, for the rare body that depends on the dtype.
+        part: of a stream, which of its ops (`lowering.pipeline.stream_stages`).
 
     Raises:
         CompileError: a body cannot be compiled.
     """
-    key = fingerprint(spec, sorted(sizes.items()), tokens, losses, carried, double)
+    key = fingerprint(spec, sorted(sizes.items()), tokens, losses, carried, double, part)
     if key is not None and key in _PLANS:
         return _PLANS[key]
     found = plans.read(key)
     if found is None:
-        found = _apart(_plan, spec, sizes, tokens, losses, carried, double)
+        found = _apart(_plan, spec, sizes, tokens, losses, carried, double, part)
         plans.keep(key, found)
     if key is not None:
         _PLANS[key] = found
@@ -73,10 +81,14 @@ def _apart(function: Callable[..., Plan], *arguments: Any) -> Plan:
     return _THREAD.submit(function, *arguments).result()
 
 
-def _plan(spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool, double: bool) -> Plan:
+def _plan(
+    spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool, double: bool, part: str
+) -> Plan:
     from nestloop.lowering import pipeline
 
     dtype = {"dtype": torch.float64} if double else {}
+    if spec.streams:
+        return pipeline.stream_plan(pipeline.stream_stages(spec, sizes, tokens, losses, part, **dtype))
     return pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried, **dtype))
 
 
@@ -88,12 +100,15 @@ def lower(
     carried: bool,
     inductor: bool,
     double: bool = False,
+    part: str = "",
 ) -> str:
-    """The name in `EXECUTABLES` of the op for one set of sizes; "" where a body holds for one length only and `tokens`
-    does not say which."""
-    plan = plan_for(spec, sizes, tokens, losses, carried)
+    """The name in `EXECUTABLES` (of a stream, in `STREAM_OPS`) of the op for one set of sizes; "" where a body holds
+    for one length only and `tokens` does not say which."""
+    plan = plan_for(spec, sizes, tokens, losses, carried, part=part)
     if tokens is None and plan.tokens is not None:
         return ""
     if double and plan.reads_dtype:
-        plan = plan_for(spec, sizes, tokens, losses, carried, double)
+        plan = plan_for(spec, sizes, tokens, losses, carried, double, part)
+    if spec.streams:
+        return build_stream(spec, plan, sizes["H"], inductor)
     return build(spec, plan, sizes["H"], losses, inductor)

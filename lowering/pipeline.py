@@ -11,13 +11,18 @@ from dataclasses import dataclass, replace
 import torch
 
 from nestloop.lang.loop import LoopSpec
+from nestloop.lang.schedule import Program
+from nestloop.lang.state import entries
 from nestloop.lowering.axes import Typing, check_tokens, type_axes
 from nestloop.lowering.capture import Captured, Tracer, capture_with
 from nestloop.lowering.differentiate import Piece, pieces
+from nestloop.lowering.emit.stream import StreamEmitter, StreamSource
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, rewrites
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.schedule.cost import cost, rows_in_cache
+from nestloop.lowering.streams.forms import Form, choose, pieces_of
+from nestloop.lowering.streams.step import identifier
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def stages(
     captured = capture_with(tracer)
     typing = None if captured.loss is None else type_axes(spec, captured.loss)
     if typing is not None:
-        check_tokens(spec, typing)
+        check_tokens(spec, typing, type_axes(spec, captured.readout))
     narrowed, gram = gram_form(captured, tracer)
     hoisted, hoisting = hoist(narrowed, tracer)
     differentiated = pieces(hoisted, tracer, losses)
@@ -81,6 +86,100 @@ def stages(
     attention = next((r for r in applied if r.name == "softmax attention" and r.fired), None)
     emitter = TorchEmitter(hoisted, differentiated, losses, carried)
     return Lowered(captured, typing, differentiated, applied, None if attention else emitter.emit())
+
+
+PARTS = ("scan", "inside", "inside partial", "update", "read")
+
+
+@dataclass(frozen=True)
+class LoweredStream:
+    """Every stage's value for one op of a stream.
+
+    Attributes:
+        captured: the bodies as graphs.
+        typing: the axes of the loss.
+        form: how a chunk's step is computed.
+        pieces: the steps and their backwards, simplified.
+        rewrites: every rule, whether it fired and why.
+        source: the generated module.
+        part: which op: "scan" over whole chunks from a chunk's first token; "inside" a chunk that began in an earlier
+            call, to its end, or "inside partial", not to its end; of a `Program`, "update" and "read".
+    """
+
+    captured: Captured
+    typing: Typing
+    form: Form
+    pieces: dict[str, Piece]
+    rewrites: list[Rewrite]
+    source: StreamSource
+    part: str
+
+    @property
+    def spec(self) -> LoopSpec:
+        return self.captured.spec
+
+
+def stream_stages(
+    spec: LoopSpec,
+    sizes: dict[str, int],
+    tokens: int | None,
+    losses: bool,
+    part: str,
+    dtype: torch.dtype = torch.float32,
+) -> LoweredStream:
+    """Run the compiler up to source for one op of a stream; arguments as for `stages`, `part` one of `PARTS`.
+
+    Raises:
+        CompileError: a body cannot be compiled.
+    """
+    tracer = Tracer(spec, sizes, tokens, dtype)
+    captured = capture_with(tracer)
+    assert captured.loss is not None
+    typing = type_axes(spec, captured.loss)
+    check_tokens(spec, typing, type_axes(spec, captured.readout))
+    form, applied = choose(captured, tracer)
+    if form.longest == 1 and tokens != 1:
+        tracer = Tracer(spec, sizes, 1, dtype)
+        captured = capture_with(tracer)
+    made, states, steps = pieces_of(captured, tracer, form, part.startswith("inside"), losses)
+    if part.startswith("inside"):
+        wanted = "partial" if part == "inside partial" and "partial" in made else "chunk"
+        made, steps = {wanted: made[wanted]}, {wanted: steps[wanted]}
+    if isinstance(spec.schedule, Program):
+        made, steps = {part: made[part]}, {part: steps[part]}
+    emitter = StreamEmitter(captured, made, states, steps, form.longest if part == "scan" else 0, losses, form.name)
+    source = emitter.emit_scan() if part == "scan" else emitter.emit_piece(next(iter(made)))
+    decided = tracer.fixed_tokens() if form.longest != 1 else None
+    captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)
+    return LoweredStream(captured, typing, form, made, applied, source, part)
+
+
+def stream_plan(lowered: LoweredStream) -> Plan:
+    """What is kept of a stream's lowering, and all that running it takes."""
+    spec, captured, source = lowered.spec, lowered.captured, lowered.source
+    tiles = {
+        identifier(name): (*([entry.rows] if entry.rows else []), *[e.size(captured.sizes) for e in entry.like.dims])
+        for name, entry in entries(spec).items()
+    }
+    return Plan(
+        form="stream",
+        name=re.sub(r"\W", "_", f"{spec.name}_{lowered.part}").lower(),
+        source=source.text,
+        inputs=source.inputs,
+        tiles=tiles,
+        output=captured.output,
+        tokens=captured.tokens,
+        pieces={
+            name: (str(cost(piece.forward).products), str(cost(piece.backward).products))
+            for name, piece in lowered.pieces.items()
+        },
+        rows=1 << 40,
+        reads_dtype=captured.reads_dtype,
+        results=source.results,
+        kept=source.kept,
+        chunk=lowered.form.longest if lowered.part == "scan" else 0,
+        why="\n".join(str(rule) for rule in lowered.rewrites),
+    )
 
 
 def plan(lowered: Lowered) -> Plan:

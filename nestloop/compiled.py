@@ -10,10 +10,12 @@ from torch import Tensor
 
 from nestloop import reference
 from nestloop.errors import MissingPartError, ShapeMismatchError, UnknownBackendError
-from nestloop.lang.binding import bind, check_dims
+from nestloop.lang.binding import Binding, bind, check_dims
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
+from nestloop.lang.schedule import Program
 from nestloop.lowering import lower
+from nestloop.lowering.runtime.streams import StreamOp, run_stream
 
 BACKENDS = ("auto", "reference", "torch")
 
@@ -107,9 +109,11 @@ class CompiledLoop:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """`__call__` with every argument given, and always three results."""
         binding = bind(self.spec, views, weights, state, order, {**self.dims, **dims})
-        if self.backend == "reference" or self.spec.streams:
+        if self.backend == "reference":
             start = None if state is None else dict(state)
             return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
+        if self.spec.streams:
+            return self._run_stream(binding, views, weights, state, return_losses)
         carried = state is not None
         sizes = tuple(sorted({**binding.dims, "H": binding.heads}.items()))
         # One lowering serves every length but 1, where sizes broadcast, and loops that hold for one length only.
@@ -121,15 +125,38 @@ class CompiledLoop:
             name = self._lowered(return_losses, carried, binding.tokens, sizes, double)
         return lower.EXECUTABLES[name](views, weights, state, order)
 
+    def _run_stream(
+        self,
+        binding: Binding,
+        views: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        state: Mapping[str, Any] | None,
+        return_losses: bool,
+    ) -> tuple[Tensor, dict[str, Any], Tensor | None]:
+        sizes = tuple(sorted({**binding.dims, "H": binding.heads}.items()))
+        tensors = {n: t for n, t in {**views, **weights, **(state or {})}.items() if isinstance(t, Tensor)}
+        dtype = reference.compute_dtype(tensors)
+        losses = return_losses and not isinstance(self.spec.schedule, Program)
+
+        def op(part: str, tokens: int) -> StreamOp:
+            alone = tokens == 1 and getattr(self.spec.schedule, "micro", 1) == 1
+            name = "" if alone else self._lowered(losses, False, 0, sizes, dtype == torch.float64, part)
+            if not name:
+                name = self._lowered(losses, False, tokens, sizes, dtype == torch.float64, part)
+            return lower.STREAM_OPS[name]
+
+        start = None if state is None else dict(state)
+        return run_stream(self.spec, binding, op, views, weights, start, return_losses, dtype)
+
     def _lowered(
-        self, losses: bool, carried: bool, tokens: int, sizes: tuple[tuple[str, int], ...], double: bool
+        self, losses: bool, carried: bool, tokens: int, sizes: tuple[tuple[str, int], ...], double: bool, part: str = ""
     ) -> str:
         """The name of the executable for these sizes, lowered the first time it is asked for (also while Dynamo traces
         a call, for which a name is a constant)."""
-        key = (losses, carried, tokens, sizes, double)
+        key = (losses, carried, tokens, sizes, double, part)
         if key not in self._names:
             try:
-                name = lower.lower(self.spec, dict(sizes), tokens or None, losses, carried, self.inductor, double)
+                name = lower.lower(self.spec, dict(sizes), tokens or None, losses, carried, self.inductor, double, part)
             except ShapeMismatchError:
                 if tokens:
                     raise
@@ -147,8 +174,11 @@ class CompiledLoop:
         Raises the `CompileError` of whatever is wrong in a body.
         """
         sizes = {**self.spec.default_dims, **self.dims, "H": heads}
-        if self.backend == "reference" or self.spec.streams:
+        if self.backend == "reference":
             return reference.token_output(self.spec, sizes)
+        if self.spec.streams:
+            part = "read" if isinstance(self.spec.schedule, Program) else "scan"
+            return lower.plan_for(self.spec, sizes, None, False, False, part=part).output
         tokens = 0
         if self.spec.grid is not None:
             rows, columns = self.spec.grid

@@ -35,7 +35,7 @@ aten = torch.ops.aten
 schedule = {schedule}
 '''
 
-_TILE_OPERATIONS = sorted(
+TILE_OPERATIONS = sorted(
     name for name, value in vars(tiles).items() if getattr(value, "__module__", "") == tiles.__name__
 )
 _TITLES = {
@@ -103,7 +103,7 @@ class TorchEmitter:
         parts += [self._forward(), self._backward()] if steps else [self._fit_forward(), self._fit_backward()]
         body = "\n\n\n".join(parts)
         math = "import math\n\n" if "math." in body else ""
-        imported = [name for name in _TILE_OPERATIONS if f"{name}(" in body]
+        imported = [name for name in TILE_OPERATIONS if f"{name}(" in body]
         schedule = self.spec.schedule
         sizes = ", ".join(f"{n} = {s}" for n, s in self.captured.sizes.items())
         head = _HEADER.format(

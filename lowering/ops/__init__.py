@@ -9,6 +9,7 @@ from typing import Any
 from nestloop.lowering.ops import movement, pointwise, products, reductions
 from nestloop.lowering.ops.decompose import decompositions, fused_rms_norm
 from nestloop.lowering.ops.row import Kind, Op, Operands
+from nestloop.lowering.ops.solve import OP as SOLVE
 
 ROWS: dict[Any, Op] = {row.target: row for module in (pointwise, products, reductions, movement) for row in module.ROWS}
 
@@ -47,6 +48,7 @@ def named_shape(shape: Iterable[Any]) -> str:
 
 __all__ = [
     "ROWS",
+    "SOLVE",
     "Kind",
     "Op",
     "Operands",

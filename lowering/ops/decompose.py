@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import core_aten_decompositions, get_decompositions
 
+from nestloop.lowering.ops import solve
+
 aten = torch.ops.aten
 
 _KEPT = [
@@ -190,7 +192,7 @@ def slice_backward(grad: Tensor, sizes: list[int], dim: int, start: int, end: in
 def select_backward(grad: Tensor, sizes: list[int], dim: int, index: int) -> Tensor:
     """The gradient of a selection: zeros around it."""
     dim = dim % len(sizes)
-    index = index % sizes[dim]
+    index = index + sizes[dim] if index < 0 else index
     around = [index, sizes[dim] - index - 1]
     return constant_pad_nd(grad.unsqueeze(dim), [0, 0] * (len(sizes) - dim - 1) + around)
 
@@ -214,4 +216,5 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.rms_norm.default] = lambda x, shape, weight=None, eps=None: fused_rms_norm(x, shape, weight, eps)[0]
     table[aten.slice_backward.default] = slice_backward
     table[aten.select_backward.default] = select_backward
+    table.update(solve.DECOMPOSITIONS)
     return table

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from nestloop.lowering.ops.row import Kind, Op
+from nestloop.lowering.ops import solve
+from nestloop.lowering.ops.row import Kind, Op, Operands
 
 aten = torch.ops.aten
+
+
+def _solve_triangular(o: Operands) -> str:
+    given = {"left": True, "unitriangular": False, **o.kwargs}
+    settings = [f"{name}={given[name]}" for name in ("upper", "left", "unitriangular")]
+    return f"torch.linalg.solve_triangular({o[0]}, {o[1]}, {', '.join(settings)})"
+
+
+def _solve(o: Operands) -> str:
+    return f"torch.linalg.solve({o[0]}{'.mT' if o.raw[2] else ''}, {o[1]})"
+
 
 ROWS = [
     Op(aten.mm.default, Kind.PRODUCT, lambda o: f"mm({o[0]}, {o[1]}, _low)", 2, lambda r: (r(5, 4), r(4, 3))),
     Op(aten.bmm.default, Kind.PRODUCT, lambda o: f"{o[0]} @ {o[1]}", 2, lambda r: (r(2, 5, 4), r(2, 4, 3))),
+    Op(aten.linalg_solve_triangular.default, Kind.SOLVE, _solve_triangular, 2, lambda r: (r(5, 5), r(5, 3))),
+    Op(solve.OP, Kind.SOLVE, _solve, 2, lambda r: (r(5, 5) + 4 * torch.eye(5), r(5, 3), True)),
 ]

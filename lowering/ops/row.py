@@ -27,6 +27,7 @@ class Kind(Enum):
     VIEW = "view"  # the same elements in another shape
     MOVE = "move"  # some of the elements, or the elements at other places
     CREATE = "create"  # no operand's values
+    SOLVE = "solve"  # a triangular system: the first operand's, for every column of the second
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def build(spec: LoopSpec, plan: Plan, heads: int, losses: bool, inductor: bool) 
     if name not in EXECUTABLES:
         module = cache.load(path)
         if inductor:
-            module = _compiled(module, plan)
+            module = compiled_pieces(module, plan)
         op = NestedLoopOp(name, module, _signature(spec, plan, heads, losses), _flops(spec, plan, heads), plan.rows)
         EXECUTABLES[name] = _loop(op, spec)
     return name
@@ -50,7 +50,7 @@ def _attention(scale: float | None) -> Executable:
     return run
 
 
-def _compiled(module: types.ModuleType, plan: Plan) -> types.ModuleType:
+def compiled_pieces(module: types.ModuleType, plan: Plan) -> types.ModuleType:
     """A copy of a generated module whose pieces go through `torch.compile`: each compiles once for all steps."""
     copy = types.ModuleType(f"{module.__name__}_inductor")
     copy.__dict__.update(module.__dict__)
@@ -103,7 +103,7 @@ def _loop(op: NestedLoopOp, spec: LoopSpec) -> Executable:
         state: Mapping[str, Tensor] | None,
         order: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        tensors = [_heads_first(views[n], spec.inputs[n]) for n in spec.inputs]
+        tensors = [heads_first(views[n], spec.inputs[n]) for n in spec.inputs]
         for name in signature.fast:
             tensors.append(weights[name].unsqueeze(1) if state is None else state[name].transpose(0, 1))
         for name in spec.slow:
@@ -120,7 +120,7 @@ def _loop(op: NestedLoopOp, spec: LoopSpec) -> Executable:
     return run
 
 
-def _heads_first(view: Tensor, declared: Any) -> Tensor:
+def heads_first(view: Tensor, declared: Any) -> Tensor:
     """[B, H, N, *] -> [H, B, N, *]; [B, N, *] -> [1, B, N, *]. Under autocast in its precision, as for any product."""
     kind = view.device.type
     if torch.is_autocast_enabled(kind) and view.dtype == torch.float32:

@@ -35,8 +35,7 @@ def fingerprint(spec: LoopSpec, *settings: Any) -> str | None:
         digest.add(own_files(), torch.__version__, str(torch.get_default_dtype()), spec.name, repr(settings))
         digest.add_class(spec.cls)
         digest.add_class(spec.learner)
-        digest.add_value(spec.optimizer.lr)
-        digest.add_value(spec.optimizer.transform)
+        digest.add_value({name: value for name, value in vars(spec.optimizer).items() if name != "where"})
         digest.add(repr(spec.schedule), repr(spec.heads))
     except (_Unknown, RecursionError):
         return None

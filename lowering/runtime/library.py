@@ -141,7 +141,8 @@ class NestedLoopOp:
             computed, low = _prepare(inputs)
             made = self._in_groups(module.forward, computed, order, low, inputs)
             owned = _owned(made, self.signature.shapes(inputs), inputs)
-            owned[0] = owned[0].to(self._output_dtype(inputs))
+            if self.signature.results[0] == "z":
+                owned[0] = owned[0].to(self._output_dtype(inputs))
             return tuple(owned) if len(owned) > 1 else owned[0]
 
         return kernel
@@ -180,7 +181,8 @@ class NestedLoopOp:
         inputs, _ = self._split(tensors)
         dtype = _compute_dtype(inputs)
         made = [inputs[0].new_empty(shape, dtype=dtype) for shape in self.signature.shapes(inputs)]
-        made[0] = made[0].to(self._output_dtype(inputs))
+        if self.signature.results[0] == "z":
+            made[0] = made[0].to(self._output_dtype(inputs))
         return tuple(made) if len(made) > 1 else made[0]
 
     def _output_dtype(self, inputs: Sequence[Tensor]) -> torch.dtype:

@@ -14,8 +14,8 @@ class Plan:
     """How a lowered loop runs.
 
     Attributes:
-        form: "loop" (generated steps and read-out), "fit" (a kernel estimator's generated fit), or "attention"
-            (PyTorch's own, with `scale`).
+        form: "loop" (generated steps and read-out), "fit" (a kernel estimator's generated fit), "attention" (PyTorch's
+            own, with `scale`), or "stream" (a scan over chunks, or one piece of it).
         name: the loop's name, as an identifier.
         source: the generated module's text; empty for "attention".
         inputs: fast weights that `forward` takes (those frozen at zero may be absent).
@@ -26,6 +26,10 @@ class Plan:
             arithmetic in n.
         reads_dtype: whether it holds for one compute dtype only.
         rows: tokens worked on at a time, so that their tiles stay in a CPU's cache.
+        results: of a stream, names of what `forward` returns before what it keeps for backward.
+        kept: of a scan, the carried tensors that it keeps.
+        chunk: of a scan, tokens of a chunk; 0 for one piece.
+        why: of a stream, the form it takes and why.
     """
 
     form: str
@@ -39,6 +43,10 @@ class Plan:
     rows: int
     reads_dtype: bool = False
     scale: float | None = None
+    results: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    chunk: int = 0
+    why: str = ""
 
 
 def _path(fingerprint: str) -> Path:
@@ -53,9 +61,9 @@ def read(fingerprint: str | None) -> Plan | None:
         kept = json.loads(_path(fingerprint).read_text())
         tiles = {name: tuple(shape) for name, shape in kept.pop("tiles").items()}
         pieces = {name: tuple(flops) for name, flops in kept.pop("pieces").items()}
-        return Plan(
-            **{**kept, "inputs": tuple(kept["inputs"]), "output": tuple(kept["output"])}, tiles=tiles, pieces=pieces
-        )
+        for name in ("inputs", "output", "results", "kept"):
+            kept[name] = tuple(kept[name])
+        return Plan(**kept, tiles=tiles, pieces=pieces)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # absent, or written by another version: lowered again and written again
 

@@ -7,6 +7,7 @@ Elementwise ops broadcast over them; what does not is here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -84,6 +85,9 @@ def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """Sum of two cotangents, None being zero."""
     if a is None or b is None:
         return b if a is None else a
+    if a.shape != b.shape:  # one is that of a tensor which heads or sequences share, already summed over them
+        smaller = a if a.numel() < b.numel() else b
+        a, b = like_lead(a, smaller), like_lead(b, smaller)
     return a + b
 
 
@@ -113,6 +117,27 @@ def join(pieces: Sequence[Tensor]) -> Tensor:
 def tiles(start: int, stop: int, rows: int | None) -> list[tuple[int, int]]:
     """Tokens start:stop in tiles of at most `rows`, as even as can be; all in one where `rows` is None."""
     return even(start, stop, 1 if rows is None else max(1, -(-(stop - start) // rows)))
+
+
+def chunks(length: int, size: int) -> list[tuple[int, int]]:
+    """Tokens in chunks of `size`, the last one shorter."""
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def spacing(count: int, *tokens: Tensor, state: Sequence[Tensor]) -> int:
+    """Chunks from one state that is kept for backward to the next.
+
+    What is kept, and the states of one group while backward recomputes them, together take no more than the token
+    inputs do; where even the square root of the chunks takes more, that.
+    """
+    heads, sequences = (max(t.shape[axis] for t in (*tokens, *state)) for axis in (0, 1))
+    one = heads * sequences * sum(math.prod(t.shape[2:]) for t in state)
+    budget = sum(math.prod(t.shape) for t in tokens)
+    root = max(1, math.isqrt(count - 1) + 1)
+    for every in range(1, root):
+        if (-(-count // every) - 1 + every) * one <= budget:
+            return every
+    return root
 
 
 def stack(values: Sequence[Tensor], axis: int, like: Tensor | None = None) -> Tensor:

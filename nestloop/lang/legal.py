@@ -177,6 +177,22 @@ def _check_causal(spec: LoopSpec) -> None:
             "one or the other",
             "fold the scale into lr, a rate per token",
         )
+    if any(getattr(part, "dims", ()) for part in coefficient.parts(optimizer.scale)):
+        raise _illegal(
+            spec,
+            "its scale has a number for each channel.",
+            f"scale of dims; {_shown(spec)}",
+            "one number for each token and head",
+            "leave the dims out, or fold them into lr",
+        )
+    if optimizer.scale is not None and schedule.read == "before":
+        raise _illegal(
+            spec,
+            "a scale belongs to the token's own step, which a read-out before it has not seen.",
+            f'scale; {_shown(spec)}, read = "before"',
+            'read="after"',
+            "write schedule = nl.Causal(16)",
+        )
     if optimizer.decays is not None and optimizer.decay_order == "before" and schedule.chunk > 1:
         raise _illegal(
             spec,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import nestloop as nl
+from nestloop.lang import coefficient
+from nestloop.lang.declare import Gate
 from nestloop.lang.loop import LoopSpec
 
 FLOOR = 1e-12  # differences below it are rounding of exact zeros
@@ -21,13 +24,13 @@ class Inputs:
 
     views: dict[str, Tensor]
     weights: dict[str, Tensor]
-    state: dict[str, Tensor] | None
+    state: dict[str, Any] | None
     order: Tensor | None
     dims: dict[str, int] = field(default_factory=dict)
 
     def leaves(self) -> dict[str, Tensor]:
         """Everything a gradient is taken of, by name."""
-        state = {f"state {name}": t for name, t in (self.state or {}).items()}
+        state = {f"state {name}": t for name, t in (self.state or {}).items() if isinstance(t, Tensor)}
         return {**self.views, **self.weights, **state}
 
 
@@ -60,21 +63,21 @@ def random_inputs(
         return (value / math.sqrt(fan)).requires_grad_()
 
     views = {}
-    for name, view in spec.views.items():
-        lead = (sequences, tokens) if view.shared else (sequences, heads, tokens)
-        views[name] = normal(name, *lead, *[e.size(sizes) for e in view.dims])
-    for name in spec.gates:
-        views[name] = (
-            torch.rand(sequences, heads, tokens, generator=generator, dtype=torch.float64)
-            .to(dtype)
-            .mul(scale.get(name, 1.0))
-            .requires_grad_()
-        )
+    logarithms = [part.name for part in coefficient.parts(spec.optimizer.log_decay) if isinstance(part, Gate)]
+    for name, view in spec.inputs.items():
+        lead = (sequences, tokens) if view.shared else (sequences, heads // view.group, tokens)
+        steps = [spec.schedule.micro] if view.micro else []
+        shape = [*lead, *steps, *[e.size(sizes) for e in view.dims]]
+        if name in spec.views:
+            views[name] = normal(name, *shape)
+            continue
+        gate = torch.rand(shape, generator=generator, dtype=torch.float64).mul(scale.get(name, 1.0))
+        views[name] = (gate.log() if name in logarithms else gate).to(dtype).requires_grad_()
     weights = {}
     for name in spec.weights:
         shared = name in spec.slow and spec.slow[name].shared
         weights[name] = weight(name, () if shared else (heads,))
-    state = {name: weight(name, (sequences, heads)) for name in spec.fast} if carried else None
+    state = {name: weight(name, (sequences, heads)) for name in spec.fast} if carried and not spec.streams else None
     order = None
     if spec.schedule.needs_order and not spec.is_kernel_estimator:
         rows = (sequences, heads) if order_per_sequence else (heads,)
@@ -85,7 +88,7 @@ def random_inputs(
 def run(op: nl.CompiledLoop, inputs: Inputs, losses: bool = True) -> dict[str, Tensor]:
     """Outputs, and gradients of a fixed weighting of all of them, by name."""
     made = op(inputs.views, inputs.weights, inputs.state, inputs.order, return_losses=losses, **inputs.dims)
-    outputs = {"z": made[0], **{f"end {n}": t for n, t in made[1].items()}}
+    outputs = {"z": made[0], **{f"end {n}": t for n, t in made[1].items() if isinstance(t, Tensor)}}
     if losses and made[2] is not None:
         outputs["losses"] = made[2]
     total = torch.zeros((), dtype=torch.float64)

@@ -59,7 +59,9 @@ def spelled(row: Op) -> tuple[str, list[str], Tensor, list[Tensor]]:
 
 
 def kwargs(row: Op) -> dict[str, Any]:
-    """What an op without operands is traced with, in a float64 body."""
+    """What an op without operands is traced with, in a float64 body; the settings that a solve must be given."""
+    if row.target is torch.ops.aten.linalg_solve_triangular.default:
+        return {"upper": False, "unitriangular": True}
     if row.target is torch.ops.aten._to_copy.default:
         return {"dtype": torch.float64}
     takes = {argument.name for argument in row.target._schema.arguments}

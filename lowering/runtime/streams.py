@@ -1,0 +1,277 @@
+"""Stage `run` for streams: a sequence as calls of the ops of its parts, joined by its state.
+
+A call cuts its tokens where the schedule does: what is left of a chunk that an earlier call began, then whole chunks in
+one scan, each span between two resets on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestloop.lang.binding import Binding, grouped_heads
+from nestloop.lang.dims import parse
+from nestloop.lang.loop import LoopSpec
+from nestloop.lang.schedule import Causal, Chunked, Program
+from nestloop.lang.state import Entry, State, counts_tokens, entries
+from nestloop.lowering.runtime import cache
+from nestloop.lowering.runtime.executable import compiled_pieces, heads_first
+from nestloop.lowering.runtime.library import NestedLoopOp, Signature
+from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.tiles import chunks, spacing
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StreamSignature(Signature):
+    """Tensors of a stream's op: a scan over chunks, or one piece.
+
+    Attributes:
+        made: names of the results before what is kept.
+        kept: carried tensors that a scan keeps between chunks.
+        chunk: tokens of a chunk; 0 for one piece.
+    """
+
+    made: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    chunk: int = 0
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return (*self.made, *self.between)
+
+    @property
+    def between(self) -> tuple[str, ...]:
+        return tuple(f"between_{n}" for n in self.kept)
+
+    def shapes(self, inputs: Sequence[Tensor]) -> list[list[Any]]:
+        heads, sequences = (max(t.shape[axis] for t in inputs) for axis in (0, 1))
+        length = inputs[0].shape[2]
+        found: list[list[Any]] = []
+        for name in self.made:
+            if name in ("z", "losses"):
+                found.append([heads, sequences, length, *(self.tiles["z"] if name == "z" else ())])
+            else:
+                found.append([heads, sequences, *self.tiles[name.removeprefix("end_")]])
+        if self.chunk:
+            count = len(chunks(int(length), self.chunk))
+            tokens, state = inputs[: len(self.tokens)], [t for n, t in self._carried(inputs)]
+            every = spacing(count, *tokens, state=state)
+            found += [[-(-count // every) - 1, heads, sequences, *self.tiles[n]] for n in self.kept]
+        return found
+
+    def _carried(self, inputs: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        named = zip(self.fast, inputs[len(self.tokens) :], strict=False)
+        return [(n, t) for n, t in named if not n.endswith("__initial")]
+
+
+@dataclass(frozen=True)
+class StreamOp:
+    """One op of a stream, called with tensors by name."""
+
+    op: NestedLoopOp
+    signature: StreamSignature
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """Inputs by name -> results by name, those for backward aside."""
+        made = self.op(*[tensors[name] for name in self.signature.inputs])
+        return dict(zip(self.signature.made, made, strict=False))
+
+
+STREAM_OPS: dict[str, StreamOp] = {}
+
+
+def build_stream(spec: LoopSpec, plan: Plan, heads: int, inductor: bool) -> str:
+    """Make one op of a stream runnable; its name in `STREAM_OPS`."""
+    path = cache.write(plan.name, plan.source)
+    name = f"{path.stem}_inductor" if inductor else path.stem
+    if name not in STREAM_OPS:
+        module = cache.load(path)
+        module = compiled_pieces(module, plan) if inductor else module
+        signature = StreamSignature(
+            tokens=tuple(spec.inputs),
+            fast=plan.inputs,
+            slow=tuple(spec.slow),
+            tiles={**plan.tiles, "z": plan.output},
+            ends=(),
+            losses="losses" in plan.results,
+            steps=lambda length: 1,
+            ordered=False,
+            heads=heads,
+            made=plan.results,
+            kept=plan.kept,
+            chunk=plan.chunk,
+        )
+        op = NestedLoopOp(name, module, signature, _flops(plan, heads), plan.rows)
+        STREAM_OPS[name] = StreamOp(op, signature)
+    return name
+
+
+def _flops(plan: Plan, heads: int) -> Callable[[int, int], tuple[int, int]]:
+    """(sequences, length) -> FLOPs of the products, forward and backward."""
+    costs = {name: [parse(text) for text in texts] for name, texts in plan.pieces.items()}
+    name = "chunk" if "chunk" in costs else next(iter(costs))
+
+    def total(sequences: int, length: int) -> tuple[int, int]:
+        tiles = [stop - start for start, stop in chunks(length, plan.chunk)] if plan.chunk else [length]
+        spent = [sum(int(cost.evaluate({"n": n})) for n in tiles) * sequences * heads for cost in costs[name]]
+        return spent[0], spent[1]
+
+    return total
+
+
+def run_stream(
+    spec: LoopSpec,
+    binding: Binding,
+    op: Callable[[str, int], StreamOp],
+    views: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    state: State | None,
+    return_losses: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, State, Tensor | None]:
+    """A call of a stream.
+
+    Args:
+        op: (part, tokens) -> the op of that part for so many tokens.
+        views, weights, state: as `CompiledLoop` takes them.
+
+    Returns:
+        z [B, H, N, *], the state, each token's loss [B, H, N].
+    """
+    call = _Call(spec, binding, op, views, weights, state, return_losses, dtype)
+    if isinstance(spec.schedule, Program):
+        call.operations(spec.schedule)
+    elif binding.tokens:
+        call.spans()
+    return call.results()
+
+
+class _Call:
+    def __init__(
+        self,
+        spec: LoopSpec,
+        binding: Binding,
+        op: Callable[[str, int], StreamOp],
+        views: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        state: State | None,
+        return_losses: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        self.spec, self.binding, self.op, self.return_losses = spec, binding, op, return_losses
+        self.tokens = {n: heads_first(grouped_heads(spec, n, views[n]), spec.inputs[n]) for n in spec.inputs}
+        self.slow = {n: weights[n][None, None] if spec.slow[n].shared else weights[n].unsqueeze(1) for n in spec.slow}
+        self.entries = entries(spec)
+        first = next(iter(self.tokens.values()))
+        self.like = first.new_empty(0, dtype=dtype)
+        self.initial = {n: self._initial(n, weights) for n in spec.fast}
+        self.position = 0 if state is None or not counts_tokens(spec) else int(state["position"])
+        if state is None:
+            self.carry = self._fresh()
+        else:
+            self.carry = {n: state[n].transpose(0, 1).to(dtype) for n in self.entries}
+        self.z: list[tuple[int, Tensor]] = []
+        self.losses: list[tuple[int, Tensor]] = []
+
+    def _initial(self, name: str, weights: Mapping[str, Tensor]) -> Tensor:
+        """An initial fast weight [H, 1, *]."""
+        if name in weights:
+            return weights[name].unsqueeze(1)
+        shape = [e.size(self.binding.sizes) for e in self.spec.fast[name].dims]
+        return self.like.new_zeros(self.binding.heads, 1, *shape)
+
+    def _fresh(self) -> Tensors:
+        """The state at the start of a sequence, the same for all sequences."""
+        made = {}
+        for name, entry in self.entries.items():
+            if entry.part in ("weight", "anchor"):
+                made[name] = self.initial[entry.like.name]
+            else:
+                made[name] = self.like.new_zeros(self.binding.heads, 1, *self._tile(entry))
+        return made
+
+    def _tile(self, entry: Entry) -> list[int]:
+        rows = [entry.rows] if entry.rows else []
+        return [*rows, *[e.size(self.binding.sizes) for e in entry.like.dims]]
+
+    def _inputs(self, start: int, stop: int) -> Tensors:
+        cut = {n: t[:, :, start:stop] for n, t in self.tokens.items()}
+        carried = {n.replace(".", "__"): t for n, t in self.carry.items()}
+        return {**cut, **carried, **{f"{n}__initial": t for n, t in self.initial.items()}, **self.slow}
+
+    def _run(self, part: str, start: int, stop: int) -> None:
+        """One op on the tokens start:stop; the carry becomes what it leaves."""
+        made = self.op(part, stop - start)(self._inputs(start, stop))
+        if "z" in made:
+            self.z.append((start, made["z"]))
+        if "losses" in made:
+            self.losses.append((start, made["losses"]))
+        for name in self.carry:
+            key = f"end_{name.replace('.', '__')}"
+            if key in made:
+                self.carry[name] = made[key]
+
+    def spans(self) -> None:
+        """Every span between two resets, cut at the chunks that calls began or will end inside."""
+        schedule, start, tokens = self.spec.schedule, 0, self.binding.tokens
+        reset = schedule.reset
+        while start < tokens:
+            at = self.position + start
+            if reset and at % reset == 0 and at:
+                self.carry = self._fresh()
+            stop = tokens if not reset else min(tokens, start + reset - at % reset)
+            self._span(start, stop)
+            start = stop
+
+    def _span(self, start: int, stop: int) -> None:
+        schedule = self.spec.schedule
+        size, period = self._periods()
+        while start < stop and (self.position + start) % period:
+            at = self.position + start
+            end = min(stop, start + size - at % size)
+            complete = (at + end - start) % size == 0
+            waits = isinstance(schedule, Chunked) and schedule.order == "apply-update"
+            self._run("inside" if complete or not waits else "inside partial", start, end)
+            if complete and waits:  # nothing waits any more
+                for name, entry in self.entries.items():
+                    if entry.part == "pending":
+                        self.carry[name] = torch.zeros_like(self.carry[name])
+            start = end
+        if start < stop:
+            self._run("scan", start, stop)
+
+    def _periods(self) -> tuple[int, int]:
+        """Tokens of a chunk, and of the period at whose multiples a scan may begin."""
+        schedule = self.spec.schedule
+        if isinstance(schedule, Causal):
+            return schedule.chunk, schedule.chunk
+        assert isinstance(schedule, Chunked)
+        return schedule.size, schedule.anchor or schedule.size
+
+    def operations(self, program: Program) -> None:
+        for kind, start, stop in program.on(self.binding.sizes):
+            self._run("update" if kind == "update" else "read", start, stop)
+        self.losses = []
+
+    def results(self) -> tuple[Tensor, State, Tensor | None]:
+        heads, sequences = self.binding.heads, self.binding.sequences
+        if not self.z:
+            self._run("scan", 0, 0)
+        z = torch.cat([t for _, t in sorted(self.z, key=lambda pair: pair[0])], 2).transpose(0, 1)
+        end: State = {
+            n: self.carry[n].expand(heads, sequences, *self._tile(e)).transpose(0, 1) for n, e in self.entries.items()
+        }
+        if counts_tokens(self.spec):
+            end["position"] = self.position + self.binding.tokens
+        if not self.return_losses:
+            return z, end, None
+        if not self.losses:
+            return z, end, z.new_zeros(sequences, heads, 0, dtype=self.like.dtype)
+        losses = torch.cat([t for _, t in sorted(self.losses, key=lambda pair: pair[0])], 2)
+        return z, end, losses.transpose(0, 1)

@@ -1,0 +1,167 @@
+"""The primal form: the weights of every token are built. For bodies that read weights otherwise than by products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.func import grad, vmap
+
+from nestloop.lang.declare import Gate
+from nestloop.lowering.differentiate import Located
+from nestloop.lowering.streams.coefficients import Coefficients, Rows, before, coefficients, last
+from nestloop.lowering.streams.dual import summed
+from nestloop.lowering.streams.step import Step, Tensors, causal, momentum_names, placeholders
+
+
+def token_gradients(step: Step, at: Tensors, slow: Tensors, keys: Tensors) -> tuple[Tensors, Tensor]:
+    """Every row's gradient of every fast weight [r, *dims], times its learning rate; every row's loss [r]."""
+    spec, loss = step.spec, step.captured.loss
+    assert loss is not None
+    names = placeholders(loss)
+
+    def one(fast: Tensors, row: Tensors) -> tuple[Tensor, Tensor]:
+        tile = {n: t.unsqueeze(0) for n, t in row.items()}
+        given = step.loss_inputs(fast, at, slow, tile)
+        value = Located(loss).run(*[given[n] for n in names]).reshape(())
+        return value, value
+
+    found, losses = vmap(grad(one, has_aux=True), in_dims=(None, 0))(at, keys)
+    value = step.value(keys, slow)
+    for name, weight in spec.fast.items():
+        part = spec.optimizer.rate_of(name)
+        rate = value(weight, part)
+        if isinstance(rate, Tensor):
+            rows = rate if isinstance(part, Gate) else rate.unsqueeze(0)
+            rate = rows.reshape(rows.shape[0], *[1] * len(weight.dims)) if rows.ndim == 1 else rows
+        found[name] = found[name] if isinstance(rate, float) and rate == 1.0 else found[name] * rate
+    return found, losses
+
+
+def primal_step(step: Step, given: Tensors, anchored: bool = True) -> tuple[Tensor, ...]:
+    """One tile: inputs of `Step.inputs` by name -> `Step.results`.
+
+    anchored: whether gradients are taken at the anchor; otherwise they depend on no fast weight.
+    """
+    spec = step.spec
+    carried, slow, tokens, _ = step.split(given)
+    keys = step.keys(tokens)
+    rows = step.rows(keys, slow)
+    first = step.first_only(rows)
+    every = {name: coefficients(spec.optimizer, weight, rows, first) for name, weight in spec.fast.items()}
+    at = step.anchor(carried)
+    if anchored and spec.optimizer.decays is not None and spec.optimizer.decay_order == "before":
+        at = {n: w if every[n].base is None else last(every[n].base) * w for n, w in at.items()}
+    found, losses = token_gradients(step, at, slow, keys)
+    weights = {name: weights_of(step, name, carried, rows, found[name], every[name], slow, keys) for name in spec.fast}
+    z = _read(step, weights, slow, step.queries(tokens))
+    left: Tensors = {}
+    for name in spec.fast:
+        left |= _ends(step, name, carried, slow, keys, found[name], every[name])
+    if not anchored:
+        losses = _losses(step, carried, rows, slow, keys, found, every)
+    return (z, *[left[name] for name in step.left], step.token_losses(losses))
+
+
+def weights_of(
+    step: Step, name: str, carried: Tensors, rows: Rows, found: Tensor, c: Coefficients, slow: Tensors, keys: Tensors
+) -> Tensor:
+    """A fast weight as each token reads it: [n, *dims]."""
+    schedule = causal(step.spec)
+    seen = before(rows, c) if schedule.read == "before" else c
+    built = _built(step, name, carried, found, seen, slow, keys)
+    if step.micro == 1:
+        return built
+    rows_of = built.reshape(-1, step.micro, *built.shape[1:])
+    return rows_of.select(1, 0 if schedule.read == "before" else step.micro - 1)
+
+
+def _built(
+    step: Step, name: str, carried: Tensors, found: Tensor, c: Coefficients, slow: Tensors, keys: Tensors
+) -> Tensor:
+    spec, rank = step.spec, len(step.spec.fast[name].dims)
+
+    def factor(value: Tensor) -> Tensor:
+        return value.reshape(-1, *[1] * rank) if value.ndim == 1 else value
+
+    taken = summed(c.mix, found)
+    if spec.optimizer.scale is not None:
+        waiting = carried.get(f"{name}.update")
+        taken = taken if waiting is None else taken + waiting.unsqueeze(0)
+        return step.anchor(carried)[name].unsqueeze(0) - factor(step.row_scale(name, slow, keys)) * taken
+    base = carried[name].unsqueeze(0)
+    base = base if c.base is None else factor(c.base) * base
+    for f, momentum in zip(c.momenta, momentum_names(spec, name), strict=True):
+        base = base - factor(f) * carried[momentum].unsqueeze(0)
+    return base - taken
+
+
+def _read(step: Step, weights: Tensors, slow: Tensors, queries: Tensors) -> Tensor:
+    readout = step.captured.readout
+    names = placeholders(readout)
+
+    def one(fast: Tensors, row: Tensors) -> Tensor:
+        given: dict[str, Any] = {**fast, **slow, **{n: t.unsqueeze(0) for n, t in row.items()}}
+        return Located(readout).run(*[given[n] for n in names]).squeeze(0)
+
+    return vmap(one)(weights, queries)
+
+
+def _losses(
+    step: Step,
+    carried: Tensors,
+    rows: Rows,
+    slow: Tensors,
+    keys: Tensors,
+    found: Tensors,
+    every: dict[str, Coefficients],
+) -> Tensor:
+    """Each row's loss at the weights before its step."""
+    spec, loss = step.spec, step.captured.loss
+    assert loss is not None
+    names = placeholders(loss)
+    decays_first = spec.optimizer.decays is not None and spec.optimizer.decay_order == "before"
+    weights = {}
+    for name in spec.fast:
+        c = every[name]
+        if decays_first:
+            strict = rows.lower(strictly=True)
+            mix = c.mix * strict.reshape(*strict.shape, *[1] * (c.mix.ndim - 2))
+            c = Coefficients(c.base, c.momenta, mix, ())
+        else:
+            c = before(rows, c)
+        weights[name] = _built(step, name, carried, found[name], c, slow, keys)
+
+    def one(fast: Tensors, row: Tensors) -> Tensor:
+        tile = {n: t.unsqueeze(0) for n, t in row.items()}
+        given = step.loss_inputs(fast, fast, slow, tile)
+        return Located(loss).run(*[given[n] for n in names]).reshape(())
+
+    return vmap(one)(weights, keys)
+
+
+def _ends(
+    step: Step, name: str, carried: Tensors, slow: Tensors, keys: Tensors, found: Tensor, c: Coefficients
+) -> Tensors:
+    spec = step.spec
+    momenta = momentum_names(spec, name)
+
+    def total(mix: Tensor) -> Tensor:
+        row = last(mix)
+        return (row.reshape(-1, *[1] * (found.ndim - 1)) * found if row.ndim == 1 else row * found).sum(0)
+
+    made: Tensors = {}
+    for key, (starts, mix) in zip(momenta, c.kept, strict=True):
+        made[key] = total(mix)
+        for start, momentum in zip(starts, momenta, strict=False):
+            made[key] = made[key] + last(start) * carried[momentum]
+    if spec.optimizer.scale is not None:
+        waiting = carried.get(f"{name}.update")
+        taken = total(c.mix) if waiting is None else total(c.mix) + waiting
+        scale = last(step.row_scale(name, slow, keys)).reshape(())
+        return {name: step.anchor(carried)[name] - scale * taken, f"{name}.update": taken}
+    weight = carried[name] if c.base is None else last(c.base) * carried[name]
+    for f, momentum in zip(c.momenta, momenta, strict=True):
+        weight = weight - last(f) * carried[momentum]
+    made[name] = weight - total(c.mix)
+    return made

@@ -1,0 +1,202 @@
+"""What every form of a chunk's step shares: its inputs and results by name, its rows, the values of coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from nestloop.lang import coefficient
+from nestloop.lang.declare import Declaration, Gate
+from nestloop.lang.loop import LoopSpec
+from nestloop.lang.optim import momentum_name
+from nestloop.lang.schedule import Causal, Chunked
+from nestloop.lang.state import entries
+from nestloop.lowering.capture import Captured, Tracer
+from nestloop.lowering.differentiate import Located
+from nestloop.lowering.streams.coefficients import Rows
+from nestloop.lowering.streams.uses import NotAffine
+
+Tensors = dict[str, Tensor]
+
+
+def identifier(entry: str) -> str:
+    """The name of a state's entry in generated code: "w.momentum" is w__momentum."""
+    return entry.replace(".", "__")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One chunk's step of a loop.
+
+    Attributes:
+        captured, tracer: the bodies, and what traces them.
+        longest: the most tokens a tile has.
+        resumed: whether the chunk may have begun in an earlier call: anchor, update and pending come from a state.
+        complete: whether the chunk ends here (`Chunked`, "apply-update").
+    """
+
+    captured: Captured
+    tracer: Tracer
+    longest: int
+    resumed: bool = False
+    complete: bool = True
+
+    @property
+    def spec(self) -> LoopSpec:
+        return self.captured.spec
+
+    @property
+    def micro(self) -> int:
+        return getattr(self.spec.schedule, "micro", 1)
+
+    @property
+    def carried(self) -> list[str]:
+        """Entries of the state that a step reads, fast weights first."""
+        schedule = self.spec.schedule
+        parts = {"weight"}
+        if isinstance(schedule, Causal):
+            parts |= {"momentum"} | ({"anchor", "update"} if self.resumed else set())
+        elif isinstance(schedule, Chunked):
+            parts |= {"anchor"} | ({"momentum"} if self.complete else set()) | ({"pending"} if self.resumed else set())
+        else:
+            parts |= {"momentum"}
+        return [name for name, entry in entries(self.spec).items() if entry.part in parts]
+
+    @property
+    def left(self) -> list[str]:
+        """Entries that a step changes; others stay as they were."""
+        parts = {"weight", "momentum", "update"}
+        if isinstance(self.spec.schedule, Chunked) and not self.complete:
+            parts = {"pending"}
+        return [name for name, entry in entries(self.spec).items() if entry.part in parts]
+
+    @property
+    def reads_initial(self) -> bool:
+        """Whether the optimizer's step reads the initial fast weights."""
+        return self.spec.optimizer.restore is not None and self.complete
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the piece's inputs."""
+        initial = [f"{name}__initial" for name in self.spec.fast] if self.reads_initial else []
+        return [*map(identifier, self.carried), *initial, *self.spec.slow, *self.spec.inputs]
+
+    @property
+    def results(self) -> list[str]:
+        return ["z", *[f"{identifier(name)}_new" for name in self.left], "losses"]
+
+    def examples(self) -> list[Tensor]:
+        """A fake tensor for each input."""
+        spec, found = self.spec, []
+        for name in self.inputs:
+            if name in spec.slow or name in spec.fast:
+                found.append(self.tracer.tile(name))
+            elif name in spec.inputs:
+                found.append(self._token_tile(name))
+            else:
+                found.append(self.tracer.tile(name.split("__")[0]))
+        return found
+
+    def _token_tile(self, name: str) -> Tensor:
+        return self.tracer.tile(name, self.micro if self.spec.inputs[name].micro else 0)
+
+    def split(self, given: Tensors) -> tuple[Tensors, Tensors, Tensors, Tensors]:
+        """Inputs by name -> carried entries (under their own names), slow weights, views and gates, initial weights."""
+        spec = self.spec
+        carried = {name: given[identifier(name)] for name in self.carried}
+        slow = {name: given[name] for name in spec.slow}
+        tokens = {name: given[name] for name in spec.inputs}
+        initial = {name: given[f"{name}__initial"] for name in spec.fast if f"{name}__initial" in given}
+        return carried, slow, tokens, initial
+
+    def anchor(self, carried: Tensors) -> Tensors:
+        """The weights that gradients are taken at."""
+        return {name: carried.get(f"{name}.anchor", carried[name]) for name in self.spec.fast}
+
+    def keys(self, tokens: Tensors) -> Tensors:
+        """The tile that the loss sees: one row for each micro-step of each token."""
+        if self.micro == 1:
+            return tokens
+        rows = {}
+        for name, value in tokens.items():
+            if not self.spec.inputs[name].micro:
+                value = value.unsqueeze(1).expand(value.shape[0], self.micro, *value.shape[1:])
+            rows[name] = value.reshape(value.shape[0] * self.micro, *value.shape[2:])
+        return rows
+
+    def queries(self, tokens: Tensors) -> Tensors:
+        """The tile that the read-out sees."""
+        return {name: value for name, value in tokens.items() if not self.spec.inputs[name].micro}
+
+    def rows(self, keys: Tensors, slow: Tensors) -> Rows:
+        """The rows of the loss's tile."""
+        first = next(iter(keys.values()))
+        value = self.value(keys, slow)
+        return Rows(first.shape[0], self.longest * self.micro, value, lambda part: isinstance(part, Gate), first)
+
+    def value(self, rows: Tensors, slow: Tensors) -> Callable[[Declaration, Any], Any]:
+        """(fast weight, coefficient) -> a number, or a tensor over the weight's axes, with rows if it is a gate."""
+        sizes = self.captured.sizes
+
+        def of(weight: Declaration, part: Any) -> Any:
+            return coefficient.value(part, weight, sizes, slow, lambda gate: rows[gate.name])
+
+        return of
+
+    def row_scale(self, name: str, slow: Tensors, keys: Tensors) -> Tensor:
+        """The scale of each row, [r, 1]. Raises `NotAffine` for one per channel."""
+        part = coefficient.of(self.spec.optimizer.scale, name, 1.0)
+        value = self.value(keys, slow)(self.spec.fast[name], part)
+        first = next(iter(keys.values()))
+        if not isinstance(value, Tensor):
+            return first.new_full((first.shape[0], 1), float(value))
+        rows = value if isinstance(part, Gate) else value.unsqueeze(0).expand(first.shape[0], *value.shape)
+        if any(size != 1 for size in rows.shape[1:]):
+            raise NotAffine("a scale for each channel")
+        return rows.reshape(-1, 1)
+
+    def first_only(self, rows: Rows) -> Tensor | None:
+        """1 at the first micro-step of each token, 0 at the others; None where there is one."""
+        if self.micro == 1:
+            return None
+        first = (torch.arange(self.micro, device=rows.like.device) == 0).to(rows.like.dtype)
+        return first.unsqueeze(0).expand(rows.count // self.micro, self.micro).reshape(rows.count)
+
+    def read_rows(self, rows: Tensor) -> Tensor:
+        """Of one entry per micro-step, each token's last: [r, *] -> [n, *]."""
+        if self.micro == 1:
+            return rows
+        return rows.reshape(rows.shape[0] // self.micro, self.micro, *rows.shape[1:]).select(1, self.micro - 1)
+
+    def token_losses(self, losses: Tensor) -> Tensor:
+        """One loss a token: its last micro-step's."""
+        return self.read_rows(losses)
+
+    def loss_inputs(self, at: Tensors, held: Tensors, slow: Tensors, keys: Tensors) -> dict[str, Any]:
+        """What the loss graph takes, by name."""
+        hold = {f"{name}__held": value for name, value in held.items()} if self.spec.holds else {}
+        return {**at, **hold, **slow, **keys}
+
+
+def placeholders(module: fx.GraphModule) -> list[str]:
+    """The declared names of a graph's inputs."""
+    return [n.meta.get("declared", n.name) for n in module.graph.find_nodes(op="placeholder")]
+
+
+def call(module: fx.GraphModule, given: dict[str, Any], interpreter: Located | None = None) -> Any:
+    """Run a captured graph on inputs by name."""
+    return (interpreter or Located(module)).run(*[given[name] for name in placeholders(module)])
+
+
+def momentum_names(spec: LoopSpec, weight: str) -> list[str]:
+    """The entries of one fast weight's momenta."""
+    return [momentum_name(weight, order) for order in range(spec.optimizer.orders)]
+
+
+def causal(spec: LoopSpec) -> Causal:
+    assert isinstance(spec.schedule, Causal)
+    return spec.schedule

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nestloop.errors import NoPlanError
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Program
 from nestloop.lang.state import entries
@@ -132,6 +133,14 @@ def stream_stages(
     Raises:
         CompileError: a body cannot be compiled.
     """
+    if (spec.optimizer.window or 1) > 1:
+        raise NoPlanError(
+            f"The torch backend has no plan for {spec.name}: a window over tokens reaches out of its chunk.",
+            where=spec.optimizer.where,
+            given=f"window={spec.optimizer.window}",
+            need="gradients of the chunk's own tokens",
+            fix='write nl.compile(..., backend="reference"), or leave window out',
+        )
     tracer = Tracer(spec, sizes, tokens, dtype)
     captured = capture_with(tracer)
     assert captured.loss is not None

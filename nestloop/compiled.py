@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestloop import reference
-from nestloop.errors import MissingPartError, ShapeMismatchError, UnknownBackendError
+from nestloop.errors import MissingPartError, NoPlanError, ShapeMismatchError, UnknownBackendError
 from nestloop.lang.binding import Binding, bind, check_dims
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
@@ -54,11 +55,21 @@ class CompiledLoop:
         check_dims(self.spec, dims)
         self.requested, self.inductor, self.dims = backend, inductor, dims
         self._names: dict[Any, str] = {}
+        self.fallback = ""  # why the reference runs, where nothing else can
 
     @property
     def backend(self) -> str:
         """The backend that runs."""
+        if self.fallback:
+            return "reference"
         return "torch" if self.requested == "auto" else self.requested
+
+    def _without_plan(self, error: NoPlanError) -> None:
+        """Let the reference run a loop that no other backend has a plan for, where any may; say so, once."""
+        if self.requested != "auto":
+            raise error
+        self.fallback = error.what
+        warnings.warn(f"{error.what} The reference runs it, slowly.", stacklevel=2)
 
     def __reduce__(self):
         return (_remake, (self.loop, self.requested, self.inductor, self.dims))
@@ -109,11 +120,14 @@ class CompiledLoop:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """`__call__` with every argument given, and always three results."""
         binding = bind(self.spec, views, weights, state, order, {**self.dims, **dims})
+        if self.spec.streams and self.backend != "reference":
+            try:
+                return self._run_stream(binding, views, weights, state, return_losses)
+            except NoPlanError as error:
+                self._without_plan(error)
         if self.backend == "reference":
             start = None if state is None else dict(state)
             return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
-        if self.spec.streams:
-            return self._run_stream(binding, views, weights, state, return_losses)
         carried = state is not None
         sizes = tuple(sorted({**binding.dims, "H": binding.heads}.items()))
         # One lowering serves every length but 1, where sizes broadcast, and loops that hold for one length only.
@@ -174,11 +188,14 @@ class CompiledLoop:
         Raises the `CompileError` of whatever is wrong in a body.
         """
         sizes = {**self.spec.default_dims, **self.dims, "H": heads}
+        if self.spec.streams and self.backend != "reference":
+            part = "read" if isinstance(self.spec.schedule, Program) else "scan"
+            try:
+                return lower.plan_for(self.spec, sizes, None, False, False, part=part).output
+            except NoPlanError as error:
+                self._without_plan(error)
         if self.backend == "reference":
             return reference.token_output(self.spec, sizes)
-        if self.spec.streams:
-            part = "read" if isinstance(self.spec.schedule, Program) else "scan"
-            return lower.plan_for(self.spec, sizes, None, False, False, part=part).output
         tokens = 0
         if self.spec.grid is not None:
             rows, columns = self.spec.grid

@@ -13,14 +13,19 @@ from nestloop.errors import UnknownStageError
 from nestloop.lang.declare import Declaration, Gate, Slow, View, caller
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import LoopSpec
+from nestloop.lang.schedule import Chunked, Program
+from nestloop.lang.state import counts_tokens, entries
 from nestloop.layer import Branch
 from nestloop.lowering import pipeline
 from nestloop.lowering.axes import is_token, readout_axes, type_axes
 from nestloop.lowering.emit.tile import size_text
-from nestloop.lowering.pipeline import Lowered
+from nestloop.lowering.pipeline import Lowered, LoweredStream
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.executable import build
+from nestloop.lowering.runtime.streams import build_stream
 from nestloop.lowering.schedule.cost import cost
+
+AnyLowered = Lowered | LoweredStream
 
 _TRIAL = {"d": 16, "H": 2, "B": 2, "N": 16}
 
@@ -108,12 +113,15 @@ def trial_sizes(spec: LoopSpec, dims: Mapping[str, int]) -> dict[str, int]:
     return sizes
 
 
-def _lower(spec: LoopSpec, sizes: dict[str, int]) -> Lowered:
+def _lower(spec: LoopSpec, sizes: dict[str, int]) -> AnyLowered:
     plain = {name: size for name, size in sizes.items() if name not in ("B", "N", "n")}
+    if spec.streams:
+        part = "update" if isinstance(spec.schedule, Program) else "scan"
+        return pipeline.stream_stages(spec, plain, None, losses=False, part=part)
     return pipeline.stages(spec, plain, sizes["N"] if spec.grid else None, losses=False, carried=False)
 
 
-def _declare(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+def _declare(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     spec = lowered.spec
     lines = [f"loop {spec.name}  {spec.where.short}", f"learner {spec.learner.__name__}"]
     for kind in (spec.fast, spec.slow, spec.views, spec.gates):
@@ -138,12 +146,29 @@ def _declaration(declared: Declaration) -> str:
 
 
 def _optimizer(spec: LoopSpec) -> str:
-    lr = spec.optimizer.lr
-    rate = f"{lr.kind} {lr.name}" if isinstance(lr, (Slow, Gate)) else str(lr)
-    transform = spec.optimizer.transform
-    return f"SGD, learning rate {rate}" + (
-        "" if transform is None else f", transform {getattr(transform, '__name__', transform)}"
-    )
+    optimizer = spec.optimizer
+    parts = [f"SGD, learning rate {_coefficient(optimizer.lr)}"]
+    for name in ("scale", "decay", "log_decay"):
+        if getattr(optimizer, name) is not None:
+            parts.append(f"{name.replace('_', ' ')} {_coefficient(getattr(optimizer, name))}")
+    if optimizer.decays is not None:
+        parts.append(f"decay {optimizer.decay_order} the gradient")
+    parts += [f"momentum {_coefficient(order)}" for order in optimizer.momentum or ()]
+    parts += [] if optimizer.window is None else [f"window of {optimizer.window} tokens"]
+    for name in ("gradient_transform", "transform", "restore"):
+        given = getattr(optimizer, name)
+        if given is not None:
+            parts.append(f"{name.replace('_', ' ')} {getattr(given, '__name__', given)}")
+    return ", ".join(parts)
+
+
+def _coefficient(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_coefficient(part)} for {name}" for name, part in value.items())
+    if isinstance(value, (Slow, Gate)):
+        dims = f" [{', '.join(map(str, value.dims))}]" if value.dims else ""
+        return f"{value.kind} {value.name}{dims}"
+    return str(value)
 
 
 def _schedule(spec: LoopSpec) -> str:
@@ -152,7 +177,7 @@ def _schedule(spec: LoopSpec) -> str:
     return f"{type(schedule).__name__} ({values})"
 
 
-def _capture(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+def _capture(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     captured = lowered.captured
     parts = [] if captured.loss is None else [f"loss:\n{graph_text(lowered.spec, captured.loss)}"]
     name = "readout" if captured.loss is not None else "kernel"
@@ -192,7 +217,7 @@ def _argument(value: Any) -> str:
     return _name(value) if isinstance(value.meta.get("val"), torch.Tensor) else size_text(value.meta["val"])
 
 
-def _check(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+def _check(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     if lowered.typing is None:
         return "a kernel estimator: every query meets every key, by declaration"
     axes = sorted({a for names in lowered.typing.axes.values() for a in names if not a.isdigit()})
@@ -206,7 +231,7 @@ def _check(lowered: Lowered, sizes: Mapping[str, int]) -> str:
     return "\n".join(lines)
 
 
-def _differentiate(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+def _differentiate(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     output = readout_axes(lowered.captured)
     parts = []
     for name, piece in lowered.pieces.items():
@@ -217,11 +242,11 @@ def _differentiate(lowered: Lowered, sizes: Mapping[str, int]) -> str:
     return "\n".join(parts)
 
 
-def _rewrite(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+def _rewrite(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     return "\n".join(str(rule) for rule in lowered.rewrites)
 
 
-def _cost(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+def _cost(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     tokens = sizes["N"]
     lines = [f"per head and sequence; n tokens in the piece's tile, numbers for n = {tokens}"]
     for name, piece in lowered.pieces.items():
@@ -239,23 +264,31 @@ def _cost(lowered: Lowered, sizes: Mapping[str, int]) -> str:
     return "\n".join(lines)
 
 
-def _emit(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+def _emit(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     if lowered.source is None:
         return "nothing: z = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=...)"
     return lowered.source.text.rstrip()
 
 
-def _run(lowered: Lowered, sizes: Mapping[str, int]) -> str:
+def _run(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     if lowered.source is None:
         return "PyTorch's scaled_dot_product_attention, called as it is"
+    if isinstance(lowered, LoweredStream):
+        name = build_stream(lowered.spec, pipeline.stream_plan(lowered), sizes["H"], inductor=False)
+        return _registered(name)
     name = build(lowered.spec, pipeline.plan(lowered), sizes["H"], losses=False, inductor=False)
+    return _registered(name)
+
+
+def _registered(name: str) -> str:
+    """The generated file and the schemas of its two ops."""
     op = getattr(torch.ops.nestloop, name).default
     backward = getattr(torch.ops.nestloop, f"{name}_backward").default
     file = f"{name}.py in the cache ({cache.cache_dir().name})"
     return f"{file}\n{op._schema}\n{backward._schema}"
 
 
-_STAGES: dict[str, Callable[[Lowered, Mapping[str, int]], str]] = {
+_STAGES: dict[str, Callable[[AnyLowered, Mapping[str, int]], str]] = {
     "declare": _declare,
     "capture": _capture,
     "check": _check,
@@ -273,7 +306,7 @@ def state_size(spec: LoopSpec) -> str:
     return " + ".join(sizes) or "the tokens themselves"
 
 
-def _state_elements(lowered: Lowered, sizes: Mapping[str, int]) -> int:
+def _state_elements(lowered: AnyLowered, sizes: Mapping[str, int]) -> int:
     total = 0
     for fast in lowered.spec.fast.values():
         count = 1
@@ -283,7 +316,7 @@ def _state_elements(lowered: Lowered, sizes: Mapping[str, int]) -> int:
     return total
 
 
-def _explain(lowered: Lowered, sizes: Mapping[str, int], op: CompiledLoop | None) -> list[str]:
+def _explain(lowered: AnyLowered, sizes: Mapping[str, int], op: CompiledLoop | None) -> list[str]:
     spec = lowered.spec
     lines = [
         f"{spec.name}  ({spec.where.short})",
@@ -308,11 +341,14 @@ def _explain(lowered: Lowered, sizes: Mapping[str, int], op: CompiledLoop | None
             f"{4 * elements:,} bytes in float32 per head and sequence;"
         )
         lines.append(f"  {4 * elements * sizes['H']:,} bytes a sequence with H = {sizes['H']}")
+        lines += _state(spec)
         lines.append(
             "reset: every sequence of every call starts from the initial fast weights, "
             "in training and evaluation alike,"
         )
         lines.append("  unless a state is passed; nothing is carried from one call to the next by itself")
+        if getattr(spec.schedule, "reset", None):
+            lines.append(f"  within a sequence it starts again every {spec.schedule.reset} tokens")
     lines += ["", "slow weights (only the outer loop changes them): " + (", ".join(spec.slow) or "none")]
     lines.append("views: " + ", ".join(f"{n} [{', '.join(map(str, v.dims))}]" for n, v in spec.views.items()))
     if spec.gates:
@@ -323,7 +359,47 @@ def _explain(lowered: Lowered, sizes: Mapping[str, int], op: CompiledLoop | None
     return [line for i, line in enumerate(lines) if line or (i and lines[i - 1])]
 
 
+_PARTS = {
+    "anchor": "the weights that the chunk's gradients are taken at",
+    "update": "what was taken from the weights since the chunk began, before its scale",
+    "momentum": "a momentum",
+    "pending": "what waits for the chunk's step",
+    "tail": "the last tokens' views, for the window",
+}
+
+
+def _state(spec: LoopSpec) -> list[str]:
+    """What a stream carries beside its fast weights."""
+    beside = [entry for entry in entries(spec).values() if entry.part != "weight"]
+    lines = [f"  carried beside: {entry.name}, {_PARTS[entry.part]}" for entry in beside]
+    return [*lines, *(["  carried beside: position, the tokens seen"] if counts_tokens(spec) else [])]
+
+
+def _stream(spec: LoopSpec) -> list[str]:
+    """When a stream's gradients are taken, and with which weights a token is read."""
+    schedule = spec.schedule
+    lines = [f"inner loop: {_schedule(spec)}; {_optimizer(spec)}"]
+    if isinstance(schedule, Program):
+        return [*lines, "  operations in the order given; an update takes its gradients at the current weights"]
+    if isinstance(schedule, Chunked):
+        at = {None: "its first weights", 0: "the initial weights"}.get(
+            schedule.anchor, f"the weights at the last multiple of {schedule.anchor} tokens"
+        )
+        when = "with the weights after its own chunk's step"
+        if schedule.order == "apply-update":
+            when = "with the weights before its own chunk's step"
+            when += ", a chunk's last token after it" if schedule.inclusive else ""
+        return [*lines, f"  one step a chunk, gradients at {at}, summed over its tokens", f"  read-out: {when}"]
+    at = "the current weights" if schedule.chunk == 1 else f"the first weights of each {schedule.chunk} tokens"
+    steps = f"{schedule.micro} steps" if schedule.micro > 1 else "one step"
+    lines.append(f"  {steps} a token, the gradient of that token's own loss at {at}")
+    lines.append(f"  read-out: each token with the weights {schedule.read} its own step")
+    return lines
+
+
 def _inner_loop(spec: LoopSpec) -> list[str]:
+    if spec.streams:
+        return _stream(spec)
     reduction = {"mean": "the mean", "sum": "the sum"}[spec.schedule.reduction]
     lines = [f"inner loop: {_schedule(spec)}; {_optimizer(spec)}"]
     steps = spec.schedule.batches(1 << 20)
@@ -336,7 +412,7 @@ def _inner_loop(spec: LoopSpec) -> list[str]:
     return lines
 
 
-def _gradients(lowered: Lowered) -> list[str]:
+def _gradients(lowered: AnyLowered) -> list[str]:
     spec = lowered.spec
     reached: dict[str, list[str]] = {}
     for name, piece in lowered.pieces.items():
@@ -351,10 +427,28 @@ def _gradients(lowered: Lowered) -> list[str]:
     return lines
 
 
-def _what_runs(lowered: Lowered, op: CompiledLoop | None) -> list[str]:
+def _what_streams(lowered: LoweredStream, op: CompiledLoop | None) -> list[str]:
+    form = lowered.form
+    inductor = op is not None and op.inductor
+    lines = ["runs: generated PyTorch" + (", its pieces compiled by torch.compile" if inductor else ", eager")]
+    if lowered.part != "scan":
+        return [*lines, "  an op for each update and each read-out, joined by the state"]
+    lines.append(f"  a scan over chunks of {form.longest} tokens; each chunk's step takes the {form.name} form")
+    for rule in lowered.rewrites:
+        lines.append(f"  {rule.name}: {'' if rule.fired else 'no, '}{rule.why}")
+    lines.append(
+        "  backward: in reverse from kept states, every chunk recomputed. A state is kept every so many chunks"
+    )
+    lines.append("  that all kept ones take no more memory than the views, or every square root of the chunks")
+    return lines
+
+
+def _what_runs(lowered: AnyLowered, op: CompiledLoop | None) -> list[str]:
     fired = [rule for rule in lowered.rewrites if rule.fired]
     if op is not None and op.backend == "reference":
         return ["runs: the reference, brute force, because backend='reference' was asked for"]
+    if isinstance(lowered, LoweredStream):
+        return _what_streams(lowered, op)
     if lowered.source is None:
         return [f"runs: PyTorch's scaled_dot_product_attention, because {fired[0].why}"]
     inductor = op is not None and op.inductor

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from nestloop.errors import NoPlanError
 from nestloop.lang import coefficient
 from nestloop.lang.declare import Gate, Slow
 from nestloop.lang.loop import LoopSpec
@@ -43,11 +44,13 @@ class Form:
         name: "dual", "primal", "solved", "parallel", "sequential" or "chunk".
         longest: tokens of a tile; 0 for as many as a call has.
         function: the step.
+        traced: the step's graph, where choosing the form has traced it.
     """
 
     name: str
     longest: int
     function: Function
+    traced: fx.GraphModule | None = None
 
 
 def choose(captured: Captured, tracer: Tracer) -> tuple[Form, list[Rewrite]]:
@@ -104,7 +107,7 @@ def _one_tile(captured: Captured, tracer: Tracer, response: Response, length: in
         return solved_step(step, response, given)
 
     try:
-        _trial(captured, tracer, length, by_products)
+        traced = _trial(captured, tracer, length, by_products)
     except NotAffine as reason:
         if not response.free:
             return _sequential(captured, tracer, f"the read-out: {reason}")
@@ -112,24 +115,33 @@ def _one_tile(captured: Captured, tracer: Tracer, response: Response, length: in
             Form(name, length, lambda step, given: primal_step(step, given, anchored=False)),
             [solved, free, Rewrite("dual form", False, str(reason)), _primal(captured, length)],
         )
-    return Form(name, length, by_products), [solved, free, _dual(captured, length)]
+    return Form(name, length, by_products, traced), [solved, free, _dual(captured, length)]
 
 
 def _anchored(captured: Captured, tracer: Tracer, chunk: int) -> tuple[Form, list[Rewrite]]:
     """Gradients at the chunk's first weights."""
     cheaper = primal_is_cheaper(captured.spec, captured.sizes, chunk)
     try:
-        _trial(captured, tracer, chunk, dual_step)
+        traced = _trial(captured, tracer, chunk, dual_step)
     except NotAffine as reason:
         return Form("primal", chunk, primal_step), [Rewrite("dual form", False, str(reason)), _primal(captured, chunk)]
     if cheaper:
         why = f"building the weights of {chunk} tokens costs less: {cheaper}"
         return Form("primal", chunk, primal_step), [Rewrite("dual form", False, why), _primal(captured, chunk)]
-    return Form("dual", chunk, dual_step), [_dual(captured, chunk)]
+    return Form("dual", chunk, dual_step, traced), [_dual(captured, chunk)]
 
 
 def _sequential(captured: Captured, tracer: Tracer, reason: str) -> tuple[Form, list[Rewrite]]:
     """One token after another: gradients at the current weights with no closed form."""
+    spec = captured.spec
+    if getattr(spec.schedule, "micro", 1) > 1:
+        raise NoPlanError(
+            f"The torch backend has no plan for {spec.name}: its micro-steps are no triangular system.",
+            where=spec.where,
+            given=reason,
+            need="one fast weight that enters by a product, and a gradient affine in the learner's output",
+            fix='write nl.compile(..., backend="reference"), or micro=1',
+        )
     why = Rewrite("solved form", False, f"{reason}: one token after another")
     try:
         _trial(captured, tracer, 1, dual_step)
@@ -138,11 +150,11 @@ def _sequential(captured: Captured, tracer: Tracer, reason: str) -> tuple[Form, 
     return Form("sequential", 1, dual_step), [why]
 
 
-def _trial(captured: Captured, tracer: Tracer, length: int, function: Function) -> None:
-    """Trace a form once; raises `NotAffine` where it does not apply."""
+def _trial(captured: Captured, tracer: Tracer, length: int, function: Function) -> fx.GraphModule:
+    """A form's step, traced; raises `NotAffine` where it does not apply."""
     step = Step(captured, tracer, length)
     names = step.inputs
-    tracer.trace_on(lambda *given: function(step, dict(zip(names, given, strict=True))), step.examples(), names)
+    return tracer.trace_on(lambda *given: function(step, dict(zip(names, given, strict=True))), step.examples(), names)
 
 
 def _whole_chunk(schedule: Any) -> Rewrite:
@@ -244,7 +256,10 @@ def pieces_of(
     steps = {"chunk": Step(captured, tracer, form.longest, resumed=resumed)}
     if isinstance(schedule, Chunked) and schedule.order == "apply-update":
         steps["partial"] = Step(captured, tracer, form.longest, resumed=resumed, complete=False)
-    made = {name: _piece(name, step, form.function, step.results, losses) for name, step in steps.items()}
+    made = {
+        name: _piece(name, step, form.function, step.results, losses, None if resumed else form.traced)
+        for name, step in steps.items()
+    }
     states = {} if resumed else {"advance": _advance(made["chunk"])}
     return made, states, steps
 
@@ -253,13 +268,20 @@ def _new(step: Step) -> list[str]:
     return [name for name in step.results if name.endswith("_new")]
 
 
-def _piece(name: str, step: Step, function: Function, results: list[str], losses: bool) -> Piece:
+def _piece(
+    name: str,
+    step: Step,
+    function: Function,
+    results: list[str],
+    losses: bool,
+    traced: fx.GraphModule | None = None,
+) -> Piece:
     names = step.inputs
 
     def flat(*given: Tensor) -> tuple[Tensor, ...]:
         return function(step, dict(zip(names, given, strict=True)))
 
-    forward = step.tracer.trace_on(flat, step.examples(), names)
+    forward = traced or step.tracer.trace_on(flat, step.examples(), names)
     return make_piece(name, forward, names, results, step.tracer, step.captured, losses, {}, step.examples)
 
 

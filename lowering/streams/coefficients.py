@@ -28,12 +28,14 @@ class Coefficients:
         momenta: for each order [r, *c].
         mix: [r, r, *c], 0 above the diagonal.
         kept: for each momentum its own (momenta [r, *c] of the orders up to it, mix [r, r, *c]).
+        plain: whether `mix` is 1 on and below the diagonal.
     """
 
     base: Tensor | None
     momenta: tuple[Tensor, ...]
     mix: Tensor
     kept: tuple[tuple[tuple[Tensor, ...], Tensor], ...]
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def coefficients(optimizer: SGD, weight: Declaration, rows: Rows, first_only: Te
     decay = coefficient.of(optimizer.decays, weight.name)
     if decay is None:
         if not mixes:
-            return Coefficients(None, (), lower, ())
+            return Coefficients(None, (), lower, (), plain=True)
         return Coefficients(None, tuple(applied(lower, s) for s in starts), combine(lower, mix), kept)
     faded, base = running(rows, weight, decay, optimizer.log_decay is not None, first_only)
     if not mixes:

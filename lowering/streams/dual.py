@@ -94,9 +94,8 @@ def rated(step: Step, found: Gradients, slow: Tensors, keys: Tensors) -> Gradien
         rate = value(weight, part)
         per_row = isinstance(part, Gate)
         if name in found.vectors:
-            shape = () if not isinstance(rate, Tensor) else rate.shape[per_row:]
-            rows = rate if not isinstance(rate, Tensor) or shape else rate.reshape(-1, *[1] * len(weight.dims))
-            made.vectors[name] = found.vectors[name] * (rows if per_row or not isinstance(rate, Tensor) else rate)
+            spread = per_row and not part.dims
+            made.vectors[name] = found.vectors[name] * (rate.reshape(-1, *[1] * len(weight.dims)) if spread else rate)
             continue
         made.pairs[name] = [_scaled_pair(u, d, rate, per_row) for u, d in found.pairs.get(name, [])]
     return made
@@ -219,11 +218,13 @@ def summed(mix: Tensor, rows: Tensor) -> Tensor:
     return (mix * rows.unsqueeze(0)).sum(1)
 
 
-def gathered(mix: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """sum_s mix[s] u_s^T delta_s: mix [r], [r, a, 1] or [r, 1, b]."""
+def gathered(mix: Tensor | None, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """sum_s mix[s] u_s^T delta_s: mix [r], [r, a, 1] or [r, 1, b]; None for 1."""
     total: Tensor | None = None
     for u, delta in pairs:
-        if mix.ndim == 1:
+        if mix is None:
+            one = u.mT @ delta
+        elif mix.ndim == 1:
             one = u.mT @ (delta * mix.unsqueeze(1))
         elif mix.shape[-1] == 1:
             one = (u * mix.squeeze(-1)).mT @ delta
@@ -306,11 +307,13 @@ def _ends(
     matrix = is_matrix(spec, name)
 
     def mixed_rows(mix: Tensor) -> Tensor:
-        row = last(mix)
+        row = None if mix is c.mix and c.plain else last(mix)
         if matrix:
             return gathered(row, found.pairs[name])
-        return (row.reshape(-1, *[1] * (found.vectors[name].ndim - 1)) * found.vectors[name] if row.ndim == 1
-                else row * found.vectors[name]).sum(0)  # fmt: skip
+        rows = found.vectors[name]
+        if row is not None:
+            rows = row.reshape(-1, *[1] * (rows.ndim - 1)) * rows if row.ndim == 1 else row * rows
+        return rows.sum(0)
 
     momenta = momentum_names(spec, name)
     made: Tensors = {}

@@ -139,10 +139,13 @@ class Step:
         return Rows(first.shape[0], self.longest * self.micro, value, lambda part: isinstance(part, Gate), first)
 
     def value(self, rows: Tensors, slow: Tensors) -> Callable[[Declaration, Any], Any]:
-        """(fast weight, coefficient) -> a number, or a tensor over the weight's axes, with rows if it is a gate."""
+        """(fast weight, coefficient) -> a number, or a tensor: of a gate without dims [r], else over the weight's axes
+        [*c], with rows [r, *c] if it is a gate."""
         sizes = self.captured.sizes
 
         def of(weight: Declaration, part: Any) -> Any:
+            if isinstance(part, Gate) and not part.dims:
+                return rows[part.name]
             return coefficient.value(part, weight, sizes, slow, lambda gate: rows[gate.name])
 
         return of

@@ -50,6 +50,22 @@ INITIALISERS: dict[str, Callable[..., object]] = {
     "eye": _eye,
 }
 
+# Log decays that differ from head to head, (h, H, number) -> value: RetNet's, and two of Lightning Attention, as
+# released and as in flash-linear-attention, whose number is the layer's share of the depth, 0 to 1.
+DECAYS: dict[str, Callable[..., float]] = {
+    "retention_decay": lambda head, heads: math.log(1 - 2.0 ** (-5 - head)),
+    "alibi_decay": lambda head, heads, depth: -_alibi_slope(head, heads) * (1 - depth + 1e-5),
+    "lightning_decay": lambda head, heads, depth: -8 / heads * (1 - depth) * head,
+}
+
+
+def _alibi_slope(head: int, heads: int) -> float:
+    """ALiBi's slopes: 2^(-8 (h+1) / H); for an H that is no power of two, those of the next lower one, then every other
+    one of the next higher."""
+    power = 1 << (heads.bit_length() - 1)
+    return 2.0 ** (-8 * (head + 1) / power) if head < power else 2.0 ** (-8 * (2 * (head - power) + 1) / (2 * power))
+
+
 # The fewest axes of a weight that each can fill, where it matters.
 _AXES = {"xavier_uniform": 1, "lecun_normal": 1, "eye": 2}
 
@@ -64,12 +80,12 @@ def check(init: str, axes: int, where: Location | None) -> str:
         UnknownInitError: it is not, or a number is missing or superfluous.
     """
     match = _CALL.fullmatch(init) if isinstance(init, str) else None
-    if match is None or match["name"] not in INITIALISERS or not _takes(match["name"], match["value"]):
+    if match is None or match["name"] not in {**INITIALISERS, **DECAYS} or not _takes(match["name"], match["value"]):
         raise UnknownInitError(
             "The initialiser is not one nestloop knows.",
             where=where,
             given=repr(init),
-            need="one of " + ", ".join(map(_usage, INITIALISERS)),
+            need="one of " + ", ".join(map(_usage, [*INITIALISERS, *DECAYS])),
             fix='write init="zeros" or init="normal(0.02)"',
         )
     if axes < _AXES.get(match["name"], 0):
@@ -84,7 +100,9 @@ def check(init: str, axes: int, where: Location | None) -> str:
 
 
 def _parameters(name: str) -> list[inspect.Parameter]:
-    """What an initialiser takes beside the tile."""
+    """What an initialiser takes beside the tile, or a decay beside the head."""
+    if name in DECAYS:
+        return list(inspect.signature(DECAYS[name]).parameters.values())[2:]
     return list(inspect.signature(INITIALISERS[name]).parameters.values())[1:]
 
 
@@ -109,6 +127,10 @@ def fill(tensor: Tensor, init: str, per_head: bool) -> Tensor:
     match = _CALL.fullmatch(init)
     assert match is not None, init
     arguments = [float(match["value"])] if match["value"] else []
-    for tile in tensor if per_head else (tensor,):
-        INITIALISERS[match["name"]](tile, *arguments)
+    tiles = tensor if per_head else (tensor,)
+    for head, tile in enumerate(tiles):
+        if match["name"] in DECAYS:
+            tile.fill_(DECAYS[match["name"]](head, len(tiles), *arguments))
+        else:
+            INITIALISERS[match["name"]](tile, *arguments)
     return tensor

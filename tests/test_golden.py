@@ -32,7 +32,7 @@ def run_driver(folder, *arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("pattern", ["mttt_*", "vittt_*"])
+@pytest.mark.parametrize("pattern", ["mttt_*", "vittt_*", "fla_*"])
 def test_recorded_files(shared, pattern):
     paths = sorted((shared / "golden").glob(f"{pattern}.safetensors"))
     assert paths

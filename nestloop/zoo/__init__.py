@@ -6,6 +6,32 @@ import inspect
 from typing import Any
 
 from nestloop.lang.loop import LoopSpec
+from nestloop.zoo.decay import (
+    GLA,
+    CausalLinearAttention,
+    CausalLinearAttentionElu,
+    CosFormer,
+    LightningAttention,
+    LightningAttentionFla,
+    Mamba2,
+    NormAttention,
+    RetNet,
+    SimpleGLA,
+)
+from nestloop.zoo.delta import (
+    GDN2,
+    KDA,
+    PGDN,
+    Comba,
+    DeltaNet,
+    DeltaProduct,
+    GatedDeltaNet,
+    GeneralizedDeltaRule,
+    Longhorn,
+    LonghornDiagonal,
+)
+from nestloop.zoo.in_context import InContextAutoregression, InContextGD
+from nestloop.zoo.memories import Atlas, Moneta, OmegaNet, Yaad
 from nestloop.zoo.mttt import (
     MTTTMLP,
     MTTTMLP4,
@@ -15,19 +41,48 @@ from nestloop.zoo.mttt import (
     MTTTLinear,
     SelfAttention,
 )
+from nestloop.zoo.solvers import Mesa, MesaNet
 from nestloop.zoo.vit3 import DepthwiseBranch, GatedBranch, ViT3
 
 __all__ = [
+    "GDN2",
+    "GLA",
+    "KDA",
     "MTTTMLP",
     "MTTTMLP4",
     "MTTTMLPSGD4",
+    "PGDN",
+    "Atlas",
+    "CausalLinearAttention",
+    "CausalLinearAttentionElu",
+    "Comba",
+    "CosFormer",
+    "DeltaNet",
+    "DeltaProduct",
     "DepthwiseBranch",
     "GatedBranch",
+    "GatedDeltaNet",
+    "GeneralizedDeltaRule",
+    "InContextAutoregression",
+    "InContextGD",
+    "LightningAttention",
+    "LightningAttentionFla",
     "LinearAttention",
     "LinearAttentionElu",
+    "Longhorn",
+    "LonghornDiagonal",
     "MTTTLinear",
+    "Mamba2",
+    "Mesa",
+    "MesaNet",
+    "Moneta",
+    "NormAttention",
+    "OmegaNet",
+    "RetNet",
     "SelfAttention",
+    "SimpleGLA",
     "ViT3",
+    "Yaad",
     "catalogue",
 ]
 

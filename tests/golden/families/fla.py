@@ -1,0 +1,315 @@
+"""flash-linear-attention, fla/ops/*/naive.py: every function that is one of the zoo's loops, by its arguments' names.
+
+Layouts are [B, T, H, D], or [B, H, T, D] ("head first"); states [B, H, dk, dv]. Chunked and parallel functions compute
+what the recurrent ones do, and are checked against the same declaration.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import nestloop as nl
+from nestloop import zoo
+from nestloop.lang.init import fill
+from nestloop.lang.state import entries
+from tests.golden.case import Case, Family, NotUnderstood, Quantities, Run
+from tests.golden.families import fla_loops
+from tests.golden.families.layer import leaves, take_gradients
+
+Tensors = dict[str, Tensor]
+QKV = {"q": "q", "k": "k", "v": "v"}
+# The names under which a file may hold the state to start from and the one at the end.
+START = ("S0", "initial_state", "h0")
+END = ("S", "final_state", "ht", "h")
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function of fla as a loop.
+
+    loop: the declaration, or what makes it from the case and its views.
+    views: the function's arguments, by name, as the loop's views and gates.
+    weights: arguments that are slow weights [H, *].
+    states: fast weight -> names of its value at the start and at the end.
+    scaled: whether q may be scaled by something else than dk^-0.5.
+    prepare: the views changed before they are passed, [B, H, T, *].
+    """
+
+    loop: Any
+    views: Mapping[str, str]
+    weights: Mapping[str, str] = field(default_factory=dict)
+    states: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=lambda: {"w": (START, END)})
+    head_first: bool = False
+    scaled: bool = True
+    prepare: Callable[[Case, Tensors], Tensors] = lambda case, views: views
+
+
+def _fixed(loop: Any) -> Callable[[Case, Tensors], Any]:
+    return lambda case, views: loop
+
+
+def _delta(case: Case, views: Tensors) -> Any:
+    """DeltaNet, with a rate per value channel where the file has one."""
+    if views["beta"].ndim == 3:
+        return zoo.DeltaNet
+
+    class Channels(zoo.DeltaNet):
+        beta = nl.gate(dims=("dv",))
+        optimizer = nl.SGD(lr=beta)
+
+    return Channels
+
+
+def _kda(case: Case, views: Tensors) -> Any:
+    """KDA with as many value heads a key head as the file has."""
+    heads = views["v"].shape[1] // views["k"].shape[1]
+    if heads == 2:
+        return zoo.KDA
+
+    class Grouped(zoo.KDA):
+        k, q = nl.view("dk", group=heads), nl.view("dk", group=heads)
+
+    return Grouped
+
+
+def _gdn2(case: Case, views: Tensors) -> Any:
+    """GDN-2; where the function has one gate beta for both, it is KDA."""
+    return zoo.GDN2 if "erase" in views else _kda(case, views)
+
+
+def _product(case: Case, views: Tensors) -> Any:
+    """DeltaProduct of as many steps a token as there are keys; of one, its views are not those of micro-steps."""
+    if views["k"].ndim == 4:
+        return fla_loops.UnscaledGatedDeltaNet
+    steps = views["k"].shape[3]
+    if steps == 2:
+        return zoo.DeltaProduct
+
+    class Steps(zoo.DeltaProduct):
+        schedule = nl.Online(micro=steps)
+
+    return Steps
+
+
+def _micro_steps(case: Case, views: Tensors) -> Tensors:
+    """k, v and beta [B, H, T * n, *] as [B, H, T, n, *]; no decay where there is no g."""
+    tokens, found = views["q"].shape[2], dict(views)
+    steps = views["k"].shape[2] // tokens
+    if "num_householder" in case.settings:
+        steps = case.setting("num_householder", steps)
+    if steps > 1:
+        found |= {name: views[name].unflatten(2, (tokens, steps)) for name in ("k", "v", "beta")}
+    return {"g": views["q"].new_zeros(views["q"].shape[:3]), **found}
+
+
+def _without_decay(case: Case, views: Tensors) -> Tensors:
+    return {"g": torch.zeros_like(views["k"]), **views}
+
+
+def _one_key_head_each(case: Case, views: Tensors) -> Tensors:
+    """Key heads and their gates, repeated for the value heads that share them; fixed settings are the zoo's."""
+    for name, known in (("x", 1.5), ("eps", 1e-6), ("log_atk_scale", -0.2)):
+        if case.settings.get(name) is not None:
+            case.setting(name, known)
+    group = views["v"].shape[1] // views["k"].shape[1]
+    repeated = {n: views[n].repeat_interleave(group, 1) for n in ("q", "k", "ga", "ba")}
+    return {**views, **repeated}
+
+
+def _mesa_cg(case: Case, views: Tensors) -> Any:
+    """MesaNet with the file's number of conjugate gradient steps."""
+    found = re.search(r"max_CG_iteration\D{0,3}(\d+)|(\d+)\s*(?:CG )?it", str(case.settings.get("note", "")))
+    written = next((int(n) for n in found.groups() if n), 30) if found else 30
+    count = int(case.settings.get("max_CG_iteration", written))
+    return zoo.MesaNet if count == 30 else fla_loops.mesa_net(count)
+
+
+MESA_STATES = {
+    "kk": (("h_kk_init", "prev_h_kk", "h_kk0"), ("h_kk",)),
+    "kv": (("h_kv_init", "prev_h_kv", "h_kv0"), ("h_kv",)),
+}
+MESA = {**QKV, "g": "g", "beta": "beta"}
+DELTA = {**QKV, "beta": "beta"}
+GATED = {**DELTA, "g": "g"}
+COMBA = {**GATED, "p": "p"}
+LOW_RANK = {**QKV, "alpha": "a", "beta": "b"}
+GDN2 = {**QKV, "g": "g", "b": "erase", "w": "write", "beta": "beta"}
+PGDN = {**DELTA, "g": "g", "g_atk": "ga", "beta_atk": "ba"}
+TTT = {**QKV, "eta": "eta"}
+TITANS = {**QKV, "theta": "theta", "alpha": "alpha", "eta": "eta"}
+NORM = {"w": "scale", "b": "shift"}
+
+FUNCTIONS: dict[tuple[str, str], Function] = {
+    ("linear_attn", "naive_recurrent_linear_attn"): Function(_fixed(zoo.CausalLinearAttention), QKV),
+    ("linear_attn", "naive_chunk_linear_attn"): Function(_fixed(zoo.CausalLinearAttention), QKV),
+    ("retention", "naive_retention"): Function(_fixed(zoo.RetNet), QKV, head_first=True),
+    ("gla", "naive_recurrent_gla"): Function(_fixed(zoo.GLA), {**QKV, "gk": "g"}),
+    **{
+        ("simple_gla", f"naive_{form}_simple_gla"): Function(_fixed(zoo.SimpleGLA), {**QKV, "g": "g"})
+        for form in ("recurrent", "chunk", "parallel")
+    },
+    **{
+        ("delta_rule", f"delta_rule_{form}"): Function(_delta, DELTA, head_first=True)
+        for form in ("recurrence", "chunkwise", "parallel")
+    },
+    **{
+        ("gated_delta_rule", f"naive_{form}_gated_delta_rule"): Function(_fixed(zoo.GatedDeltaNet), GATED)
+        for form in ("recurrent", "chunk")
+    },
+    ("gated_delta_product", "naive_recurrent_gated_delta_product"): Function(
+        _product, GATED, scaled=False, prepare=_micro_steps
+    ),
+    ("kda", "naive_recurrent_kda"): Function(_kda, GATED),
+    ("kda", "naive_chunk_kda"): Function(_kda, GATED),
+    ("comba", "naive_chunk_comba"): Function(_fixed(zoo.Comba), COMBA),
+    ("comba", "naive_recurrent_comba"): Function(_fixed(fla_loops.DecayedComba), COMBA),
+    ("gdn2", "naive_recurrent_gdn2"): Function(_gdn2, GDN2),
+    ("gdn2", "naive_chunk_gdn2"): Function(_gdn2, GDN2),
+    ("precond_gated_delta_rule", "naive_recurrent_precond_gated_delta_rule"): Function(
+        _fixed(zoo.PGDN),
+        PGDN,
+        states={"w": (START, END), "a": (("A0", "initial_A_state"), ("A", "final_A_state"))},
+        prepare=_one_key_head_each,
+    ),
+    **{
+        ("iplr", f"iplr_{form}"): Function(
+            _fixed(zoo.GeneralizedDeltaRule), LOW_RANK, head_first=True, prepare=_without_decay
+        )
+        for form in ("recurrence", "chunkwise")
+    },
+    **{
+        ("dplr", f"dplr_{form}"): Function(_fixed(zoo.GeneralizedDeltaRule), {**LOW_RANK, "gk": "g"}, head_first=True)
+        for form in ("recurrence", "chunkwise")
+    },
+    ("mesa_net", "naive_mesa_net_exact"): Function(_fixed(zoo.Mesa), MESA, {"lamb": "lamb"}, MESA_STATES, scaled=False),
+    ("mesa_net", "naive_mesa_net_CG"): Function(_mesa_cg, MESA, {"lamb": "lamb"}, MESA_STATES, scaled=False),
+    ("ttt", "chunk_ttt_linear_ref"): Function(
+        fla_loops.ttt,
+        TTT,
+        NORM,
+        {"w": (START, END), "b": (("hb0", "initial_state_bias"), ("hb", "final_state_bias"))},
+        prepare=fla_loops.padded("mini_batch_size", ("eta",)),
+    ),
+    ("titans", "chunk_titans_linear_ref"): Function(
+        fla_loops.titans, TITANS, NORM, scaled=False, prepare=fla_loops.padded("chunk_size", ("theta", "alpha", "eta"))
+    ),
+}
+
+
+def function_of(case: Case) -> Function:
+    folder, name = str(case.settings["file"]).split("/")[-2], case.setting("func")
+    found = FUNCTIONS.get((folder, name))
+    if found is None:
+        raise NotUnderstood(f"no loop for {name} of fla/ops/{folder}")
+    if case.settings.get("normalize"):
+        raise NotUnderstood("normalize = True sums keys over heads, not tokens")
+    return found
+
+
+def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
+    function = function_of(case)
+    given = {name: leaves(tensor, how) for name, tensor in case.inputs("in").items()}
+    recorded_starts = {w: next((n for n in start if n in given), None) for w, (start, _) in function.states.items()}
+    unknown = set(given) - {*function.views, *function.weights, *recorded_starts.values()}
+    if unknown:
+        raise NotUnderstood(f"no place for the input {', '.join(sorted(unknown))} of {case.setting('func')}")
+    head_first = bool(case.settings.get("head_first", function.head_first))
+    views = {view: _heads(given[n], head_first) for n, view in function.views.items() if n in given}
+    views = _rescaled(case, function, function.prepare(case, views))
+    loop = function.loop(case, views)
+    weights = {slow: given[name].reshape(views["v"].shape[1], -1) for name, slow in function.weights.items()}
+    weights |= _fixed_decays(loop, views["v"])
+    starts = {w: given[name] for w, name in recorded_starts.items() if name is not None}
+    ends = {w: next((n for n in end if n in case.tensors or f"f64.{n}" in case.tensors), end[0])
+            for w, (_, end) in function.states.items()}  # fmt: skip
+    yield loop.__name__, _quantities(case, how, loop, views, weights, starts, ends, given, head_first)
+    if "lightning" in str(case.settings.get("note", "")):
+        law = lightning(case)
+        own = {n: v for n, v in views.items() if n != "g"}
+        decays = _fixed_decays(law, views["v"])
+        yield law.__name__, _quantities(case, how, law, own, decays, starts, ends, given, head_first)
+
+
+def lightning(case: Case) -> Any:
+    """Lightning Attention at the layer that the file's note names."""
+    found = re.search(r"layer_idx\s*=\s*(\d+),\s*num_layers\s*=\s*(\d+)", str(case.settings["note"]))
+    if found is None:
+        raise NotUnderstood("a lightning file that does not name its layer")
+
+    class Lightning(zoo.LightningAttentionFla):
+        g = nl.slow(init=f"lightning_decay({int(found[1]) / int(found[2])})", learned=False)
+        optimizer = nl.SGD(log_decay=g)
+
+    return Lightning
+
+
+def _quantities(
+    case: Case,
+    how: Run,
+    loop: Any,
+    views: Tensors,
+    weights: Tensors,
+    starts: Tensors,
+    ends: Mapping[str, str],
+    given: Tensors,
+    head_first: bool,
+) -> Quantities:
+    """Outputs, states at the end, and the gradients of everything given."""
+    op = nl.compile(loop, backend=how.backend)
+    state = state_at(loop, starts, views["v"]) if starts else None
+    z, end = op({name: views[name] for name in loop.spec.inputs}, weights, state)
+    tokens = case.tensors["o"].shape[2 if head_first else 1]
+    found = {"o": _heads(z[:, :, :tokens], head_first)}
+    found |= {name: end[w].reshape(case.tensors[name].shape) for w, name in ends.items() if name in case.tensors}
+    cotangents = case.inputs("cot")
+    if set(cotangents) - set(found):
+        raise NotUnderstood(f"no output {', '.join(sorted(set(cotangents) - set(found)))}")
+    total = sum((found[name] * cot.to(how.dtype)).sum() for name, cot in cotangents.items())
+    assert isinstance(total, Tensor)
+    return {**found, **take_gradients(total, given)}
+
+
+def state_at(loop: Any, starts: Tensors, v: Tensor) -> dict[str, Any]:
+    """A whole state at position 0 from the fast weights it starts with; those not given start at zero."""
+    sizes = {"dk": next(iter(starts.values())).shape[2], "dv": v.shape[-1], "d": v.shape[-1]}
+    state: dict[str, Any] = {"position": 0}
+    for name, fast in loop.spec.fast.items():
+        shape = [*v.shape[:2], *[e.size(sizes) for e in fast.dims]]
+        state[name] = starts[name].reshape(shape) if name in starts else v.new_zeros(shape)
+        for part in ("anchor", "update", "momentum"):
+            state[f"{name}.{part}"] = state[name] if part == "anchor" else v.new_zeros(shape)
+    kept = {*entries(loop.spec), "position"}
+    return {name: value for name, value in state.items() if name in kept}
+
+
+def _heads(tensor: Tensor, head_first: bool) -> Tensor:
+    """[B, T, H, *] <-> [B, H, T, *]."""
+    return tensor if head_first else tensor.transpose(1, 2)
+
+
+def _rescaled(case: Case, function: Function, views: Tensors) -> Tensors:
+    """q, so that the loop's dk^-0.5 makes it the scale of the file."""
+    scale = case.settings.get("scale")
+    if scale is None or not function.scaled:
+        return views
+    return {**views, "q": views["q"] * (float(scale) * views["q"].shape[-1] ** 0.5)}
+
+
+def _fixed_decays(loop: Any, v: Tensor) -> Tensors:
+    """Slow weights that are not learned, at their initial values."""
+    fixed = {name: slow for name, slow in loop.spec.slow.items() if not slow.learned}
+    return {name: fill(v.new_empty(v.shape[1]), slow.init, True) for name, slow in fixed.items()}
+
+
+FAMILY = Family(
+    "flash-linear-attention",
+    lambda case: re.fullmatch(r"fla/ops/(.+/)?naive\.py", str(case.settings.get("file"))) is not None,
+    run,
+    frozenset({"A"}),  # the attention matrix of a parallel form
+)

@@ -13,6 +13,7 @@ from nestloop.errors import UnknownStageError
 from nestloop.lang.declare import Declaration, Gate, Slow, View, caller
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import LoopSpec
+from nestloop.lang.state import state_size
 from nestloop.layer import Branch
 from nestloop.lowering import pipeline
 from nestloop.lowering.axes import is_token, readout_axes, type_axes
@@ -265,12 +266,6 @@ _STAGES: dict[str, Callable[[Lowered, Mapping[str, int]], str]] = {
     "emit": _emit,
     "run": _run,
 }
-
-
-def state_size(spec: LoopSpec) -> str:
-    """How many numbers a head's state holds, in the dims."""
-    sizes = [" * ".join(f"({e})" if " " in str(e) else str(e) for e in fast.dims) or "1" for fast in spec.fast.values()]
-    return " + ".join(sizes) or "the tokens themselves"
 
 
 def _state_elements(lowered: Lowered, sizes: Mapping[str, int]) -> int:

@@ -59,11 +59,11 @@ def _delta(case: Case, views: Tensors) -> Any:
     if views["beta"].ndim == 3:
         return zoo.DeltaNet
 
-    class Channels(zoo.DeltaNet):
+    class DeltaNet(zoo.DeltaNet):
         beta = nl.gate(dims=("dv",))
         optimizer = nl.SGD(lr=beta)
 
-    return Channels
+    return DeltaNet
 
 
 def _kda(case: Case, views: Tensors) -> Any:
@@ -72,10 +72,10 @@ def _kda(case: Case, views: Tensors) -> Any:
     if heads == 2:
         return zoo.KDA
 
-    class Grouped(zoo.KDA):
+    class KDA(zoo.KDA):
         k, q = nl.view("dk", group=heads), nl.view("dk", group=heads)
 
-    return Grouped
+    return KDA
 
 
 def _gdn2(case: Case, views: Tensors) -> Any:
@@ -91,10 +91,10 @@ def _product(case: Case, views: Tensors) -> Any:
     if steps == 2:
         return zoo.DeltaProduct
 
-    class Steps(zoo.DeltaProduct):
+    class DeltaProduct(zoo.DeltaProduct):
         schedule = nl.Online(micro=steps)
 
-    return Steps
+    return DeltaProduct
 
 
 def _micro_steps(case: Case, views: Tensors) -> Tensors:
@@ -242,11 +242,11 @@ def lightning(case: Case) -> Any:
     if found is None:
         raise NotUnderstood("a lightning file that does not name its layer")
 
-    class Lightning(zoo.LightningAttentionFla):
+    class LightningAttentionFla(zoo.LightningAttentionFla):
         g = nl.slow(init=f"lightning_decay({int(found[1]) / int(found[2])})", learned=False)
         optimizer = nl.SGD(log_decay=g)
 
-    return Lightning
+    return LightningAttentionFla
 
 
 def _quantities(

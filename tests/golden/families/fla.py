@@ -25,8 +25,8 @@ from tests.golden.families.layer import leaves, take_gradients
 Tensors = dict[str, Tensor]
 QKV = {"q": "q", "k": "k", "v": "v"}
 # The names under which a file may hold the state to start from and the one at the end.
-START = ("S0", "initial_state", "h0")
-END = ("S", "final_state", "ht", "h")
+START = ("S0", "initial_state", "h0", "M0")
+END = ("S", "final_state", "ht", "h", "M")
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,7 @@ def _one_key_head_each(case: Case, views: Tensors) -> Tensors:
 
 def _mesa_cg(case: Case, views: Tensors) -> Any:
     """MesaNet with the file's number of conjugate gradient steps."""
-    found = re.search(r"max_CG_iteration\D{0,3}(\d+)|(\d+)\s*(?:CG )?it", str(case.settings.get("note", "")))
-    written = next((int(n) for n in found.groups() if n), 30) if found else 30
-    count = int(case.settings.get("max_CG_iteration", written))
+    count = fla_loops.count(case, "max_CG_iteration", 30)
     return zoo.MesaNet if count == 30 else fla_loops.mesa_net(count)
 
 
@@ -193,7 +191,7 @@ FUNCTIONS: dict[tuple[str, str], Function] = {
         fla_loops.ttt,
         TTT,
         NORM,
-        {"w": (START, END), "b": (("hb0", "initial_state_bias"), ("hb", "final_state_bias"))},
+        {"w": (START, END), "b": (("hb0", "Sb0", "initial_state_bias"), ("hb", "Sb", "final_state_bias"))},
         prepare=fla_loops.padded("mini_batch_size", ("eta",)),
     ),
     ("titans", "chunk_titans_linear_ref"): Function(
@@ -219,13 +217,15 @@ def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
     unknown = set(given) - {*function.views, *function.weights, *recorded_starts.values()}
     if unknown:
         raise NotUnderstood(f"no place for the input {', '.join(sorted(unknown))} of {case.setting('func')}")
-    head_first = bool(case.settings.get("head_first", function.head_first))
+    noted = "head-first" in str(case.settings.get("note", "")).lower()
+    head_first = bool(case.settings.get("head_first", noted or function.head_first))
     views = {view: _heads(given[n], head_first) for n, view in function.views.items() if n in given}
     views = _rescaled(case, function, function.prepare(case, views))
     loop = function.loop(case, views)
     weights = {slow: given[name].reshape(views["v"].shape[1], -1) for name, slow in function.weights.items()}
     weights |= _fixed_decays(loop, views["v"])
-    starts = {w: given[name] for w, name in recorded_starts.items() if name is not None}
+    heads = views["v"].shape[1]
+    starts = {w: _for_heads(given[name], heads) for w, name in recorded_starts.items() if name is not None}
     ends = {w: next((n for n in end if n in case.tensors or f"f64.{n}" in case.tensors), end[0])
             for w, (_, end) in function.states.items()}  # fmt: skip
     yield loop.__name__, _quantities(case, how, loop, views, weights, starts, ends, given, head_first)
@@ -266,7 +266,11 @@ def _quantities(
     z, end = op({name: views[name] for name in loop.spec.inputs}, weights, state)
     tokens = case.tensors["o"].shape[2 if head_first else 1]
     found = {"o": _heads(z[:, :, :tokens], head_first)}
-    found |= {name: end[w].reshape(case.tensors[name].shape) for w, name in ends.items() if name in case.tensors}
+    for w, name in ends.items():
+        if name in case.tensors:
+            recorded = case.tensors[name]
+            group = end[w].shape[1] // recorded.shape[1]  # heads that share a key head carry the same state
+            found[name] = end[w][:, ::group].reshape(recorded.shape)
     cotangents = case.inputs("cot")
     if set(cotangents) - set(found):
         raise NotUnderstood(f"no output {', '.join(sorted(set(cotangents) - set(found)))}")
@@ -293,10 +297,15 @@ def _heads(tensor: Tensor, head_first: bool) -> Tensor:
     return tensor if head_first else tensor.transpose(1, 2)
 
 
+def _for_heads(state: Tensor, heads: int) -> Tensor:
+    """A state of the key heads, for each value head that shares one."""
+    return state.repeat_interleave(heads // state.shape[1], 1)
+
+
 def _rescaled(case: Case, function: Function, views: Tensors) -> Tensors:
     """q, so that the loop's dk^-0.5 makes it the scale of the file."""
     scale = case.settings.get("scale")
-    if scale is None or not function.scaled:
+    if scale in (None, "None") or not function.scaled:
         return views
     return {**views, "q": views["q"] * (float(scale) * views["q"].shape[-1] ** 0.5)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,12 @@ from nestloop import zoo
 from tests.golden.case import Case
 
 Tensors = dict[str, Tensor]
+
+
+def count(case: Case, name: str, default: int) -> int:
+    """A number among the file's settings, or in its note; else the function's default."""
+    noted = re.search(rf"{name}\D{{0,3}}(\d+)", str(case.settings.get("note", "")))
+    return int(case.settings.get(name, noted[1] if noted else default))
 
 
 class DecayedComba(zoo.Comba):
@@ -29,12 +36,12 @@ class UnscaledGatedDeltaNet(zoo.GatedDeltaNet):
         return f(t.q)
 
 
-def mesa_net(count: int) -> Any:
+def mesa_net(steps: int) -> Any:
     """MesaNet with another number of conjugate gradient steps."""
 
     class MesaNet(zoo.Mesa):
         def readout(self, f, t):
-            return f(nl.conjugate_gradient(lambda x: x @ f.kk + self.lamb * x, t.q, count, eps=1e-5))
+            return f(nl.conjugate_gradient(lambda x: x @ f.kk + self.lamb * x, t.q, steps, eps=1e-5))
 
     return MesaNet
 
@@ -63,7 +70,7 @@ def ttt(case: Case, views: Tensors) -> Any:
     eps = float(case.settings.get("eps", 1e-6))
 
     class TTT(nl.Loop):
-        learner, schedule = Biased, nl.Causal(int(case.settings.get("mini_batch_size", 16)))
+        learner, schedule = Biased, nl.Causal(count(case, "mini_batch_size", 16))
         k, q, v = nl.view("d"), nl.view("d"), nl.view("d")
         eta, scale, shift = nl.gate(), nl.slow("d"), nl.slow("d")
         optimizer = nl.SGD(lr=1.0, scale=eta)
@@ -84,7 +91,7 @@ def titans(case: Case, views: Tensors) -> Any:
     eps = float(case.settings.get("eps", 1e-6))
 
     class Titans(nl.Loop):
-        learner, schedule = Unbiased, nl.Causal(int(case.settings.get("chunk_size", 16)))
+        learner, schedule = Unbiased, nl.Causal(count(case, "chunk_size", 16))
         k, q, v = nl.view("d"), nl.view("d"), nl.view("d")
         theta, alpha, eta = nl.gate(), nl.gate(), nl.gate()
         scale, shift = nl.slow("d"), nl.slow("d")
@@ -108,12 +115,12 @@ def titans(case: Case, views: Tensors) -> Any:
 def padded(chunk: str, gates: Sequence[str]) -> Callable[[Case, Tensors], Tensors]:
     """Whole chunks, as the functions make them: zeros, the last of them with the gates of the last token.
 
-    The gates come [B, H, T, 1] and leave [B, H, T]; alpha, the share that is forgotten, leaves as the one that is kept.
+    The gates leave as [B, H, T]; alpha, the share that is forgotten, leaves as the one that is kept.
     """
 
     def pad(case: Case, views: Tensors) -> Tensors:
-        size, tokens = int(case.settings.get(chunk, 16)), views["q"].shape[2]
-        more = -tokens % size
+        views = {n: v.reshape(*v.shape[:3], 1) if n in gates else v for n, v in views.items()}
+        more = -views["q"].shape[2] % count(case, chunk, 16)
         found = {name: F.pad(view, (0, 0, 0, more)) for name, view in views.items()}
         for name in gates if more else ():
             last = views[name][:, :, -1:]

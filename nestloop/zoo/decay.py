@@ -46,21 +46,21 @@ class RetNet(CausalLinearAttention):
     """Retention: S_t = gamma_h S_{t-1} + k_t^T v_t, gamma_h = 1 - 2^(-5-h)."""
 
     paper = "2307.08621"
-    g = nl.slow(init="retention_decay", learned=False)
+    g = nl.slow(init="log_retention", learned=False)
     optimizer = nl.SGD(log_decay=g)
 
 
 class LightningAttention(nl.Loop):
     """Lightning Attention-2: S_t = exp(g_h) S_{t-1} + k_t^T v_t, o_t = q_t S_t, without a scale.
 
-    The law of the released TransNormerLLM: g_h = -slope_h (1 - layer / (layers - 1) + 1e-5), ALiBi's slopes; the number
-    in `init` is layer / (layers - 1).
+    The law of the released TransNormerLLM: g_h = -slope_h (1 - layer / (layers - 1) + 1e-5), ALiBi's slopes; `init`
+    has the number that multiplies them, here that of layer 0.
     """
 
     paper = "2401.04658"
     learner, schedule = LinearMemory, nl.Online()
     k, q, v = nl.view("dk"), nl.view("dk"), nl.view("dv")
-    g = nl.slow(init="alibi_decay(0)", learned=False)
+    g = nl.slow(init="alibi(1.00001)", learned=False)
     optimizer = nl.SGD(log_decay=g)
 
     def loss(self, f, t):
@@ -73,11 +73,11 @@ class LightningAttention(nl.Loop):
 class LightningAttentionFla(CausalLinearAttention):
     """Lightning Attention-2 with flash-linear-attention's law: g_h = -(8 / H) (1 - layer / layers) h, scaled queries.
 
-    Head 0 does not decay. The number in `init` is layer / layers.
+    Head 0 does not decay. `init` may have the number 1 - layer / layers: lightning(0.75).
     """
 
     paper = "2401.04658"
-    g = nl.slow(init="lightning_decay(0)", learned=False)
+    g = nl.slow(init="lightning", learned=False)
     optimizer = nl.SGD(log_decay=g)
 
 

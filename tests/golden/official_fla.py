@@ -123,14 +123,14 @@ def preconditioned(a: Named, s: Settings) -> Named:
         r = (history + 1e-6).log() + 0.2
         written.append(k[:, :, index] * 1.5 ** (-r / (1 + r.abs())))
     shared = {"q": F.normalize(a["q"], dim=-1), "k": k, "written": torch.stack(written, 2)}
-    rest = {name: a[name] for name in ("v", "g", "beta", "S0") if name in a}
+    rest: Named = {name: t for name, t in a.items() if name in ("v", "g", "beta", "S0")}
 
     def step(state: Tensor, t: Named) -> Tensor:
         state = kept(t["g"], state)
         return state + outer(t["written"], t["beta"][..., None] * (t["v"] - row(t["k"], state)))
 
     wide = {name: t.repeat_interleave(group, 1) for name, t in shared.items()}
-    return {**scan({**rest, **wide}, s, step), "A": history}
+    return {**scan(rest | wide, s, step), "A": history}
 
 
 def low_rank(a: Named, s: Settings) -> Named:

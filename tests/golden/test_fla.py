@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def shapes(layout="tokens first", values=H, steps=1, **more):
 
 HEADS = "head first"
 GATED = {"beta": (), "g": ()}
-CASES = {
+CASES: dict[str, tuple[Any, ...]] = {
     "linear, chunk": ("linear_attn", "naive_chunk_linear_attn", official.linear, shapes(), {"scale": 0.7}, ("o",)),
     "linear": ("linear_attn", "naive_recurrent_linear_attn", official.linear, shapes(), {}, ()),
     "retention": ("retention", "naive_retention", official.retention, shapes(HEADS), {}, ("o",)),

@@ -19,8 +19,8 @@ from tests.refusals import refused
 
 INITS = (
     "one of zeros, ones, constant(value), xavier_uniform = xavier_uniform(1.0), lecun_normal = lecun_normal(1.0), "
-    "normal = normal(0.02), trunc_normal = trunc_normal(0.02), eye = eye(1.0), retention_decay, alibi_decay(depth), "
-    "lightning_decay(depth)"
+    "uniform = uniform(1.0), normal = normal(0.02), trunc_normal = trunc_normal(0.02), eye = eye(1.0), "
+    "retention = retention(5.0), log_retention = log_retention(5.0), alibi = alibi(1.0), lightning = lightning(1.0)"
 )
 RATES = (
     'a finite number, text like "H/(N*D)", a tuple of numbers (one per step), a slow weight, a gate, '
@@ -107,10 +107,10 @@ def test_every_initialiser_fills_head_by_head(name):
 @pytest.mark.parametrize(
     "init, heads, expected",
     [
-        ("retention_decay", 3, [math.log(1 - 2.0**-5), math.log(1 - 2.0**-6), math.log(1 - 2.0**-7)]),
-        ("lightning_decay(0.25)", 4, [0.0, -1.5, -3.0, -4.5]),
-        ("alibi_decay(0)", 4, [-(1 + 1e-5) * 2.0**-i for i in (2, 4, 6, 8)]),
-        ("alibi_decay(1)", 3, [-1e-5 * 2.0**-i for i in (4, 8, 2)]),
+        ("log_retention", 3, [math.log(1 - 2.0**-5), math.log(1 - 2.0**-6), math.log(1 - 2.0**-7)]),
+        ("lightning(0.75)", 4, [0.0, -1.5, -3.0, -4.5]),
+        ("alibi(1.00001)", 4, [-1.00001 * 2.0**-i for i in (2, 4, 6, 8)]),
+        ("alibi(0.5)", 3, [-0.5 * 2.0**-i for i in (4, 8, 2)]),
     ],
 )
 def test_decays_differ_from_head_to_head(init, heads, expected):

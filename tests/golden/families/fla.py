@@ -238,12 +238,12 @@ def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
 
 def lightning(case: Case) -> Any:
     """Lightning Attention at the layer that the file's note names."""
-    found = re.search(r"layer_idx\s*=\s*(\d+),\s*num_layers\s*=\s*(\d+)", str(case.settings["note"]))
-    if found is None:
+    layer, layers = (fla_loops.count(case, name, 0) for name in ("layer_idx", "num_layers"))
+    if not layers:
         raise NotUnderstood("a lightning file that does not name its layer")
 
     class LightningAttentionFla(zoo.LightningAttentionFla):
-        g = nl.slow(init=f"lightning_decay({int(found[1]) / int(found[2])})", learned=False)
+        g = nl.slow(init=f"lightning({1 - layer / layers})", learned=False)
         optimizer = nl.SGD(log_decay=g)
 
     return LightningAttentionFla

@@ -20,7 +20,7 @@ Tensors = dict[str, Tensor]
 def count(case: Case, name: str, default: int) -> int:
     """A number among the file's settings, or in its note; else the function's default."""
     noted = re.search(rf"{name}\D{{0,3}}(\d+)", str(case.settings.get("note", "")))
-    return int(case.settings.get(name, noted[1] if noted else default))
+    return int(case.settings[name] if name in case.settings else noted[1] if noted else default)
 
 
 class DecayedComba(zoo.Comba):

@@ -21,11 +21,6 @@ each = pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
 each_stream = pytest.mark.parametrize("loop", STREAMS, ids=lambda loop: loop.__name__)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def op(loop):
     return nl.compile(loop, backend="reference")
 

@@ -32,6 +32,12 @@ def test_every_exported_loop_is_listed():
     assert zoo.GOLDEN <= set(LOOPS)
 
 
+def test_the_readme_names_every_loop(root):
+    section = (root / "README.md").read_text(encoding="utf-8").partition("## The zoo")[2].partition("## Commands")[0]
+    named = re.findall(r"`(\w+)`", "".join(line for line in section.splitlines() if line.startswith("|")))
+    assert sorted(named) == sorted(loop.__name__ for loop in LOOPS)
+
+
 @each
 def test_it_is_short_and_says_what_it_is(loop):
     assert re.fullmatch(r"\d{4}\.\d{5}", loop.paper)

@@ -191,11 +191,22 @@ def test_functions_of_other_settings(tmp_path, name):
     assert not report.missed, report.line()
 
 
-def change(path, settings=(), **tensors):
+def change(path, settings=(), renamed=lambda name: name, **tensors):
     with safe_open(path, framework="pt") as file:
-        kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+        kept = {renamed(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
         metadata = {**file.metadata(), **dict(settings)}
     save_file({**kept, **tensors}, path, metadata)
+
+
+def test_states_of_other_names_are_found_by_their_shape(tmp_path):
+    path = tmp_path / "case.safetensors"
+    recorded(path, "ttt")
+    names = {"S0": "memory", "hb0": "offset", "S": "last", "hb": "last_offset"}
+    change(path, renamed=lambda name: ".".join(names.get(part, part) for part in name.split(".")))
+    report = check_file(path, "torch")
+    assert report.not_understood is None and not report.missed, report.line()
+    found = {error.name for error in report.errors[torch.float64]}
+    assert {"TTT:last", "TTT:last_offset", "TTT:grad.memory", "TTT:grad.offset"} <= found
 
 
 @pytest.mark.parametrize(

@@ -7,47 +7,18 @@ what the recurrent ones do, and are checked against the same declaration.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import nestloop as nl
 from nestloop import zoo
-from nestloop.lang.init import fill
-from nestloop.lang.state import entries
 from tests.golden.case import Case, Family, NotUnderstood, Quantities, Run
 from tests.golden.families import fla_loops
-from tests.golden.families.layer import leaves, take_gradients
+from tests.golden.families.fla_call import END, START, Call, Function, Tensors
 
-Tensors = dict[str, Tensor]
 QKV = {"q": "q", "k": "k", "v": "v"}
-# The names under which a file may hold the state to start from and the one at the end.
-START = ("S0", "initial_state", "h0", "M0")
-END = ("S", "final_state", "ht", "h", "M")
-
-
-@dataclass(frozen=True)
-class Function:
-    """A function of fla as a loop.
-
-    loop: the declaration, or what makes it from the case and its views.
-    views: the function's arguments, by name, as the loop's views and gates.
-    weights: arguments that are slow weights [H, *].
-    states: fast weight -> names of its value at the start and at the end.
-    scaled: whether q may be scaled by something else than dk^-0.5.
-    prepare: the views changed before they are passed, [B, H, T, *].
-    """
-
-    loop: Any
-    views: Mapping[str, str]
-    weights: Mapping[str, str] = field(default_factory=dict)
-    states: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=lambda: {"w": (START, END)})
-    head_first: bool = False
-    scaled: bool = True
-    prepare: Callable[[Case, Tensors], Tensors] = lambda case, views: views
 
 
 def _fixed(loop: Any) -> Callable[[Case, Tensors], Any]:
@@ -124,7 +95,7 @@ def _one_key_head_each(case: Case, views: Tensors) -> Tensors:
 
 def _mesa_cg(case: Case, views: Tensors) -> Any:
     """MesaNet with the file's number of conjugate gradient steps."""
-    count = fla_loops.count(case, "max_CG_iteration", 30)
+    count = fla_loops.count(case, ("max_CG_iteration", "iterations", "CG"), 30)
     return zoo.MesaNet if count == 30 else fla_loops.mesa_net(count)
 
 
@@ -191,11 +162,11 @@ FUNCTIONS: dict[tuple[str, str], Function] = {
         fla_loops.ttt,
         TTT,
         NORM,
-        {"w": (START, END), "b": (("hb0", "Sb0", "initial_state_bias"), ("hb", "Sb", "final_state_bias"))},
-        prepare=fla_loops.padded("mini_batch_size", ("eta",)),
+        {"w": (START, END), "b": (("hb0", "initial_state_bias"), ("hb", "final_state_bias"))},
+        prepare=fla_loops.padded("eta"),
     ),
     ("titans", "chunk_titans_linear_ref"): Function(
-        fla_loops.titans, TITANS, NORM, scaled=False, prepare=fla_loops.padded("chunk_size", ("theta", "alpha", "eta"))
+        fla_loops.titans, TITANS, NORM, scaled=False, prepare=fla_loops.padded("theta", "alpha", "eta")
     ),
 }
 
@@ -211,34 +182,15 @@ def function_of(case: Case) -> Function:
 
 
 def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
-    function = function_of(case)
-    given = {name: leaves(tensor, how) for name, tensor in case.inputs("in").items()}
-    recorded_starts = {w: next((n for n in start if n in given), None) for w, (start, _) in function.states.items()}
-    unknown = set(given) - {*function.views, *function.weights, *recorded_starts.values()}
-    if unknown:
-        raise NotUnderstood(f"no place for the input {', '.join(sorted(unknown))} of {case.setting('func')}")
-    noted = "head-first" in str(case.settings.get("note", "")).lower()
-    head_first = bool(case.settings.get("head_first", noted or function.head_first))
-    views = {view: _heads(given[n], head_first) for n, view in function.views.items() if n in given}
-    views = _rescaled(case, function, function.prepare(case, views))
-    loop = function.loop(case, views)
-    weights = {slow: given[name].reshape(views["v"].shape[1], -1) for name, slow in function.weights.items()}
-    weights |= _fixed_decays(loop, views["v"])
-    heads = views["v"].shape[1]
-    starts = {w: _for_heads(given[name], heads) for w, name in recorded_starts.items() if name is not None}
-    ends = {w: next((n for n in end if n in case.tensors or f"f64.{n}" in case.tensors), end[0])
-            for w, (_, end) in function.states.items()}  # fmt: skip
-    yield loop.__name__, _quantities(case, how, loop, views, weights, starts, ends, given, head_first)
-    if "lightning" in str(case.settings.get("note", "")):
-        law = lightning(case)
-        own = {n: v for n, v in views.items() if n != "g"}
-        decays = _fixed_decays(law, views["v"])
-        yield law.__name__, _quantities(case, how, law, own, decays, starts, ends, given, head_first)
+    call = Call(case, how, function_of(case))
+    loops = [call.loop, lightning(case)] if "lightning" in str(case.settings.get("note", "")) else [call.loop]
+    for loop in loops:
+        yield loop.__name__, call.quantities(loop)
 
 
 def lightning(case: Case) -> Any:
     """Lightning Attention at the layer that the file's note names."""
-    layer, layers = (fla_loops.count(case, name, 0) for name in ("layer_idx", "num_layers"))
+    layer, layers = (fla_loops.count(case, [name], 0) for name in ("layer_idx", "num_layers"))
     if not layers:
         raise NotUnderstood("a lightning file that does not name its layer")
 
@@ -247,73 +199,6 @@ def lightning(case: Case) -> Any:
         optimizer = nl.SGD(log_decay=g)
 
     return LightningAttentionFla
-
-
-def _quantities(
-    case: Case,
-    how: Run,
-    loop: Any,
-    views: Tensors,
-    weights: Tensors,
-    starts: Tensors,
-    ends: Mapping[str, str],
-    given: Tensors,
-    head_first: bool,
-) -> Quantities:
-    """Outputs, states at the end, and the gradients of everything given."""
-    op = nl.compile(loop, backend=how.backend)
-    state = state_at(loop, starts, views["v"]) if starts else None
-    z, end = op({name: views[name] for name in loop.spec.inputs}, weights, state)
-    tokens = case.tensors["o"].shape[2 if head_first else 1]
-    found = {"o": _heads(z[:, :, :tokens], head_first)}
-    for w, name in ends.items():
-        if name in case.tensors:
-            recorded = case.tensors[name]
-            group = end[w].shape[1] // recorded.shape[1]  # heads that share a key head carry the same state
-            found[name] = end[w][:, ::group].reshape(recorded.shape)
-    cotangents = case.inputs("cot")
-    if set(cotangents) - set(found):
-        raise NotUnderstood(f"no output {', '.join(sorted(set(cotangents) - set(found)))}")
-    total = sum((found[name] * cot.to(how.dtype)).sum() for name, cot in cotangents.items())
-    assert isinstance(total, Tensor)
-    return {**found, **take_gradients(total, given)}
-
-
-def state_at(loop: Any, starts: Tensors, v: Tensor) -> dict[str, Any]:
-    """A whole state at position 0 from the fast weights it starts with; those not given start at zero."""
-    sizes = {"dk": next(iter(starts.values())).shape[2], "dv": v.shape[-1], "d": v.shape[-1]}
-    state: dict[str, Any] = {"position": 0}
-    for name, fast in loop.spec.fast.items():
-        shape = [*v.shape[:2], *[e.size(sizes) for e in fast.dims]]
-        state[name] = starts[name].reshape(shape) if name in starts else v.new_zeros(shape)
-        for part in ("anchor", "update", "momentum"):
-            state[f"{name}.{part}"] = state[name] if part == "anchor" else v.new_zeros(shape)
-    kept = {*entries(loop.spec), "position"}
-    return {name: value for name, value in state.items() if name in kept}
-
-
-def _heads(tensor: Tensor, head_first: bool) -> Tensor:
-    """[B, T, H, *] <-> [B, H, T, *]."""
-    return tensor if head_first else tensor.transpose(1, 2)
-
-
-def _for_heads(state: Tensor, heads: int) -> Tensor:
-    """A state of the key heads, for each value head that shares one."""
-    return state.repeat_interleave(heads // state.shape[1], 1)
-
-
-def _rescaled(case: Case, function: Function, views: Tensors) -> Tensors:
-    """q, so that the loop's dk^-0.5 makes it the scale of the file."""
-    scale = case.settings.get("scale")
-    if scale in (None, "None") or not function.scaled:
-        return views
-    return {**views, "q": views["q"] * (float(scale) * views["q"].shape[-1] ** 0.5)}
-
-
-def _fixed_decays(loop: Any, v: Tensor) -> Tensors:
-    """Slow weights that are not learned, at their initial values."""
-    fixed = {name: slow for name, slow in loop.spec.slow.items() if not slow.learned}
-    return {name: fill(v.new_empty(v.shape[1]), slow.init, True) for name, slow in fixed.items()}
 
 
 FAMILY = Family(

@@ -15,12 +15,16 @@ from nestloop import zoo
 from tests.golden.case import Case
 
 Tensors = dict[str, Tensor]
+CHUNK = ("mini_batch_size", "mini-batch", "mini_batch", "chunk_size", "chunk")
 
 
-def count(case: Case, name: str, default: int) -> int:
+def count(case: Case, names: Sequence[str], default: int) -> int:
     """A number among the file's settings, or in its note; else the function's default."""
-    noted = re.search(rf"{name}\D{{0,3}}(\d+)", str(case.settings.get("note", "")))
-    return int(case.settings[name] if name in case.settings else noted[1] if noted else default)
+    for name in names:
+        noted = re.search(rf"{name}\D{{0,3}}(\d+)", str(case.settings.get("note", "")), re.IGNORECASE)
+        if name in case.settings or noted:
+            return int(case.settings[name] if name in case.settings else noted[1])  # type: ignore[index]
+    return default
 
 
 class DecayedComba(zoo.Comba):
@@ -70,7 +74,7 @@ def ttt(case: Case, views: Tensors) -> Any:
     eps = float(case.settings.get("eps", 1e-6))
 
     class TTT(nl.Loop):
-        learner, schedule = Biased, nl.Causal(count(case, "mini_batch_size", 16))
+        learner, schedule = Biased, nl.Causal(count(case, CHUNK, 16))
         k, q, v = nl.view("d"), nl.view("d"), nl.view("d")
         eta, scale, shift = nl.gate(), nl.slow("d"), nl.slow("d")
         optimizer = nl.SGD(lr=1.0, scale=eta)
@@ -91,7 +95,7 @@ def titans(case: Case, views: Tensors) -> Any:
     eps = float(case.settings.get("eps", 1e-6))
 
     class Titans(nl.Loop):
-        learner, schedule = Unbiased, nl.Causal(count(case, "chunk_size", 16))
+        learner, schedule = Unbiased, nl.Causal(count(case, CHUNK, 16))
         k, q, v = nl.view("d"), nl.view("d"), nl.view("d")
         theta, alpha, eta = nl.gate(), nl.gate(), nl.gate()
         scale, shift = nl.slow("d"), nl.slow("d")
@@ -112,7 +116,7 @@ def titans(case: Case, views: Tensors) -> Any:
     return Titans
 
 
-def padded(chunk: str, gates: Sequence[str]) -> Callable[[Case, Tensors], Tensors]:
+def padded(*gates: str) -> Callable[[Case, Tensors], Tensors]:
     """Whole chunks, as the functions make them: zeros, the last of them with the gates of the last token.
 
     The gates leave as [B, H, T]; alpha, the share that is forgotten, leaves as the one that is kept.
@@ -120,7 +124,7 @@ def padded(chunk: str, gates: Sequence[str]) -> Callable[[Case, Tensors], Tensor
 
     def pad(case: Case, views: Tensors) -> Tensors:
         views = {n: v.reshape(*v.shape[:3], 1) if n in gates else v for n, v in views.items()}
-        more = -views["q"].shape[2] % count(case, chunk, 16)
+        more = -views["q"].shape[2] % count(case, CHUNK, 16)
         found = {name: F.pad(view, (0, 0, 0, more)) for name, view in views.items()}
         for name in gates if more else ():
             last = views[name][:, :, -1:]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nestloop.lang.loop import Loop
     from nestloop.lang.optim import SGD, global_clip, newton_schulz, restore_norm, soft_clip
     from nestloop.lang.schedule import Causal, Chunked, FullBatch, Online, Program, Shuffled
+    from nestloop.lang.solve import conjugate_gradient
     from nestloop.layer import Layer
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "Program",
     "Shuffled",
     "compile",
+    "conjugate_gradient",
     "dim",
     "explain",
     "fast",
@@ -63,6 +65,7 @@ _HOME = {
     "nestloop.lang.loop": ("Loop",),
     "nestloop.lang.optim": ("SGD", "global_clip", "newton_schulz", "restore_norm", "soft_clip"),
     "nestloop.lang.schedule": ("Causal", "Chunked", "FullBatch", "Online", "Program", "Shuffled"),
+    "nestloop.lang.solve": ("conjugate_gradient",),
     "nestloop.layer": ("Layer",),
 }
 

@@ -14,7 +14,7 @@ from nestloop.lang.declare import Declaration, Gate, Slow, View, caller
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Chunked, Program
-from nestloop.lang.state import counts_tokens, entries
+from nestloop.lang.state import counts_tokens, entries, state_size
 from nestloop.layer import Branch
 from nestloop.lowering import pipeline
 from nestloop.lowering.axes import is_token, readout_axes, type_axes
@@ -298,12 +298,6 @@ _STAGES: dict[str, Callable[[AnyLowered, Mapping[str, int]], str]] = {
     "emit": _emit,
     "run": _run,
 }
-
-
-def state_size(spec: LoopSpec) -> str:
-    """How many numbers a head's state holds, in the dims."""
-    sizes = [" * ".join(f"({e})" if " " in str(e) else str(e) for e in fast.dims) or "1" for fast in spec.fast.values()]
-    return " + ".join(sizes) or "the tokens themselves"
 
 
 def _state_elements(lowered: AnyLowered, sizes: Mapping[str, int]) -> int:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import nestloop as nl
 from nestloop import zoo
 from nestloop.lowering import pipeline
+from tests.equality import equal, normal
 
 B, H, N, D = 2, 3, 8, 12
 d = D // H
@@ -23,21 +24,9 @@ SIZES = {"d": d, "D": D, "H": H}
 both = pytest.mark.parametrize("backend", ["reference", "torch"])
 
 
-def normal(*shape):
-    return (0.5 * torch.randn(shape, dtype=torch.float64)).requires_grad_()
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def equal(one, other, leaves):
-    """Equal, and so are the gradients of a random combination."""
-    weight = torch.randn_like(one)
-    mine, theirs = (torch.autograd.grad((z * weight).sum(), leaves, retain_graph=True) for z in (one, other))
-    for a, b in [(one, other), *zip(mine, theirs, strict=True)]:
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def reconstruction():

@@ -41,6 +41,14 @@ def test_a_new_learner_learns():
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.4
 
 
+def test_a_causal_learner_follows_its_teacher():
+    rows = {line[:9].strip(): numbers(line) for line in printed("causal_learner")}
+    learns, forgets, still = rows["learns"], rows["forgets"], rows["does not"]
+    for row in (learns, forgets):
+        assert row[0] > row[1] < row[2] > row[3]  # another teacher comes half way
+        assert max(row) < min(still)
+
+
 def test_a_loop_is_inspected():
     text = "\n".join(printed("inspect_a_loop"))
     assert re.search(r"^linear attention: fired: w starts at 0", text, re.M)

@@ -1,5 +1,6 @@
 """The recorded files of the official implementations, and more settings, recorded from plain PyTorch."""
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from nestloop import zoo
 from tests.golden import record
 from tests.golden.check import check_file
 from tests.golden.official import ttt_shapes
@@ -32,13 +34,32 @@ def run_driver(folder, *arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("pattern", ["mttt_*", "vittt_*"])
+@functools.cache
+def reports(folder, pattern):
+    return [check_file(path, "torch") for path in sorted((folder / "golden").glob(f"{pattern}.safetensors"))]
+
+
+PATTERNS = ["mttt_*", "vittt_*", "fla_*"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_recorded_files(shared, pattern):
-    paths = sorted((shared / "golden").glob(f"{pattern}.safetensors"))
-    assert paths
-    for path in paths:
-        report = check_file(path, "torch")
+    found = reports(shared, pattern)
+    assert found
+    for report in found:
         assert not report.missed and not report.not_understood, report.line()
+
+
+def test_the_catalogue_names_the_loops_that_files_check(shared):
+    checked = {
+        error.name.partition(":")[0]
+        for pattern in PATTERNS
+        for report in reports(shared, pattern)
+        for error in report.errors[torch.float64]
+    }
+    branches = {loop.__name__: "ViT3" for loop in zoo.ViT3}
+    for loop in zoo.loops():
+        assert (loop in zoo.GOLDEN) == (branches.get(loop.__name__, loop.__name__) in checked), loop.__name__
 
 
 def passes(path, backend="torch"):

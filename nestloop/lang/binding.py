@@ -133,7 +133,7 @@ class _Axes:
     @property
     def names(self) -> list[str]:
         letters = [f"H/{self.group}" if a == "H" and self.group > 1 else a for a in self.lead]
-        return [*letters, *([f"{self.micro} micro-steps"] if self.micro else []), *([str(self.rows)] * bool(self.rows))]
+        return [*letters, *(["micro-steps"] if self.micro else []), *([str(self.rows)] * bool(self.rows))]
 
     def sizes(self, declaration: Declaration, sizes: Mapping[str, int]) -> list[int]:
         """The shape it must have."""

@@ -16,7 +16,7 @@ from nestloop.lang import coefficient
 from nestloop.lang.declare import Declaration, Gate, Slow
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.optim import GlobalClip
-from nestloop.lang.schedule import BatchSchedule, Causal, Chunked, Stream
+from nestloop.lang.schedule import BatchSchedule, Causal, Chunked, Program, Stream
 
 if TYPE_CHECKING:
     from nestloop.lang.loop import LoopSpec
@@ -33,7 +33,7 @@ def check_optimizer(spec: LoopSpec) -> None:
         _check_batch(spec)
     elif isinstance(spec.schedule, Causal):
         _check_causal(spec)
-    elif isinstance(spec.schedule, Chunked):
+    elif isinstance(spec.schedule, (Chunked, Program)):
         _check_chunked(spec)
     if isinstance(spec.schedule, Stream):
         _check_stream(spec)
@@ -127,7 +127,7 @@ def _check_batch(spec: LoopSpec) -> None:
 
 def _check_stream(spec: LoopSpec) -> None:
     for name, value in _coefficients(spec):
-        if any(isinstance(part, tuple) for part in ([value] if isinstance(value, tuple) else [])):
+        if any(isinstance(part, tuple) for part in (value.values() if isinstance(value, dict) else [value])):
             raise _illegal(
                 spec,
                 "one learning rate per step belongs to a batch schedule.",
@@ -228,7 +228,7 @@ def _check_chunked(spec: LoopSpec) -> None:
     if optimizer.decays is not None and optimizer.decay_order == "before":
         raise _illegal(
             spec,
-            "a chunk's gradient is taken before its decay.",
+            "a step on many tokens takes its gradient before it decays.",
             f'decay_order="before"; {_shown(spec)}',
             'decay_order="after", or gradients at the current weights',
             'write schedule = nl.Online(), or decay_order="after"',
@@ -244,7 +244,7 @@ def _check_micro(spec: LoopSpec) -> None:
             where=found[0].where,
             given=f"micro=True; {_shown(spec)}",
             need="a schedule with micro-steps",
-            fix="write schedule = nl.Online(micro=2), or leave micro out of the view",
+            fix=f"write schedule = nl.Online(micro=2), or leave micro out of the {found[0].kind}",
         )
     if steps > 1 and not any(not isinstance(declared, Gate) for declared in found):
         raise ViewError(
@@ -254,6 +254,15 @@ def _check_micro(spec: LoopSpec) -> None:
             need="a view for each micro-step",
             fix='declare k = nl.view("d", micro=True)',
         )
+    for gate in coefficient.parts(spec.optimizer.decays):
+        if isinstance(gate, Gate) and gate.micro:
+            raise ViewError(
+                f"The decay '{gate.name}' of {spec.name} is one for each micro-step, but a token decays once.",
+                where=gate.where,
+                given="micro=True",
+                need="a decay for each token",
+                fix="leave micro out of the gate",
+            )
 
 
 def check_rate_dims(spec: LoopSpec, known: set[str]) -> None:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from nestloop.errors import IllegalScheduleError, InputError
+from nestloop.errors import IllegalScheduleError, InputError, Location
 from nestloop.lang.declare import caller
 from nestloop.lang.dims import DimExpr, parse
 
@@ -147,11 +147,11 @@ class Stream(Schedule):
         for name, count in counts.items():
             if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
                 raise IllegalScheduleError(
-                    f"{kind} counts tokens.",
+                    f"The {name} of {kind} is not a count.",
                     where=caller(),
                     given=f"{name}={count!r}",
                     need="a whole number, 1 or more",
-                    fix=f"write {name}=16",
+                    fix=f"write {name}={2 if name == 'micro' else 16}",
                 )
 
     def _multiple(self, name: str, value: int | None, of: int) -> None:
@@ -295,8 +295,8 @@ class Program(Stream):
             parsed.append((operation[0], parse(operation[1], where), parse(operation[2], where)))
         object.__setattr__(self, "operations", tuple(parsed))
 
-    def on(self, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
-        """The operations on a sequence of these sizes, empty ranges left out.
+    def on(self, sizes: dict[str, int], where: Location | None = None) -> list[tuple[str, int, int]]:
+        """The operations on a sequence of these sizes, empty ranges left out; `where` is the loop they belong to.
 
         Raises:
             InputError: a range outside the sequence, a token read twice or not at all.
@@ -308,6 +308,7 @@ class Program(Stream):
             if not 0 <= start <= stop <= tokens:
                 raise InputError(
                     "An operation of Program lies outside the sequence.",
+                    where=where,
                     given=f'("{kind}", {first}, {last}) = {start}:{stop}, N = {tokens}',
                     need="0 <= start <= stop <= N",
                     fix='bound it by the length: "N"',
@@ -320,7 +321,8 @@ class Program(Stream):
         if wrong:
             raise InputError(
                 "Program reads tokens out twice, or not at all.",
-                given=f"token {wrong[0]} read {read[wrong[0]]} times",
+                where=where,
+                given=f"token {wrong[0]}, read {read[wrong[0]]} times",
                 need="every token in one apply",
                 fix='end with ("apply", 0, "N")',
             )

@@ -64,6 +64,16 @@ def entries(spec: LoopSpec) -> dict[str, Entry]:
     return {entry.name: entry for entry in found}
 
 
+def state_size(spec: LoopSpec) -> str:
+    """How many numbers a head's state holds, in the dims: "2 * dk * dv" for a fast weight and its momentum."""
+    counts: dict[str, int] = {}
+    for entry in entries(spec).values():
+        dims = [*([str(entry.rows)] if entry.rows else []), *map(str, entry.like.dims)]
+        text = " * ".join(f"({dim})" if " " in dim else dim for dim in dims) or "1"
+        counts[text] = counts.get(text, 0) + 1
+    return " + ".join(text if count == 1 else f"{count} * {text}" for text, count in counts.items())
+
+
 def _has_anchor(spec: LoopSpec) -> bool:
     schedule = spec.schedule
     if isinstance(schedule, Causal):

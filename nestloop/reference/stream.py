@@ -234,7 +234,7 @@ class _Walk:
             self.read(last, stop, self.weights)
 
     def operations(self, program: Program) -> None:
-        for kind, start, stop in program.on(self.binding.sizes):
+        for kind, start, stop in program.on(self.binding.sizes, self.spec.where):
             if kind == "update":
                 self._step(program, start, stop, {})
             else:

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-from nestloop.lang.loop import LoopSpec
+from nestloop.lang.loop import Loop
+from nestloop.zoo import listing
+from nestloop.zoo.decay import (
+    GLA,
+    CausalLinearAttention,
+    CausalLinearAttentionElu,
+    CosFormer,
+    LightningAttention,
+    LightningAttentionFla,
+    Mamba2,
+    NormAttention,
+    RetNet,
+    SimpleGLA,
+)
+from nestloop.zoo.delta import (
+    GDN2,
+    KDA,
+    PGDN,
+    Comba,
+    DeltaNet,
+    DeltaProduct,
+    GatedDeltaNet,
+    GeneralizedDeltaRule,
+    Longhorn,
+    LonghornDiagonal,
+)
+from nestloop.zoo.in_context import InContextAutoregression, InContextGD
+from nestloop.zoo.memories import Atlas, Moneta, OmegaNet, Yaad
 from nestloop.zoo.mttt import (
     MTTTMLP,
     MTTTMLP4,
@@ -15,51 +41,86 @@ from nestloop.zoo.mttt import (
     MTTTLinear,
     SelfAttention,
 )
+from nestloop.zoo.solvers import Mesa, MesaNet
 from nestloop.zoo.vit3 import DepthwiseBranch, GatedBranch, ViT3
 
 __all__ = [
+    "GDN2",
+    "GLA",
+    "KDA",
     "MTTTMLP",
     "MTTTMLP4",
     "MTTTMLPSGD4",
+    "PGDN",
+    "Atlas",
+    "CausalLinearAttention",
+    "CausalLinearAttentionElu",
+    "Comba",
+    "CosFormer",
+    "DeltaNet",
+    "DeltaProduct",
     "DepthwiseBranch",
     "GatedBranch",
+    "GatedDeltaNet",
+    "GeneralizedDeltaRule",
+    "InContextAutoregression",
+    "InContextGD",
+    "LightningAttention",
+    "LightningAttentionFla",
     "LinearAttention",
     "LinearAttentionElu",
+    "Longhorn",
+    "LonghornDiagonal",
     "MTTTLinear",
+    "Mamba2",
+    "Mesa",
+    "MesaNet",
+    "Moneta",
+    "NormAttention",
+    "OmegaNet",
+    "RetNet",
     "SelfAttention",
+    "SimpleGLA",
     "ViT3",
+    "Yaad",
     "catalogue",
+    "loops",
 ]
 
 
-def catalogue() -> list[dict[str, Any]]:
-    """Every loop of the zoo: name, arXiv id, lines of code (learner included), state, schedule, what runs."""
-    loops = [globals()[name] for name in __all__ if name not in ("ViT3", "catalogue")]
-    return [_entry(loop.spec) for loop in loops]
-
-
-def _entry(spec: LoopSpec) -> dict[str, Any]:
-    from nestloop.inspection import state_size  # brings the compiler along, which a declaration does not need
-
-    schedule = spec.schedule
-    zero = any(fast.frozen_zero for fast in spec.fast.values())
-    return {
-        "name": spec.name,
-        "arXiv": spec.cls.paper,
-        "lines": _lines(spec),
-        "state per head": state_size(spec),
-        "schedule": "all tokens" if spec.is_kernel_estimator else f"{type(schedule).__name__}({schedule.steps})",
-        "form": "softmax attention" if spec.is_kernel_estimator else "linear attention" if zero else "primal",
-        "about": (spec.cls.__doc__ or "").strip().splitlines()[0],
+# Loops that are checked against tensors recorded from an official implementation (tests/golden).
+GOLDEN = frozenset(
+    {
+        GLA,
+        KDA,
+        MTTTMLP,
+        MTTTMLP4,
+        MTTTMLPSGD4,
+        CausalLinearAttention,
+        Comba,
+        DeltaNet,
+        DeltaProduct,
+        DepthwiseBranch,
+        GatedBranch,
+        GatedDeltaNet,
+        LightningAttentionFla,
+        LinearAttention,
+        LinearAttentionElu,
+        MTTTLinear,
+        Mesa,
+        RetNet,
+        SelfAttention,
+        SimpleGLA,
     }
+)
 
 
-def _lines(spec: LoopSpec) -> int:
-    """Lines of code of the loop and its learner, with the zoo's own bases; docstrings and blank lines aside."""
-    total = 0
-    for cls in dict.fromkeys([*spec.cls.__mro__, *spec.learner.__mro__]):
-        if cls.__module__.startswith("nestloop.zoo."):
-            lines = inspect.getsource(cls).splitlines()
-            aside = ('"""', "#", "paper =")
-            total += sum(1 for line in lines if line.strip() and not line.strip().startswith(aside))
-    return total
+def loops() -> list[type[Loop]]:
+    """Every loop of the zoo, by the year and number of its paper."""
+    found = {value for name, value in globals().items() if name in __all__ and hasattr(value, "spec")}
+    return sorted(found, key=lambda loop: (loop.paper, loop.__name__))
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """A row for every loop: name, arXiv id, lines of code (learner included), state, schedules, form, golden."""
+    return [listing.row(loop, loop in GOLDEN) for loop in loops()]

@@ -189,3 +189,60 @@ def vittt(path: Path, settings: dict[str, Any], batch: int, seed: int = 0) -> No
         return {"out": out, "loss": (out * leaves["cot"]).sum()}
 
     record(path, settings, inputs, weights, run)
+
+
+def fla(
+    path: Path,
+    folder: str,
+    func: str,
+    run: Callable[[Outputs, dict[str, Any]], Outputs],
+    shapes: dict[str, tuple[int, ...]],
+    settings: dict[str, Any],
+    seed: int = 0,
+    returns: tuple[str, ...] = (),
+) -> None:
+    """Record one naive function of fla: `run` takes arguments heads first, `shapes` are in the layout of the file.
+
+    Log decays are below zero, gates in (0, 1), keys of length one.
+    returns: the outputs to record; all of them by default.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    head_first = settings.pop("layout") == "head first"
+
+    def turned(tensor: Tensor) -> Tensor:
+        return tensor if head_first else tensor.transpose(1, 2)
+
+    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+        noise = torch.randn(shape, generator=generator)
+        if name.startswith("g"):
+            return -0.3 * noise.square() - 0.02
+        if name in ("beta", "beta_atk", "eta", "theta", "lamb") and folder not in ("iplr", "dplr"):
+            return 0.1 + 0.5 * noise.sigmoid()
+        if name == "alpha" and len(shape) == 4 and shape[-1] == 1:
+            return 0.3 * noise.sigmoid()
+        if name == "h_kk_init":
+            return noise @ noise.mT
+        return torch.nn.functional.normalize(noise, dim=-1) if name in ("k", "p", "alpha", "beta") else noise
+
+    inputs = {name: draw(name, shape) for name, shape in shapes.items()}
+    tensors = {f"in.{name}": t for name, t in inputs.items()}
+    fixed = ("S0", "A0", "hb0", "w", "b", "lamb", "h_kk_init", "h_kv_init")
+    settings = {"file": f"fla/ops/{folder}/naive.py", "func": func, **settings}
+    for dtype, prefix in ((torch.float64, "f64."), (torch.float32, "")):
+        leaves = {name: t.to(dtype).requires_grad_() for name, t in inputs.items()}
+        given = {n: t if n in fixed and not _per_token(n, t) else turned(t) for n, t in leaves.items()}
+        outputs = run(given, settings)
+        outputs = {n: turned(t) if n == "o" else t for n, t in outputs.items() if not returns or n in returns}
+        for name, value in outputs.items():
+            if f"cot.{name}" not in tensors:
+                tensors[f"cot.{name}"] = torch.randn(value.shape, generator=generator)
+            tensors[f"{prefix}{name}"] = value.detach()
+        total = sum((value * tensors[f"cot.{name}"].to(dtype)).sum() for name, value in outputs.items())
+        for name, gradient in zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True):  # type: ignore[arg-type]
+            tensors[f"{prefix}grad.{name}"] = gradient
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path, {k: json.dumps(v) for k, v in settings.items()})
+
+
+def _per_token(name: str, tensor: Tensor) -> bool:
+    """GDN-2's gates w and b are per token; the LayerNorm's are [H, D]."""
+    return name in ("w", "b") and tensor.ndim == 4

@@ -19,7 +19,8 @@ from tests.refusals import refused
 
 INITS = (
     "one of zeros, ones, constant(value), xavier_uniform = xavier_uniform(1.0), lecun_normal = lecun_normal(1.0), "
-    "normal = normal(0.02), trunc_normal = trunc_normal(0.02), eye = eye(1.0)"
+    "uniform = uniform(1.0), normal = normal(0.02), trunc_normal = trunc_normal(0.02), eye = eye(1.0), "
+    "retention = retention(5.0), log_retention = log_retention(5.0), alibi = alibi(1.0), lightning = lightning(1.0)"
 )
 RATES = (
     'a finite number, text like "H/(N*D)", a tuple of numbers (one per step), a slow weight, a gate, '
@@ -101,6 +102,20 @@ def test_every_initialiser_fills_head_by_head(name):
     if name in ("normal", "trunc_normal"):
         assert filled.std() == pytest.approx(0.02, rel=0.05)
         assert fill(torch.empty(2, 40, 60), f"{name}(0.5)", True).std() == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "init, heads, expected",
+    [
+        ("log_retention", 3, [math.log(1 - 2.0**-5), math.log(1 - 2.0**-6), math.log(1 - 2.0**-7)]),
+        ("lightning(0.75)", 4, [0.0, -1.5, -3.0, -4.5]),
+        ("alibi(1.00001)", 4, [-1.00001 * 2.0**-i for i in (2, 4, 6, 8)]),
+        ("alibi(0.5)", 3, [-0.5 * 2.0**-i for i in (4, 8, 2)]),
+    ],
+)
+def test_decays_differ_from_head_to_head(init, heads, expected):
+    filled = fill(torch.empty(heads, dtype=torch.float64), init, per_head=True)
+    torch.testing.assert_close(filled, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("lr", [None, True, (), (1.0, "x"), math.nan, math.inf, 1j, [None]], ids=str)

@@ -1,0 +1,220 @@
+"""Optimizers and views that a schedule has no room for, with the whole message."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import nestloop as nl
+from nestloop.errors import IllegalScheduleError, ViewError
+from tests.lang.recall import Linear, Recall
+from tests.refusals import refused
+
+
+def illegal(parts, what, *, given, need, fix):
+    """A loop with these class attributes is refused at its optimizer."""
+
+    def step():
+        gates = {name: value for name, value in parts.items() if name != "optimizer"}
+        made = parts["optimizer"]
+        optimizer = nl.SGD(**(made(gates) if callable(made) else made))  # HERE
+        type("Loop", (Recall,), {"learner": Linear, **gates, "optimizer": optimizer})
+
+    refused(step, IllegalScheduleError, f"Loop: {what}", given=given, need=need, fix=fix)
+
+
+@pytest.mark.parametrize(
+    "optimizer, first",
+    [
+        ({"decay": 0.9, "momentum": 0.5}, "decay, momentum"),
+        ({"window": 2}, "window"),
+        ({"lr": {"w": 0.1}}, "a learning rate per fast weight or channel"),
+        ({"transform": nl.global_clip(1.0)}, "a joint transform"),
+    ],
+)
+def test_batch_schedules_take_a_rate_and_a_transform(optimizer, first):
+    illegal(
+        {"schedule": nl.FullBatch(2), "optimizer": optimizer},
+        f"a batch schedule steps with the learning rate and a transform alone, not with {first.split(', ')[0]}.",
+        given=f"{first}; schedule FullBatch",
+        need="a schedule that steps chunk by chunk",
+        fix='write schedule = nl.Program(("update", 0, "N"), ("apply", 0, "N")), one update for each step',
+    )
+
+
+@pytest.mark.parametrize("lr", [(1.0, 0.5), {"w": (1.0, 0.5)}], ids=str)
+def test_rates_per_step_in_a_stream(lr):
+    illegal(
+        {"optimizer": {"lr": lr}},
+        "one learning rate per step belongs to a batch schedule.",
+        given=f"lr={lr}; schedule Online",
+        need="a number, text, a slow weight or a gate",
+        fix="declare eta = nl.gate() and write nl.SGD(lr=eta)",
+    )
+
+
+@pytest.mark.parametrize("name", ["lr", "decay"])
+def test_text_in_the_length_of_a_stream(name):
+    illegal(
+        {"optimizer": {name: "1/(N*d)"}},
+        f"its {'learning rate' if name == 'lr' else name} depends on how many tokens there are.",
+        given="1 / (N * d); schedule Online",
+        need="sizes that are the same wherever a sequence is split",
+        fix="write it without N and n, or make it a gate",
+    )
+
+
+def test_a_grid_in_a_stream():
+    illegal(
+        dict(zip(("rows", "columns", "optimizer"), (*nl.grid(), {}), strict=True)),
+        "a token grid is whole from the start, a stream is not.",
+        given="nl.grid(); schedule Online",
+        need="a batch schedule",
+        fix="write schedule = nl.FullBatch(1)",
+    )
+
+
+@pytest.mark.parametrize(
+    "name, value, shown",
+    [
+        ("transform", nl.newton_schulz(), "newton_schulz(5 steps)"),
+        ("transform", nl.global_clip(1.0), "global_clip(1.0)"),
+        ("gradient_transform", torch.sign, "sign"),
+        ("restore", nl.restore_norm(-1), "restore_norm(-1)"),
+    ],
+)
+@pytest.mark.parametrize("schedule, size", [(nl.Causal(32), 32), (nl.Online(), 16)])
+def test_functions_of_the_whole_gradient_under_causal(name, value, shown, schedule, size):
+    illegal(
+        {"schedule": schedule, "optimizer": {name: value}},
+        f"its {name.replace('_', ' ')} needs a whole chunk's gradient, but each token is read with weights of its own.",
+        given=f"{shown}; schedule {type(schedule).__name__}",
+        need="a schedule that steps once a chunk: the nearest is Chunked",
+        fix=f'write schedule = nl.Chunked({size}, "apply-update"), or "update-apply"',
+    )
+
+
+@pytest.mark.parametrize("name", ["decay", "momentum"])
+def test_a_scale_with_decay_or_momentum(name):
+    illegal(
+        {"schedule": nl.Causal(16), "optimizer": {"scale": 0.5, name: 0.9}},
+        "a scale on the updates since the anchor has no meaning once these decay or gather momentum.",
+        given=f"scale with {name}; schedule Causal",
+        need="one or the other",
+        fix="fold the scale into lr, a rate per token",
+    )
+
+
+def test_gradients_at_decayed_weights_of_a_chunk():
+    illegal(
+        {"schedule": nl.Causal(16), "optimizer": {"decay": 0.9, "decay_order": "before"}},
+        "gradients at a chunk's first weights cannot be taken at the decayed ones.",
+        given='decay_order="before"; schedule Causal, chunk = 16',
+        need='decay_order="after", or gradients at the current weights',
+        fix='write schedule = nl.Online(), or decay_order="after"',
+    )
+
+
+CHUNKS = [nl.Chunked(16), nl.Program(("update", 0, "N"), ("apply", 0, "N"))]
+
+
+@pytest.mark.parametrize("schedule", CHUNKS, ids=lambda s: type(s).__name__)
+def test_decay_before_the_gradient_of_many_tokens(schedule):
+    illegal(
+        {"schedule": schedule, "optimizer": {"decay": 0.9, "decay_order": "before"}},
+        "a step on many tokens takes its gradient before it decays.",
+        given=f'decay_order="before"; schedule {type(schedule).__name__}',
+        need='decay_order="after", or gradients at the current weights',
+        fix='write schedule = nl.Online(), or decay_order="after"',
+    )
+
+
+@pytest.mark.parametrize("schedule", CHUNKS, ids=lambda s: type(s).__name__)
+def test_a_window_where_a_chunk_takes_one_step(schedule):
+    illegal(
+        {"schedule": schedule, "optimizer": {"window": 4}},
+        "a window belongs to a schedule that steps with every token.",
+        given=f"window=4; schedule {type(schedule).__name__}",
+        need="Causal or Online",
+        fix="write schedule = nl.Causal(16)",
+    )
+
+
+def test_a_window_and_micro_steps():
+    illegal(
+        {"schedule": nl.Online(micro=2), "k": nl.view("d", micro=True), "optimizer": {"window": 4}},
+        "a window over tokens and micro-steps within one do not go together.",
+        given="window=4, micro=2",
+        need="one of them",
+        fix="write schedule = nl.Online()",
+    )
+
+
+# Views
+
+
+@pytest.mark.parametrize("group, shared", [(0, False), (True, False), (1.0, False), (2, True)])
+def test_groups_that_are_none(group, shared):
+    def step():
+        nl.view("d", group=group, shared=shared)  # HERE
+
+    refused(
+        step,
+        ViewError,
+        "The heads of a view do not group.",
+        given=f"group={group!r}" + (", shared=True" if shared else ""),
+        need="how many neighbouring heads see one view: a whole number, 1 or more; 1 for a shared view",
+        fix="write group=2, or shared=True for one view of all heads",
+    )
+
+
+@pytest.mark.parametrize("kind", ["view", "gate"])
+def test_micro_views_without_micro_steps(kind):
+    def step():
+        class Loop(Recall):
+            learner = Linear
+            extra = nl.view("d", micro=True) if kind == "view" else nl.gate(micro=True)  # HERE
+
+    refused(
+        step,
+        ViewError,
+        f"The {kind} 'extra' is one for each micro-step, of which Loop has one.",
+        given="micro=True; schedule Online",
+        need="a schedule with micro-steps",
+        fix=f"write schedule = nl.Online(micro=2), or leave micro out of the {kind}",
+    )
+
+
+def test_micro_steps_on_the_same_views():
+    def step():
+        class Loop(Recall):  # HERE
+            learner, schedule = Linear, nl.Online(micro=2)
+            eta = nl.gate(micro=True)
+            optimizer = nl.SGD(lr=eta)
+
+    refused(
+        step,
+        ViewError,
+        "Loop takes 2 micro-steps a token, all on the same views.",
+        given="micro=2, no view with micro=True",
+        need="a view for each micro-step",
+        fix='declare k = nl.view("d", micro=True)',
+    )
+
+
+def test_a_decay_for_each_micro_step():
+    def step():
+        class Loop(Recall):
+            learner, schedule = Linear, nl.Online(micro=2)
+            v = nl.view("d", micro=True)
+            alpha = nl.gate(micro=True)  # HERE
+            optimizer = nl.SGD(decay=alpha)
+
+    refused(
+        step,
+        ViewError,
+        "The decay 'alpha' of Loop is one for each micro-step, but a token decays once.",
+        given="micro=True",
+        need="a decay for each token",
+        fix="leave micro out of the gate",
+    )

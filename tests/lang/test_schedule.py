@@ -1,0 +1,152 @@
+"""Schedules of streams that are refused, with the whole message."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import nestloop as nl
+from nestloop.errors import IllegalScheduleError, InputError
+from tests.lang.recall import Linear, Recall
+from tests.refusals import refused
+
+
+@pytest.mark.parametrize(
+    "schedule, name, value",
+    [
+        (nl.Causal, "chunk", 0),
+        (nl.Causal, "reset", 1.5),
+        (nl.Online, "reset", 0),
+        (nl.Online, "micro", True),
+        (nl.Chunked, "size", -1),
+        (nl.Chunked, "anchor", -16),
+        (nl.Chunked, "reset", "8"),
+    ],
+)
+def test_counts_that_are_none(schedule, name, value):
+    def step():
+        schedule(**{name: value})  # HERE
+
+    refused(
+        step,
+        IllegalScheduleError,
+        f"The {name} of {schedule.__name__} is not a count.",
+        given=f"{name}={value!r}",
+        need="a whole number, 1 or more",
+        fix=f"write {name}={2 if name == 'micro' else 16}",
+    )
+
+
+@pytest.mark.parametrize(
+    "schedule, arguments, name, least",
+    [
+        (nl.Causal, {"chunk": 16, "reset": 24}, "reset", 16),
+        (nl.Chunked, {"size": 16, "reset": 40}, "reset", 32),
+        (nl.Chunked, {"size": 16, "anchor": 8}, "anchor", 16),
+    ],
+)
+def test_bounds_inside_a_chunk(schedule, arguments, name, least):
+    def step():
+        schedule(**arguments)  # HERE
+
+    refused(
+        step,
+        IllegalScheduleError,
+        f"The {name} of {schedule.__name__} falls inside a chunk.",
+        given=f"{name}={arguments[name]}, chunks of 16 tokens",
+        need="a multiple of 16",
+        fix=f"write {name}={least}",
+    )
+
+
+def test_an_unknown_moment_to_read():
+    def step():
+        nl.Online(read="during")  # HERE
+
+    refused(
+        step,
+        IllegalScheduleError,
+        "Online does not know when to read out.",
+        given="read='during'",
+        need='"after" or "before" the token\'s own step',
+        fix='write read="after"',
+    )
+
+
+def test_an_unknown_order():
+    def step():
+        nl.Chunked(16, "apply")  # HERE
+
+    refused(
+        step,
+        IllegalScheduleError,
+        "Chunked does not know this order.",
+        given="order='apply'",
+        need='"update-apply" or "apply-update"',
+        fix='write order="apply-update"',
+    )
+
+
+def test_inclusive_where_every_token_is():
+    def step():
+        nl.Chunked(16, "update-apply", inclusive=True)  # HERE
+
+    refused(
+        step,
+        IllegalScheduleError,
+        "Chunked reads every token after the step already.",
+        given='inclusive=True, order="update-apply"',
+        need='inclusive with order="apply-update" only',
+        fix="leave inclusive out",
+    )
+
+
+@pytest.mark.parametrize("operation", ["update", ("update", 0), ("read", 0, "N")], ids=str)
+def test_an_unknown_operation(operation):
+    def step():
+        nl.Program(("apply", 0, "N"), operation)  # HERE
+
+    refused(
+        step,
+        IllegalScheduleError,
+        "Program does not know this operation.",
+        given=repr(operation),
+        need='("update", start, stop) or ("apply", start, stop)',
+        fix='write nl.Program(("update", 0, "N"), ("apply", 0, "N"))',
+    )
+
+
+@pytest.mark.parametrize(
+    "operations, what, given, need, fix",
+    [
+        (
+            [("update", 0, "N + 1"), ("apply", 0, "N")],
+            "An operation of Program lies outside the sequence.",
+            '("update", 0, N + 1) = 0:5, N = 4',
+            "0 <= start <= stop <= N",
+            'bound it by the length: "N"',
+        ),
+        (
+            [("update", 0, "N"), ("apply", 0, 3)],
+            "Program reads tokens out twice, or not at all.",
+            "token 3, read 0 times",
+            "every token in one apply",
+            'end with ("apply", 0, "N")',
+        ),
+        (
+            [("apply", 0, "N"), ("apply", 1, 2)],
+            "Program reads tokens out twice, or not at all.",
+            "token 1, read 2 times",
+            "every token in one apply",
+            'end with ("apply", 0, "N")',
+        ),
+    ],
+)
+def test_programs_that_do_not_fit_a_sequence(operations, what, given, need, fix):
+    def step():
+        class Loop(Recall):  # HERE
+            learner, schedule = Linear, nl.Program(*operations)
+
+        nl.compile(Loop)({name: torch.randn(1, 1, 4, 3) for name in "kv"}, {})
+
+    refused(step, InputError, what, given=given, need=need, fix=fix)

@@ -16,8 +16,20 @@ if TYPE_CHECKING:
     from nestloop.lang.declare import dim, fast, gate, grid, slow, view
     from nestloop.lang.learner import KernelEstimator, Learner
     from nestloop.lang.loop import Loop
+    from nestloop.lang.maps import (
+        affine,
+        conv,
+        cos_reweight,
+        gated,
+        l2_norm,
+        layer_norm,
+        per_position,
+        project,
+        rms_norm,
+        rope,
+    )
     from nestloop.lang.optim import SGD, global_clip, newton_schulz, restore_norm, soft_clip
-    from nestloop.lang.schedule import Causal, Chunked, FullBatch, Online, Program, Shuffled
+    from nestloop.lang.schedule import Causal, Chunked, FullBatch, Online, Program, Shuffled, Sliding
     from nestloop.layer import Layer
 
 __version__ = "0.1.0"
@@ -36,16 +48,27 @@ __all__ = [
     "Online",
     "Program",
     "Shuffled",
+    "Sliding",
+    "affine",
     "compile",
+    "conv",
+    "cos_reweight",
     "dim",
     "explain",
     "fast",
     "gate",
+    "gated",
     "global_clip",
     "grid",
     "inspect",
+    "l2_norm",
+    "layer_norm",
     "newton_schulz",
+    "per_position",
+    "project",
     "restore_norm",
+    "rms_norm",
+    "rope",
     "slow",
     "soft_clip",
     "view",
@@ -61,8 +84,20 @@ _HOME = {
     "nestloop.lang.declare": ("dim", "fast", "gate", "grid", "slow", "view"),
     "nestloop.lang.learner": ("KernelEstimator", "Learner"),
     "nestloop.lang.loop": ("Loop",),
+    "nestloop.lang.maps": (
+        "affine",
+        "conv",
+        "cos_reweight",
+        "gated",
+        "l2_norm",
+        "layer_norm",
+        "per_position",
+        "project",
+        "rms_norm",
+        "rope",
+    ),
     "nestloop.lang.optim": ("SGD", "global_clip", "newton_schulz", "restore_norm", "soft_clip"),
-    "nestloop.lang.schedule": ("Causal", "Chunked", "FullBatch", "Online", "Program", "Shuffled"),
+    "nestloop.lang.schedule": ("Causal", "Chunked", "FullBatch", "Online", "Program", "Shuffled", "Sliding"),
     "nestloop.layer": ("Layer",),
 }
 

@@ -39,12 +39,30 @@ def _eye(tile: Tensor, scale: float = 1.0) -> None:
     tile.diagonal(dim1=-2, dim2=-1).fill_(scale)
 
 
+def alibi_slopes(heads: int) -> list[float]:
+    """ALiBi's slope of each head: powers of 2^(-8/H), and those between where H is no power of two."""
+    even = 2 ** int(math.log2(heads))
+    slopes = [2 ** (-8 * (h + 1) / even) for h in range(even)]
+    return slopes if even == heads else slopes + alibi_slopes(2 * even)[::2][: heads - even]
+
+
+# Fixed decays by head, (head, heads, number) -> value. "retention": RetNet's 1 - 2^(-5 - h) (arXiv 2307.08621), which
+# "log_retention" is the logarithm of. "alibi": the log decays of TNL and Lightning Attention-2 (2405.17381), the number
+# being 1 - l/(L - 1) + 1e-5 in layer l of L. "lightning": those of flash-linear-attention, the number being 1 - l/L.
+BY_HEAD: dict[str, Callable[..., float]] = {
+    "retention": lambda head, heads, offset=5.0: 1 - 2 ** (-offset - head),
+    "log_retention": lambda head, heads, offset=5.0: math.log1p(-(2 ** (-offset - head))),
+    "alibi": lambda head, heads, share=1.0: -share * alibi_slopes(heads)[head],
+    "lightning": lambda head, heads, share=1.0: -share * 8 / heads * head,
+}
+
 INITIALISERS: dict[str, Callable[..., object]] = {
     "zeros": lambda tile: tile.zero_(),
     "ones": lambda tile: tile.fill_(1.0),
     "constant": lambda tile, value: tile.fill_(value),
     "xavier_uniform": _xavier_uniform,
     "lecun_normal": _lecun_normal,
+    "uniform": lambda tile, bound=1.0: tile.uniform_(-bound, bound),
     "normal": lambda tile, std=0.02: tile.normal_(0, std),
     "trunc_normal": lambda tile, std=0.02: torch.nn.init.trunc_normal_(tile, std=std),
     "eye": _eye,
@@ -64,12 +82,12 @@ def check(init: str, axes: int, where: Location | None) -> str:
         UnknownInitError: it is not, or a number is missing or superfluous.
     """
     match = _CALL.fullmatch(init) if isinstance(init, str) else None
-    if match is None or match["name"] not in INITIALISERS or not _takes(match["name"], match["value"]):
+    if match is None or match["name"] not in {**INITIALISERS, **BY_HEAD} or not _takes(match["name"], match["value"]):
         raise UnknownInitError(
             "The initialiser is not one nestloop knows.",
             where=where,
             given=repr(init),
-            need="one of " + ", ".join(map(_usage, INITIALISERS)),
+            need="one of " + ", ".join(map(_usage, [*INITIALISERS, *BY_HEAD])),
             fix='write init="zeros" or init="normal(0.02)"',
         )
     if axes < _AXES.get(match["name"], 0):
@@ -84,7 +102,9 @@ def check(init: str, axes: int, where: Location | None) -> str:
 
 
 def _parameters(name: str) -> list[inspect.Parameter]:
-    """What an initialiser takes beside the tile."""
+    """What an initialiser takes beside the tile, or the head and their number."""
+    if name in BY_HEAD:
+        return list(inspect.signature(BY_HEAD[name]).parameters.values())[2:]
     return list(inspect.signature(INITIALISERS[name]).parameters.values())[1:]
 
 
@@ -109,6 +129,10 @@ def fill(tensor: Tensor, init: str, per_head: bool) -> Tensor:
     match = _CALL.fullmatch(init)
     assert match is not None, init
     arguments = [float(match["value"])] if match["value"] else []
-    for tile in tensor if per_head else (tensor,):
-        INITIALISERS[match["name"]](tile, *arguments)
+    tiles = list(tensor if per_head else (tensor,))
+    for head, tile in enumerate(tiles):
+        if match["name"] in BY_HEAD:
+            tile.fill_(BY_HEAD[match["name"]](head, len(tiles), *arguments))
+        else:
+            INITIALISERS[match["name"]](tile, *arguments)
     return tensor

@@ -15,18 +15,23 @@ from nestloop.zoo.mttt import (
     MTTTLinear,
     SelfAttention,
 )
+from nestloop.zoo.tttlm import TTTMLP, TTTLinear, TTTLinearMamba, TTTMLPMamba
 from nestloop.zoo.vit3 import DepthwiseBranch, GatedBranch, ViT3
 
 __all__ = [
     "MTTTMLP",
     "MTTTMLP4",
     "MTTTMLPSGD4",
+    "TTTMLP",
     "DepthwiseBranch",
     "GatedBranch",
     "LinearAttention",
     "LinearAttentionElu",
     "MTTTLinear",
     "SelfAttention",
+    "TTTLinear",
+    "TTTLinearMamba",
+    "TTTMLPMamba",
     "ViT3",
     "catalogue",
 ]

@@ -19,7 +19,8 @@ from tests.refusals import refused
 
 INITS = (
     "one of zeros, ones, constant(value), xavier_uniform = xavier_uniform(1.0), lecun_normal = lecun_normal(1.0), "
-    "normal = normal(0.02), trunc_normal = trunc_normal(0.02), eye = eye(1.0)"
+    "uniform = uniform(1.0), normal = normal(0.02), trunc_normal = trunc_normal(0.02), eye = eye(1.0), "
+    "retention = retention(5.0), log_retention = log_retention(5.0), alibi = alibi(1.0), lightning = lightning(1.0)"
 )
 RATES = (
     'a finite number, text like "H/(N*D)", a tuple of numbers (one per step), a slow weight, a gate, '

@@ -1,6 +1,6 @@
 """One module a kind of file. A new kind is a new module with a FAMILY, and its line here."""
 
-from tests.golden.families import mttt_linear_attention, mttt_model, mttt_self_attention, mttt_ttt, vittt
+from tests.golden.families import mttt_linear_attention, mttt_model, mttt_self_attention, mttt_ttt, tttlm, vittt
 
 FAMILIES = [
     mttt_linear_attention.FAMILY,
@@ -8,4 +8,5 @@ FAMILIES = [
     mttt_ttt.FAMILY,
     mttt_model.FAMILY,
     vittt.FAMILY,
+    tttlm.FAMILY,
 ]

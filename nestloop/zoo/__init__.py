@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from nestloop.lang.loop import LoopSpec
+from nestloop.zoo.lact import CausalLaCT, CausalLaCTMuon, LaCT, LaCTMuon
 from nestloop.zoo.mttt import (
     MTTTMLP,
     MTTTMLP4,
@@ -15,6 +16,7 @@ from nestloop.zoo.mttt import (
     MTTTLinear,
     SelfAttention,
 )
+from nestloop.zoo.titans import NeuralMemory, Titans
 from nestloop.zoo.tttlm import TTTMLP, TTTLinear, TTTLinearMamba, TTTMLPMamba
 from nestloop.zoo.vit3 import DepthwiseBranch, GatedBranch, ViT3
 
@@ -23,15 +25,21 @@ __all__ = [
     "MTTTMLP4",
     "MTTTMLPSGD4",
     "TTTMLP",
+    "CausalLaCT",
+    "CausalLaCTMuon",
     "DepthwiseBranch",
     "GatedBranch",
+    "LaCT",
+    "LaCTMuon",
     "LinearAttention",
     "LinearAttentionElu",
     "MTTTLinear",
+    "NeuralMemory",
     "SelfAttention",
     "TTTLinear",
     "TTTLinearMamba",
     "TTTMLPMamba",
+    "Titans",
     "ViT3",
     "catalogue",
 ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import nestloop as nl
@@ -84,8 +84,11 @@ def parts_of(tokens: int, size: int) -> list[tuple[int, int]]:
     return [(start, stop) for start, stop in ((0, full), (full, tokens)) if start < stop]
 
 
-def inside(layer: nl.Layer, x: Tensor) -> Quantities:
-    """Views, rates, outputs and states of each part, as the official code passes them on."""
+def inside(layer: nl.Layer, x: Tensor, primal: bool) -> Quantities:
+    """Views, rates, outputs and states of each part, as the official code passes them on.
+
+    primal: whether a mini-batch that is not full keeps the sum of its gradients, to be gone on from.
+    """
     size, found = layer.spec.schedule.chunk, {}
     views = layer.make_views(x)
     weights = {**layer.fast, **layer.slow}
@@ -98,8 +101,9 @@ def inside(layer: nl.Layer, x: Tensor) -> Quantities:
         values = {"XQ": cut["q"], "XK": cut["k"], "XV": cut["v"], "ttt_out": z.transpose(1, 2).flatten(2)}
         values |= {"token_eta": cut["tau"][..., None], "ttt_lr_eta": cut["eta"][..., None, :]}
         for name in layer.spec.fast:
-            w = state[name]
-            values[f"state_out.{FAST[name]}_states"] = w[:, :, None] if name.startswith("b") else w
+            update = state[f"{name}.update"] * float(primal and stop % size > 0)
+            for kind, w in (("states", state[name]), ("grad", update)):
+                values[f"state_out.{FAST[name]}_{kind}"] = w[:, :, None] if name.startswith("b") else w
         found |= {f"mid.part{index}.{name}": value for name, value in values.items()}
     return found
 
@@ -107,15 +111,15 @@ def inside(layer: nl.Layer, x: Tensor) -> Quantities:
 def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
     case.understood(*SETTINGS)
     one_of("pre_conv", case.settings.get("pre_conv", False), False)
-    loop = declaration(case)
+    loop, splits = declaration(case), case.settings.get("decode_chunks") or []
     quantities = run_layer(
         case,
         how,
         loop,
         case.setting("num_attention_heads"),
         layout_of(loop),
-        inside=inside,
-        splits=case.settings.get("decode_chunks") or None,
+        inside=partial(inside, primal=case.settings.get("cache", False)) if len(splits) < 2 else None,
+        splits=splits or None,
     )
     yield loop.spec.learner.__name__, quantities
 

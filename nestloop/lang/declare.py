@@ -13,9 +13,10 @@ import torch
 
 from nestloop.errors import ViewError
 from nestloop.lang import init as initialisers
-from nestloop.lang.declaration import Declaration, caller
+from nestloop.lang.declaration import Declaration, caller  # noqa: F401  caller is known from here
 from nestloop.lang.dims import parse
 from nestloop.lang.maps import Project, all_maps
+
 
 class Fast(Declaration):
     """A fast weight: the inner loop changes it while it reads one sequence. See `fast`."""
@@ -51,7 +52,9 @@ class View(Declaration):
 
     kind = "view"
 
-    def __init__(self, dims, shared: bool, bias: bool, gain: float, group: int, micro: bool, of: Any, make: Any) -> None:
+    def __init__(
+        self, dims, shared: bool, bias: bool, gain: float, group: int, micro: bool, of: Any, make: Any
+    ) -> None:
         super().__init__(dims)
         self.maps = all_maps(of, Project(bias, gain, None), make, self.kind, self.where)
         self.shared, self.bias, self.gain, self.group, self.micro = shared, bias, gain, group, micro

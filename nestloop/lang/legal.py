@@ -15,8 +15,8 @@ from nestloop.errors import (
 from nestloop.lang import coefficient
 from nestloop.lang.declare import Declaration, Gate, Slow
 from nestloop.lang.dims import DimExpr
-from nestloop.lang.optim import GlobalClip
 from nestloop.lang.maps import chunk_period
+from nestloop.lang.optim import GlobalClip
 from nestloop.lang.schedule import BatchSchedule, Causal, Chunked, Sliding, Stream
 from nestloop.lang.state import averaged_gates
 

@@ -150,8 +150,8 @@ class Loop(Body):
         schedule: `nl.FullBatch(...)` (default), `nl.Shuffled(...)`, `nl.Causal(...)`, `nl.Online(...)`,
             `nl.Chunked(...)` or `nl.Program(...)`; `nl.Sliding(...)` for a kernel estimator.
         heads: a fixed number of heads, or text in a layer's dims ("D/a"); the layer's otherwise.
-        output: maps of the read-out in a layer (norms, `nl.gated`), then `nl.project()`, the output projection, if there
-            is one. None projects it, with a bias.
+        output: maps of the read-out in a layer (norms, `nl.gated`), then `nl.project()`, the output projection, if
+            there is one. None projects it, with a bias.
         beside: another loop on the same input, whose output is added to this one's before the output projection. Maps
             that both name are shared.
         paper: the arXiv id of where the loop is from, for listings.

@@ -2,9 +2,9 @@
 
     k = nl.view("d", of=nl.rms_norm(), make=[nl.conv(4), F.silu, nl.l2_norm()])
 
-A map takes [B, N, G, f] to the same with other features: sequences, tokens, groups (heads; 1 before the projection) and
-features. Plain functions are elementwise maps. A map that is assigned to a name in a class body is one map, with one set
-of parameters, wherever it is used: views that share a projection name it.
+A map takes [B, N, G, f] to the same with other features: sequences, tokens, groups (heads; 1 before the projection)
+and features. Plain functions are elementwise maps. A map that is assigned to a name in a class body is one map, with
+one set of parameters, wherever it is used: views that share a projection name it.
 """
 
 from __future__ import annotations
@@ -495,4 +495,3 @@ def gated(
 def chunk_period(maps: Sequence[Any]) -> bool:
     """Whether a map asks for the schedule's chunk."""
     return any(getattr(m, "period", None) == "chunk" for m in maps)
-

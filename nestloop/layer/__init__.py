@@ -1,4 +1,4 @@
-"""A loop as an `nn.Module`: `making` makes views from x, `branch` runs one loop on them, `layer` projects the output."""
+"""A loop as an `nn.Module`: `making` makes views from x, `branch` runs a loop on them, `layer` projects the output."""
 
 from nestloop.layer.branch import Branch
 from nestloop.layer.layer import Layer

@@ -143,7 +143,7 @@ class Branch(nn.Module):
 
     @property
     def _shared(self) -> Shared:
-        return self.shared if "shared" in self._modules else Shared()  # type: ignore[return-value]
+        return self.shared if "shared" in self._modules else Shared()
 
     def _make(self, call: Call, shared: Shared | None = None) -> dict[str, Tensor]:
         shared = self._shared if shared is None else shared

@@ -78,7 +78,7 @@ class Layer(Branch):
             if bias is None:
                 own = [part.projection for part in self.parts if part.projection is not None]
                 bias = own[0].bias if own else True
-            self.out: nn.Module = nn.Linear(total, width, bias=bias)
+            self.out: Any = nn.Linear(total, width, bias=bias)
             nn.init.xavier_uniform_(self.out.weight)
             if bias:
                 nn.init.zeros_(self.out.bias)
@@ -149,7 +149,7 @@ class Layer(Branch):
         y = self.out(torch.cat([z for z, _, _ in mixed], -1) if len(mixed) > 1 else mixed[0][0])
         several = "branches" in self._modules
         losses, after = [loss for _, loss, _ in mixed], [end for _, _, end in mixed]
-        wanted = [*([losses if len(mixed) > 1 else losses[0]] if return_losses else [])]
+        wanted: list[Any] = [losses if len(mixed) > 1 else losses[0]] if return_losses else []
         wanted += [after if several else after[0]] if return_state else []
         return (y, *wanted) if wanted else y
 
@@ -189,13 +189,16 @@ class Layer(Branch):
         if state is None:
             return [None] * len(self.parts)
         names = {"position", "loop", "made"}
-        if not isinstance(states, (list, tuple)) or len(states) != len(self.parts) or not all(
-            isinstance(one, dict) and names <= set(one) for one in states
+        if (
+            not isinstance(states, (list, tuple))
+            or len(states) != len(self.parts)
+            or not all(isinstance(one, dict) and names <= set(one) for one in states)
         ):
             raise StateError(
                 "The state is not one of this layer.",
                 where=caller(),
-                given=f"a {type(state).__name__}" + (f" with {', '.join(map(str, state))}" if isinstance(state, dict) else ""),
+                given=f"a {type(state).__name__}"
+                + (f" with {', '.join(map(str, state))}" if isinstance(state, dict) else ""),
                 need="what the layer returned with return_state=True",
                 fix="y, state = layer(x, return_state=True), then layer(more, state=state)",
             )

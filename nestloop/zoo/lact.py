@@ -38,7 +38,7 @@ def softplus_from(rate):
 
 
 class LaCT(nl.Loop):
-    """The bidirectional layer: one step on all tokens, each weight at its own token rates; then rows keep their norm."""
+    """The bidirectional layer: one step on all tokens, each weight at token rates of its own; rows keep their norm."""
 
     paper = "2505.23884"
     learner = SwiGLU
@@ -47,7 +47,7 @@ class LaCT(nl.Loop):
     v = nl.view("d", make=[F.silu])
     lr0, lr1, lr2 = (nl.gate(softplus_from(0.01), bias=False) for _ in range(3))
     optimizer = nl.SGD(lr={"w0": lr0, "w1": lr1, "w2": lr2}, restore=nl.restore_norm(-1))
-    output = [nl.rms_norm(1e-5), nl.project()]
+    output = (nl.rms_norm(1e-5), nl.project())
 
     def loss(self, f, t):
         return -(f(t.k) * t.v).sum(-1)
@@ -59,7 +59,9 @@ class LaCT(nl.Loop):
 class LaCTMuon(LaCT):
     """The same with Muon, as released: W <- NS(G) + G, which forgets the initial weights but for their norms."""
 
-    optimizer = nl.SGD(lr=LaCT.optimizer.lr, transform=lambda g: NEWTON_SCHULZ(g) + g, decay=0.0, restore=nl.restore_norm())
+    optimizer = nl.SGD(
+        lr=LaCT.optimizer.lr, transform=lambda g: NEWTON_SCHULZ(g) + g, decay=0.0, restore=nl.restore_norm()
+    )
 
 
 class Window(nl.Loop):
@@ -71,7 +73,11 @@ class Window(nl.Loop):
     a = nl.dim(64)
     heads = "D/a"
     to_q, to_k, to_v = nl.project(), nl.project(), nl.project()
-    q, k, v = nl.view("a", of=to_q, make=[nl.affine()]), nl.view("a", of=to_k, make=[nl.affine()]), nl.view("a", of=to_v)
+    q, k, v = (
+        nl.view("a", of=to_q, make=[nl.affine()]),
+        nl.view("a", of=to_k, make=[nl.affine()]),
+        nl.view("a", of=to_v),
+    )
 
     def kernel(self, q, k):
         return torch.exp(q @ k.T * self.a**-0.5)
@@ -86,12 +92,10 @@ class CausalLaCT(LaCT):
     v = nl.view("d", of=Window.to_v, make=[F.silu])
     m = nl.gate()
     optimizer = nl.SGD(lr=LaCT.optimizer.lr, momentum=m, restore=nl.restore_norm())
-    output = [nl.rms_norm(1e-5), nl.gated(F.silu, bias=True, per_head=True), nl.project()]
+    output = (nl.rms_norm(1e-5), nl.gated(F.silu, bias=True, per_head=True), nl.project())
 
 
 class CausalLaCTMuon(CausalLaCT):
     """The same with Muon."""
 
-    optimizer = nl.SGD(
-        lr=LaCT.optimizer.lr, momentum=CausalLaCT.m, transform=NEWTON_SCHULZ, restore=nl.restore_norm()
-    )
+    optimizer = nl.SGD(lr=LaCT.optimizer.lr, momentum=CausalLaCT.m, transform=NEWTON_SCHULZ, restore=nl.restore_norm())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,21 +27,20 @@ def memory(depth, expansion=4):
     return type("Memory", (Memory,), {**weights, "__module__": __name__})
 
 
-class Residual:
-    """x + LN(f(x)) * (gamma + 1), around any memory: gamma is learned inside, too."""
+def residual(learner: Any) -> Any:
+    """x + LN(f(x)) * (gamma + 1) around a learner f: gamma is learned inside, too."""
 
-    gamma = nl.fast("d", init="zeros")
+    class Residual(learner):
+        gamma = nl.fast("d", init="zeros")
 
-    def forward(self, x):
-        return x + F.layer_norm(super().forward(x), (self.d,)) * (self.gamma + 1)
+        def forward(self, x):
+            return x + F.layer_norm(super().forward(x), (self.d,)) * (self.gamma + 1)
 
-
-class ResidualMemory(Residual, memory(2)):
-    """Two layers, normed, with a residual."""
+    return Residual
 
 
 class Titans(nl.Loop):
-    """The long-term memory: surprise S_t = eta_t S_{t-1} - theta_t grad |M(k) - v|^2, M_t = (1 - alpha_t) M_{t-1} + S_t.
+    """The long-term memory: S_t = eta_t S_{t-1} - theta_t grad |M(k) - v|^2, M_t = (1 - alpha_t) M_{t-1} + S_t.
 
     Token by token with gradients at the weights before each chunk of 16 (eqs. 9, 10, 13-15).
     """
@@ -52,7 +52,7 @@ class Titans(nl.Loop):
     v = nl.view("d", make=[nl.conv(4), F.silu])
     theta, eta, kept = nl.gate(), nl.gate(), nl.gate(lambda x: torch.sigmoid(-x))
     optimizer = nl.SGD(lr=theta, momentum=eta, decay=kept)
-    output = [nl.rms_norm(), nl.gated(), nl.project()]
+    output = (nl.rms_norm(), nl.gated(), nl.project())
 
     def loss(self, f, t):
         return (f(t.k) - t.v).square().sum(-1)
@@ -68,14 +68,14 @@ class NeuralMemory(nl.Loop):
     """
 
     paper = "2501.00663"
-    learner = ResidualMemory
+    learner = residual(memory(2))
     schedule = nl.Chunked(64, "apply-update", anchor=0, inclusive=True)
     store, retrieve = nl.rms_norm(eps=None), nl.rms_norm(eps=None)
     q, k, v = nl.view("d", of=retrieve), nl.view("d", of=store), nl.view("d", of=store)
     theta, eta = nl.gate(of=store), nl.gate(of=store, pooled=True)
     kept = nl.gate(lambda x: torch.sigmoid(-x), of=store, pooled=True)
     optimizer = nl.SGD(lr=theta, momentum=eta, decay=kept)
-    output = []
+    output = ()
 
     def loss(self, f, t):
         return (f(t.k) - t.v).square().mean(-1)

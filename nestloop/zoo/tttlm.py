@@ -30,7 +30,7 @@ class NormedMLP(MLP):
 
 
 class TTTLinear(nl.Loop):
-    """TTT-Linear: W_t = W_0 - tau_t sum_{s <= t} eta_s dl_s/dW at W_0, the weights before a mini-batch of 16 (sec. 2.4).
+    """TTT-Linear: W_t = W_0 - tau_t sum_{s <= t} eta_s dl_s/dW(W_0), W_0 the weights before a mini-batch (sec. 2.4).
 
     tau_t is learned for each place in the mini-batch, eta_s a gate of each token (sec. 2.7).
     """
@@ -42,7 +42,7 @@ class TTTLinear(nl.Loop):
     eta = nl.gate(scale="1/d")
     tau = nl.gate(torch.relu, of=nl.per_position(offset=lambda i: 1 / (i + 1)))
     optimizer = nl.SGD(lr=eta, scale=tau)
-    output = [nl.layer_norm(1e-6, over="width"), nl.project()]
+    output = (nl.layer_norm(1e-6, over="width"), nl.project())
 
     def loss(self, f, t):
         return 0.5 * (f(t.k) - t.v).square().sum(-1)
@@ -60,12 +60,12 @@ class TTTMLP(TTTLinear):
 
 
 class TTTLinearMamba(TTTLinear):
-    """TTT-Linear in the Mamba backbone: k and q share a projection and have a convolution each; a gate on the output."""
+    """TTT-Linear in the Mamba backbone: k and q share a projection, with a convolution each; a gate on the output."""
 
     qk = nl.project()
     q = nl.view("d", of=qk, make=[nl.conv(4), nl.rope(period="chunk")])
     k = nl.view("d", of=qk, make=[nl.conv(4), nl.rope(period="chunk")])
-    output = [*TTTLinear.output[:1], nl.gated(lambda x: F.gelu(x, approximate="tanh")), nl.project()]
+    output = (TTTLinear.output[0], nl.gated(lambda x: F.gelu(x, approximate="tanh")), nl.project())
 
 
 class TTTMLPMamba(TTTMLP):

@@ -1,6 +1,15 @@
 """One module a kind of file. A new kind is a new module with a FAMILY, and its line here."""
 
-from tests.golden.families import lact, mttt_linear_attention, mttt_model, mttt_self_attention, mttt_ttt, titans, tttlm, vittt
+from tests.golden.families import (
+    lact,
+    mttt_linear_attention,
+    mttt_model,
+    mttt_self_attention,
+    mttt_ttt,
+    titans,
+    tttlm,
+    vittt,
+)
 
 FAMILIES = [
     mttt_linear_attention.FAMILY,

@@ -53,9 +53,7 @@ def declaration(case: Case, causal: bool, windowed: bool) -> Any:
         lr0, lr1, lr2 = nl.gate(rate, bias=False), nl.gate(rate, bias=False), nl.gate(rate, bias=False)
         rates = {"w0": lr0, "w1": lr1, "w2": lr2}  # noqa: RUF012  read at once
         momentum = given.momentum if case.settings.get("use_momentum", causal) else None
-        optimizer = nl.SGD(
-            rates, given.transform, decay=given.decay, momentum=momentum, restore=given.restore
-        )
+        optimizer = nl.SGD(rates, given.transform, decay=given.decay, momentum=momentum, restore=given.restore)
 
     if not causal:
         return Named
@@ -118,8 +116,9 @@ def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
 
 FAMILY = Family(
     "LaCT layer",
-    lambda case: str(case.settings.get("file", "")).startswith("minimal_implementations/")
-    and case.settings.get("cls") in KINDS,
+    lambda case: (
+        str(case.settings.get("file", "")).startswith("minimal_implementations/") and case.settings.get("cls") in KINDS
+    ),
     run,
     frozenset({"loss"}),
     read=exact_newton_schulz,

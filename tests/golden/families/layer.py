@@ -25,7 +25,7 @@ def run_layer(
     stored: Weights | None = None,
     inside: Callable[[nl.Layer, Tensor], Quantities] | None = None,
     splits: list[int] | None = None,
-    dims: dict[str, int] | None = None,
+    dims: Any = None,
     **forward: Any,
 ) -> Quantities:
     """Everything a recorded layer holds: out, inner_losses, grad.x, grad.param.*.
@@ -53,12 +53,12 @@ def run_layer(
         layer.load_state_dict(laid_out)
         with torch.no_grad():
             quantities |= inside(layer, x)
-    if isinstance(losses, Tensor) and not loop_streams(layer):  # several loops give a list, a kernel estimator None: no file records those
+    if isinstance(losses, Tensor) and not streams(layer):  # several loops give a list, an estimator None
         quantities["inner_losses"] = total_losses(losses)
     return quantities
 
 
-def loop_streams(layer: nl.Layer) -> bool:
+def streams(layer: nl.Layer) -> bool:
     """Whether the layer's loop reads out while it learns: no file records the losses of one."""
     return any(part.spec.streams for part in layer.parts)
 

@@ -10,11 +10,20 @@ from torch import Tensor
 
 import nestloop as nl
 from nestloop import zoo
-from nestloop.zoo.titans import Residual, memory
+from nestloop.zoo.titans import memory, residual
 from tests.golden.case import Case, Family, NotUnderstood, Quantities, Run
 from tests.golden.families.layer import Layout, Weights, run_layer
 
-SETTINGS = ("dim", "chunk_size", "mem_mlp_depth", "mem_mlp_expansion", "momentum", "assoc-scan", "einx", "tensordict")
+SETTINGS: tuple[str, ...] = (
+    "dim",
+    "chunk_size",
+    "mem_mlp_depth",
+    "mem_mlp_expansion",
+    "momentum",
+    "assoc-scan",
+    "einx",
+    "tensordict",
+)
 SETTINGS += ("heads", "dim_head", "batch_size", "momentum_order", "qk_rmsnorm", "post_rmsnorm", "max_grad_norm")
 SETTINGS += ("spectral_norm_surprises", "default_step_transform_max_lr")
 
@@ -41,10 +50,9 @@ def declaration(case: Case) -> Any:
     heads, order = settings.get("heads", 1), settings.get("momentum_order", 1)
     normed = [nl.rms_norm(eps=None, scale=False), nl.affine(offset=False)]
 
-    class Memory(Residual, memory(case.setting("mem_mlp_depth"), case.setting("mem_mlp_expansion"))):
-        pass
-
-    momenta = {f"eta{i}": nl.gate(of=base.store, pooled=True) for i in range(order if settings.get("momentum", True) else 0)}
+    learner = residual(memory(case.setting("mem_mlp_depth"), case.setting("mem_mlp_expansion")))
+    orders = range(order if settings.get("momentum", True) else 0)
+    momenta = {f"eta{i}": nl.gate(of=base.store, pooled=True) for i in orders}
     theta = nl.gate(of=base.store, scale=float(settings.get("default_step_transform_max_lr", 1.0)))
     largest = settings.get("max_grad_norm")
     optimizer = nl.SGD(
@@ -55,13 +63,13 @@ def declaration(case: Case) -> Any:
         transform=orthogonal if settings.get("spectral_norm_surprises") else None,
     )
     parts: dict[str, Any] = {
-        "learner": Memory,
+        "learner": learner,
         "schedule": nl.Chunked(case.setting("chunk_size"), "apply-update", settings.get("batch_size") or 0, True),
         "theta": theta,
         "eta": None,
         **momenta,
         "optimizer": optimizer,
-        "output": normed if settings.get("post_rmsnorm") else [],
+        "output": normed if settings.get("post_rmsnorm") else (),
     }
     if settings.get("qk_rmsnorm"):
         parts |= {"q": nl.view("d", of=base.retrieve, make=normed[:]), "k": nl.view("d", of=base.store, make=normed[:])}
@@ -148,8 +156,9 @@ def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
 
 FAMILY = Family(
     "titans-pytorch memory",
-    lambda case: case.settings.get("file") == "titans_pytorch/neural_memory.py"
-    and case.settings.get("cls") == "NeuralMemory",
+    lambda case: (
+        case.settings.get("file") == "titans_pytorch/neural_memory.py" and case.settings.get("cls") == "NeuralMemory"
+    ),
     run,
     frozenset({"loss"}),
 )

@@ -15,7 +15,14 @@ from tests.golden.case import Case, Family, Quantities, Run, one_of
 from tests.golden.families.layer import Layout, Weights, run_layer
 
 FAST = {"w": "W1", "b": "b1", "w1": "W1", "b1": "b1", "w2": "W2", "b2": "b2"}
-SETTINGS = ("hidden_size", "num_attention_heads", "mini_batch_size", "ttt_layer_type", "ttt_base_lr", "rope_theta")
+SETTINGS: tuple[str, ...] = (
+    "hidden_size",
+    "num_attention_heads",
+    "mini_batch_size",
+    "ttt_layer_type",
+    "ttt_base_lr",
+    "rope_theta",
+)
 SETTINGS += ("share_qk", "use_gate", "conv_kernel", "cache", "decode_chunks", "clamp_test", "pre_conv", "transformers")
 
 
@@ -89,7 +96,7 @@ def inside(layer: nl.Layer, x: Tensor, primal: bool) -> Quantities:
 
     primal: whether a mini-batch that is not full keeps the sum of its gradients, to be gone on from.
     """
-    size, found = layer.spec.schedule.chunk, {}
+    size, found = layer.spec.schedule.chunk, dict[str, Tensor]()
     views = layer.make_views(x)
     weights = {**layer.fast, **layer.slow}
     state = None

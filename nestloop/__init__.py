@@ -14,20 +14,10 @@ if TYPE_CHECKING:
     from nestloop.errors import NestloopError
     from nestloop.inspection import explain, inspect
     from nestloop.lang.declare import dim, fast, gate, grid, slow, view
+    from nestloop.lang.features import affine, conv, cos_reweight, l2_norm, layer_norm, rms_norm, rope
     from nestloop.lang.learner import KernelEstimator, Learner
     from nestloop.lang.loop import Loop
-    from nestloop.lang.maps import (
-        affine,
-        conv,
-        cos_reweight,
-        gated,
-        l2_norm,
-        layer_norm,
-        per_position,
-        project,
-        rms_norm,
-        rope,
-    )
+    from nestloop.lang.maps import gated, per_position, project
     from nestloop.lang.optim import SGD, global_clip, newton_schulz, restore_norm, soft_clip
     from nestloop.lang.schedule import Causal, Chunked, FullBatch, Online, Program, Shuffled, Sliding
     from nestloop.layer import Layer
@@ -82,20 +72,10 @@ _HOME = {
     "nestloop.errors": ("NestloopError",),
     "nestloop.inspection": ("explain", "inspect"),
     "nestloop.lang.declare": ("dim", "fast", "gate", "grid", "slow", "view"),
+    "nestloop.lang.features": ("affine", "conv", "cos_reweight", "l2_norm", "layer_norm", "rms_norm", "rope"),
     "nestloop.lang.learner": ("KernelEstimator", "Learner"),
     "nestloop.lang.loop": ("Loop",),
-    "nestloop.lang.maps": (
-        "affine",
-        "conv",
-        "cos_reweight",
-        "gated",
-        "l2_norm",
-        "layer_norm",
-        "per_position",
-        "project",
-        "rms_norm",
-        "rope",
-    ),
+    "nestloop.lang.maps": ("gated", "per_position", "project"),
     "nestloop.lang.optim": ("SGD", "global_clip", "newton_schulz", "restore_norm", "soft_clip"),
     "nestloop.lang.schedule": ("Causal", "Chunked", "FullBatch", "Online", "Program", "Shuffled", "Sliding"),
     "nestloop.layer": ("Layer",),

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestloop.errors import InputError, ViewError
+from nestloop.errors import ViewError
 from nestloop.lang.declaration import Declaration
 
 Shape = tuple[list[int], str, bool]  # sizes, initialiser, whether the first axis is the heads
@@ -88,11 +88,11 @@ class Map(Declaration):
         return f"nl.{self.label}()"
 
 
-def _refuse(what: str, where: Any, given: str, need: str, fix: str) -> ViewError:
+def refused(what: str, where: Any, given: str, need: str, fix: str) -> ViewError:
     return ViewError(what, where=where, given=given, need=need, fix=fix)
 
 
-def _whole(value: Any) -> bool:
+def whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
@@ -104,8 +104,8 @@ class Project(Map):
     def __init__(self, bias: bool, gain: float, rank: int | None) -> None:
         super().__init__()
         self.bias, self.gain, self.rank = bias, gain, rank
-        if rank is not None and not _whole(rank):
-            raise _refuse(
+        if rank is not None and not whole(rank):
+            raise refused(
                 "The rank of a projection is not a number of features.",
                 self.where,
                 f"rank={rank!r}",
@@ -136,7 +136,7 @@ class PerPosition(Map):
 
     def __init__(self, period: int | str, offset: Callable[[Tensor], Tensor] | None) -> None:
         super().__init__()
-        self.period, self.offset = _period(period, "nl.per_position", self.where), offset
+        self.period, self.offset = read_period(period, "nl.per_position", self.where), offset
 
     def parameters(self, place: Place) -> dict[str, Shape]:
         return {"table": ([place.chunk if self.period == "chunk" else int(self.period or 1)], "zeros", False)}
@@ -149,182 +149,16 @@ class PerPosition(Map):
         return made[None, :, None, None].expand(x.shape[0], -1, -1, -1)
 
 
-def _period(period: Any, name: str, where: Any) -> int | str | None:
-    if period is None or period == "chunk" or _whole(period):
+def read_period(period: Any, name: str, where: Any) -> int | str | None:
+    if period is None or period == "chunk" or whole(period):
         return period
-    raise _refuse(
+    raise refused(
         f"The period of {name} is not a number of tokens.",
         where,
         f"period={period!r}",
         'a whole number, 1 or more, or "chunk" for the schedule\'s',
         f"write {name}(period=16)",
     )
-
-
-class Conv(Map):
-    """A causal depthwise convolution, made by `conv`."""
-
-    label = "conv"
-
-    def __init__(self, size: int, bias: bool) -> None:
-        super().__init__()
-        self.size, self.bias = size, bias
-        if not _whole(size):
-            raise _refuse(
-                "The size of a convolution is not a number of tokens.",
-                self.where,
-                f"size={size!r}",
-                "a whole number, 1 or more",
-                "write nl.conv(4)",
-            )
-
-    def parameters(self, place: Place) -> dict[str, Shape]:
-        channels, init = place.groups * place.features, f"uniform({1 / math.sqrt(self.size)})"
-        weight: dict[str, Shape] = {"weight": ([channels, 1, self.size], init, False)}
-        return {**weight, "bias": ([channels], init, False)} if self.bias else weight
-
-    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
-        tokens, flat = x.shape[1], x.flatten(2)  # [B, N, G * f]
-        before = call.carried.get(call.key)
-        if before is None:
-            before = flat.new_zeros(flat.shape[0], self.size - 1, flat.shape[2])
-        flat = torch.cat([before.to(flat.dtype), flat], 1)
-        call.kept[call.key] = flat[:, flat.shape[1] - (self.size - 1) :]
-        weight = own["weight"][:, 0]
-        # y_t = sum_i w_i x_{t - size + 1 + i}: torch's Conv1d, padded on the left
-        y = sum(flat[:, i : i + tokens] * weight[:, i] for i in range(self.size))
-        return (y if not self.bias else y + own["bias"]).view_as(x)  # type: ignore[union-attr]
-
-    def __repr__(self) -> str:
-        return f"nl.conv({self.size})"
-
-
-class Rope(Map):
-    """Rotary positions, made by `rope`."""
-
-    label = "rope"
-
-    def __init__(self, theta: float, period: int | str | None, pairs: str) -> None:
-        super().__init__()
-        self.theta, self.period, self.pairs = float(theta), _period(period, "nl.rope", self.where), pairs
-        if pairs not in ("interleaved", "half"):
-            raise _refuse(
-                "Rotary positions do not know these pairs.",
-                self.where,
-                f"pairs={pairs!r}",
-                '"interleaved" for features (2i, 2i + 1), or "half" for (i, i + f/2)',
-                'write nl.rope(pairs="half")',
-            )
-
-    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
-        features = x.shape[-1]
-        if features % 2:
-            raise InputError(
-                "Rotary positions turn pairs of features.",
-                where=self.where,
-                given=f"{features} features",
-                need="an even number of features per head",
-                fix="choose an even d, or leave nl.rope() out",
-            )
-        period = call.chunk if self.period == "chunk" else self.period
-        # float32, as the tables of the published models are
-        index = torch.arange(0, features, 2, dtype=torch.int64, device=x.device).float()
-        places = call.positions(x.shape[1], x.device, period).float()  # type: ignore[arg-type]
-        angle = (places[:, None] * (1.0 / self.theta ** (index / features)))[:, None]  # [N, 1, f/2]
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        if self.pairs == "half":
-            one, other = x.chunk(2, -1)
-            return torch.cat([one * cos - other * sin, other * cos + one * sin], -1)
-        one, other = x[..., ::2], x[..., 1::2]
-        return torch.stack([one * cos - other * sin, other * cos + one * sin], -1).flatten(-2)
-
-
-class CosReweight(Map):
-    """cosFormer's position weights, made by `cos_reweight`."""
-
-    label = "cos_reweight"
-
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self.length = length
-        if not _whole(length):
-            raise _refuse(
-                "The length of cosFormer's weights is not a number of tokens.",
-                self.where,
-                f"length={length!r}",
-                "the longest sequence's tokens: a whole number, 1 or more",
-                "write nl.cos_reweight(2048)",
-            )
-
-    def takes(self, features: int) -> int:
-        if features % 2:
-            raise InputError(
-                "cosFormer's weights double the features.",
-                where=self.where,
-                given=f"a view of {features} features per head",
-                need="an even number",
-                fix='declare the view with "2*d"',
-            )
-        return features // 2
-
-    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
-        places = call.positions(x.shape[1], x.device).to(torch.promote_types(x.dtype, torch.float32)) + 1
-        angle = (math.pi / 2 * places / self.length)[:, None, None]
-        return torch.cat([x * angle.sin().to(x.dtype), x * angle.cos().to(x.dtype)], -1)
-
-
-class Norm(Map):
-    """A norm over each group's features or over all of them: `l2_norm`, `rms_norm`, `layer_norm`."""
-
-    def __init__(self, label: str, eps: float | None, over: str, scale: bool, bias: bool, outside: bool) -> None:
-        super().__init__()
-        self.label = label  # type: ignore[misc]
-        self.eps, self.over, self.scale, self.bias, self.outside = eps, over, scale, bias, outside
-        if over not in ("head", "width"):
-            raise _refuse(
-                f"nl.{label} does not know what to normalise over.",
-                self.where,
-                f"over={over!r}",
-                '"head" for each head\'s features, "width" for all of them together',
-                f'write nl.{label}(over="width")',
-            )
-
-    def parameters(self, place: Place) -> dict[str, Shape]:
-        size = [place.features * (place.groups if self.over == "width" else 1)]
-        made: dict[str, Shape] = {"weight": (size, "ones", False)} if self.scale else {}
-        return {**made, "bias": (size, "zeros", False)} if self.bias else made
-
-    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
-        flat = x.flatten(2) if self.over == "width" else x
-        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        if self.label == "layer_norm":
-            y = F.layer_norm(flat, flat.shape[-1:], own.get("weight"), own.get("bias"), eps)
-            return y.view_as(x)
-        if self.label == "rms_norm":
-            y = F.rms_norm(flat, flat.shape[-1:], own.get("weight"), eps)
-            return y.view_as(x)
-        total = flat.square().sum(-1, keepdim=True)
-        y = flat / (total.sqrt() + eps) if self.outside else flat * (total + eps).rsqrt()
-        return y.view_as(x)
-
-
-class Affine(Map):
-    """A scale and an offset per channel, made by `affine`."""
-
-    label = "affine"
-
-    def __init__(self, scale: bool, offset: bool) -> None:
-        super().__init__()
-        self.scale, self.offset = scale, offset
-
-    def parameters(self, place: Place) -> dict[str, Shape]:
-        shape = [place.groups, place.features]
-        made: dict[str, Shape] = {"scale": (shape, "ones", False)} if self.scale else {}
-        return {**made, "offset": (shape, "zeros", False)} if self.offset else made
-
-    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
-        x = x * own["scale"] if self.scale else x
-        return x + own["offset"] if self.offset else x
 
 
 class Gated(Map):
@@ -346,7 +180,7 @@ class Gated(Map):
         self.of = check_maps(of, "gate on a read-out", self.where)
         own = [m for m in self.of if isinstance(m, Map) and not m.shared]
         if own:
-            raise _refuse(
+            raise refused(
                 "What a gate on a read-out sees of the token is made by shared maps.",
                 self.where,
                 f"of={own[0]!r}",
@@ -360,14 +194,14 @@ class Gated(Map):
 
     def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
         made = self.projection(call.run(self.of, call.input[:, :, None]), own, call)
-        return x * self.activation(made.view(*x.shape[:3], -1))
+        return x * self.activation(made.reshape(*x.shape[:3], 1 if self.per_head else x.shape[-1]))
 
 
 def check_maps(maps: Any, what: str, where: Any) -> tuple[Any, ...]:
     """The maps as given, one or a list. Raises `ViewError`."""
     given = tuple(maps) if isinstance(maps, (list, tuple)) else (maps,)
     if not all(callable(m) and not isinstance(m, type) for m in given):
-        raise _refuse(
+        raise refused(
             f"The maps of a {what} are not maps.",
             where,
             repr(maps),
@@ -381,7 +215,7 @@ def check_output(maps: Any, where: Any) -> tuple[Any, ...]:
     """The maps of a read-out, a projection at most at the end. Raises `ViewError`."""
     given = check_maps(maps, "read-out", where)
     if any(map(is_source, given[:-1])) or (given and isinstance(given[-1], PerPosition)):
-        raise _refuse(
+        raise refused(
             "The output projection is not the last map of the read-out.",
             where,
             ", ".join(map(repr, given)),
@@ -401,7 +235,7 @@ def all_maps(of: Any, projection: Project, make: Any, what: str, where: Any) -> 
     before, after = check_maps(of, what, where), check_maps(make, what, where)
     sources = [m for m in before if is_source(m)]
     if len(sources) > 1 or any(map(is_source, after)):
-        raise _refuse(
+        raise refused(
             f"The maps of a {what} project twice.",
             where,
             ", ".join(repr(m) for m in (*before, *after) if is_source(m)),
@@ -431,49 +265,6 @@ def per_position(period: int | str = "chunk", offset: Callable[[Tensor], Tensor]
         offset: a function of positions, fixed.
     """
     return PerPosition(period, offset)
-
-
-def conv(size: int = 4, bias: bool = True) -> Conv:
-    """A causal depthwise convolution over `size` tokens: weight [features, 1, size], as of `nn.Conv1d`."""
-    return Conv(size, bias)
-
-
-def rope(theta: float = 10000.0, period: int | str | None = None, pairs: str = "interleaved") -> Rope:
-    """Rotary positions on each head's features, frequencies theta^(-2i/f).
-
-    Args:
-        period: positions start again every so many tokens; "chunk" for the schedule's chunk (TTT-LM).
-        pairs: "interleaved" turns features (2i, 2i + 1), "half" features (i, i + f/2).
-    """
-    return Rope(theta, period, pairs)
-
-
-def l2_norm(eps: float = 1e-6, over: str = "head", outside: bool = False) -> Norm:
-    """x / sqrt(|x|^2 + eps), or x / (|x| + eps) with `outside=True`."""
-    return Norm("l2_norm", eps, over, False, False, outside)
-
-
-def rms_norm(eps: float | None = 1e-6, over: str = "head", scale: bool = True) -> Norm:
-    """x / sqrt(mean(x^2) + eps), times a learned weight with `scale=True`. eps=None takes the dtype's epsilon."""
-    return Norm("rms_norm", eps, over, scale, False, False)
-
-
-def layer_norm(eps: float | None = 1e-5, over: str = "head", scale: bool = True, bias: bool = True) -> Norm:
-    """LayerNorm over each head's features, or over all of them with `over="width"`."""
-    return Norm("layer_norm", eps, over, scale, bias, False)
-
-
-def affine(scale: bool = True, offset: bool = True) -> Affine:
-    """A learned scale and offset for each channel of each head: [heads, features] (LaCT's qk_scale, qk_offset)."""
-    return Affine(scale, offset)
-
-
-def cos_reweight(length: int) -> CosReweight:
-    """cosFormer's weights (arXiv 2202.08791): [x sin(pi i / 2m), x cos(pi i / 2m)], i from 1, m = `length`.
-
-    Doubles the features. m is fixed, so that a sequence can be continued.
-    """
-    return CosReweight(length)
 
 
 def gated(

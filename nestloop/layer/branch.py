@@ -180,27 +180,25 @@ class Branch(nn.Module):
     def _pooled(self, name: str, gate: Gate, shared: Shared, call: Call) -> Tensor:
         """A gate made from each chunk's mean token, the same for all its tokens [B, N, G, f].
 
-        Inside a chunk that is not complete, the mean of the tokens so far stands for it; the call that completes the
-        chunk makes up for what these were, so that the mean of the gate over the chunk is the gate of its mean.
+        Inside a chunk, the mean of the tokens so far stands for it; each call makes up for what the one before gave, so
+        that the gates of a chunk's tokens, however split, add up to so many times the gate of its mean.
         """
         at = next(i for i, m in enumerate(gate.maps) if is_source(m))
         making, size = self.views[name], call.chunk
         x = walk(gate.maps[:at], call.input[:, :, None], 1, making, shared, call, name)  # type: ignore[arg-type]
-        means, lengths, left = pool(x, call.position, size, call.carried.get(f"{name}.mean"))
+        means, lengths, left = pool(x, call.position, size, call.carried.get(f"{name}.sum"))
         rest = replace(call, memo={})
         made = walk(gate.maps[at:], means, self._groups(gate), making, shared, rest, name, at)  # type: ignore[arg-type]
         made = self._activated(gate, made)  # [B, M, G, f]
-        seen, given = call.position % size, call.carried.get(f"{name}.given")
-        if seen and given is not None and seen + lengths[0] == size:
-            first = (size * made[:, :1] - given.to(made.dtype)[:, None]) / lengths[0]
+        after = (call.position + x.shape[1]) % size
+        call.kept[f"{name}.sum"], call.kept[f"{name}.given"] = left, after * made[:, -1]
+        seen = call.position % size
+        if seen:
+            given = call.carried[f"{name}.given"].to(made.dtype)[:, None]
+            first = ((seen + lengths[0]) * made[:, :1] - given) / max(lengths[0], 1)
             made = torch.cat([first, made[:, 1:]], 1)
         counts = torch.tensor(lengths, device=made.device)
-        flat = made.repeat_interleave(counts, 1, output_size=sum(lengths))
-        stop = call.position + x.shape[1]
-        tail = min(stop % size, x.shape[1])
-        before = 0.0 if given is None or stop // size != call.position // size else given
-        call.kept[f"{name}.mean"], call.kept[f"{name}.given"] = left, before + flat[:, x.shape[1] - tail :].sum(1)
-        return flat
+        return made.repeat_interleave(counts, 1, output_size=sum(lengths))
 
     def order(self, tokens: int, device: torch.device) -> Tensor | None:
         """The order of a shuffled loop [H, N]: fresh from torch's generator in training, fixed in evaluation."""
@@ -231,7 +229,7 @@ class Branch(nn.Module):
         own = {name: size for name, size in passing.dims.items() if name in self.spec.dim_names}
         start = None if state is None else state["loop"]
         z, loop, losses = self.op.run(self._make(call, shared), weights, start, order, passing.losses, own)
-        z = z.transpose(1, 2).reshape(*x.shape[:2], self.heads, -1)  # [B, N, H, dz]
+        z = z.transpose(1, 2).reshape(*x.shape[:2], self.heads, self.features)  # [B, N, H, dz]
         if self._output:
             z = walk(self._output, z, self.heads, self.output, shared, replace(call, memo={}), "output")
         z = z.flatten(2)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nestloop.compiled import spec_of
-from nestloop.errors import InputError, StateError
+from nestloop.errors import InputError, OrderError, StateError
+from nestloop.lang import packed
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.layer.branch import Branch, Passing
@@ -119,6 +120,7 @@ class Layer(Branch):
         return_losses: bool = False,
         state: Any = None,
         return_state: bool = False,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
         **dims: int,
     ) -> Any:
         """Mix the tokens.
@@ -130,6 +132,9 @@ class Layer(Branch):
                 several loops, None for a kernel estimator).
             state: what an earlier call returned for the tokens before x, to go on from.
             return_state: also return the state after x: a dict that `torch.save` keeps (a list for several loops).
+            cu_seqlens: [S + 1] whole numbers, for S sequences packed one after another in x [1, N, D]: sequence i is
+                tokens cu_seqlens[i] to cu_seqlens[i + 1], run as if it were alone. State is then a list, one for each,
+                and losses are those of each, in a list.
             dims: sizes of this call (`h=14, w=14` for a token grid).
 
         Returns:
@@ -141,6 +146,8 @@ class Layer(Branch):
             OrderError, UnresolvedDimError: the order or the sizes do not fit the loop.
         """
         self._check_input(x)
+        if cu_seqlens is not None:
+            return self._packed(x, order, return_losses, state, return_state, cu_seqlens, dims)
         if dims:
             self._check_dims([part.spec for part in self.parts], dims)
         passing = Passing(order, return_losses, dims)
@@ -151,6 +158,38 @@ class Layer(Branch):
         losses, after = [loss for _, loss, _ in mixed], [end for _, _, end in mixed]
         wanted: list[Any] = [losses if len(mixed) > 1 else losses[0]] if return_losses else []
         wanted += [after if several else after[0]] if return_state else []
+        return (y, *wanted) if wanted else y
+
+    def _packed(
+        self,
+        x: Tensor,
+        order: Tensor | None,
+        return_losses: bool,
+        states: Any,
+        return_state: bool,
+        cu_seqlens: Tensor | Sequence[int],
+        dims: dict[str, int],
+    ) -> Any:
+        """`forward` on packed sequences."""
+        if order is not None:
+            raise OrderError(
+                "One order does not fit packed sequences.",
+                where=caller(),
+                given="order and cu_seqlens",
+                need="one of them",
+                fix="leave order out: the layer draws one for each length",
+            )
+        bounds = packed.bounds_of(cu_seqlens, x.shape[0], x.shape[1])
+
+        def run(some: packed.Bounds, state: Any) -> tuple[Tensor, Any, Any]:
+            rows = torch.cat([x[:, start:stop] for start, stop in some])
+            made = self(rows, None, return_losses, state, return_state, **dims)
+            y, *rest = made if isinstance(made, tuple) else (made,)
+            return y, None, rest
+
+        made = packed.each(bounds, states, run)
+        wanted = [[rest[i] for _, _, rest in made] for i in range(return_losses + return_state)]
+        y = torch.cat([row for row, _, _ in made], 1)
         return (y, *wanted) if wanted else y
 
     def _check_input(self, x: Tensor) -> None:

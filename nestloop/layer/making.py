@@ -133,7 +133,8 @@ def walk(
         else:
             x = one(x)
         if is_source(one):
-            x = x.reshape(*x.shape[:2], groups, -1) if x.shape[-1] > 1 or groups == 1 else x.expand(-1, -1, groups, -1)
+            rows = x.shape[-1]  # a table over positions is the same for all groups
+            x = x.squeeze(2).unflatten(-1, (groups, rows // groups)) if rows > 1 else x.expand(-1, -1, groups, -1)
     return x
 
 

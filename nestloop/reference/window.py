@@ -20,11 +20,14 @@ def one_window(
     """
     window, count = spec.schedule.window, len(tokens["q"])
     keys, values = (torch.cat([carry[f"{n}.tail"], tokens[n]]) if window > 1 else tokens[n] for n in ("k", "v"))
-    query = torch.arange(count, device=keys.device)[:, None]
-    key = torch.arange(len(keys), device=keys.device)[None] - (window - 1)  # places from the first query's
-    seen = (key <= query) & (key > query - window) & (key >= -position)
     body = spec.body_with(slow, {**dims, "n": count})
-    weight = torch.where(seen, body.kernel(tokens["q"], keys), 0.0)  # [N, window - 1 + N]
-    fitted = weight @ values / weight.sum(-1, keepdim=True)
+    fitted = []
+    for start in range(0, max(count, 1), max(window, 64)):  # so many queries a time: their keys are few
+        stop = min(start + max(window, 64), count)
+        query = torch.arange(start, stop, device=keys.device)[:, None]
+        key = torch.arange(start - window + 1, stop, device=keys.device)[None]  # places from the first query's
+        seen = (key <= query) & (key > query - window) & (key >= -position)
+        weight = torch.where(seen, body.kernel(tokens["q"][start:stop], keys[start : stop + window - 1]), 0.0)
+        fitted.append(weight @ values[start : stop + window - 1] / weight.sum(-1, keepdim=True))
     kept = {} if window == 1 else {"k.tail": keys[count:], "v.tail": values[count:]}
-    return fitted, kept
+    return torch.cat(fitted), kept

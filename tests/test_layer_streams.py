@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 
 import pytest
 import torch
@@ -91,9 +92,8 @@ def test_any_split_is_the_whole(loop, sizes, x):
     close(state, end)
     leaves = [x, *[p for p in layer.parameters() if p.requires_grad]]
     cot = torch.randn_like(whole)
-    for one, other in zip(
-        *(torch.autograd.grad(y, leaves, cot, allow_unused=True) for y in (parts, whole)), strict=True
-    ):
+    gradients = [torch.autograd.grad(y, leaves, cot, allow_unused=True) for y in (parts, whole)]
+    for one, other in zip(*gradients, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
             close(one, other)
@@ -105,7 +105,7 @@ def test_packed_sequences_are_each_alone(loop, x):
     flat = x.reshape(1, -1, D)  # 22 tokens
     cuts = [0, 5, 5, 12, 17, 22]
     y, states = layer(flat, cu_seqlens=torch.tensor(cuts), return_state=True)
-    alone = [layer(flat[:, a:b], return_state=True) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    alone = [layer(flat[:, a:b], return_state=True) for a, b in pairwise(cuts)]
     close(y, torch.cat([one for one, _ in alone], 1))
     close(states, [state for _, state in alone])
 
@@ -167,7 +167,7 @@ def test_what_a_layer_keeps():
     _, state = layer(torch.randn(B, 6, D, dtype=torch.float64), return_state=True)
     assert state["position"] == 6 and set(state) == {"position", "loop", "made"}
     assert {name: list(t.shape) for name, t in state["made"].items()} == {"q.conv": [B, 3, D], "k.conv": [B, 3, D]}
-    assert {name for name in state["loop"]} == {"w", "b", "w.anchor", "b.anchor", "w.update", "b.update", "position"}
+    assert set(state["loop"]) == {"w", "b", "w.anchor", "b.anchor", "w.update", "b.update", "position"}
 
 
 def test_a_chunk_whose_tokens_see_one_another_is_not_split(x):

@@ -81,6 +81,7 @@ class Family:
     run: the declarations that fit the file's settings, each with everything it computed.
     not_compared: recorded quantities that are no output, inner loss or gradient.
     exact: how far float64 may be off, where the official code itself is not exact to 1e-10.
+    amplifies: how many times as far from float64 as the official float32 run ours may be.
     read: the file's tensors as they are to be compared.
     """
 
@@ -89,4 +90,5 @@ class Family:
     run: Callable[[Case, Run], Iterator[tuple[str, Quantities]]]
     not_compared: frozenset[str] = field(default_factory=frozenset)
     exact: Callable[[Case], float] = lambda case: 1e-10
+    amplifies: Callable[[Case], float] = lambda case: 2.0
     read: Callable[[Case], Case] = lambda case: case

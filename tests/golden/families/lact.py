@@ -121,5 +121,7 @@ FAMILY = Family(
     ),
     run,
     frozenset({"loss"}),
+    # Newton-Schulz blows small singular values up, and the rounding of a gradient with them
+    amplifies=lambda case: 10.0 if case.settings.get("use_muon") else 2.0,
     read=exact_newton_schulz,
 )

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from nestloop.errors import NestloopError
     from nestloop.inspection import explain, inspect
     from nestloop.lang.declare import dim, fast, gate, grid, slow, view
+    from nestloop.lang.features import affine, conv, cos_reweight, l2_norm, layer_norm, rms_norm, rope
     from nestloop.lang.learner import KernelEstimator, Learner
     from nestloop.lang.loop import Loop
+    from nestloop.lang.maps import gated, per_position, project
     from nestloop.lang.optim import SGD, global_clip, newton_schulz, restore_norm, soft_clip
-    from nestloop.lang.schedule import Causal, Chunked, FullBatch, Online, Program, Shuffled
+    from nestloop.lang.schedule import Causal, Chunked, FullBatch, Online, Program, Shuffled, Sliding
     from nestloop.lang.solve import conjugate_gradient
     from nestloop.layer import Layer
 
@@ -37,17 +39,28 @@ __all__ = [
     "Online",
     "Program",
     "Shuffled",
+    "Sliding",
+    "affine",
     "compile",
     "conjugate_gradient",
+    "conv",
+    "cos_reweight",
     "dim",
     "explain",
     "fast",
     "gate",
+    "gated",
     "global_clip",
     "grid",
     "inspect",
+    "l2_norm",
+    "layer_norm",
     "newton_schulz",
+    "per_position",
+    "project",
     "restore_norm",
+    "rms_norm",
+    "rope",
     "slow",
     "soft_clip",
     "view",
@@ -61,11 +74,13 @@ _HOME = {
     "nestloop.errors": ("NestloopError",),
     "nestloop.inspection": ("explain", "inspect"),
     "nestloop.lang.declare": ("dim", "fast", "gate", "grid", "slow", "view"),
+    "nestloop.lang.features": ("affine", "conv", "cos_reweight", "l2_norm", "layer_norm", "rms_norm", "rope"),
     "nestloop.lang.learner": ("KernelEstimator", "Learner"),
     "nestloop.lang.loop": ("Loop",),
+    "nestloop.lang.maps": ("gated", "per_position", "project"),
     "nestloop.lang.optim": ("SGD", "global_clip", "newton_schulz", "restore_norm", "soft_clip"),
-    "nestloop.lang.schedule": ("Causal", "Chunked", "FullBatch", "Online", "Program", "Shuffled"),
     "nestloop.lang.solve": ("conjugate_gradient",),
+    "nestloop.lang.schedule": ("Causal", "Chunked", "FullBatch", "Online", "Program", "Shuffled", "Sliding"),
     "nestloop.layer": ("Layer",),
 }
 

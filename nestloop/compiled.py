@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nestloop import reference
-from nestloop.errors import MissingPartError, NoPlanError, ShapeMismatchError, UnknownBackendError
+from nestloop.errors import MissingPartError, NoPlanError, OrderError, ShapeMismatchError, UnknownBackendError
+from nestloop.lang import packed
 from nestloop.lang.binding import Binding, bind, check_dims
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
@@ -64,6 +65,11 @@ class CompiledLoop:
             return "reference"
         return "torch" if self.requested == "auto" else self.requested
 
+    @property
+    def _walks(self) -> bool:
+        """Whether the reference is what runs; a window of keys has no steps, and it is as good as any plan."""
+        return self.backend == "reference" or (self.spec.streams and self.spec.is_kernel_estimator)
+
     def _without_plan(self, error: NoPlanError) -> None:
         """Let the reference run a loop that no other backend has a plan for, where any may; say so, once."""
         if self.requested != "auto":
@@ -84,6 +90,7 @@ class CompiledLoop:
         state: Mapping[str, Tensor] | None = None,
         order: Tensor | None = None,
         return_losses: bool = False,
+        cu_seqlens: Tensor | Sequence[int] | None = None,
         **dims: int,
     ) -> Any:
         """Run the inner loop on a batch of sequences.
@@ -96,6 +103,9 @@ class CompiledLoop:
             state: fast weights to start from, name -> [B, H, *dims], as returned by an earlier call.
             order: int64 [H, N] or [B, H, N], for a shuffled schedule.
             return_losses: also return the inner losses.
+            cu_seqlens: [S + 1] whole numbers, for S sequences packed one after another in views [1, H, N, *dims]:
+                sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1], run as if it were alone. State is then a list,
+                one for each; losses of a batch schedule are [S, H, steps + 1].
             dims: sizes that no tensor gives (`nl.dim`, `nl.grid`).
 
         Returns:
@@ -106,8 +116,43 @@ class CompiledLoop:
         Raises:
             InputError, OrderError, UnresolvedDimError: the tensors do not fit the declaration.
         """
-        z, end, losses = self.run(views, weights, state, order, return_losses, dims)
+        if cu_seqlens is None:
+            z, end, losses = self.run(views, weights, state, order, return_losses, dims)
+        else:
+            z, end, losses = self._packed(views, weights, state, return_losses, cu_seqlens, dims)
         return (z, end, losses) if return_losses else (z, end)
+
+    def _packed(
+        self,
+        views: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        states: Any,
+        return_losses: bool,
+        cu_seqlens: Tensor | Sequence[int],
+        dims: Mapping[str, int],
+    ) -> tuple[Tensor, Any, Tensor | None]:
+        """`run` on packed sequences."""
+        if self.spec.schedule.needs_order:
+            raise OrderError(
+                f"{self.spec.name} is Shuffled: its sequences cannot be packed.",
+                where=caller(),
+                given="cu_seqlens",
+                need="an order of each sequence's own tokens",
+                fix="run each sequence alone, with its order",
+            )
+        axis = {name: 1 if view.shared else 2 for name, view in self.spec.inputs.items()}
+        first = next(iter(self.spec.inputs))
+        bounds = packed.bounds_of(cu_seqlens, views[first].shape[0], views[first].shape[axis[first]])
+
+        def run(some: packed.Bounds, state: Any) -> tuple[Tensor, Tensor | None, Any]:
+            cut = {n: torch.cat([t.narrow(axis[n], a, b - a) for a, b in some]) for n, t in views.items()}
+            z, end, losses = self.run(cut, weights, state, None, return_losses, dims)
+            return z, losses, end
+
+        made = packed.each(bounds, states, run)
+        losses = [own for _, own, _ in made if own is not None]
+        joined = torch.cat(losses, 2 if self.spec.streams else 0) if losses else None
+        return torch.cat([z for z, _, _ in made], 2), [end for _, _, end in made], joined
 
     def run(
         self,
@@ -120,12 +165,12 @@ class CompiledLoop:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """`__call__` with every argument given, and always three results."""
         binding = bind(self.spec, views, weights, state, order, {**self.dims, **dims})
-        if self.spec.streams and self.backend != "reference":
+        if self.spec.streams and not self._walks:
             try:
                 return self._run_stream(binding, views, weights, state, return_losses)
             except NoPlanError as error:
                 self._without_plan(error)
-        if self.backend == "reference":
+        if self._walks:
             start = None if state is None else dict(state)
             return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
         carried = state is not None
@@ -188,13 +233,13 @@ class CompiledLoop:
         Raises the `CompileError` of whatever is wrong in a body.
         """
         sizes = {**self.spec.default_dims, **self.dims, "H": heads}
-        if self.spec.streams and self.backend != "reference":
+        if self.spec.streams and not self._walks:
             part = "read" if isinstance(self.spec.schedule, Program) else "scan"
             try:
                 return lower.plan_for(self.spec, sizes, None, False, False, part=part).output
             except NoPlanError as error:
                 self._without_plan(error)
-        if self.backend == "reference":
+        if self._walks:
             return reference.token_output(self.spec, sizes)
         tokens = 0
         if self.spec.grid is not None:

@@ -99,7 +99,7 @@ def explain_text(loop: Any, dims: Mapping[str, int], op: CompiledLoop | None = N
 def trial_sizes(spec: LoopSpec, dims: Mapping[str, int]) -> dict[str, int]:
     """A size for every dim of a loop: the given ones, the declaration's defaults, then small ones."""
     sizes = {**_TRIAL, **spec.default_dims, **dims}
-    if spec.heads is not None:
+    if isinstance(spec.heads, int):
         sizes["H"] = spec.heads
     sizes.setdefault("D", sizes["d"] * dims.get("H", _TRIAL["H"]))
     if spec.grid is not None:

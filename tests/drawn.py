@@ -19,8 +19,8 @@ def draw(
     spec: LoopSpec, tokens: int, sequences: int = 2, heads: int = 2
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Views and weights, float64, with gradients: gates in (0, 1), log decays below 0, slow weights near their init."""
-    heads = spec.heads or heads
-    axes = {"B": sequences, "H": heads, "N": tokens}
+    count: int = spec.heads or heads
+    axes: dict[str, Any] = {"B": sequences, "H": count, "N": tokens}
     log_decays = {id(part) for part in coefficient.parts(spec.optimizer.log_decay)}
 
     def shape(declared: Any) -> list[int]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import nestloop as nl
 from nestloop import zoo
 from nestloop.errors import OrderError, UnresolvedDimError
+from nestloop.layer.branch import Passing
 
 B, N, D, H = 2, 8, 12, 3
 d = D // H
@@ -257,7 +258,7 @@ def test_losses(vit3, steps):
 
 def test_branches_are_concatenated_before_one_projection(vit3):
     x = torch.randn(B, 9, D)
-    parts = [part.mix(x, None, False, {})[0] for part in vit3.branches]
+    parts = [part.mix(x, Passing(None, False, {}), None)[0] for part in vit3.branches]
     assert [part.shape[-1] for part in parts] == [D, d]
     assert torch.equal(vit3(x), vit3.out(torch.cat(parts, -1)))
 

@@ -84,7 +84,7 @@ def bind(
     given += [(weight, _Axes(lead(weight)), weights[name]) for name, weight in spec.weights.items()]
     given += [(e.like, _Axes("BH", rows=e.rows), state[name]) for name, e in carried.items() if state is not None]
 
-    sizes = dict(dims) if spec.heads is None else {**dims, "H": spec.heads}
+    sizes = {**dims, "H": spec.heads} if isinstance(spec.heads, int) else dict(dims)
     device = given[0][2].device if isinstance(given[0][2], Tensor) else None
     for declaration, axes, tensor in given:
         if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:

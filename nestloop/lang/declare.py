@@ -6,44 +6,16 @@ identity is the declaration itself, never its name, so two loops may both call s
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
-from nestloop.errors import Location, ViewError
+from nestloop.errors import ViewError
 from nestloop.lang import init as initialisers
-from nestloop.lang.dims import DimExpr, parse
-
-# Where a declaration, a compile or a layer is written; the zoo's declarations are lines like any user's.
-_OWN_MODULES = ("nestloop.lang.", "nestloop.compiled", "nestloop.layer", "nestloop.inspection", "torch.nn.modules.")
-
-
-def caller() -> Location:
-    """The nearest line outside nestloop's own machinery: where the user wrote the declaration or the call."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OWN_MODULES):
-        frame = frame.f_back
-    return Location(frame.f_code.co_filename, frame.f_lineno)
-
-
-class Declaration:
-    """One line of a learner's or loop's class body."""
-
-    name: str = "?"
-    kind: str = "declaration"
-
-    def __init__(self, dims: tuple[str | int | DimExpr, ...] = ()) -> None:
-        self.where = caller()
-        self.dims: tuple[DimExpr, ...] = tuple(parse(d, self.where) for d in dims)
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        if self.name == "?":  # a subclass that re-binds the same declaration does not rename it
-            self.name = name
-
-    def __repr__(self) -> str:
-        return f"{self.kind} {self.name}[{', '.join(map(str, self.dims))}]"
+from nestloop.lang.declaration import Declaration, caller  # noqa: F401  caller is known from here
+from nestloop.lang.dims import parse
+from nestloop.lang.maps import Project, all_maps
 
 
 class Fast(Declaration):
@@ -80,8 +52,11 @@ class View(Declaration):
 
     kind = "view"
 
-    def __init__(self, dims, shared: bool, bias: bool, gain: float, group: int, micro: bool) -> None:
+    def __init__(
+        self, dims, shared: bool, bias: bool, gain: float, group: int, micro: bool, of: Any, make: Any
+    ) -> None:
         super().__init__(dims)
+        self.maps = all_maps(of, Project(bias, gain, None), make, self.kind, self.where)
         self.shared, self.bias, self.gain, self.group, self.micro = shared, bias, gain, group, micro
         if isinstance(group, bool) or not isinstance(group, int) or group < 1 or (group > 1 and shared):
             raise ViewError(
@@ -99,9 +74,22 @@ class Gate(Declaration):
     kind = "gate"
     shared, group = False, 1
 
-    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor], bias: bool, dims, micro: bool) -> None:
+    def __init__(
+        self,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        bias: bool,
+        dims,
+        micro: bool,
+        rank: int | None,
+        of: Any,
+        make: Any,
+        scale: str | float,
+        pooled: bool,
+    ) -> None:
         super().__init__(dims)
-        self.activation, self.bias, self.micro = activation, bias, micro
+        self.activation, self.bias, self.micro, self.pooled = activation, bias, micro, pooled
+        self.scale = scale if isinstance(scale, float) else parse(scale, self.where)
+        self.maps = all_maps(of, Project(bias, 1.0, rank), make, self.kind, self.where)
 
 
 class Dim(Declaration):
@@ -152,6 +140,8 @@ def view(
     gain: float = 1.0,
     group: int = 1,
     micro: bool = False,
+    of: Any = (),
+    make: Sequence[Any] = (),
 ) -> Any:
     """Declare a view: [B, H, N, *dims], or [B, N, *dims] with `shared=True` (one for all heads).
 
@@ -164,11 +154,16 @@ def view(
             queries of fewer heads than there are values).
         micro: one view for each micro-step of a token, [B, H, N, m, *dims], under a schedule with `micro=m`. The loss
             sees those of one micro-step, [n, *dims]; the read-out does not see them.
+        of: what a layer projects: maps of x before the projection (`nestloop.lang.maps`), one or a list. A map that is
+            assigned to a name in the loop's body is the same one for all who name it: a norm (`store = nl.rms_norm()`),
+            or the projection itself (`qk = nl.project()`), which takes the place of the view's own.
+        make: what a layer does after the projection, in order: `nl.conv`, `nl.rope`, norms, `nl.affine`, and
+            elementwise functions (`F.silu`).
 
     Raises:
         DimExpressionError, ViewError: at the line of the declaration.
     """
-    return View(dims, shared, bias, gain, group, micro)
+    return View(dims, shared, bias, gain, group, micro, of, make)
 
 
 def gate(
@@ -176,16 +171,27 @@ def gate(
     bias: bool = True,
     dims: tuple[str | int, ...] = (),
     micro: bool = False,
+    rank: int | None = None,
+    of: Any = (),
+    make: Sequence[Any] = (),
+    scale: str | float = 1.0,
+    pooled: bool = False,
 ) -> Any:
     """Declare a gate [B, H, N, *dims]: numbers per token and head, for the optimizer's rates, decays and momenta.
 
-    A layer makes it as `activation(x @ w_h + c_h)`; a functional op takes it ready made, among the views.
+    A layer makes it as `scale * activation(x @ w_h + c_h)`; a functional op takes it ready made, among the views.
 
     Args:
         dims: for one number per channel: the dims of the fast weight's axes that it runs along, ("d",) say.
         micro: one gate for each micro-step of a token, [B, H, N, m, *dims].
+        rank: of the projection, as a product of two.
+        of, make: maps before and after the projection, as for a view. `of=nl.per_position()` makes a gate from the
+            token's place alone.
+        scale: a number, or text in the dims.
+        pooled: made from the mean token of each chunk, the same for all its tokens: for a decay, momentum or scale of
+            a schedule that steps once a chunk (`nl.Chunked`). The maps before the projection see each token.
     """
-    return Gate(activation, bias, dims, micro)
+    return Gate(activation, bias, dims, micro, rank, of, make, scale, pooled)
 
 
 def dim(default: int | None = None) -> Any:

@@ -48,6 +48,8 @@ class DimExpr:
     def __str__(self) -> str:
         return self.text
 
+    __repr__ = __str__  # the tree's own would not be the same in two processes
+
     def evaluate(self, sizes: Mapping[str, Any], where: Location | None = None) -> Any:
         """The value with every name replaced by its size; any numeric type goes through (sympy too)."""
         try:

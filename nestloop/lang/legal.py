@@ -15,8 +15,10 @@ from nestloop.errors import (
 from nestloop.lang import coefficient
 from nestloop.lang.declare import Declaration, Gate, Slow
 from nestloop.lang.dims import DimExpr
+from nestloop.lang.maps import chunk_period
 from nestloop.lang.optim import GlobalClip
-from nestloop.lang.schedule import BatchSchedule, Causal, Chunked, Program, Stream
+from nestloop.lang.schedule import BatchSchedule, Causal, Chunked, Program, Sliding, Stream
+from nestloop.lang.state import averaged_gates
 
 if TYPE_CHECKING:
     from nestloop.lang.loop import LoopSpec
@@ -262,6 +264,43 @@ def _check_micro(spec: LoopSpec) -> None:
                 given="micro=True",
                 need="a decay for each token",
                 fix="leave micro out of the gate",
+            )
+
+
+def check_estimator(spec: LoopSpec) -> None:
+    """Refuse a stream that is none for a kernel estimator, which takes no steps."""
+    if isinstance(spec.schedule, Stream) and not isinstance(spec.schedule, Sliding):
+        raise IllegalScheduleError(
+            f"{spec.name}: a kernel estimator takes no steps.",
+            where=spec.where,
+            given=_shown(spec),
+            need="nl.Sliding, a window of keys, or no schedule: every query sees every key",
+            fix="write schedule = nl.Sliding(128), or leave it out",
+        )
+
+
+def check_maps_of(spec: LoopSpec) -> None:
+    """Refuse maps and pooled gates that ask for chunks where the schedule has none."""
+    chunked = isinstance(spec.schedule, (Causal, Chunked))
+    for declared in spec.inputs.values():
+        if chunk_period(declared.maps) and not chunked:
+            raise ViewError(
+                f"A map of the {declared.kind} '{declared.name}' counts in chunks, of which {spec.name} has none.",
+                where=declared.where,
+                given=f'period="chunk"; {_shown(spec)}',
+                need="a schedule with chunks, or a number of tokens",
+                fix="write schedule = nl.Causal(16), or period=16",
+            )
+    averaged = [] if spec.is_kernel_estimator else averaged_gates(spec)
+    for gate in spec.gates.values():
+        rates = coefficient.parts(spec.optimizer.lr)
+        if gate.pooled and (gate not in averaged or gate in rates or not isinstance(spec.schedule, Chunked)):
+            raise ViewError(
+                f"The gate '{gate.name}' is made from a chunk's mean, which the tokens of the chunk cannot know.",
+                where=gate.where,
+                given=f"pooled=True; {_shown(spec)}",
+                need="a decay, momentum or scale of a schedule that steps once a chunk",
+                fix="leave pooled out, or write schedule = nl.Chunked(16)",
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,13 @@ from nestloop.errors import (
     UnknownNameError,
 )
 from nestloop.lang.declare import Declaration, Dim, Fast, Gate, Slow, View, caller, collect
-from nestloop.lang.dims import DimExpr
+from nestloop.lang.dims import DimExpr, parse
 from nestloop.lang.learner import Body, KernelEstimator, Learner
-from nestloop.lang.legal import check_optimizer, check_rate_dims
+from nestloop.lang.legal import check_estimator, check_maps_of, check_optimizer, check_rate_dims
+from nestloop.lang.maps import check_output
 from nestloop.lang.optim import SGD
 from nestloop.lang.purity import check_body
-from nestloop.lang.schedule import FullBatch, Schedule, Stream
+from nestloop.lang.schedule import FullBatch, Schedule, Sliding, Stream
 
 BUILT_IN_DIMS = {
     "B": "sequences",
@@ -42,7 +43,8 @@ class LoopSpec:
         cls: the user's class, whose bodies are called.
         fast, slow, views, gates: declarations by name; `slow` holds the learner's own too.
         dims: dims that no view defines, with their defaults.
-        heads: a fixed number of heads, where the loop declares one; None takes the layer's.
+        heads: a fixed number of heads, or text in a layer's dims, where the loop declares them; None takes the layer's.
+        output, beside: what a layer does after the read-out; see `Loop`.
         holds: whether a body reads `f.held`, the learner with its weights held constant.
     """
 
@@ -56,14 +58,16 @@ class LoopSpec:
     views: dict[str, View]
     gates: dict[str, Gate]
     dims: dict[str, Dim]
-    heads: int | None
+    heads: int | DimExpr | None
+    output: tuple[Any, ...] | None
+    beside: type[Loop] | None
     holds: bool
     where: Location
 
     @property
     def streams(self) -> bool:
         """Whether the loop reads out while it learns, and carries a state."""
-        return isinstance(self.schedule, Stream) and not self.is_kernel_estimator
+        return isinstance(self.schedule, Stream)
 
     @property
     def is_kernel_estimator(self) -> bool:
@@ -144,8 +148,12 @@ class Loop(Body):
         learner: a `Learner` class.
         optimizer: `nl.SGD(...)`.
         schedule: `nl.FullBatch(...)` (default), `nl.Shuffled(...)`, `nl.Causal(...)`, `nl.Online(...)`,
-            `nl.Chunked(...)` or `nl.Program(...)`.
-        heads: a fixed number of heads (rare; the layer's otherwise).
+            `nl.Chunked(...)` or `nl.Program(...)`; `nl.Sliding(...)` for a kernel estimator.
+        heads: a fixed number of heads, or text in a layer's dims ("D/a"); the layer's otherwise.
+        output: maps of the read-out in a layer (norms, `nl.gated`), then `nl.project()`, the output projection, if
+            there is one. None projects it, with a bias.
+        beside: another loop on the same input, whose output is added to this one's before the output projection. Maps
+            that both name are shared.
         paper: the arXiv id of where the loop is from, for listings.
 
     Bodies (plain PyTorch on one head's tile; `t.NAME` is a view [n, *dims], `self.NAME` a slow weight or a dim):
@@ -162,7 +170,9 @@ class Loop(Body):
     learner: type[Learner]
     optimizer: SGD = SGD(lr=1.0)
     schedule: Schedule = FullBatch(steps=1)
-    heads: int | None = None
+    heads: int | str | None = None
+    output: Sequence[Any] | None = None
+    beside: type[Loop] | None = None
     paper: str = ""
     spec: LoopSpec
 
@@ -208,7 +218,9 @@ def _specify(cls: type[Loop]) -> LoopSpec:
         views=views,
         gates=gates,
         dims=dims,
-        heads=cls.heads,
+        heads=parse(cls.heads, cls.where) if isinstance(cls.heads, str) else cls.heads,
+        output=None if cls.output is None else check_output(cls.output, cls.where),
+        beside=cls.beside,
         holds=not estimator and _reads_held(cls),
         where=cls.where,
     )
@@ -216,7 +228,10 @@ def _specify(cls: type[Loop]) -> LoopSpec:
     bodies = {"kernel": ("q", "k")} if estimator else {"loss": ("f", "t"), "readout": ("f", "t")}
     for body, arguments in bodies.items():
         _check_signature(spec, body, arguments)
-    if not estimator:
+    check_maps_of(spec)
+    if estimator:
+        check_estimator(spec)
+    else:
         check_optimizer(spec)
     return spec
 
@@ -259,6 +274,8 @@ def _missing(cls: type, what: str, given: str, fix: str) -> MissingPartError:
 
 def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View], estimator: bool) -> None:
     own = {name for base in cls.__mro__[: cls.__mro__.index(Loop)] for name in vars(base)}
+    if cls.beside is not None and not (isinstance(cls.beside, type) and issubclass(cls.beside, Loop)):
+        raise _missing(cls, "what is beside it is not a loop", repr(cls.beside), "beside = Window, the class itself")
     if not views:
         raise _missing(cls, "it has no view", "no nl.view", 'declare k = nl.view("d")')
     if estimator:
@@ -280,7 +297,7 @@ def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View]
     for body in ("loss", "readout"):
         if body not in own:
             raise _missing(cls, f"it has no {body}", f"no method {body}", f"add def {body}(self, f, t): return ...")
-    if not isinstance(cls.schedule, Schedule):
+    if not isinstance(cls.schedule, Schedule) or isinstance(cls.schedule, Sliding):
         raise _missing(cls, "its schedule is not one", repr(cls.schedule), "schedule = nl.FullBatch(steps=1)")
     if not isinstance(cls.optimizer, SGD):
         raise _missing(cls, "its optimizer is not one", repr(cls.optimizer), "optimizer = nl.SGD(lr=1.0)")

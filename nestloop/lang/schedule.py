@@ -142,6 +142,11 @@ class Stream(Schedule):
     tokens.
     """
 
+    @property
+    def period(self) -> int:
+        """Tokens per chunk, 1 where there are none."""
+        return 1
+
     def _positive(self, **counts: int | None) -> None:
         kind = type(self).__name__
         for name, count in counts.items():
@@ -203,6 +208,10 @@ class Causal(Stream):
                 fix='write read="after"',
             )
 
+    @property
+    def period(self) -> int:
+        return self.chunk
+
 
 @dataclass(frozen=True)
 class Online(Causal):
@@ -241,6 +250,10 @@ class Chunked(Stream):
     anchor: int | None = None
     inclusive: bool = False
     reset: int | None = None
+
+    @property
+    def period(self) -> int:
+        return self.size
 
     def __post_init__(self) -> None:
         self._positive(size=self.size, reset=self.reset, anchor=self.anchor or None)
@@ -327,6 +340,20 @@ class Program(Stream):
                 fix='end with ("apply", 0, "N")',
             )
         return made
+
+
+@dataclass(frozen=True)
+class Sliding(Stream):
+    """For a kernel estimator: each query sees the last `window` keys, its own among them (sliding-window attention).
+
+    Raises:
+        IllegalScheduleError: a window that is no number of tokens.
+    """
+
+    window: int = 128
+
+    def __post_init__(self) -> None:
+        self._positive(window=self.window)
 
 
 _OPERATIONS = ("update", "apply")

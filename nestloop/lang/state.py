@@ -17,7 +17,7 @@ from nestloop.errors import StateError
 from nestloop.lang import coefficient
 from nestloop.lang.declare import Declaration, Gate
 from nestloop.lang.optim import momentum_name
-from nestloop.lang.schedule import Causal, Chunked, Program, Stream
+from nestloop.lang.schedule import Causal, Chunked, Program, Sliding, Stream
 
 if TYPE_CHECKING:
     from nestloop.lang.loop import LoopSpec
@@ -58,6 +58,9 @@ def entries(spec: LoopSpec) -> dict[str, Entry]:
                 found.append(Entry(f"{name}.pending", fast, "pending"))
         if isinstance(schedule, Chunked) and schedule.order == "apply-update":
             found += [Entry(f"{gate.name}.pending", gate, "pending") for gate in averaged_gates(spec)]
+        if isinstance(schedule, Sliding) and schedule.window > 1:
+            rows = schedule.window - 1
+            found += [Entry(f"{name}.tail", spec.views[name], "tail", rows) for name in ("k", "v")]
         if optimizer.window is not None and optimizer.window > 1:
             rows = optimizer.window - 1
             found += [Entry(f"{name}.tail", declared, "tail", rows) for name, declared in spec.inputs.items()]
@@ -90,7 +93,7 @@ def averaged_gates(spec: LoopSpec) -> list[Gate]:
 
 def counts_tokens(spec: LoopSpec) -> bool:
     """Whether a state holds `position`."""
-    return isinstance(spec.schedule, Stream) and not isinstance(spec.schedule, Program)
+    return spec.streams and not isinstance(spec.schedule, Program)
 
 
 def check_position(spec: LoopSpec, state: Mapping[str, Any]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import vmap
 
@@ -26,6 +27,7 @@ from nestloop.reference.bodies import (
     token_readout,
 )
 from nestloop.reference.stream import fresh, one_stream
+from nestloop.reference.window import one_window
 
 __all__ = [
     "batch_gradient",
@@ -75,9 +77,12 @@ def run(
     token_axis = {n: None if n in shared else 0 for n in cast}
     if spec.streams:
         initial = initial_fast(spec, binding, weights, None, dtype, device)
-        carry = {n: t.to(dtype) for n, t in carried.items()} or initial_state(spec, binding, initial)
+        carry = {n: t.to(dtype) for n, t in carried.items()} or initial_state(spec, binding, initial, dtype, device)
 
         def stream(initial: Tensors, carry: Tensors, slow: Tensors, tokens: Tensors) -> tuple[Tensor, Tensors, Tensor]:
+            if spec.is_kernel_estimator:
+                fitted, kept = one_window(spec, {**binding.dims, "H": binding.heads}, carry, slow, tokens, position)
+                return fitted, kept, fitted.new_zeros(0)
             return one_stream(spec, binding, initial, carry, slow, tokens, position)
 
         heads = vmap(stream, in_dims=({n: 0 for n in initial}, {n: 0 for n in carry}, slow_axis, token_axis))
@@ -86,7 +91,8 @@ def run(
             initial, carry, slow, cast
         )
         counted: dict[str, Any] = {"position": position + binding.tokens} if counts_tokens(spec) else {}
-        return z.to(out_dtype), {**end, **counted}, losses if return_losses else None
+        wanted = return_losses and not spec.is_kernel_estimator
+        return z.to(out_dtype), {**end, **counted}, losses if wanted else None
     fast = initial_fast(spec, binding, weights, carried or None, dtype, device)
     dims = {**binding.dims, "H": binding.heads, "N": binding.tokens}
 
@@ -111,13 +117,16 @@ def run(
     return z.to(out_dtype), end, None if spec.is_kernel_estimator or not return_losses else losses
 
 
-def initial_state(spec: LoopSpec, binding: Binding, initial: Mapping[str, Tensor]) -> Tensors:
+def initial_state(
+    spec: LoopSpec, binding: Binding, initial: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> Tensors:
     """The tensors of a state at the start of a sequence, [B, H, *], from initial fast weights [H, *]."""
+    blank = torch.zeros((), dtype=dtype, device=device)
     sizes, lead = binding.sizes, (binding.sequences, binding.heads)
 
     def shape(entry: Entry) -> list[int]:
         rows = [entry.rows] if entry.part == "tail" else []
         return [binding.heads, *rows, *[e.size(sizes) for e in entry.like.dims]]
 
-    made = {name: fresh(spec, entry, dict(initial), shape) for name, entry in entries(spec).items()}
+    made = {name: fresh(entry, dict(initial), blank, shape) for name, entry in entries(spec).items()}
     return {name: t.unsqueeze(0).expand(*lead, *t.shape[1:]) for name, t in made.items()}

@@ -45,12 +45,9 @@ def one_stream(
     return walk.results()
 
 
-def fresh(spec: LoopSpec, entry: Entry, initial: Tensors, shape: Callable[[Entry], list[int]]) -> Tensor:
-    """What an entry of the state is at the start of a sequence."""
-    if entry.part in ("weight", "anchor"):
-        return initial[entry.like.name]
-    like = next(iter(initial.values()))
-    return like.new_zeros(shape(entry))
+def fresh(entry: Entry, initial: Tensors, blank: Tensor, shape: Callable[[Entry], list[int]]) -> Tensor:
+    """What an entry of the state is at the start of a sequence: `blank` is a zero of its dtype."""
+    return initial[entry.like.name] if entry.part in ("weight", "anchor") else blank.new_zeros(shape(entry))
 
 
 class _Walk:
@@ -126,7 +123,8 @@ class _Walk:
     def reset(self) -> None:
         for entry in entries(self.spec).values():
             if entry.part != "tail":
-                self.carry[entry.name] = fresh(self.spec, entry, self.initial, lambda e: list(self.carry[e.name].shape))
+                old = self.carry[entry.name]
+                self.carry[entry.name] = fresh(entry, self.initial, old, lambda e: list(self.carry[e.name].shape))
 
     def token_by_token(self, schedule: Causal, position: int) -> None:
         for index in range(self.binding.tokens):

@@ -31,6 +31,7 @@ from nestloop.zoo.delta import (
     LonghornDiagonal,
 )
 from nestloop.zoo.in_context import InContextAutoregression, InContextGD
+from nestloop.zoo.lact import CausalLaCT, CausalLaCTMuon, LaCT, LaCTMuon
 from nestloop.zoo.memories import Atlas, Moneta, OmegaNet, Yaad
 from nestloop.zoo.mttt import (
     MTTTMLP,
@@ -42,6 +43,8 @@ from nestloop.zoo.mttt import (
     SelfAttention,
 )
 from nestloop.zoo.solvers import Mesa, MesaNet
+from nestloop.zoo.titans import NeuralMemory, Titans
+from nestloop.zoo.tttlm import TTTMLP, TTTLinear, TTTLinearMamba, TTTMLPMamba
 from nestloop.zoo.vit3 import DepthwiseBranch, GatedBranch, ViT3
 
 __all__ = [
@@ -52,7 +55,10 @@ __all__ = [
     "MTTTMLP4",
     "MTTTMLPSGD4",
     "PGDN",
+    "TTTMLP",
     "Atlas",
+    "CausalLaCT",
+    "CausalLaCTMuon",
     "CausalLinearAttention",
     "CausalLinearAttentionElu",
     "Comba",
@@ -65,6 +71,8 @@ __all__ = [
     "GeneralizedDeltaRule",
     "InContextAutoregression",
     "InContextGD",
+    "LaCT",
+    "LaCTMuon",
     "LightningAttention",
     "LightningAttentionFla",
     "LinearAttention",
@@ -76,11 +84,16 @@ __all__ = [
     "Mesa",
     "MesaNet",
     "Moneta",
+    "NeuralMemory",
     "NormAttention",
     "OmegaNet",
     "RetNet",
     "SelfAttention",
     "SimpleGLA",
+    "TTTLinear",
+    "TTTLinearMamba",
+    "TTTMLPMamba",
+    "Titans",
     "ViT3",
     "Yaad",
     "catalogue",
@@ -109,8 +122,17 @@ GOLDEN = frozenset(
         MTTTLinear,
         Mesa,
         RetNet,
+        CausalLaCT,
+        CausalLaCTMuon,
+        LaCT,
+        LaCTMuon,
+        NeuralMemory,
         SelfAttention,
         SimpleGLA,
+        TTTLinear,
+        TTTLinearMamba,
+        TTTMLP,
+        TTTMLPMamba,
     }
 )
 

@@ -37,6 +37,13 @@ class Case:
         """The tensors whose name starts with `prefix.`, without it."""
         return {name[len(prefix) + 1 :]: t for name, t in self.tensors.items() if name.startswith(f"{prefix}.")}
 
+    def understood(self, *known: str) -> None:
+        """Raise `NotUnderstood` for a setting that is none of `known` and says more than where the file is from."""
+        about = {"B", "N", "cls", "commit", "file", "note", "repo", "torch"}
+        for name in sorted(set(self.settings) - about - set(known)):
+            if not name.startswith("err_"):
+                raise NotUnderstood(f"{name} = {self.settings[name]!r}")
+
     def setting(self, name: str, *known: Any) -> Any:
         """A setting that must be there, and one of `known` where they are given."""
         if name not in self.settings:
@@ -73,9 +80,15 @@ class Family:
     matches: does this family run that file?
     run: the declarations that fit the file's settings, each with everything it computed.
     not_compared: recorded quantities that are no output, inner loss or gradient.
+    exact: how far float64 may be off, where the official code itself is not exact to 1e-10.
+    amplifies: how many times as far from float64 as the official float32 run ours may be.
+    read: the file's tensors as they are to be compared.
     """
 
     name: str
     matches: Callable[[Case], bool]
     run: Callable[[Case, Run], Iterator[tuple[str, Quantities]]]
     not_compared: frozenset[str] = field(default_factory=frozenset)
+    exact: Callable[[Case], float] = lambda case: 1e-10
+    amplifies: Callable[[Case], float] = lambda case: 2.0
+    read: Callable[[Case], Case] = lambda case: case

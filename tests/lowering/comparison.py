@@ -26,7 +26,7 @@ class Inputs:
     weights: dict[str, Tensor]
     state: dict[str, Any] | None
     order: Tensor | None
-    dims: dict[str, int] = field(default_factory=dict)
+    dims: dict[str, Any] = field(default_factory=dict)
 
     def leaves(self) -> dict[str, Tensor]:
         """Everything a gradient is taken of, by name."""

@@ -1,6 +1,16 @@
 """One module a kind of file. A new kind is a new module with a FAMILY, and its line here."""
 
-from tests.golden.families import fla, mttt_linear_attention, mttt_model, mttt_self_attention, mttt_ttt, vittt
+from tests.golden.families import (
+    fla,
+    lact,
+    mttt_linear_attention,
+    mttt_model,
+    mttt_self_attention,
+    mttt_ttt,
+    titans,
+    tttlm,
+    vittt,
+)
 
 FAMILIES = [
     mttt_linear_attention.FAMILY,
@@ -9,4 +19,7 @@ FAMILIES = [
     mttt_model.FAMILY,
     vittt.FAMILY,
     fla.FAMILY,
+    tttlm.FAMILY,
+    lact.FAMILY,
+    titans.FAMILY,
 ]

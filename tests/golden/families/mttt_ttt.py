@@ -96,7 +96,7 @@ def starts_at_zero(weights: Weights) -> bool:
 
 
 def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
-    order = {"order": case.tensors["sgd.order"]} if case.setting("SGD") else {}
+    order: dict[str, Any] = {"order": case.tensors["sgd.order"]} if case.setting("SGD") else {}
     stored = case.inputs("param")
     if "param_recipe" in case.settings:
         stored = regenerate(case, ttt_shapes(case.settings, case.tensors["in.x"].shape[-1]))

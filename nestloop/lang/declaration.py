@@ -1,0 +1,37 @@
+"""Declarations: lines of a class body that know where they were written and what they were called."""
+
+from __future__ import annotations
+
+import sys
+
+from nestloop.errors import Location
+from nestloop.lang.dims import DimExpr, parse
+
+# Where a declaration, a compile or a layer is written; the zoo's declarations are lines like any user's.
+_OWN_MODULES = ("nestloop.lang.", "nestloop.compiled", "nestloop.layer", "nestloop.inspection", "torch.nn.modules.")
+
+
+def caller() -> Location:
+    """The nearest line outside nestloop's own machinery: where the user wrote the declaration or the call."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OWN_MODULES):
+        frame = frame.f_back
+    return Location(frame.f_code.co_filename, frame.f_lineno)
+
+
+class Declaration:
+    """One line of a learner's or loop's class body."""
+
+    name: str = "?"
+    kind: str = "declaration"
+
+    def __init__(self, dims: tuple[str | int | DimExpr, ...] = ()) -> None:
+        self.where = caller()
+        self.dims: tuple[DimExpr, ...] = tuple(parse(d, self.where) for d in dims)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        if self.name == "?":  # a subclass that re-binds the same declaration does not rename it
+            self.name = name
+
+    def __repr__(self) -> str:
+        return f"{self.kind} {self.name}[{', '.join(map(str, self.dims))}]"

@@ -1,0 +1,222 @@
+"""Maps of a view's features: convolution over tokens, positions, norms, scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestloop.errors import InputError
+from nestloop.lang.maps import Call, Map, Place, Shape, read_period, refused, whole
+
+
+class Conv(Map):
+    """A causal depthwise convolution, made by `conv`."""
+
+    label = "conv"
+
+    def __init__(self, size: int, bias: bool) -> None:
+        super().__init__()
+        self.size, self.bias = size, bias
+        if not whole(size):
+            raise refused(
+                "The size of a convolution is not a number of tokens.",
+                self.where,
+                f"size={size!r}",
+                "a whole number, 1 or more",
+                "write nl.conv(4)",
+            )
+
+    def parameters(self, place: Place) -> dict[str, Shape]:
+        channels, init = place.groups * place.features, f"uniform({1 / math.sqrt(self.size)})"
+        weight: dict[str, Shape] = {"weight": ([channels, 1, self.size], init, False)}
+        return {**weight, "bias": ([channels], init, False)} if self.bias else weight
+
+    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
+        tokens, flat = x.shape[1], x.flatten(2)  # [B, N, G * f]
+        before = call.carried.get(call.key)
+        if before is None:
+            before = flat.new_zeros(flat.shape[0], self.size - 1, flat.shape[2])
+        flat = torch.cat([before.to(flat.dtype), flat], 1)
+        call.kept[call.key] = flat[:, flat.shape[1] - (self.size - 1) :]
+        weight = own["weight"][:, 0]
+        # y_t = sum_i w_i x_{t - size + 1 + i}: torch's Conv1d, padded on the left
+        y = sum(flat[:, i : i + tokens] * weight[:, i] for i in range(self.size))
+        return (y if not self.bias else y + own["bias"]).view_as(x)  # type: ignore[union-attr]
+
+    def __repr__(self) -> str:
+        return f"nl.conv({self.size})"
+
+
+class Rope(Map):
+    """Rotary positions, made by `rope`."""
+
+    label = "rope"
+
+    def __init__(self, theta: float, period: int | str | None, pairs: str) -> None:
+        super().__init__()
+        self.theta, self.period, self.pairs = float(theta), read_period(period, "nl.rope", self.where), pairs
+        if pairs not in ("interleaved", "half"):
+            raise refused(
+                "Rotary positions do not know these pairs.",
+                self.where,
+                f"pairs={pairs!r}",
+                '"interleaved" for features (2i, 2i + 1), or "half" for (i, i + f/2)',
+                'write nl.rope(pairs="half")',
+            )
+
+    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
+        features = x.shape[-1]
+        if features % 2:
+            raise InputError(
+                "Rotary positions turn pairs of features.",
+                where=self.where,
+                given=f"{features} features",
+                need="an even number of features per head",
+                fix="choose an even d, or leave nl.rope() out",
+            )
+        period = call.chunk if self.period == "chunk" else self.period
+        # float32, as the tables of the published models are
+        index = torch.arange(0, features, 2, dtype=torch.int64, device=x.device).float()
+        places = call.positions(x.shape[1], x.device, period).float()  # type: ignore[arg-type]
+        angle = (places[:, None] * (1.0 / self.theta ** (index / features)))[:, None]  # [N, 1, f/2]
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        if self.pairs == "half":
+            one, other = x.chunk(2, -1)
+            return torch.cat([one * cos - other * sin, other * cos + one * sin], -1)
+        one, other = x[..., ::2], x[..., 1::2]
+        return torch.stack([one * cos - other * sin, other * cos + one * sin], -1).flatten(-2)
+
+
+class CosReweight(Map):
+    """cosFormer's position weights, made by `cos_reweight`."""
+
+    label = "cos_reweight"
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+        if not whole(length):
+            raise refused(
+                "The length of cosFormer's weights is not a number of tokens.",
+                self.where,
+                f"length={length!r}",
+                "the longest sequence's tokens: a whole number, 1 or more",
+                "write nl.cos_reweight(2048)",
+            )
+
+    def takes(self, features: int) -> int:
+        if features % 2:
+            raise InputError(
+                "cosFormer's weights double the features.",
+                where=self.where,
+                given=f"a view of {features} features per head",
+                need="an even number",
+                fix='declare the view with "2*d"',
+            )
+        return features // 2
+
+    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
+        places = call.positions(x.shape[1], x.device).to(torch.promote_types(x.dtype, torch.float32)) + 1
+        angle = (math.pi / 2 * places / self.length)[:, None, None]
+        return torch.cat([x * angle.sin().to(x.dtype), x * angle.cos().to(x.dtype)], -1)
+
+
+class Norm(Map):
+    """A norm over each group's features or over all of them: `l2_norm`, `rms_norm`, `layer_norm`."""
+
+    def __init__(self, label: str, eps: float | None, over: str, scale: bool, bias: bool, outside: bool) -> None:
+        super().__init__()
+        self.label = label  # type: ignore[misc]
+        self.eps, self.over, self.scale, self.bias, self.outside = eps, over, scale, bias, outside
+        if over not in ("head", "width"):
+            raise refused(
+                f"nl.{label} does not know what to normalise over.",
+                self.where,
+                f"over={over!r}",
+                '"head" for each head\'s features, "width" for all of them together',
+                f'write nl.{label}(over="width")',
+            )
+
+    def parameters(self, place: Place) -> dict[str, Shape]:
+        size = [place.features * (place.groups if self.over == "width" else 1)]
+        made: dict[str, Shape] = {"weight": (size, "ones", False)} if self.scale else {}
+        return {**made, "bias": (size, "zeros", False)} if self.bias else made
+
+    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
+        flat = x.flatten(2) if self.over == "width" else x
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        if self.label == "layer_norm":
+            y = F.layer_norm(flat, flat.shape[-1:], own.get("weight"), own.get("bias"), eps)
+            return y.view_as(x)
+        if self.label == "rms_norm":
+            y = F.rms_norm(flat, flat.shape[-1:], own.get("weight"), eps)
+            return y.view_as(x)
+        total = flat.square().sum(-1, keepdim=True)
+        y = flat / (total.sqrt() + eps) if self.outside else flat * (total + eps).rsqrt()
+        return y.view_as(x)
+
+
+class Affine(Map):
+    """A scale and an offset per channel, made by `affine`."""
+
+    label = "affine"
+
+    def __init__(self, scale: bool, offset: bool) -> None:
+        super().__init__()
+        self.scale, self.offset = scale, offset
+
+    def parameters(self, place: Place) -> dict[str, Shape]:
+        shape = [place.groups, place.features]
+        made: dict[str, Shape] = {"scale": (shape, "ones", False)} if self.scale else {}
+        return {**made, "offset": (shape, "zeros", False)} if self.offset else made
+
+    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
+        x = x * own["scale"] if self.scale else x
+        return x + own["offset"] if self.offset else x
+
+
+def conv(size: int = 4, bias: bool = True) -> Conv:
+    """A causal depthwise convolution over `size` tokens: weight [features, 1, size], as of `nn.Conv1d`."""
+    return Conv(size, bias)
+
+
+def rope(theta: float = 10000.0, period: int | str | None = None, pairs: str = "interleaved") -> Rope:
+    """Rotary positions on each head's features, frequencies theta^(-2i/f).
+
+    Args:
+        period: positions start again every so many tokens; "chunk" for the schedule's chunk (TTT-LM).
+        pairs: "interleaved" turns features (2i, 2i + 1), "half" features (i, i + f/2).
+    """
+    return Rope(theta, period, pairs)
+
+
+def l2_norm(eps: float = 1e-6, over: str = "head", outside: bool = False) -> Norm:
+    """x / sqrt(|x|^2 + eps), or x / (|x| + eps) with `outside=True`."""
+    return Norm("l2_norm", eps, over, False, False, outside)
+
+
+def rms_norm(eps: float | None = 1e-6, over: str = "head", scale: bool = True) -> Norm:
+    """x / sqrt(mean(x^2) + eps), times a learned weight with `scale=True`. eps=None takes the dtype's epsilon."""
+    return Norm("rms_norm", eps, over, scale, False, False)
+
+
+def layer_norm(eps: float | None = 1e-5, over: str = "head", scale: bool = True, bias: bool = True) -> Norm:
+    """LayerNorm over each head's features, or over all of them with `over="width"`."""
+    return Norm("layer_norm", eps, over, scale, bias, False)
+
+
+def affine(scale: bool = True, offset: bool = True) -> Affine:
+    """A learned scale and offset for each channel of each head: [heads, features] (LaCT's qk_scale, qk_offset)."""
+    return Affine(scale, offset)
+
+
+def cos_reweight(length: int) -> CosReweight:
+    """cosFormer's weights (arXiv 2202.08791): [x sin(pi i / 2m), x cos(pi i / 2m)], i from 1, m = `length`.
+
+    Doubles the features. m is fixed, so that a sequence can be continued.
+    """
+    return CosReweight(length)

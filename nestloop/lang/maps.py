@@ -1,0 +1,288 @@
+"""Maps: what a layer does to its input on the way to a view or a gate, and to a read-out on the way out.
+
+    k = nl.view("d", of=nl.rms_norm(), make=[nl.conv(4), F.silu, nl.l2_norm()])
+
+A map takes [B, N, G, f] to the same with other features: sequences, tokens, groups (heads; 1 before the projection)
+and features. Plain functions are elementwise maps. A map that is assigned to a name in a class body is one map, with
+one set of parameters, wherever it is used: views that share a projection name it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestloop.errors import ViewError
+from nestloop.lang.declaration import Declaration
+
+Shape = tuple[list[int], str, bool]  # sizes, initialiser, whether the first axis is the heads
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a map stands: the layer's width D, the schedule's chunk, and the groups and features that it returns."""
+
+    width: int
+    chunk: int
+    groups: int
+    features: int
+
+
+@dataclass
+class Call:
+    """One call of a layer, as its maps see it.
+
+    Attributes:
+        input: the layer's input x [B, N, D].
+        position: tokens of the sequence before x.
+        chunk: tokens per chunk of the loop's schedule, 1 where it has none.
+        carried: what maps kept of the tokens before, by key; `kept` what they keep of these.
+        run: (maps, x) -> x after these maps, all of which are shared ones or have no parameters.
+    """
+
+    input: Tensor
+    position: int
+    chunk: int
+    carried: Mapping[str, Tensor]
+    kept: dict[str, Tensor]
+    run: Callable[[Sequence[Any], Tensor], Tensor]
+    key: str = ""
+    memo: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def positions(self, tokens: int, device: torch.device, period: int | None = None) -> Tensor:
+        """The places of so many tokens in the sequence, or in their period: int64 [N]."""
+        places = torch.arange(self.position, self.position + tokens, device=device)
+        return places if period is None else places % period
+
+
+class Map(Declaration):
+    """One map. Its parameters are `label.NAME` below the view that it belongs to."""
+
+    kind = "map"
+    label: ClassVar[str] = "map"
+    source: ClassVar[bool] = False  # whether it turns the token into groups of features
+
+    @property
+    def shared(self) -> bool:
+        """Whether it is one map for all who name it: it is assigned in a class body."""
+        return self.name != "?"
+
+    def takes(self, features: int) -> int:
+        """Features that go in, for so many that come out."""
+        return features
+
+    def parameters(self, place: Place) -> dict[str, Shape]:
+        """Its parameters by name."""
+        return {}
+
+    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"nl.{self.label}()"
+
+
+def refused(what: str, where: Any, given: str, need: str, fix: str) -> ViewError:
+    return ViewError(what, where=where, given=given, need=need, fix=fix)
+
+
+def whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+class Project(Map):
+    """A projection, made by `project`."""
+
+    label, source = "project", True
+
+    def __init__(self, bias: bool, gain: float, rank: int | None) -> None:
+        super().__init__()
+        self.bias, self.gain, self.rank = bias, gain, rank
+        if rank is not None and not whole(rank):
+            raise refused(
+                "The rank of a projection is not a number of features.",
+                self.where,
+                f"rank={rank!r}",
+                "a whole number, 1 or more",
+                "write nl.project(rank=16)",
+            )
+
+    def parameters(self, place: Place) -> dict[str, Shape]:
+        rows, inner = place.groups * place.features, self.rank or place.width
+        made: dict[str, Shape] = {"weight": ([rows, inner], f"normal({self.gain / math.sqrt(inner)})", False)}
+        if self.rank is not None:
+            made = {"down": ([inner, place.width], f"normal({1 / math.sqrt(place.width)})", False), **made}
+        if self.bias:
+            made["bias"] = ([rows], "zeros", False)
+        return made
+
+    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
+        x = x.flatten(2)  # [B, N, D]
+        if self.rank is not None:
+            x = F.linear(x, own["down"])
+        return F.linear(x, own["weight"], own.get("bias"))[:, :, None]
+
+
+class PerPosition(Map):
+    """A table over positions, made by `per_position`."""
+
+    label, source = "per_position", True
+
+    def __init__(self, period: int | str, offset: Callable[[Tensor], Tensor] | None) -> None:
+        super().__init__()
+        self.period, self.offset = read_period(period, "nl.per_position", self.where), offset
+
+    def parameters(self, place: Place) -> dict[str, Shape]:
+        return {"table": ([place.chunk if self.period == "chunk" else int(self.period or 1)], "zeros", False)}
+
+    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
+        table = own["table"]
+        if self.offset is not None:
+            table = table + self.offset(torch.arange(len(table), device=x.device).to(table.dtype))
+        made = table[call.positions(x.shape[1], x.device, len(table))]  # [N]
+        return made[None, :, None, None].expand(x.shape[0], -1, -1, -1)
+
+
+def read_period(period: Any, name: str, where: Any) -> int | str | None:
+    if period is None or period == "chunk" or whole(period):
+        return period
+    raise refused(
+        f"The period of {name} is not a number of tokens.",
+        where,
+        f"period={period!r}",
+        'a whole number, 1 or more, or "chunk" for the schedule\'s',
+        f"write {name}(period=16)",
+    )
+
+
+class Gated(Map):
+    """A gate on what passes, made by `gated`."""
+
+    label = "gated"
+
+    def __init__(
+        self,
+        activation: Callable[[Tensor], Tensor],
+        bias: bool,
+        per_head: bool,
+        rank: int | None,
+        of: Any,
+    ) -> None:
+        super().__init__()
+        self.activation, self.per_head = activation, per_head
+        self.projection = Project(bias, 1.0, rank)
+        self.of = check_maps(of, "gate on a read-out", self.where)
+        own = [m for m in self.of if isinstance(m, Map) and not m.shared]
+        if own:
+            raise refused(
+                "What a gate on a read-out sees of the token is made by shared maps.",
+                self.where,
+                f"of={own[0]!r}",
+                "maps assigned to a name in the class body",
+                "write norm = nl.rms_norm() in the loop's body and of=norm",
+            )
+
+    def parameters(self, place: Place) -> dict[str, Shape]:
+        features = 1 if self.per_head else place.features
+        return self.projection.parameters(replace(place, features=features))
+
+    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
+        made = self.projection(call.run(self.of, call.input[:, :, None]), own, call)
+        return x * self.activation(made.reshape(*x.shape[:3], 1 if self.per_head else x.shape[-1]))
+
+
+def check_maps(maps: Any, what: str, where: Any) -> tuple[Any, ...]:
+    """The maps as given, one or a list. Raises `ViewError`."""
+    given = tuple(maps) if isinstance(maps, (list, tuple)) else (maps,)
+    if not all(callable(m) and not isinstance(m, type) for m in given):
+        raise refused(
+            f"The maps of a {what} are not maps.",
+            where,
+            repr(maps),
+            "nl.conv, nl.rope, a norm, ..., or an elementwise function, one or a list of them",
+            "write make=[nl.conv(4), F.silu]",
+        )
+    return given
+
+
+def check_output(maps: Any, where: Any) -> tuple[Any, ...]:
+    """The maps of a read-out, a projection at most at the end. Raises `ViewError`."""
+    given = check_maps(maps, "read-out", where)
+    if any(map(is_source, given[:-1])) or (given and isinstance(given[-1], PerPosition)):
+        raise refused(
+            "The output projection is not the last map of the read-out.",
+            where,
+            ", ".join(map(repr, given)),
+            "norms and gates, then nl.project(), or no projection",
+            "write output = [nl.rms_norm(), nl.project()]",
+        )
+    return given
+
+
+def is_source(one: Any) -> bool:
+    """Whether a map turns the token into groups of features."""
+    return isinstance(one, Map) and one.source
+
+
+def all_maps(of: Any, projection: Project, make: Any, what: str, where: Any) -> tuple[Any, ...]:
+    """Every map from the token to a view, one source among them: its own projection, unless `of` has one."""
+    before, after = check_maps(of, what, where), check_maps(make, what, where)
+    sources = [m for m in before if is_source(m)]
+    if len(sources) > 1 or any(map(is_source, after)):
+        raise refused(
+            f"The maps of a {what} project twice.",
+            where,
+            ", ".join(repr(m) for m in (*before, *after) if is_source(m)),
+            "one projection or one table over positions, in of=",
+            "leave one out; rank=16 makes one projection a product of two",
+        )
+    return (*before, *(() if sources else (projection,)), *after)
+
+
+def project(bias: bool = False, gain: float = 1.0, rank: int | None = None) -> Project:
+    """The projection of a token to all features of a view, those of its heads one after another.
+
+    Args:
+        bias: with a bias.
+        gain: the weight is drawn from N(0, gain^2 / D).
+        rank: as a product of two, through so many features.
+    """
+    return Project(bias, gain, rank)
+
+
+def per_position(period: int | str = "chunk", offset: Callable[[Tensor], Tensor] | None = None) -> PerPosition:
+    """A learned number for each position of a period, instead of a projection of the token: table [period], zero at
+    first, plus `offset` of the positions 0, 1, ... (TTT-LM's 1/(i + 1), arXiv 2407.04620).
+
+    Args:
+        period: tokens; "chunk" for the schedule's chunk.
+        offset: a function of positions, fixed.
+    """
+    return PerPosition(period, offset)
+
+
+def gated(
+    activation: Callable[[Tensor], Tensor] = torch.sigmoid,
+    bias: bool = False,
+    per_head: bool = False,
+    rank: int | None = None,
+    of: Any = (),
+) -> Gated:
+    """Times activation(x W) of the layer's input x, elementwise, or one number a head with `per_head=True`.
+
+    Args:
+        rank: W as a product of two.
+        of: shared maps of x before W.
+    """
+    return Gated(activation, bias, per_head, rank, of)
+
+
+def chunk_period(maps: Sequence[Any]) -> bool:
+    """Whether a map asks for the schedule's chunk."""
+    return any(getattr(m, "period", None) == "chunk" for m in maps)

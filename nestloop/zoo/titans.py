@@ -1,0 +1,84 @@
+"""Titans: learning to memorize at test time, arXiv 2501.00663: the paper's memory, and titans-pytorch's."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import nestloop as nl
+
+
+def memory(depth, expansion=4):
+    """A learner of `depth` layers x W, gelu between them, from d to d through expansion * d features."""
+    ratio = Fraction(expansion).limit_denominator(64)
+    wide = f"{ratio.numerator}*d//{ratio.denominator}"
+    dims = ["d", *[wide] * (depth - 1), "d"]
+
+    class Memory(nl.Learner):
+        def forward(self, x):
+            for layer in range(depth):
+                x = (F.gelu(x) if layer else x) @ getattr(self, f"w{layer}")
+            return x
+
+    weights = {f"w{i}": nl.fast(dims[i], dims[i + 1]) for i in range(depth)}
+    return type("Memory", (Memory,), {**weights, "__module__": __name__})
+
+
+def residual(learner: Any) -> Any:
+    """x + LN(f(x)) * (gamma + 1) around a learner f: gamma is learned inside, too."""
+
+    class Residual(learner):
+        gamma = nl.fast("d", init="zeros")
+
+        def forward(self, x):
+            return x + F.layer_norm(super().forward(x), (self.d,)) * (self.gamma + 1)
+
+    return Residual
+
+
+class Titans(nl.Loop):
+    """The long-term memory: S_t = eta_t S_{t-1} - theta_t grad |M(k) - v|^2, M_t = (1 - alpha_t) M_{t-1} + S_t.
+
+    Token by token with gradients at the weights before each chunk of 16 (eqs. 9, 10, 13-15).
+    """
+
+    paper = "2501.00663"
+    learner = memory(2)
+    schedule = nl.Causal(16)
+    q, k = (nl.view("d", make=[nl.conv(4), F.silu, nl.l2_norm()]) for _ in range(2))
+    v = nl.view("d", make=[nl.conv(4), F.silu])
+    theta, eta, kept = nl.gate(), nl.gate(), nl.gate(lambda x: torch.sigmoid(-x))
+    optimizer = nl.SGD(lr=theta, momentum=eta, decay=kept)
+    output = (nl.rms_norm(), nl.gated(), nl.project())
+
+    def loss(self, f, t):
+        return (f(t.k) - t.v).square().sum(-1)
+
+    def readout(self, f, t):
+        return f(t.q)
+
+
+class NeuralMemory(nl.Loop):
+    """titans-pytorch's: one step a chunk, momentum and decay of its mean token, gradients at the initial weights.
+
+    The last token of a chunk is the first to read what the chunk left.
+    """
+
+    paper = "2501.00663"
+    learner = residual(memory(2))
+    schedule = nl.Chunked(64, "apply-update", anchor=0, inclusive=True)
+    store, retrieve = nl.rms_norm(eps=None), nl.rms_norm(eps=None)
+    q, k, v = nl.view("d", of=retrieve), nl.view("d", of=store), nl.view("d", of=store)
+    theta, eta = nl.gate(of=store), nl.gate(of=store, pooled=True)
+    kept = nl.gate(lambda x: torch.sigmoid(-x), of=store, pooled=True)
+    optimizer = nl.SGD(lr=theta, momentum=eta, decay=kept)
+    output = ()
+
+    def loss(self, f, t):
+        return (f(t.k) - t.v).square().mean(-1)
+
+    def readout(self, f, t):
+        return f(t.q)

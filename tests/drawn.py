@@ -19,7 +19,7 @@ def draw(
     spec: LoopSpec, tokens: int, sequences: int = 2, heads: int = 2
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Views and weights, float64, with gradients: gates in (0, 1), log decays below 0, slow weights near their init."""
-    count = spec.heads or heads
+    count = spec.heads if isinstance(spec.heads, int) else heads
     axes: dict[str, Any] = {"B": sequences, "H": count, "N": tokens}
     log_decays = {id(part) for part in coefficient.parts(spec.optimizer.log_decay)}
 

@@ -125,10 +125,12 @@ def respond(step: Step) -> Response:
     module = simplify(tracer.trace_on(flat, examples, names))
     (results,) = next(node for node in module.graph.nodes if node.op == "output").args
     moving = {f"y_{node.name}" for node in [*tapped, *held]} | set(_vectors(step))
+    sizes = {n for n in module.graph.nodes if n.op == "call_function" and ops.is_size_op(n.target)}
     below: set[str] = set()
     for result in results:
         if isinstance(result, fx.Node):
-            below |= {n.meta.get("declared", n.name) for n in ancestors(result) if n.op == "placeholder"}
+            reached = ancestors(result, sizes)
+            below |= {n.meta.get("declared", n.name) for n in reached if n.op == "placeholder"}
     return Response(module, tuple(uses), tuple(kept), not below & moving)
 
 
@@ -152,10 +154,12 @@ def _held_users(step: Step, loss: fx.GraphModule) -> list[fx.Node]:
 
 @dataclass(frozen=True)
 class Affine:
-    """A value sum_i factors_i y_i + rest: factors are numbers or [r, 1], by name of y; `rest` None is 0."""
+    """A value sum_i factors_i y_i + rest: factors are numbers or [r, 1], by name of y; `rest` None is 0; `like` has its
+    shape."""
 
     factors: dict[str, Any]
     rest: Any
+    like: Tensor
 
 
 class _Affine(Located):
@@ -167,7 +171,7 @@ class _Affine(Located):
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().placeholder(target, args, kwargs)
-        return Affine({str(target): 1.0}, None) if str(target) in self.unknown else value
+        return Affine({str(target): 1.0}, None, value) if str(target) in self.unknown else value
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":
@@ -175,6 +179,8 @@ class _Affine(Located):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if not any(isinstance(a, Affine) for a in args):
             return super().run_node(n)
+        if ops.is_size_op(n.target):
+            return n.target(*[a.like if isinstance(a, Affine) else a for a in args], **kwargs)
         return _rule(n, args, kwargs)
 
 
@@ -182,14 +188,15 @@ def _rule(n: fx.Node, args: Any, kwargs: Any) -> Any:
     target = n.target
     if target in (aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar):
         sign = kwargs.get("alpha", 1) * (1 if target in (aten.add.Tensor, aten.add.Scalar) else -1)
-        left, right = (a if isinstance(a, Affine) else Affine({}, a) for a in args[:2])
+        like = next(a.like for a in args[:2] if isinstance(a, Affine))
+        left, right = (a if isinstance(a, Affine) else Affine({}, a, like) for a in args[:2])
         factors = dict(left.factors)
         for name, factor in right.factors.items():
             factors[name] = sign * factor if name not in factors else factors[name] + sign * factor
         rest = left.rest
         if right.rest is not None:
             rest = sign * right.rest if rest is None else rest + sign * right.rest
-        return Affine(factors, rest)
+        return Affine(factors, rest, like)
     if target is aten.neg.default:
         return _times(args[0], -1.0)
     if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
@@ -212,7 +219,7 @@ def _rule(n: fx.Node, args: Any, kwargs: Any) -> Any:
 
 def _times(value: Affine, factor: Any) -> Affine:
     rest = None if value.rest is None else value.rest * factor
-    return Affine({name: one * factor for name, one in value.factors.items()}, rest)
+    return Affine({name: one * factor for name, one in value.factors.items()}, rest, value.like)
 
 
 def check_solvable(step: Step, response: Response) -> None:
@@ -227,7 +234,7 @@ def check_solvable(step: Step, response: Response) -> None:
     rate = optimizer.rate_of(response.uses[0][1])
     if isinstance(rate, Gate) and rate.dims:
         raise NotAffine("a learning rate per channel")
-    step.tracer.trace_on(lambda *g: _delta(response, g, placeholders(response.module)).rest, *_trial(step, response))
+    step.tracer.trace_on(lambda *g: _delta(response, g).rest, *_trial(step, response))
 
 
 def _trial(step: Step, response: Response) -> tuple[list[Tensor], list[str]]:
@@ -235,7 +242,7 @@ def _trial(step: Step, response: Response) -> tuple[list[Tensor], list[str]]:
     return [step.tracer.like(n.meta["val"]) for n in nodes], [n.meta.get("declared", n.name) for n in nodes]
 
 
-def _delta(response: Response, values: Any, names: list[str]) -> Affine:
+def _delta(response: Response, values: Any) -> Affine:
     """The one delta as an affine form; `rest` is a tensor."""
     unknown = {key for key, *_ in (*response.uses, *response.held)}
     made = _Affine(response.module, unknown).run(*values)
@@ -244,9 +251,9 @@ def _delta(response: Response, values: Any, names: list[str]) -> Affine:
         if isinstance(other, Affine):
             raise NotAffine("an input of the product depends on another product")
     if not isinstance(delta, Affine):
-        return Affine({}, delta)
+        return Affine({}, delta, delta)
     if delta.rest is None:
-        return Affine(delta.factors, torch.zeros_like(values[names.index(response.uses[0][0])]))
+        return Affine(delta.factors, torch.zeros_like(delta.like), delta.like)
     return delta
 
 
@@ -281,7 +288,7 @@ def _solve(
         for one, *_ in (*response.uses, *response.held)
     }
     names = placeholders(response.module)
-    delta = _delta(response, [{**given, **blank}[n] for n in names], names)
+    delta = _delta(response, [{**given, **blank}[n] for n in names])
     results = call(response.module, {**given, **blank})
     u, others = results[1], list(results[2 : 2 + len(response.held)])
     inputs = {key: (u, flipped)} | {one: (x, turned) for (one, _, turned), x in zip(response.held, others, strict=True)}

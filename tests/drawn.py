@@ -19,8 +19,9 @@ def draw(
     spec: LoopSpec, tokens: int, sequences: int = 2, heads: int = 2
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Views and weights, float64, with gradients: gates in (0, 1), log decays below 0, slow weights near their init."""
-    count = spec.heads if isinstance(spec.heads, int) else heads
-    axes: dict[str, Any] = {"B": sequences, "H": count, "N": tokens}
+    if spec.heads is not None:
+        heads = spec.heads if isinstance(spec.heads, int) else spec.heads.size({**SIZES, **spec.default_dims})
+    axes = {"B": sequences, "H": heads, "N": tokens}
     log_decays = {id(part) for part in coefficient.parts(spec.optimizer.log_decay)}
 
     def shape(declared: Any) -> list[int]:
@@ -38,7 +39,7 @@ def draw(
     weights = {}
     for name, weight in spec.weights.items():
         alone = weight.kind == "slow weight" and weight.shared  # type: ignore[union-attr]
-        value = torch.empty([*([] if alone else [count]), *shape(weight)], dtype=torch.float64)
+        value = torch.empty([*([] if alone else [heads]), *shape(weight)], dtype=torch.float64)
         value = fill(value, weight.init, not alone)
         weights[name] = (value + 0.1 * torch.rand_like(value) if weight.learned else value).requires_grad_()
     return views, weights

@@ -932,7 +932,7 @@ def test_tensors_that_do_not_fit(backend):
         "  fix:   pass w with the axes H, d, d",
     ]
     assert message(InputError, views, weights, state={"w": torch.randn(7, 2, 4, 4)}) == [
-        "The fast weight 'w' has the wrong shape; axis 0 is B = 1, given 7.",
+        "The state's 'w' has the wrong shape; axis 0 is B = 1, given 7.",
         w,
         "  given: [7, 2, 4, 4]",
         "  need:  [B, H, d, d] = [1, 2, 4, 4]",

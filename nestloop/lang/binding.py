@@ -82,15 +82,16 @@ def bind(
     for name, view in spec.inputs.items():
         given.append((view, _axes(spec, view), views[name]))
     given += [(weight, _Axes(lead(weight)), weights[name]) for name, weight in spec.weights.items()]
-    given += [(e.like, _Axes("BH", rows=e.rows), state[name]) for name, e in carried.items() if state is not None]
+    if state is not None:
+        given += [(e.like, _Axes("BH", rows=e.rows, entry=name), state[name]) for name, e in carried.items()]
 
     sizes = {**dims, "H": spec.heads} if isinstance(spec.heads, int) else dict(dims)
     device = given[0][2].device if isinstance(given[0][2], Tensor) else None
     for declaration, axes, tensor in given:
         if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
-            raise _not_floating(declaration, tensor)
+            raise _not_floating(declaration, axes, tensor)
         if tensor.device != device:
-            raise _elsewhere(declaration, tensor, str(device))
+            raise _elsewhere(declaration, axes, tensor, str(device))
         rank = axes.rank + len(declaration.dims)
         if tensor.ndim != rank:
             raise _wrong_shape(declaration, axes, tensor, f"{rank} axes")
@@ -119,12 +120,14 @@ class _Axes:
         group: heads that one of its heads stands for.
         micro: micro-steps, an axis after N where there are several.
         rows: tokens of a state's tail, an axis after H; 0 for none.
+        entry: the key of a state's tensor; "" for any other.
     """
 
     lead: str
     group: int = 1
     micro: int = 0
     rows: int = 0
+    entry: str = ""
 
     @property
     def rank(self) -> int:
@@ -133,7 +136,7 @@ class _Axes:
     @property
     def names(self) -> list[str]:
         letters = [f"H/{self.group}" if a == "H" and self.group > 1 else a for a in self.lead]
-        return [*letters, *(["micro-steps"] if self.micro else []), *([str(self.rows)] * bool(self.rows))]
+        return [*letters, *(["micro-steps"] if self.micro else []), *(["window - 1"] if self.rows else [])]
 
     def sizes(self, declaration: Declaration, sizes: Mapping[str, int]) -> list[int]:
         """The shape it must have."""
@@ -151,6 +154,13 @@ class _Axes:
             found[at] //= self.group
         found += [n for n in (self.micro, self.rows) if n]
         return found + [expr.size(sizes, declaration.where) for expr in declaration.dims]
+
+
+def _what(declaration: Declaration, axes: _Axes) -> tuple[str, str]:
+    """What a tensor is, and the name it was passed by."""
+    if axes.entry:
+        return f"state's '{axes.entry}'", axes.entry
+    return f"{declaration.kind} '{declaration.name}'", declaration.name
 
 
 def _axes(spec: LoopSpec, view: View | Gate) -> _Axes:
@@ -184,10 +194,10 @@ def check_dims(spec: LoopSpec, dims: Mapping[str, int]) -> None:
             )
 
 
-def _not_floating(declaration: Declaration, value: Any) -> InputError:
-    kind, name = declaration.kind, declaration.name
+def _not_floating(declaration: Declaration, axes: _Axes, value: Any) -> InputError:
+    what, name = _what(declaration, axes)
     return InputError(
-        f"The {kind} '{name}' is not a tensor of a floating type.",
+        f"The {what} is not a tensor of a floating type.",
         where=declaration.where,
         given=f"{value.dtype} [{', '.join(map(str, value.shape))}]" if isinstance(value, Tensor) else repr(value),
         need="a tensor of float64, float32, bfloat16 or float16",
@@ -195,13 +205,14 @@ def _not_floating(declaration: Declaration, value: Any) -> InputError:
     )
 
 
-def _elsewhere(declaration: Declaration, value: Tensor, device: str) -> InputError:
+def _elsewhere(declaration: Declaration, axes: _Axes, value: Any, device: str) -> InputError:
+    what, name = _what(declaration, axes)
     return InputError(
-        f"The {declaration.kind} '{declaration.name}' is on another device than the first view.",
+        f"The {what} is on another device than the first view.",
         where=declaration.where,
         given=str(value.device),
         need=device,
-        fix=f"pass {declaration.name}.to({device!r})",
+        fix=f"pass {name}.to({device!r})",
     )
 
 
@@ -232,6 +243,7 @@ def _same_names(spec: LoopSpec, what: str, declared: Iterable[str], given: Mappi
 def _wrong_shape(
     declaration: Declaration, axes: _Axes, tensor: Tensor, need: str, sizes: Mapping[str, int] | None = None
 ) -> InputError:
+    what, name = _what(declaration, axes)
     names = [*axes.names, *map(str, declaration.dims)]
     which = ""
     if sizes is not None:
@@ -239,11 +251,11 @@ def _wrong_shape(
         wrong = [i for i, (a, b) in enumerate(zip(tensor.shape, known, strict=True)) if a != b]
         which = "; " + ", ".join(f"axis {i} is {names[i]} = {known[i]}, given {tensor.shape[i]}" for i in wrong)
     return InputError(
-        f"The {declaration.kind} '{declaration.name}' has the wrong shape{which}.",
+        f"The {what} has the wrong shape{which}.",
         where=declaration.where,
         given=f"[{', '.join(map(str, tensor.shape))}]",
         need=f"[{', '.join(names)}]" + (f" = {need}" if sizes is not None else f", {need}"),
-        fix=f"pass {declaration.name} with the axes {', '.join(names) or '(none: a scalar)'}",
+        fix=f"pass {name} with the axes {', '.join(names) or '(none: a scalar)'}",
     )
 
 

@@ -8,6 +8,8 @@ from nestloop.lang.loop import Loop
 from nestloop.zoo import listing
 from nestloop.zoo.decay import (
     GLA,
+    HGRN2,
+    RWKV6,
     CausalLinearAttention,
     CausalLinearAttentionElu,
     CosFormer,
@@ -50,11 +52,13 @@ from nestloop.zoo.vit3 import DepthwiseBranch, GatedBranch, ViT3
 __all__ = [
     "GDN2",
     "GLA",
+    "HGRN2",
     "KDA",
     "MTTTMLP",
     "MTTTMLP4",
     "MTTTMLPSGD4",
     "PGDN",
+    "RWKV6",
     "TTTMLP",
     "Atlas",
     "CausalLaCT",

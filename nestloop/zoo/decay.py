@@ -105,6 +105,44 @@ class GLA(CausalLinearAttention):
     optimizer = nl.SGD(log_decay=g)
 
 
+class HGRN2(nl.Loop):
+    """HGRN2: what a key channel forgets is what it takes in, S_t = diag(exp(g_t)) S_{t-1} + (1 - exp(g_t))^T v_t.
+
+    o_t = q_t S_t.
+    """
+
+    paper = "2404.07904"
+    learner, schedule = LinearMemory, nl.Online()
+    q, v = nl.view("dk"), nl.view("dv")
+    g = nl.gate(F.logsigmoid, dims=("dk",))
+    optimizer = nl.SGD(log_decay=g)
+
+    def loss(self, f, t):
+        return -(f(1 - t.g.exp()) * t.v).sum(-1)
+
+    def readout(self, f, t):
+        return f(t.q)
+
+
+class RWKV6(nl.Loop):
+    """RWKV-6: S_t = diag(exp(g_t)) S_{t-1} + k_t^T v_t, read before its own step.
+
+    o_t = q_t (S_{t-1} + diag(u) k_t^T v_t): the token itself counts with a bonus. q is the receptance.
+    """
+
+    paper = "2404.05892"
+    learner, schedule = LinearMemory, nl.Online(read="before")
+    k, q, v, bonus = nl.view("dk"), nl.view("dk"), nl.view("dv"), nl.slow("dk")
+    g = nl.gate(F.logsigmoid, dims=("dk",))
+    optimizer = nl.SGD(log_decay=g)
+
+    def loss(self, f, t):
+        return -(f(t.k) * t.v).sum(-1)
+
+    def readout(self, f, t):
+        return f(t.q) + (t.q * self.bonus * t.k).sum(-1, keepdim=True) * t.v
+
+
 class Mamba2(nl.Loop):
     """Mamba-2's core (SSD): S_t = exp(dt_t A_h) S_{t-1} + dt_t B_t^T x_t, o_t = C_t S_t + D_h x_t.
 

@@ -10,6 +10,7 @@ from types import FunctionType
 from typing import Any
 
 from nestloop.errors import DeclarationError
+from nestloop.lang.declaration import Declaration
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.schedule import BatchSchedule, Causal, Chunked, FullBatch, Online, Program, Schedule, Shuffled
 from nestloop.lang.state import state_size
@@ -75,39 +76,66 @@ def form(spec: LoopSpec) -> str:
 
 
 def lines(loop: type[Loop]) -> int:
-    """Lines of code of a loop, its learner, their bases in the zoo and the functions that these call.
+    """Lines of code of a loop and its learner, each as if written without its bases in the zoo.
 
-    Blank lines, comments, docstrings and the paper's id are none.
+    What a class overrides is not counted, what it calls with `super()` is; so are functions that a body calls. Blank
+    lines, comments, docstrings and the paper's id are none.
     """
-    parts: dict[Any, None] = {}
-    for cls in [*loop.__mro__, *loop.spec.learner.__mro__]:
-        if cls.__module__.startswith("nestloop.zoo."):
-            parts[cls] = None
-            parts |= {function: None for function in _called(cls)}
-    return sum(_code_lines(part) for part in parts)
+    return sum(_flat(cls) for cls in (loop, loop.spec.learner) if _ours(cls))
 
 
-def _called(cls: type) -> list[FunctionType]:
-    outer = vars(sys.modules[cls.__module__])
-    names = {node.id for node in ast.walk(_tree(cls)) if isinstance(node, ast.Name)}
-    found = [outer[name] for name in sorted(names) if isinstance(outer.get(name), FunctionType)]
-    return [function for function in found if function.__module__ == cls.__module__]
+def _ours(part: Any) -> bool:
+    return part.__module__.startswith("nestloop.zoo.")
 
 
-def _tree(part: Any) -> ast.Module:
-    return ast.parse(textwrap.dedent(inspect.getsource(part)))
+def _flat(cls: type) -> int:
+    """Lines of a class and what it inherits within the zoo, its first line included."""
+    total, seen, called = 1, {"paper"}, {}
+    for base in filter(_ours, cls.__mro__):
+        for names, length, functions, open_ended in _statements(base):
+            if names <= seen:
+                continue
+            total += length
+            called |= functions
+            if not open_ended:
+                seen |= names
+    return total + sum(called.values())
 
 
-def _code_lines(part: Any) -> int:
-    skipped: set[int] = set()
-    tree = _tree(part)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False) is not None:
-            text = node.body[0]
-            skipped |= set(range(text.lineno, (text.end_lineno or text.lineno) + 1))
-    source = enumerate(inspect.getsource(part).splitlines(), 1)
-    return sum(
-        1
-        for number, line in source
-        if number not in skipped and line.strip() and not line.strip().startswith(("#", "paper ="))
-    )
+def _statements(cls: type) -> list[tuple[set[str], int, dict[str, int], bool]]:
+    """Each statement of a class body: names bound, lines, functions called and theirs, whether it uses super()."""
+    try:
+        source = inspect.getsource(cls)
+    except OSError:  # made by a function: one line for each declaration
+        return [({name}, 1, {}, False) for name, value in vars(cls).items() if isinstance(value, Declaration)]
+    text = textwrap.dedent(source)
+    (tree,) = ast.parse(text).body
+    assert isinstance(tree, ast.ClassDef)
+    found = []
+    for statement in tree.body:
+        if isinstance(statement, ast.FunctionDef):
+            used = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+            outer = vars(sys.modules[cls.__module__])
+            functions = {name: outer[name] for name in used if isinstance(outer.get(name), FunctionType)}
+            local = {
+                name: _length(inspect.getsource(f)) for name, f in functions.items() if f.__module__ == cls.__module__
+            }
+            found.append(
+                ({statement.name}, _length(ast.get_source_segment(text, statement) or ""), local, "super" in used)
+            )
+        elif isinstance(statement, ast.Assign):
+            names = {node.id for target in statement.targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+            length = (statement.end_lineno or statement.lineno) - statement.lineno + 1
+            found.append((names, length, {}, False))
+    return found
+
+
+def _length(function: str) -> int:
+    """Lines of a function without its docstring, blank lines and comments."""
+    (tree,) = ast.parse(textwrap.dedent(function)).body
+    assert isinstance(tree, ast.FunctionDef)
+    aside: set[int] = set()
+    if ast.get_docstring(tree) is not None:
+        aside = set(range(tree.body[0].lineno, (tree.body[0].end_lineno or 0) + 1))
+    text = enumerate(textwrap.dedent(function).splitlines(), 1)
+    return sum(1 for number, line in text if number not in aside and line.strip() and not line.strip().startswith("#"))

@@ -39,6 +39,11 @@ def residual(learner: Any) -> Any:
     return Residual
 
 
+def _rest(x):
+    """What a gate that forgets sigmoid(x) keeps."""
+    return torch.sigmoid(-x)
+
+
 class Titans(nl.Loop):
     """The long-term memory: S_t = eta_t S_{t-1} - theta_t grad |M(k) - v|^2, M_t = (1 - alpha_t) M_{t-1} + S_t.
 
@@ -50,7 +55,7 @@ class Titans(nl.Loop):
     schedule = nl.Causal(16)
     q, k = (nl.view("d", make=[nl.conv(4), F.silu, nl.l2_norm()]) for _ in range(2))
     v = nl.view("d", make=[nl.conv(4), F.silu])
-    theta, eta, kept = nl.gate(), nl.gate(), nl.gate(lambda x: torch.sigmoid(-x))
+    theta, eta, kept = nl.gate(), nl.gate(), nl.gate(_rest)
     optimizer = nl.SGD(lr=theta, momentum=eta, decay=kept)
     output = (nl.rms_norm(), nl.gated(), nl.project())
 
@@ -68,14 +73,11 @@ class NeuralMemory(nl.Loop):
     """
 
     paper = "2501.00663"
-    learner = residual(memory(2))
-    schedule = nl.Chunked(64, "apply-update", anchor=0, inclusive=True)
+    learner, schedule = residual(memory(2)), nl.Chunked(64, "apply-update", anchor=0, inclusive=True)
     store, retrieve = nl.rms_norm(eps=None), nl.rms_norm(eps=None)
     q, k, v = nl.view("d", of=retrieve), nl.view("d", of=store), nl.view("d", of=store)
-    theta, eta = nl.gate(of=store), nl.gate(of=store, pooled=True)
-    kept = nl.gate(lambda x: torch.sigmoid(-x), of=store, pooled=True)
-    optimizer = nl.SGD(lr=theta, momentum=eta, decay=kept)
-    output = ()
+    theta, eta, kept = nl.gate(of=store), nl.gate(of=store, pooled=True), nl.gate(_rest, of=store, pooled=True)
+    optimizer, output = nl.SGD(lr=theta, momentum=eta, decay=kept), ()
 
     def loss(self, f, t):
         return (f(t.k) - t.v).square().mean(-1)

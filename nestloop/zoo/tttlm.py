@@ -22,7 +22,8 @@ class NormedLinear(BiasedLinear):
 class NormedMLP(MLP):
     """x + LN(gelu(x W1 + b1) W2 + b2)."""
 
-    w1, w2 = nl.fast("d", "4*d", init="normal(0.02)"), nl.fast("4*d", "d", init="normal(0.02)")
+    w1, b1 = nl.fast("d", "4*d", init="normal(0.02)"), nl.fast("4*d")
+    w2, b2 = nl.fast("4*d", "d", init="normal(0.02)"), nl.fast("d")
     gamma, beta = nl.slow("d", init="ones"), nl.slow("d", init="zeros")
 
     def forward(self, x):
@@ -36,8 +37,7 @@ class TTTLinear(nl.Loop):
     """
 
     paper = "2407.04620"
-    learner = NormedLinear
-    schedule = nl.Causal(16)
+    learner, schedule = NormedLinear, nl.Causal(16)
     q, k, v = nl.view("d", make=[nl.rope(period="chunk")]), nl.view("d", make=[nl.rope(period="chunk")]), nl.view("d")
     eta = nl.gate(scale="1/d")
     tau = nl.gate(torch.relu, of=nl.per_position(offset=lambda i: 1 / (i + 1)))
@@ -63,8 +63,7 @@ class TTTLinearMamba(TTTLinear):
     """TTT-Linear in the Mamba backbone: k and q share a projection, with a convolution each; a gate on the output."""
 
     qk = nl.project()
-    q = nl.view("d", of=qk, make=[nl.conv(4), nl.rope(period="chunk")])
-    k = nl.view("d", of=qk, make=[nl.conv(4), nl.rope(period="chunk")])
+    q, k = (nl.view("d", of=p, make=[nl.conv(4), nl.rope(period="chunk")]) for p in (qk, qk))
     output = (TTTLinear.output[0], nl.gated(lambda x: F.gelu(x, approximate="tanh")), nl.project())
 
 

@@ -113,6 +113,55 @@ def test_states_of_another_loop():
     )
 
 
+class Windowed(Recall):
+    learner = Linear
+    optimizer = nl.SGD(lr=0.1, momentum=0.9, window=3)
+
+
+@pytest.mark.parametrize(
+    "entry, shape, like, which, axes, need",
+    [
+        ("w.momentum", [1, 1, 3], Linear.w, "", "B, H, d, d", "4 axes"),
+        ("w.momentum", [2, 1, 3, 3], Linear.w, "; axis 0 is B = 1, given 2", "B, H, d, d", "[1, 1, 3, 3]"),
+        (
+            "k.tail",
+            [1, 1, 5, 3],
+            Recall.k,
+            "; axis 2 is window - 1 = 2, given 5",
+            "B, H, window - 1, d",
+            "[1, 1, 2, 3]",
+        ),
+    ],
+)
+def test_states_of_another_shape(entry, shape, like, which, axes, need):
+    views = {name: torch.randn(1, 1, 4, 3) for name in "kv"}
+    state = {**nl.compile(Windowed)(views, {})[1], entry: torch.zeros(shape)}
+    input_error(
+        Windowed,
+        views,
+        like,
+        f"The state's '{entry}' has the wrong shape{which}.",
+        given=f"[{', '.join(map(str, shape))}]",
+        need=f"[{axes}] = {need}" if which else f"[{axes}], {need}",
+        fix=f"pass {entry} with the axes {axes}",
+        state=state,
+    )
+
+
+def test_states_that_are_no_tensors():
+    views = {name: torch.randn(1, 1, 4, 3) for name in "kv"}
+    input_error(
+        Whole,
+        views,
+        Linear.w,
+        "The state's 'w' is not a tensor of a floating type.",
+        given="torch.int64 [1, 1, 3, 3]",
+        need="a tensor of float64, float32, bfloat16 or float16",
+        fix="pass w.float()",
+        state={"w": torch.zeros(1, 1, 3, 3, dtype=torch.int64), "position": 4},
+    )
+
+
 @pytest.mark.parametrize(
     "position, given", [(-1, "-1"), (2.0, "2.0"), (True, "True"), (torch.zeros(2), "torch.Size([2])")], ids=str
 )

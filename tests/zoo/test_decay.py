@@ -91,6 +91,25 @@ def test_decays_per_key_channel(backend):
 
 
 @both
+def test_hgrn_2_takes_in_what_it_forgets(backend):
+    views = {**qkv(), "g": log_decay(dk)}
+    complement = {**views, "k": 1 - views["g"].exp()}
+    z, expected = run(zoo.HGRN2, views, backend=backend), run(zoo.GLA, complement, backend=backend)
+    equal(z, dk**0.5 * expected, [views[name] for name in ("q", "v", "g")], 1e-12)
+
+
+@both
+def test_rwkv_6_reads_before_its_step_and_adds_a_bonus(backend):
+    views, bonus = {**qkv(), "g": log_decay(dk)}, normal(H, dk)
+    total = views["g"].cumsum(2)
+    q, k = views["q"] * (total - views["g"]).exp(), views["k"] * (-total).exp()
+    own = (views["q"] * bonus[:, None] * views["k"]).sum(-1, keepdim=True) * views["v"]
+    expected = (q @ k.mT).tril(-1) @ views["v"] + own
+    z = run(zoo.RWKV6, views, {"bonus": bonus}, backend=backend)
+    equal(z, expected, [*views.values(), bonus], 1e-12)
+
+
+@both
 def test_mamba_2_shares_keys_and_skips(backend):
     views = {"q": normal(B, N, dk), "k": normal(B, N, dk), "v": normal(B, H, N, dv), "dt": rates()}
     a, skip = gate(H), normal(H)

@@ -60,11 +60,12 @@ def declared_axes(spec: LoopSpec, name: str) -> Axes:
     """The axes of one tile of a declared tensor, or of its cotangent or new value; scalars have none."""
     declared = {**spec.fast, **spec.slow, **spec.inputs}
     plain = name.removeprefix("d_").removeprefix("gradient_").removesuffix("_new")
+    of_tokens = plain in spec.inputs  # a gate's entry of the state is not
     plain = plain if plain in declared else plain.split("__")[0]
     if plain not in declared:
         return ()
-    token = ("n",) if plain in spec.inputs else ()
-    steps = (str(getattr(spec.schedule, "micro", 1)),) if plain in spec.inputs and spec.inputs[plain].micro else ()
+    token = ("n",) if of_tokens else ()
+    steps = (str(getattr(spec.schedule, "micro", 1)),) if of_tokens and spec.inputs[plain].micro else ()
     return (*token, *steps, *[str(e) for e in declared[plain].dims])
 
 

@@ -193,13 +193,13 @@ class Tracer:
         if (not spec.schedule.needs_order and not spec.streams) or spec.is_kernel_estimator:
             self.dims["N"] = self.length
 
-    def tile(self, name: str, micro: int = 0) -> Tensor:
-        """A fresh fake tile of a declared tensor: [n, *dims] for views (with `micro`, [n, micro, *dims]), [*dims] for
-        weights, of which NAME__held is another."""
+    def tile(self, name: str, micro: int = 0, tokens: bool = True) -> Tensor:
+        """A fresh fake tile of a declared tensor: [n, *dims] for views (with `micro`, [n, micro, *dims]; without
+        `tokens`, [*dims]), [*dims] for weights, of which NAME__held is another."""
         name = name.removesuffix("__held")
         declared = {**self.spec.fast, **self.spec.slow, **self.spec.inputs}[name]
         shape = [expr.size(self.sizes, declared.where) for expr in declared.dims]
-        if name not in self.spec.inputs:
+        if name not in self.spec.inputs or not tokens:
             return self.example(shape)
         steps = [micro] if micro else []
         return self.example([self.tokens or _HINT, *steps, *shape], symbolic=self.tokens is None)

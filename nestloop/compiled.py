@@ -165,12 +165,13 @@ class CompiledLoop:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """`__call__` with every argument given, and always three results."""
         binding = bind(self.spec, views, weights, state, order, {**self.dims, **dims})
-        if self.spec.streams and not self._walks:
+        walks = self._walks or (self.spec.streams and binding.tokens == 0)  # no tokens, no step
+        if self.spec.streams and not walks:
             try:
                 return self._run_stream(binding, views, weights, state, return_losses)
             except NoPlanError as error:
                 self._without_plan(error)
-        if self._walks:
+        if walks or self._walks:
             start = None if state is None else dict(state)
             return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
         carried = state is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ class SmallWindow(Window):
 class SmallLaCT(zoo.CausalLaCTMuon):
     """Momentum, Newton-Schulz, and a window of attention beside it."""
 
-    schedule = nl.Chunked(4, "apply-update")
+    schedule: Any = nl.Chunked(4, "apply-update")
     beside = SmallWindow
 
 
@@ -55,9 +56,12 @@ class Absolute(zoo.Titans):
 LOOPS = [SmallTTT, SmallMemory, SmallLaCT, Absolute, SmallWindow]
 
 
-def made(loop, **dims):
+SPLITS = [[1] * N, [3, 4, 4], [4, 7], [6, 1, 4], [9, 2]]
+
+
+def made(loop, backend="reference"):
     torch.manual_seed(0)
-    layer = nl.Layer(loop, D, H, **dims).double()
+    layer = nl.Layer(loop, D, H, backend=backend).double()
     with torch.no_grad():
         for p in layer.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -83,9 +87,9 @@ def in_parts(layer, x, sizes):
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
-@pytest.mark.parametrize("sizes", [[1] * N, [3, 4, 4], [4, 7], [6, 1, 4], [9, 2]], ids=str)
-def test_any_split_is_the_whole(loop, sizes, x):
-    layer = made(loop)
+@pytest.mark.parametrize("backend, sizes", [*[("reference", sizes) for sizes in SPLITS], ("torch", [6, 1, 4])], ids=str)
+def test_any_split_is_the_whole(loop, backend, sizes, x):
+    layer = made(loop, backend)
     whole, end = layer(x, return_state=True)
     parts, state = in_parts(layer, x, sizes)
     close(parts, whole)
@@ -100,8 +104,9 @@ def test_any_split_is_the_whole(loop, sizes, x):
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
-def test_packed_sequences_are_each_alone(loop, x):
-    layer = made(loop)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_packed_sequences_are_each_alone(loop, backend, x):
+    layer = made(loop, backend)
     flat = x.reshape(1, -1, D)  # 22 tokens
     cuts = [0, 5, 5, 12, 17, 22]
     y, states = layer(flat, cu_seqlens=torch.tensor(cuts), return_state=True)
@@ -124,7 +129,7 @@ def test_packed_sequences_of_an_op():
     views |= {n: torch.rand(1, H, 10, dtype=torch.float64) for n in ("eta", "tau")}
     shapes = {"w": (H, 4, 4), "b": (H, 4), "gamma": (H, 4), "beta": (H, 4)}
     weights = {n: torch.randn(shape, dtype=torch.float64) for n, shape in shapes.items()}
-    op = nl.compile(Delta)
+    op = nl.compile(Delta, backend="reference")
     z, states, losses = op(views, weights, cu_seqlens=[0, 3, 7, 10], return_losses=True)
     for (a, b), state in zip(((0, 3), (3, 7), (7, 10)), states, strict=True):
         one, end, loss = op({n: v[:, :, a:b] for n, v in views.items()}, weights, return_losses=True)

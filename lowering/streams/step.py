@@ -98,7 +98,7 @@ class Step:
             elif name in spec.inputs:
                 found.append(self._token_tile(name))
             else:
-                found.append(self.tracer.tile(name.split("__")[0]))
+                found.append(self.tracer.tile(name.split("__")[0], tokens=False))
         return found
 
     def _token_tile(self, name: str) -> Tensor:

@@ -79,6 +79,8 @@ def type_axes(spec: LoopSpec, module: fx.GraphModule, output: Axes = ()) -> Typi
         if node.op == "placeholder":
             name = node.meta.get("declared", node.name)
             seeded = output if name == "d_z" else declared_axes(spec, name)
+            if name in spec.inputs and spec.inputs[name].micro and value.ndim == len(seeded) - 1:
+                seeded = (seeded[0], *seeded[2:])  # a loss sees one micro-step
             axes[node] = seeded if len(seeded) == value.ndim else _by_size(value)
         else:
             axes[node], mixes = _rule(node, axes)

@@ -212,7 +212,7 @@ def _reduce(node: fx.Node, source: Axes, value: torch.Tensor) -> tuple[Axes, boo
         if len(node.args) > 1 and isinstance(node.args[1], (list, tuple))
         else []
     )
-    over = {d % len(source) for d in dims} if dims else set(range(len(source)))
+    over = {d % len(source) for d in dims} if dims and source else set(range(len(source)))
     mixes = any(is_token(source[d]) for d in over)
     if value.ndim == len(source):
         return tuple("1" if d in over else a for d, a in enumerate(source)), mixes

@@ -80,6 +80,8 @@ def type_axes(spec: LoopSpec, module: fx.GraphModule, output: Axes = ()) -> Typi
         if node.op == "placeholder":
             name = node.meta.get("declared", node.name)
             seeded = output if name == "d_z" else declared_axes(spec, name)
+            if name in spec.inputs and spec.inputs[name].micro and value.ndim == len(seeded) - 1:
+                seeded = (seeded[0], *seeded[2:])  # a loss sees one micro-step
             axes[node] = seeded if len(seeded) == value.ndim else _by_size(value)
         else:
             axes[node], mixes = _rule(node, axes)
@@ -211,7 +213,7 @@ def _reduce(node: fx.Node, source: Axes, value: torch.Tensor) -> tuple[Axes, boo
         if len(node.args) > 1 and isinstance(node.args[1], (list, tuple))
         else []
     )
-    over = {d % len(source) for d in dims} if dims else set(range(len(source)))
+    over = {d % len(source) for d in dims} if dims and source else set(range(len(source)))
     mixes = any(is_token(source[d]) for d in over)
     if value.ndim == len(source):
         return tuple("1" if d in over else a for d, a in enumerate(source)), mixes

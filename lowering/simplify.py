@@ -239,6 +239,8 @@ class _Rebuild:
             if identity is None:
                 identity = self._emit(node.target, tuple(inner), node, torch.empty((), device="meta"))
             return identity if isinstance(identity, Fill) else Fill(identity)
+        if node.target is aten._to_copy.default and numbers[0] is not None and node.meta["val"].is_floating_point():
+            return Fill(float(numbers[0]))  # vmap makes a tensor of a Python number that meets one without axes
         identity = self._identity(node.target, args, numbers)
         if isinstance(identity, Fill):
             return identity

@@ -30,6 +30,8 @@ def _norm(o: Operands) -> str:
     order = o.raw[1] if len(o.raw) > 1 else 2
     dims = o.raw[2] if len(o.raw) > 2 else o.kwargs.get("dim")
     keep = o.raw[3] if len(o.raw) > 3 else o.kwargs.get("keepdim", False)
+    if not o.axes(dims):
+        return f"{o[0]}.abs()"
     return f"torch.linalg.vector_norm({o[0]}, {order!r}, {_tuple(o.axes(dims))}, keepdim={keep})"
 
 

@@ -65,8 +65,8 @@ class Operands:
         return dim if dim < 0 else dim - self.rank
 
     def axes(self, dims: Any) -> list[int]:
-        """Several tile axes counted from the end; none given means all."""
-        return [self.axis(d) for d in (dims if dims else range(self.rank))]
+        """Several tile axes counted from the end; none given means all. A number has none, whatever it is told."""
+        return [self.axis(d) for d in (dims if dims and self.rank else range(self.rank))]
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from nestloop.errors import NoPlanError
 from nestloop.lang import coefficient
 from nestloop.lang.declare import Gate, Slow
 from nestloop.lang.loop import LoopSpec
@@ -25,7 +24,7 @@ from nestloop.lowering.streams.chunked import chunk_step, read, update_step
 from nestloop.lowering.streams.dual import dual_step
 from nestloop.lowering.streams.primal import primal_step
 from nestloop.lowering.streams.solved import Response, check_solvable, respond, solved_step
-from nestloop.lowering.streams.step import Step, Tensors
+from nestloop.lowering.streams.step import Step, Tensors, causal, identifier
 from nestloop.lowering.streams.uses import NotAffine
 
 Function = Callable[[Step, Tensors], tuple[Tensor, ...]]
@@ -68,6 +67,8 @@ def choose(captured: Captured, tracer: Tracer) -> tuple[Form, list[Rewrite]]:
         response = respond(step)
     except NotAffine as reason:
         return _sequential(captured, tracer, str(reason))
+    if spec.optimizer.scale is not None:
+        return _sequential(captured, tracer, "a scale is of the token's own step alone")
     length = free_length(spec, captured.sizes, response)
     if not response.free:
         try:
@@ -133,21 +134,29 @@ def _anchored(captured: Captured, tracer: Tracer, chunk: int) -> tuple[Form, lis
 
 def _sequential(captured: Captured, tracer: Tracer, reason: str) -> tuple[Form, list[Rewrite]]:
     """One token after another: gradients at the current weights with no closed form."""
-    spec = captured.spec
-    if getattr(spec.schedule, "micro", 1) > 1:
-        raise NoPlanError(
-            f"The torch backend has no plan for {spec.name}: its micro-steps are no triangular system.",
-            where=spec.where,
-            given=reason,
-            need="one fast weight that enters by a product, and a gradient affine in the learner's output",
-            fix='write nl.compile(..., backend="reference"), or micro=1',
-        )
     why = Rewrite("solved form", False, f"{reason}: one token after another")
     try:
-        _trial(captured, tracer, 1, dual_step)
+        _trial(captured, tracer, 1, _in_turn(dual_step))
     except NotAffine as other:
-        return Form("sequential", 1, primal_step), [why, Rewrite("dual form", False, str(other))]
-    return Form("sequential", 1, dual_step), [why]
+        return Form("sequential", 1, _in_turn(primal_step)), [why, Rewrite("dual form", False, str(other))]
+    return Form("sequential", 1, _in_turn(dual_step)), [why]
+
+
+def _in_turn(function: Function) -> Function:
+    """The step of one token, its micro-steps one after another."""
+
+    def in_turn(step: Step, given: Tensors) -> tuple[Tensor, ...]:
+        if step.micro == 1:
+            return function(step, given)
+        outputs, now = [], dict(given)
+        for turn in range(step.micro):
+            own = {n: t.select(1, turn) for n, t in given.items() if n in step.spec.inputs and step.spec.inputs[n].micro}
+            z, *left, losses = function(replace(step, turn=turn), {**now, **own})
+            outputs.append(z)
+            now |= {identifier(name): value for name, value in zip(step.left, left, strict=True) if name in step.carried}
+        return (outputs[0 if causal(step.spec).read == "before" else -1], *left, losses)
+
+    return in_turn
 
 
 def _trial(captured: Captured, tracer: Tracer, length: int, function: Function) -> fx.GraphModule:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
@@ -12,6 +14,20 @@ from nestloop.lowering.differentiate import Located
 from nestloop.lowering.streams.coefficients import Coefficients, Rows, before, coefficients, last
 from nestloop.lowering.streams.dual import summed
 from nestloop.lowering.streams.step import Step, Tensors, causal, momentum_names, placeholders
+
+aten = torch.ops.aten
+
+
+class _OneToken(Located):
+    """Runs a body of one token under `vmap` over the tokens."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is aten.gelu.default:  # vmap's rule for its derivative settles on one number of tokens
+            x = args[0]
+            if kwargs.get("approximate", "none") == "tanh":
+                return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+            return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
+        return super().call_function(target, args, kwargs)
 
 
 def token_gradients(step: Step, at: Tensors, slow: Tensors, keys: Tensors) -> tuple[Tensors, Tensor]:
@@ -23,7 +39,7 @@ def token_gradients(step: Step, at: Tensors, slow: Tensors, keys: Tensors) -> tu
     def one(fast: Tensors, row: Tensors) -> tuple[Tensor, Tensor]:
         tile = {n: t.unsqueeze(0) for n, t in row.items()}
         given = step.loss_inputs(fast, at, slow, tile)
-        value = Located(loss).run(*[given[n] for n in names]).reshape(())
+        value = _OneToken(loss).run(*[given[n] for n in names]).reshape(())
         return value, value
 
     found, losses = vmap(grad(one, has_aux=True), in_dims=(None, 0))(at, keys)
@@ -88,7 +104,8 @@ def _built(
     if spec.optimizer.scale is not None:
         waiting = carried.get(f"{name}.update")
         taken = taken if waiting is None else taken + waiting.unsqueeze(0)
-        return step.anchor(carried)[name].unsqueeze(0) - factor(step.row_scale(name, slow, keys)) * taken
+        scale = step.row_scale(name, slow, keys).reshape(-1, *[1] * rank)
+        return step.anchor(carried)[name].unsqueeze(0) - scale * taken
     base = carried[name].unsqueeze(0)
     base = base if c.base is None else factor(c.base) * base
     for f, momentum in zip(c.momenta, momentum_names(spec, name), strict=True):

@@ -37,6 +37,7 @@ class Step:
         longest: the most tokens a tile has.
         resumed: whether the chunk may have begun in an earlier call: anchor, update and pending come from a state.
         complete: whether the chunk ends here (`Chunked`, "apply-update").
+        turn: of the micro-steps of each token, the one that is taken; None for all, at the same weights.
     """
 
     captured: Captured
@@ -44,6 +45,7 @@ class Step:
     longest: int
     resumed: bool = False
     complete: bool = True
+    turn: int | None = None
 
     @property
     def spec(self) -> LoopSpec:
@@ -51,7 +53,8 @@ class Step:
 
     @property
     def micro(self) -> int:
-        return getattr(self.spec.schedule, "micro", 1)
+        """Rows of each token."""
+        return getattr(self.spec.schedule, "micro", 1) if self.turn is None else 1
 
     @property
     def carried(self) -> list[str]:
@@ -164,6 +167,8 @@ class Step:
 
     def first_only(self, rows: Rows) -> Tensor | None:
         """1 at the first micro-step of each token, 0 at the others; None where there is one."""
+        if self.turn:
+            return rows.like.new_zeros(rows.count)
         if self.micro == 1:
             return None
         first = (torch.arange(self.micro, device=rows.like.device) == 0).to(rows.like.dtype)

@@ -136,6 +136,8 @@ class _Walk:
             if schedule.read == "before":
                 self.read(index, index + 1, self.weights)
             for micro in range(schedule.micro):
+                if schedule.chunk == 1:
+                    self.begin()  # every micro-step's gradient is taken at weights of its own
                 self._one_step(schedule, index, micro, at)
             if schedule.read == "after":
                 self.read(index, index + 1, self.weights)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def random_inputs(
     scale = scale or {}
 
     def normal(name: str, *shape: int) -> Tensor:
-        value = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale.get(name, 1.0)
+        value = torch.randn(shape, generator=generator, dtype=torch.float64) * scale.get(name, 1.0)
         return value.to(dtype).requires_grad_()
 
     def weight(name: str, lead: tuple[int, ...]) -> Tensor:
@@ -88,9 +89,28 @@ def random_inputs(
 def run(op: nl.CompiledLoop, inputs: Inputs, losses: bool = True) -> dict[str, Tensor]:
     """Outputs, and gradients of a fixed weighting of all of them, by name."""
     made = op(inputs.views, inputs.weights, inputs.state, inputs.order, return_losses=losses, **inputs.dims)
-    outputs = {"z": made[0], **{f"end {n}": t for n, t in made[1].items() if isinstance(t, Tensor)}}
-    if losses and made[2] is not None:
-        outputs["losses"] = made[2]
+    return _with_gradients(made[0], made[1], made[2] if losses else None, inputs)
+
+
+def run_in_parts(op: nl.CompiledLoop, inputs: Inputs, cuts: Sequence[int], losses: bool = True) -> dict[str, Tensor]:
+    """`run`, of a sequence given in several calls: cut before the tokens `cuts`, its state handed on."""
+    first = next(iter(op.spec.inputs.values()))
+    bounds = [0, *cuts, inputs.views[first.name].shape[1 if first.shared else 2]]
+    state, outputs, seen = inputs.state, [], []
+    for start, stop in pairwise(bounds):
+        part = {n: t[:, start:stop] if op.spec.inputs[n].shared else t[:, :, start:stop] for n, t in inputs.views.items()}
+        made = op(part, inputs.weights, state, return_losses=losses, **inputs.dims)
+        state = made[1]
+        outputs.append(made[0])
+        seen += [made[2]] if losses else []
+    assert state is not None
+    return _with_gradients(torch.cat(outputs, 2), state, torch.cat(seen, 2) if seen else None, inputs)
+
+
+def _with_gradients(z: Tensor, state: Mapping[str, Any], losses: Tensor | None, inputs: Inputs) -> dict[str, Tensor]:
+    outputs = {"z": z, **{f"end {n}": t for n, t in state.items() if isinstance(t, Tensor)}}
+    if losses is not None:
+        outputs["losses"] = losses
     total = torch.zeros((), dtype=torch.float64)
     for index, value in enumerate(outputs.values()):
         weighting = torch.cos(torch.arange(value.numel(), dtype=torch.float64) * 0.7 + index)

@@ -1,0 +1,214 @@
+"""Streams nobody wrote a rule for: the torch backend equals the reference, and a sequence in parts equals the whole.
+
+`NESTLOOP_RANDOM_CASES=500 pytest tests/lowering/test_random_streams.py` hunts among so many fresh declarations.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, reject, seed, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import nestloop as nl
+from nestloop.errors import NestloopError
+from tests.lowering.comparison import Inputs, assert_equal, differences, run, run_in_parts
+from tests.lowering.random_streams import FAMILIES, LENGTHS, LONG, RandomStream, random_streams
+
+CASES = int(os.environ.get("NESTLOOP_RANDOM_CASES", "0"))
+BATCHES = [(family, batch) for family in FAMILIES for batch in range(3)]
+over_batches = pytest.mark.parametrize(("family", "batch"), BATCHES, ids=[f"{f}-{b}" for f, b in BATCHES])
+
+
+def each(strategy: st.SearchStrategy[RandomStream], seeded: int, count: int, check: Callable[..., None]) -> None:
+    """Check so many declarations and ways to call them."""
+
+    @seed(seeded + CASES)
+    @settings(
+        max_examples=CASES // len(BATCHES) or count,
+        derandomize=False,  # seeded above: another set of cases for each family
+        database=None,
+        phases=[Phase.generate],  # a case takes seconds: a failing one is printed as it was drawn
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=strategy, calls=st.randoms(use_true_random=False))
+    def holds(case: RandomStream, calls: random.Random) -> None:
+        check(case, calls)
+
+    holds()
+
+
+def begun(case: RandomStream, loop: type[nl.Loop], tokens: int, before: int, **given: int) -> Inputs:
+    """Inputs that go on from the state after some tokens, whose tensors require gradients of their own."""
+    inputs = case.inputs(loop, tokens, **given)
+    if before:
+        earlier = case.inputs(loop, before, **{**given, "seed": given.get("seed", 0) + 1})
+        _, state = nl.compile(loop, backend="torch")(earlier.views, inputs.weights)
+        inputs.state = {n: t.detach().clone().requires_grad_() if isinstance(t, Tensor) else t for n, t in state.items()}
+    return inputs
+
+
+def compared(case: RandomStream, loop: type[nl.Loop], inputs: Inputs, found: nl.CompiledLoop | None = None) -> None:
+    wanted = run(nl.compile(loop, backend="reference"), inputs)
+    if not all(bool(torch.isfinite(value).all()) for value in wanted.values()):
+        reject()  # the definition itself has no value (a norm of zero differentiated twice): nothing to equal
+    assert_equal(differences(run(found or nl.compile(loop, backend="torch"), inputs), wanted), 1e-9)
+
+
+def check(case: RandomStream, calls: random.Random, long: bool = False) -> None:
+    """A declaration at several lengths, from the start and from a state."""
+    loop = case.declare()
+    op = nl.compile(loop, backend="torch")
+    for tokens in calls.sample(LENGTHS, 2):
+        compared(case, loop, case.inputs(loop, tokens, seed=calls.randrange(1000)), op)
+    if long:
+        compared(case, loop, case.inputs(loop, calls.choice(LONG), sequences=1, seed=calls.randrange(1000)), op)
+    before = case.period * calls.randrange(1, 6)
+    if before and not long:
+        compared(case, loop, begun(case, loop, calls.choice(LENGTHS), before, seed=calls.randrange(1000)), op)
+
+
+@pytest.mark.slow
+@over_batches
+def test_streams_equal_the_reference(family: str, batch: int):
+    long = iter([True, False, False, False] * 500)
+    each(random_streams(family), 10 * FAMILIES.index(family) + batch, 4, lambda c, r: check(c, r, next(long)))
+
+
+def cuts_of(case: RandomStream, calls: random.Random, tokens: int) -> list[int]:
+    """Where a sequence may be cut, drawn at random."""
+    return sorted(calls.sample(range(case.period, tokens, case.period), calls.randint(1, 2)))
+
+
+def check_parts(case: RandomStream, calls: random.Random, backend: str = "torch") -> None:
+    loop = case.declare()
+    op = nl.compile(loop, backend=backend)
+    tokens = 3 * case.period + calls.randrange(case.period) if case.period > 1 else calls.randint(7, 12)
+    inputs = case.inputs(loop, tokens, sequences=1, seed=calls.randrange(1000))
+    whole = run(op, inputs)
+    if not all(bool(torch.isfinite(value).all()) for value in whole.values()):
+        reject()
+    assert_equal(differences(run_in_parts(op, inputs, cuts_of(case, calls, tokens)), whole), 1e-10)
+    assert_equal(differences(run_in_parts(op, inputs, range(case.period, tokens, case.period)), whole), 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", range(2))
+@pytest.mark.parametrize("family", FAMILIES[:-1])
+def test_a_sequence_in_parts_is_the_whole(family: str, batch: int):
+    each(random_streams(family), 100 + 10 * FAMILIES.index(family) + batch, 3, check_parts)
+
+
+WINDOWS = [nl.Online(), nl.Online("before", reset=4), nl.Causal(3), nl.Causal(4, "before", reset=8)]
+
+
+@pytest.mark.parametrize("schedule", WINDOWS, ids=str)
+@pytest.mark.parametrize("window", [1, 3, 6])
+def test_a_window_reaches_into_the_part_before(schedule: nl.Causal, window: int):
+    case = RandomStream("biased", "L2", "plain", schedule, "gate", decay="gate", momentum=("number",), window=window)
+    check_parts(case, random.Random(window), "reference")
+
+
+def check_packed(case: RandomStream, calls: random.Random) -> None:
+    """With a reset every r tokens, every r tokens are a sequence of their own."""
+    every = case.schedule.reset
+    count = 3
+    loop, alone = case.declare(), replace(case, schedule=replace_reset(case.schedule)).declare()
+    inputs = case.inputs(loop, count * every, sequences=1, seed=calls.randrange(1000))
+
+    def apart(name: str, value: Tensor) -> Tensor:
+        if loop.spec.inputs[name].shared:
+            return value.unflatten(1, (count, every)).flatten(0, 1)
+        return value.unflatten(2, (count, every)).movedim(2, 1).flatten(0, 1)
+
+    packed = nl.compile(loop, backend="torch")(inputs.views, inputs.weights, return_losses=True)
+    views = {n: apart(n, t) for n, t in inputs.views.items()}
+    single = nl.compile(alone, backend="torch")(views, inputs.weights, return_losses=True)
+    leaves = list(inputs.leaves().values())
+    results = []
+    for z, state, losses in (packed, single):
+        heads, width = z.shape[1], z.shape[3:]
+        z = z if z.shape[0] == 1 else z.movedim(0, 1).reshape(1, heads, -1, *width)
+        losses = losses if losses.shape[0] == 1 else losses.movedim(0, 1).reshape(1, heads, -1)
+        ends = {f"end {n}": t[-1:] for n, t in state.items() if isinstance(t, Tensor)}
+        made = {"z": z, "losses": losses, **ends}
+        total = sum((t * torch.cos(torch.arange(t.numel()) + 0.5).reshape(t.shape)).sum() for t in made.values())
+        found = torch.autograd.grad(total, leaves, allow_unused=True)
+        gradients = {f"gradient {i}": t if g is None else g for i, (t, g) in enumerate(zip(leaves, found, strict=True))}
+        results.append({**made, **gradients})
+    assert_equal(differences(*results), 1e-10)
+
+
+def replace_reset(schedule: nl.Causal | nl.Chunked) -> nl.Causal | nl.Chunked:
+    """The schedule without its reset."""
+    match schedule:
+        case nl.Online():
+            return nl.Online(schedule.read, micro=schedule.micro)
+        case nl.Causal():
+            return nl.Causal(schedule.chunk, schedule.read)
+    return replace(schedule, reset=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES[:-1])
+def test_a_reset_packs_sequences_into_one(family: str):
+    strategy = random_streams(family).filter(lambda c: c.schedule.reset and (c.schedule.reset < 20))
+    each(strategy, 200 + FAMILIES.index(family), 2, check_packed)
+
+
+REFUSED = {
+    "a transform of a token's step": RandomStream("linear", "L2", "plain", nl.Causal(4), "gate", transforms=("", "clip")),
+    "a restore": RandomStream("linear", "L2", "plain", nl.Online(), "gate", restore=True),
+    "a scale with a decay": RandomStream("linear", "L2", "plain", nl.Causal(4), "gate", scale="gate", decay="gate"),
+    "a scale before the step": RandomStream("linear", "L2", "plain", nl.Causal(4, "before"), "gate", scale="gate"),
+    "a scale per channel": RandomStream("linear", "L2", "plain", nl.Causal(4), "gate", scale="channel gate"),
+    "a gradient at decayed weights, once a chunk": RandomStream(
+        "linear", "L2", "plain", nl.Chunked(4), "gate", decay="gate", decay_order="before"
+    ),
+    "a gradient at decayed weights of a program": RandomStream(
+        "linear", "L2", "plain", nl.Program(("apply", 0, "N")), "gate", decay="gate", decay_order="before"
+    ),
+    "a window of a chunk's step": RandomStream("linear", "L2", "plain", nl.Chunked(4), "gate", window=3),
+    "a window of a program": RandomStream("linear", "L2", "plain", nl.Program(("apply", 0, "N")), "gate", window=3),
+    "a window over micro-steps": RandomStream("linear", "L2", "plain", nl.Online(micro=2), "gate", window=3),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_meaning_is_refused_at_the_users_line(name: str):
+    with pytest.raises(NestloopError) as refused:
+        REFUSED[name].declare()
+    assert refused.value.where is not None and refused.value.where.file.endswith("random_streams.py")
+
+
+FOUND = {  # by hunting; each failed once
+    "micro-steps that are no triangular system": RandomStream(
+        "layer norm", "Huber", "plain", nl.Online(micro=3), "gate", decay="gate"
+    ),
+    "micro-steps in turn, read out before them": RandomStream(
+        "MLP", "held key", "plain", nl.Online("before", micro=2), "gate", decay="gate", momentum=("gate",)
+    ),
+    "a scale of one token": RandomStream("linear", "dot", "plain", nl.Online(), "gate", scale="gate"),
+    "a scale of micro-steps": RandomStream("linear", "dot", "plain", nl.Online(micro=2), "gate", scale="gate"),
+    "gelu's gradient of each token": RandomStream("MLP", "L2", "plain", nl.Chunked(5), "channel gate"),
+    "a clip of one number": RandomStream("scalar", "L2", "plain", nl.Chunked(5), "number", transforms=("clip", "")),
+    "a scale in the primal form": RandomStream(
+        "product of weights", "dot", "skip", nl.Causal(5), "slow", scale="gate"
+    ),
+    "a number that meets a value without axes": RandomStream(
+        "linear", "L2", "reads a weight", nl.Causal(5), "number"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_stream_that_failed_once(name: str):
+    loop = FOUND[name].declare()
+    compared(FOUND[name], loop, FOUND[name].inputs(loop, 7))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from nestloop.lowering.pipeline import Lowered, LoweredStream
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.executable import build
 from nestloop.lowering.runtime.streams import build_stream
+from nestloop.lowering.runtime.tiles import spacing_within
 from nestloop.lowering.schedule.cost import cost
 
 AnyLowered = Lowered | LoweredStream
@@ -260,8 +262,28 @@ def _cost(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     lines.append(
         f"state: {state_size(lowered.spec)} = {_state_elements(lowered, sizes):,} numbers per head and sequence"
     )
+    if isinstance(lowered, LoweredStream) and lowered.part == "scan":
+        return "\n".join([*lines, *_kept(lowered, sizes)])
     lines.append("backward: recomputes every step from the state it started from; keeps one state per step")
     return "\n".join(lines)
+
+
+def _kept(lowered: LoweredStream, sizes: Mapping[str, int]) -> list[str]:
+    """What backward keeps of a stream, at a few lengths."""
+    spec = lowered.spec
+    views = sum(math.prod([e.size(dict(sizes)) for e in view.dims]) for view in spec.inputs.values())
+    carried = [e for e in entries(spec).values() if e.part in ("weight", "momentum")]
+    state = sum(math.prod([e.size(dict(sizes)) for e in entry.like.dims]) for entry in carried)
+    lines = [f"backward: recomputes every chunk of {lowered.form.longest} tokens from the states it kept"]
+    for tokens in (sizes["N"], 1024, 65536):
+        count = -(-tokens // lowered.form.longest)
+        every = spacing_within(count, views * tokens, state)
+        kept = -(-count // every) - 1
+        lines.append(
+            f"  N = {tokens}: {count} chunks, a state every {every}: {kept} kept, {4 * kept * state:,} bytes "
+            "per head and sequence"
+        )
+    return lines
 
 
 def _emit(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:

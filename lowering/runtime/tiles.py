@@ -125,17 +125,21 @@ def chunks(length: int, size: int) -> list[tuple[int, int]]:
 
 
 def spacing(count: int, *tokens: Tensor, state: Sequence[Tensor]) -> int:
-    """Chunks from one state that is kept for backward to the next.
-
-    What is kept, and the states of one group while backward recomputes them, together take no more than the token
-    inputs do; where even the square root of the chunks takes more, that.
-    """
+    """`spacing_within` what the token inputs take, for `count` chunks with such a state."""
     heads, sequences = (max(t.shape[axis] for t in (*tokens, *state)) for axis in (0, 1))
     one = heads * sequences * sum(math.prod(t.shape[2:]) for t in state)
-    budget = sum(math.prod(t.shape) for t in tokens)
-    root = max(1, math.isqrt(count - 1) + 1)
+    return spacing_within(count, sum(math.prod(t.shape) for t in tokens), one)
+
+
+def spacing_within(count: int, budget: int, state: int) -> int:
+    """Chunks from one state that is kept for backward to the next.
+
+    What is kept, and the states of one group while backward recomputes them, together take no more than `budget`
+    numbers; where even the square root of the chunks takes more, that.
+    """
+    root = max(1, math.isqrt(count - 1) + 1) if count else 1
     for every in range(1, root):
-        if (-(-count // every) - 1 + every) * one <= budget:
+        if (-(-count // every) - 1 + every) * state <= budget:
             return every
     return root
 

@@ -150,10 +150,14 @@ def _in_turn(function: Function) -> Function:
             return function(step, given)
         outputs, now = [], dict(given)
         for turn in range(step.micro):
-            own = {n: t.select(1, turn) for n, t in given.items() if n in step.spec.inputs and step.spec.inputs[n].micro}
+            own = {
+                n: t.select(1, turn) for n, t in given.items() if n in step.spec.inputs and step.spec.inputs[n].micro
+            }
             z, *left, losses = function(replace(step, turn=turn), {**now, **own})
             outputs.append(z)
-            now |= {identifier(name): value for name, value in zip(step.left, left, strict=True) if name in step.carried}
+            now |= {
+                identifier(name): value for name, value in zip(step.left, left, strict=True) if name in step.carried
+            }
         return (outputs[0 if causal(step.spec).read == "before" else -1], *left, losses)
 
     return in_turn

@@ -98,7 +98,9 @@ def run_in_parts(op: nl.CompiledLoop, inputs: Inputs, cuts: Sequence[int], losse
     bounds = [0, *cuts, inputs.views[first.name].shape[1 if first.shared else 2]]
     state, outputs, seen = inputs.state, [], []
     for start, stop in pairwise(bounds):
-        part = {n: t[:, start:stop] if op.spec.inputs[n].shared else t[:, :, start:stop] for n, t in inputs.views.items()}
+        part = {
+            n: t[:, start:stop] if op.spec.inputs[n].shared else t[:, :, start:stop] for n, t in inputs.views.items()
+        }
         made = op(part, inputs.weights, state, return_losses=losses, **inputs.dims)
         state = made[1]
         outputs.append(made[0])

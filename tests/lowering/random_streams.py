@@ -87,9 +87,7 @@ class RandomStream:
         """Float64 inputs, with rates and keys small enough for the inner loop to stay of order one."""
         small = 0.1 if isinstance(self.schedule, (nl.Causal, nl.Online)) else 0.05
         scale = {"k": 0.7, "v": 0.7, "lr_gate": small, "lr_channel": small}
-        made = random_inputs(
-            loop.spec, self.sizes, sequences=sequences, heads=2, tokens=tokens, scale=scale, seed=seed
-        )
+        made = random_inputs(loop.spec, self.sizes, sequences=sequences, heads=2, tokens=tokens, scale=scale, seed=seed)
         rates = {part.name for part in coefficient.parts(loop.spec.optimizer.lr) if isinstance(part, Slow)}
         for part in loop.spec.optimizer.coefficients():
             if isinstance(part, Slow):  # a rate or a decay, not a weight: in (0, 1)

@@ -51,7 +51,9 @@ def begun(case: RandomStream, loop: type[nl.Loop], tokens: int, before: int, **g
     if before:
         earlier = case.inputs(loop, before, **{**given, "seed": given.get("seed", 0) + 1})
         _, state = nl.compile(loop, backend="torch")(earlier.views, inputs.weights)
-        inputs.state = {n: t.detach().clone().requires_grad_() if isinstance(t, Tensor) else t for n, t in state.items()}
+        inputs.state = {
+            n: t.detach().clone().requires_grad_() if isinstance(t, Tensor) else t for n, t in state.items()
+        }
     return inputs
 
 
@@ -164,7 +166,9 @@ def test_a_reset_packs_sequences_into_one(family: str):
 
 
 REFUSED = {
-    "a transform of a token's step": RandomStream("linear", "L2", "plain", nl.Causal(4), "gate", transforms=("", "clip")),
+    "a transform of a token's step": RandomStream(
+        "linear", "L2", "plain", nl.Causal(4), "gate", transforms=("", "clip")
+    ),
     "a restore": RandomStream("linear", "L2", "plain", nl.Online(), "gate", restore=True),
     "a scale with a decay": RandomStream("linear", "L2", "plain", nl.Causal(4), "gate", scale="gate", decay="gate"),
     "a scale before the step": RandomStream("linear", "L2", "plain", nl.Causal(4, "before"), "gate", scale="gate"),
@@ -199,12 +203,8 @@ FOUND = {  # by hunting; each failed once
     "a scale of micro-steps": RandomStream("linear", "dot", "plain", nl.Online(micro=2), "gate", scale="gate"),
     "gelu's gradient of each token": RandomStream("MLP", "L2", "plain", nl.Chunked(5), "channel gate"),
     "a clip of one number": RandomStream("scalar", "L2", "plain", nl.Chunked(5), "number", transforms=("clip", "")),
-    "a scale in the primal form": RandomStream(
-        "product of weights", "dot", "skip", nl.Causal(5), "slow", scale="gate"
-    ),
-    "a number that meets a value without axes": RandomStream(
-        "linear", "L2", "reads a weight", nl.Causal(5), "number"
-    ),
+    "a scale in the primal form": RandomStream("product of weights", "dot", "skip", nl.Causal(5), "slow", scale="gate"),
+    "a number that meets a value without axes": RandomStream("linear", "L2", "reads a weight", nl.Causal(5), "number"),
 }
 
 

@@ -1,0 +1,257 @@
+"""`python -m benchmarks.causal`: causal loops against what people write without a compiler.
+
+Forward and backward of the loops alone, float32. The peers run in turn in one process, so that all of them see the same
+machine; only ratios within one run mean anything. Then the cost against the number of tokens, and peak memory.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import nestloop as nl
+from benchmarks import causal_peers, machine
+from benchmarks.mttt_layer import RESULTS, interleave
+from benchmarks.peak_memory import peak_mib
+from nestloop import zoo
+from nestloop.lang.state import entries
+from nestloop.lowering import lower
+from nestloop.lowering.runtime.tiles import spacing_within
+
+CORES = {"TTTLinear": causal_peers.ttt_linear, "TTTMLP": causal_peers.ttt_mlp}
+BARS = {"dual form, eager": 1.5, "fla-core": 1.0}
+LOOPS = (*CORES, "DeltaNet", "GatedDeltaNet", "GLA")
+console = Console(width=110, soft_wrap=True)
+
+
+def problem(loop: Any, batch: int, tokens: int, heads: int, d: int, device: str) -> tuple[dict[str, Tensor], ...]:
+    """Views and weights of a loop: keys of length one, gates as a layer makes them."""
+    spec = loop.spec
+    sizes = {"d": d, "dk": d, "dv": d, "H": heads}
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    views = {}
+    for name, view in spec.inputs.items():
+        value = normal(batch, heads, tokens, *[e.size(sizes) for e in view.dims])
+        if name == "g":
+            value = torch.nn.functional.logsigmoid(value) / 16
+        elif name in spec.gates:
+            value = value.sigmoid() / (d if name == "eta" else 1)
+        elif name == "k":
+            value = torch.nn.functional.normalize(value, dim=-1)
+        views[name] = value.to(device).requires_grad_()
+    weights = {}
+    for name, weight in spec.weights.items():
+        value = normal(heads, *[e.size(sizes) for e in weight.dims]) * 0.1
+        weights[name] = (value + (name == "gamma")).to(device).requires_grad_()
+    return views, weights
+
+
+def time_once(function: Callable[[], Tensor], leaves: list[Tensor], device: str) -> float:
+    """Milliseconds of one forward and backward."""
+    machine.synchronize(device)
+    start = time.perf_counter()
+    y = function()
+    torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+    machine.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def peers_of(
+    name: str, views: Mapping[str, Tensor], weights: Mapping[str, Tensor], compiled: bool
+) -> dict[str, Callable[[], Tensor]]:
+    """Every peer of one loop by name."""
+    loop = getattr(zoo, name)
+
+    def op(**settings: Any) -> Callable[[], Tensor]:
+        run = nl.compile(loop, **settings)
+        return lambda: run(views, weights)[0]
+
+    found = {"nestloop, torch": op(backend="torch")}
+    if compiled:
+        found["nestloop, inductor"] = op(backend="torch", inductor=True)
+    if name in CORES:
+        found["dual form, eager"] = partial(CORES[name], views, weights)
+    other = causal_peers.fla_functions().get(name)
+    if other is not None:
+        found["fla-core"] = partial(other, views)
+    return found
+
+
+def measure(name: str, sizes: tuple[int, int, int, int], rounds: int, compiled: bool, device: str) -> dict[str, Any]:
+    """One loop beside its peers: their times, that they agree, and the ratios of the bars."""
+    views, weights = problem(getattr(zoo, name), *sizes, device)
+    peers = peers_of(name, views, weights, compiled)
+    outputs = {peer: function() for peer, function in peers.items()}
+    first = next(iter(outputs.values())).detach()
+    off = {p: float((y.detach() - first).abs().max() / first.abs().max()) for p, y in outputs.items()}
+    leaves = [*views.values(), *weights.values()]
+    rates: list[float] = []
+
+    def rate() -> float:
+        rates.append(machine.gemm_rate(device, repeats=2))
+        return rates[-1]
+
+    runs: dict[str, Callable[[], float]] = {p: partial(time_once, f, leaves, device) for p, f in peers.items()}
+    times = interleave({**runs, "GEMM": rate}, rounds)
+    del times["GEMM"]
+    ours = min((p for p in times if p.startswith("nestloop")), key=lambda p: times[p]["best"])
+    ratios = {}
+    for peer, bar in BARS.items():
+        if peer in times:
+            best, median = (times[peer][key] / times[ours][key] for key in ("best", "median"))
+            ratios[peer] = {"ours": ours, "best": best, "median": median, "bar": bar, "met": best >= bar}
+    gemm = {"best": max(rates), "median": statistics.median(rates)}
+    return {"loop": name, "sizes": sizes, "ms": times, "off_by": off, "ratios": ratios, "gemm_gflops": gemm}
+
+
+def print_loop(result: dict[str, Any]) -> None:
+    b, n, h, d = result["sizes"]
+    table = Table(title=f"{result['loop']}: B={b} N={n} H={h} d={d}, forward + backward", title_justify="left")
+    for column in ("", "best ms", "median ms", "max/min", "off by"):
+        table.add_column(column, justify="left" if not column else "right")
+    for peer, row in sorted(result["ms"].items(), key=lambda item: -item[1]["best"]):
+        numbers = f"{row['best']:.1f}", f"{row['median']:.1f}", f"{row['spread']:.2f}"
+        table.add_row(peer, *numbers, f"{result['off_by'][peer]:.0e}")
+    console.print(table)
+    for peer, ratio in result["ratios"].items():
+        verdict = "met" if ratio["met"] else "NOT met"
+        console.print(
+            f"{ratio['ours']} against {peer}: {ratio['best']:.2f}x best, {ratio['median']:.2f}x median; "
+            f"bar {ratio['bar']}x {verdict}; GEMM {result['gemm_gflops']['best']:.0f} GFLOP/s"
+        )
+
+
+def cost_against_tokens(lengths: list[int], heads: int, d: int, device: str) -> list[dict[str, Any]]:
+    """Microseconds a token at B=1: flat when the cost is linear."""
+    rows = []
+    table = Table(title=f"us a token, B=1 H={heads} d={d} (flat: linear in N)", title_justify="left")
+    for column in ("N", *LOOPS):
+        table.add_column(column, justify="right")
+    for tokens in lengths:
+        micro = {}
+        for name in LOOPS:
+            views, weights = problem(getattr(zoo, name), 1, tokens, heads, d, device)
+            run = peers_of(name, views, weights, False)["nestloop, torch"]
+            leaves = [*views.values(), *weights.values()]
+            micro[name] = min(time_once(run, leaves, device) for _ in range(2)) * 1e3 / tokens
+        rows.append({"tokens": tokens, "us_a_token": micro})
+        table.add_row(f"{tokens:,}", *(f"{us:.1f}" for us in micro.values()))
+    console.print(table)
+    return rows
+
+
+def peak(name: str, tokens: int, heads: int, d: int) -> dict[str, Any]:
+    """Peak memory of one forward and backward in a process of its own, beside what its tensors take."""
+    code = f"import benchmarks.causal as c; c.peak_of_process({name!r}, {tokens}, {heads}, {d})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{name} at {tokens} tokens failed:\n{run.stderr}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def peak_of_process(name: str, tokens: int, heads: int, d: int) -> None:
+    """Print what `peak` reads: MiB of the process, of it before, of inputs, outputs and gradients, of states kept."""
+    loop = getattr(zoo, name)
+    op = nl.compile(loop, backend="torch")
+    views, weights = problem(loop, 1, 64, heads, d, "cpu")
+    op(views, weights)[0].sum().backward()
+    before = peak_mib()
+    views, weights = problem(loop, 1, tokens, heads, d, "cpu")
+    z, state = op(views, weights)
+    z.backward(torch.ones_like(z))
+    inputs = sum(t.numel() for t in (*views.values(), *weights.values()))
+    carried = sum(state[n].numel() for n, e in entries(loop.spec).items() if e.part in ("weight", "momentum"))
+    chunk = lower.plan_for(
+        loop.spec, {"d": d, "dk": d, "dv": d, "D": d, "H": heads}, None, False, False, part="scan"
+    ).chunk
+    count = -(-tokens // chunk)
+    every = spacing_within(count, sum(t.numel() for t in views.values()), carried)
+    tensors = 4 * (2 * inputs + 2 * z.numel()) / 2**20
+    print(
+        json.dumps(
+            {
+                "loop": name,
+                "tokens": tokens,
+                "peak_mib": peak_mib(),
+                "before_mib": before,
+                "inputs_outputs_gradients_mib": tensors,
+                "states_kept_mib": 4 * (-(-count // every) - 1 + every) * carried / 2**20,
+                "chunk": chunk,
+                "chunks_between_states": every,
+            }
+        )
+    )
+
+
+def main(
+    quick: bool = False,
+    json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None,
+    rounds: int = 7,
+    threads: int = 0,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> int:
+    """Measure causal loops. fla-core's functions are peers where that package is installed (pip install fla-core).
+
+    Args:
+        quick: a small problem, nothing compiled by inductor, no long sequences: seconds, proves nothing.
+        json_path: where the results go; benchmarks/results/causal-HOST.json otherwise, nowhere if quick.
+        rounds: rounds of each table; each runs every peer once.
+        threads: threads of torch; 0 leaves torch's choice.
+        device: where it runs.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest")
+    host = machine.facts()
+    console.print(", ".join(f"{name} {value}" for name, value in host.items()))
+    sizes = (1, 64, 2, 16) if quick else (2, 1024, 6, 64)
+    results = []
+    for name in LOOPS:
+        results.append(measure(name, sizes, 2 if quick else rounds, name in CORES and not quick, device))
+        print_loop(results[-1])
+    lengths = [64, 128] if quick else [1024, 4096, 16384, 65536]
+    report: dict[str, Any] = {
+        "what": "causal loops alone, forward + backward, float32",
+        "date": datetime.now(UTC).date().isoformat(),
+        "host": host,
+        "loops": results,
+        "tokens": cost_against_tokens(lengths, 2, sizes[3], device),
+    }
+    if device == "cpu":
+        report["peak_memory"] = [peak(name, lengths[-1], 2, sizes[3]) for name in ("TTTLinear", "TTTMLP", "GLA")]
+        for row in report["peak_memory"]:
+            console.print(
+                f"{row['loop']} at {row['tokens']:,} tokens: peak {row['peak_mib'] - row['before_mib']:.0f} MiB above "
+                f"the process before; inputs, outputs and gradients {row['inputs_outputs_gradients_mib']:.0f} MiB, "
+                f"states kept {row['states_kept_mib']:.0f} MiB"
+            )
+    if json_path is None and not quick:
+        json_path = RESULTS / f"causal-{machine.kind(device)}.json"
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(report, indent=1) + "\n")
+        console.print(f"written: {json_path}")
+    met = [ratio["met"] for result in results for ratio in result["ratios"].values()]
+    return 0 if all(met) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))

@@ -204,6 +204,10 @@ class Tracer:
         steps = [micro] if micro else []
         return self.example([self.tokens or _HINT, *steps, *shape], symbolic=self.tokens is None)
 
+    def row(self) -> Tensor:
+        """A fresh fake number for each of the tile's rows."""
+        return self.example([self.tokens or _HINT], symbolic=self.tokens is None)
+
     def example(self, shape: list[int], symbolic: bool = False) -> Tensor:
         """A fake tensor with its own storage; the first axis is the symbol n where `symbolic`."""
         kinds = [DimDynamic.STATIC] * len(shape)
@@ -226,7 +230,8 @@ class Tracer:
         """The sequence length, where a body (or the declaration) fixes it."""
         if self.tokens is not None:
             return self.tokens
-        return None if self.length.node.expr.free_symbols and _is_free(self.length) else _HINT
+        least = 2 + (self.spec.optimizer.window or 1) - 1  # rows of a tile of two tokens
+        return None if self.length.node.expr.free_symbols and _is_free(self.length, least) else _HINT
 
     def trace(self, body: Callable[..., Any], names: list[str], what: str) -> fx.GraphModule:
         """The graph of `body` over tiles of the named tensors."""
@@ -258,13 +263,13 @@ class Tracer:
         return module
 
 
-def _is_free(length: Any) -> bool:
-    """Whether the graphs hold for any n: no body took a size or a branch that another n would not."""
+def _is_free(length: Any, least: int) -> bool:
+    """Whether the graphs hold for any n from `least` on: no body took a size or a branch that another n would not."""
     env, symbol = length.node.shape_env, length.node.expr
     if not env.replace(symbol).free_symbols:
         return False
     decided = [guard.expr for guard in env.guards if symbol in guard.expr.free_symbols]
-    return all(expr.subs(symbol, n) != False for expr in decided for n in _LENGTHS)  # noqa: E712 (a sympy value)
+    return all(expr.subs(symbol, n) != False for expr in decided for n in _LENGTHS if n >= least)  # noqa: E712 (a sympy value)
 
 
 class _BodyMode(TorchDispatchMode):

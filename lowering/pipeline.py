@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nestloop.errors import NoPlanError
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Program
 from nestloop.lang.state import entries
@@ -133,21 +132,13 @@ def stream_stages(
     Raises:
         CompileError: a body cannot be compiled.
     """
-    if (spec.optimizer.window or 1) > 1:
-        raise NoPlanError(
-            f"The torch backend has no plan for {spec.name}: a window over tokens reaches out of its chunk.",
-            where=spec.optimizer.where,
-            given=f"window={spec.optimizer.window}",
-            need="gradients of the chunk's own tokens",
-            fix='write nl.compile(..., backend="reference"), or leave window out',
-        )
     tracer = Tracer(spec, sizes, tokens, dtype)
     captured = capture_with(tracer)
     assert captured.loss is not None
     typing = type_axes(spec, captured.loss)
     check_tokens(spec, typing, type_axes(spec, captured.readout))
     form, applied = choose(captured, tracer)
-    if form.longest == 1 and tokens != 1:
+    if form.name == "sequential" and tokens != 1:
         tracer = Tracer(spec, sizes, 1, dtype)
         captured = capture_with(tracer)
     made, states, steps = pieces_of(captured, tracer, form, part.startswith("inside"), losses)
@@ -158,7 +149,7 @@ def stream_stages(
         made, steps = {part: made[part]}, {part: steps[part]}
     emitter = StreamEmitter(captured, made, states, steps, form.longest if part == "scan" else 0, losses, form.name)
     source = emitter.emit_scan() if part == "scan" else emitter.emit_piece(next(iter(made)))
-    decided = tracer.fixed_tokens() if form.longest != 1 else None
+    decided = None if form.name == "sequential" else tracer.fixed_tokens()
     captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)
     return LoweredStream(captured, typing, form, made, applied, source, part)
 

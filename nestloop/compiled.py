@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nestloop import reference
-from nestloop.errors import MissingPartError, NoPlanError, OrderError, ShapeMismatchError, UnknownBackendError
+from nestloop.errors import MissingPartError, OrderError, ShapeMismatchError, UnknownBackendError
 from nestloop.lang import packed
 from nestloop.lang.binding import Binding, bind, check_dims
 from nestloop.lang.declare import caller
@@ -56,26 +55,16 @@ class CompiledLoop:
         check_dims(self.spec, dims)
         self.requested, self.inductor, self.dims = backend, inductor, dims
         self._names: dict[Any, str] = {}
-        self.fallback = ""  # why the reference runs, where nothing else can
 
     @property
     def backend(self) -> str:
         """The backend that runs."""
-        if self.fallback:
-            return "reference"
         return "torch" if self.requested == "auto" else self.requested
 
     @property
     def _walks(self) -> bool:
         """Whether the reference is what runs; a window of keys has no steps, and it is as good as any plan."""
         return self.backend == "reference" or (self.spec.streams and self.spec.is_kernel_estimator)
-
-    def _without_plan(self, error: NoPlanError) -> None:
-        """Let the reference run a loop that no other backend has a plan for, where any may; say so, once."""
-        if self.requested != "auto":
-            raise error
-        self.fallback = error.what
-        warnings.warn(f"{error.what} The reference runs it, slowly.", stacklevel=2)
 
     def __reduce__(self):
         return (_remake, (self.loop, self.requested, self.inductor, self.dims))
@@ -167,10 +156,7 @@ class CompiledLoop:
         binding = bind(self.spec, views, weights, state, order, {**self.dims, **dims})
         walks = self._walks or (self.spec.streams and binding.tokens == 0)  # no tokens, no step
         if self.spec.streams and not walks:
-            try:
-                return self._run_stream(binding, views, weights, state, return_losses)
-            except NoPlanError as error:
-                self._without_plan(error)
+            return self._run_stream(binding, views, weights, state, return_losses)
         if walks or self._walks:
             start = None if state is None else dict(state)
             return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
@@ -199,7 +185,8 @@ class CompiledLoop:
         losses = return_losses and not isinstance(self.spec.schedule, Program)
 
         def op(part: str, tokens: int) -> StreamOp:
-            alone = tokens == 1 and getattr(self.spec.schedule, "micro", 1) == 1
+            rows = getattr(self.spec.schedule, "micro", 1) * (self.spec.optimizer.window or 1)
+            alone = tokens == 1 and rows == 1
             name = "" if alone else self._lowered(losses, False, 0, sizes, dtype == torch.float64, part)
             if not name:
                 name = self._lowered(losses, False, tokens, sizes, dtype == torch.float64, part)
@@ -236,10 +223,7 @@ class CompiledLoop:
         sizes = {**self.spec.default_dims, **self.dims, "H": heads}
         if self.spec.streams and not self._walks:
             part = "read" if isinstance(self.spec.schedule, Program) else "scan"
-            try:
-                return lower.plan_for(self.spec, sizes, None, False, False, part=part).output
-            except NoPlanError as error:
-                self._without_plan(error)
+            return lower.plan_for(self.spec, sizes, None, False, False, part=part).output
         if self._walks:
             return reference.token_output(self.spec, sizes)
         tokens = 0

@@ -19,7 +19,7 @@ from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.tile import TileFunction
 from nestloop.lowering.emit.torch import TILE_OPERATIONS
-from nestloop.lowering.streams.step import Step, identifier
+from nestloop.lowering.streams.step import VALID, Step, identifier
 
 _HEADER = '''"""{title}
 
@@ -83,7 +83,9 @@ class StreamEmitter:
         self.captured, self.spec, self.pieces, self.steps = captured, captured.spec, pieces, steps
         self.longest, self.losses, self.form = longest, losses, form
         self.output = readout_axes(captured)
-        self.tokens, self.slow = list(self.spec.inputs), list(self.spec.slow)
+        self.first = next(iter(steps.values()))
+        self.halo = self.first.halo
+        self.tokens, self.slow = [*self.spec.inputs, *([VALID] if self.halo else [])], list(self.spec.slow)
         self.functions: dict[str, TileFunction] = {}
         for name, piece in pieces.items():
             doc = f"{_TITLES[name]}. Returns {', '.join(piece.results)}."
@@ -97,7 +99,6 @@ class StreamEmitter:
         self.entries = entries(self.spec)
         schedule = self.spec.schedule
         self.chunked = schedule if isinstance(schedule, Chunked) else None
-        self.first = next(iter(steps.values()))
 
     def _axes(self, module: fx.GraphModule) -> Mapping[fx.Node, Axes]:
         return type_axes(self.spec, module, self.output).axes
@@ -139,12 +140,14 @@ class StreamEmitter:
         results = [r if r in ("z", "losses") else f"end_{r.removesuffix('_new')}" for r in piece.results]
         inputs = [*[n for n in self.tokens if n in read], *carried, *[n for n in self.slow if n in read]]
         values = [f"_{r}" for r in results]
-        forward = [self._call(name, values, {}), f"return ({', '.join(values)},)"]
+        cut = {"_z": self._own("_z"), "_losses": self._own("_losses")}
+        forward = [self._call(name, values, {}), f"return ({', '.join(cut.get(v, v) for v in values)},)"]
         head = f"def forward({', '.join([*inputs, '_order', '_low', '_rows'])}):"
         parts = [f'{head}\n    """{", ".join(results)}."""\n' + indent("\n".join(forward), "    ")]
         cotangents = [f"d_{r}" for r in results]
         ends = [r for r in results if r.startswith("end_")]
         renamed = {f"d_{r}": f"d_{e}" for r, e in zip(piece.results, results, strict=True)}
+        renamed |= {f"d_{n}": self._padded(f"d_{n}") for n in ("z", "losses") if self.halo}
         back = [self._call(f"{name}_vjp", [f"c_{n}" for n in piece.wrt], renamed)]
         nonzero = self._nonzero(name)
         made = ", ".join(f"c_{n}" if n in nonzero else f"zeros({n})" for n in inputs)
@@ -176,7 +179,8 @@ class StreamEmitter:
     @property
     def extra(self) -> list[str]:
         """Entries that only the last chunk leaves: its anchor, its scaled sum, what waits."""
-        return [identifier(n) for n in self.entries if identifier(n) not in self.carry]
+        rest = {n: e for n, e in self.entries.items() if e.part != "tail"}  # which the call itself keeps
+        return [identifier(n) for n in rest if identifier(n) not in self.carry]
 
     def emit_scan(self) -> StreamSource:
         """The module of the whole scan."""
@@ -189,8 +193,25 @@ class StreamEmitter:
         )
         return StreamSource(text, (*self.starts, *initial), tuple(results), tuple(self.carry))
 
+    def _own(self, text: str) -> str:
+        """A result of a tile without the rows of its window."""
+        return f"{text}[:, :, {self.halo}:]" if self.halo else text
+
+    def _padded(self, text: str) -> str:
+        """A cotangent of such a result with rows of 0 for the window's."""
+        return f"before({self.halo}, {text})" if self.halo else text
+
     def _takes(self, names: set[str]) -> list[str]:
-        return [f"{n}_i = {n}[:, :, _from:_to]" for n in self.tokens if n in names]
+        return [f"{n}_i = {n}[:, :, {self._span}]" for n in self.tokens if n in names]
+
+    @property
+    def _span(self) -> str:
+        """The rows of a chunk's tile, with those of the window before it."""
+        return f"_from : _to + {self.halo}" if self.halo else "_from:_to"
+
+    @property
+    def _length(self) -> str:
+        return f"N = {self.tokens[0]}.shape[2]" + (f" - {self.halo}" if self.halo else "")
 
     def _renamed(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
         return {**{n: f"{n}_i" for n in self.tokens}, **(extra or {})}
@@ -220,7 +241,7 @@ class StreamEmitter:
 
     def _forward(self, inputs: list[str]) -> str:
         lines = [
-            f"N = {self.tokens[0]}.shape[2]",
+            self._length,
             f"_chunks = chunks(N, {self.longest})",
             "_z, _losses, _kept = [], [], []",
         ]
@@ -240,8 +261,8 @@ class StreamEmitter:
         loop += self._takes(read)
         calls = {name: [self._call(name, self._results_of(name), self._renamed())] for name in self.pieces}
         loop += self._either(calls["chunk"], calls.get("partial", []))
-        loop.append("_z.append(_tile)")
-        loop += ["_losses.append(_loss)"] if self.losses else []
+        loop.append(f"_z.append({self._own('_tile')})")
+        loop += [f"_losses.append({self._own('_loss')})"] if self.losses else []
         if self._long_anchor and self.chunked is not None and self.chunked.anchor:
             names = [n for n in self.carry if n.endswith("__anchor")]
             lines.append(f"{' = '.join(names)} = None")
@@ -256,7 +277,7 @@ class StreamEmitter:
     def _backward(self, inputs: list[str], results: list[str]) -> str:
         carry = self.carry
         names = ", ".join(carry) + ("," if len(carry) == 1 else "")
-        lines = [f"N = {self.tokens[0]}.shape[2]", f"_chunks = chunks(N, {self.longest})"]
+        lines = [self._length, f"_chunks = chunks(N, {self.longest})"]
         lines.append(
             f"_spacing = spacing(len(_chunks), {', '.join([*self.tokens])}, state=({', '.join(self.starts)},))"
         )
@@ -265,7 +286,8 @@ class StreamEmitter:
         others = [n for n in inputs if n not in self.tokens and n not in carry]
         if others:
             lines.append(f"{' = '.join('d_' + n for n in others)} = None")
-        lines += [f"_tiles_{n} = []" for n in seen]
+        # tiles of consecutive chunks share the rows of a window: their cotangents are added up in place
+        lines += [f"d_{n} = zeros({n})" if self.halo else f"_tiles_{n} = []" for n in seen]
         none = [n if n in self.starts else n.removesuffix("__anchor") for n in carry]
         lines.append(f"_first = ({', '.join(none)}{',' if len(carry) == 1 else ''})")
         lines.append("for _group in reversed(range(0, len(_chunks), _spacing)):")
@@ -285,7 +307,7 @@ class StreamEmitter:
         group.append(indent("\n".join(self._pull(seen, others, names)), "    "))
         lines.append(indent("\n".join(group), "    "))
         made = {n: f"d_{n}" for n in inputs}
-        made |= {n: f"join(_tiles_{n}[::-1])" for n in seen}
+        made |= {} if self.halo else {n: f"join(_tiles_{n}[::-1])" for n in seen}
         zero = [n for n in self.tokens if n not in seen]
         returned = ", ".join(
             f"zeros({n})" if n in zero else made[n] if n in self.tokens else f"zeros({n}) if d_{n} is None else d_{n}"
@@ -304,9 +326,9 @@ class StreamEmitter:
         lines += self._begin() if self._long_anchor else []
         read = {n for p in self.pieces for n in self.functions[f"{p}_vjp"].signature}
         lines += self._takes(read)
-        lines.append("d_z_i = d_z[:, :, _from:_to]")
+        lines.append(f"d_z_i = {self._padded('d_z[:, :, _from:_to]')}")
         if self.losses:
-            lines.append("d_losses_i = d_losses[:, :, _from:_to]")
+            lines.append(f"d_losses_i = {self._padded('d_losses[:, :, _from:_to]')}")
         if any(n.endswith("__update") for n in self.extra):
             updates = [n for n in self.extra if n.endswith("__update")]
             lines += [f"_d_{n} = d_end_{n} if _index == len(_chunks) - 1 else zeros(d_end_{n})" for n in updates]
@@ -333,7 +355,10 @@ class StreamEmitter:
                     made.append(f"d_{n} = {value}" if value != "None" else f"d_{n} = zeros({n})")
             made += [f"d_{n} = add(d_{n}, c_{n})" for n in others if n in nonzero]
             for n in seen:
-                made.append(f"_tiles_{n}.append({f'c_{n}' if n in nonzero else f'zeros({n}_i)'})")
+                if self.halo:
+                    made += [f"d_{n}[:, :, {self._span}] += c_{n}"] if n in nonzero else []
+                else:
+                    made.append(f"_tiles_{n}.append({f'c_{n}' if n in nonzero else f'zeros({n}_i)'})")
             return [line for line in made if line]
 
         lines += self._either(pull("chunk"), pull("partial") if "partial" in self.pieces else [])

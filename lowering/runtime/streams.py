@@ -24,6 +24,8 @@ from nestloop.lowering.runtime.library import NestedLoopOp, Signature
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.tiles import chunks, spacing
 
+VALID = "window__valid"  # 1 for a row that holds a token, 0 before a sequence begins
+
 Tensors = dict[str, Tensor]
 
 
@@ -35,11 +37,13 @@ class StreamSignature(Signature):
         made: names of the results before what is kept.
         kept: carried tensors that a scan keeps between chunks.
         chunk: tokens of a chunk; 0 for one piece.
+        halo: rows before a call's own tokens.
     """
 
     made: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     chunk: int = 0
+    halo: int = 0
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -51,7 +55,7 @@ class StreamSignature(Signature):
 
     def shapes(self, inputs: Sequence[Tensor]) -> list[list[Any]]:
         heads, sequences = (max(t.shape[axis] for t in inputs) for axis in (0, 1))
-        length = inputs[0].shape[2]
+        length = inputs[0].shape[2] - self.halo
         found: list[list[Any]] = []
         for name in self.made:
             if name in ("z", "losses"):
@@ -92,9 +96,10 @@ def build_stream(spec: LoopSpec, plan: Plan, heads: int, inductor: bool) -> str:
     name = f"{path.stem}_inductor" if inductor else path.stem
     if name not in STREAM_OPS:
         module = cache.load(path)
+        halo = (spec.optimizer.window or 1) - 1
         module = compiled_pieces(module, plan) if inductor else module
         signature = StreamSignature(
-            tokens=tuple(spec.inputs),
+            tokens=(*spec.inputs, *([VALID] if halo else [])),
             fast=plan.inputs,
             slow=tuple(spec.slow),
             tiles={**plan.tiles, "z": plan.output},
@@ -106,6 +111,7 @@ def build_stream(spec: LoopSpec, plan: Plan, heads: int, inductor: bool) -> str:
             made=plan.results,
             kept=plan.kept,
             chunk=plan.chunk,
+            halo=halo,
         )
         op = NestedLoopOp(name, module, signature, _flops(plan, heads), plan.rows)
         STREAM_OPS[name] = StreamOp(op, signature)
@@ -176,6 +182,9 @@ class _Call:
             self.carry = self._fresh()
         else:
             self.carry = {n: state[n].transpose(0, 1).to(dtype) for n in self.entries}
+        self.halo = (spec.optimizer.window or 1) - 1
+        if self.halo:
+            self._prepend()
         self.z: list[tuple[int, Tensor]] = []
         self.losses: list[tuple[int, Tensor]] = []
 
@@ -200,8 +209,21 @@ class _Call:
         rows = [entry.rows] if entry.rows else []
         return [*rows, *[e.size(self.binding.sizes) for e in entry.like.dims]]
 
+    def _prepend(self) -> None:
+        """The tail of the state before the call's tokens, and which of these rows hold one; the tail becomes theirs."""
+        for name, view in self.tokens.items():
+            tail = self.carry[f"{name}.tail"]
+            tail = tail[: view.shape[0]].expand(*view.shape[:2], *tail.shape[2:])
+            self.tokens[name] = torch.cat([tail.to(view.dtype), view], 2)
+        absent = max(0, self.halo - self.position)
+        rows = self.halo + self.binding.tokens
+        valid = (torch.arange(rows, device=self.like.device) >= absent).to(self.like.dtype)
+        for name, view in self.tokens.items():
+            self.carry[f"{name}.tail"] = view[:, :, rows - self.halo :].to(self.like.dtype)
+        self.tokens[VALID] = valid[None, None]
+
     def _inputs(self, start: int, stop: int) -> Tensors:
-        cut = {n: t[:, :, start:stop] for n, t in self.tokens.items()}
+        cut = {n: t[:, :, start : stop + self.halo] for n, t in self.tokens.items()}
         carried = {n.replace(".", "__"): t for n, t in self.carry.items()}
         return {**cut, **carried, **{f"{n}__initial": t for n, t in self.initial.items()}, **self.slow}
 
@@ -224,7 +246,8 @@ class _Call:
         while start < tokens:
             at = self.position + start
             if reset and at % reset == 0 and at:
-                self.carry = self._fresh()
+                tails = {n: t for n, t in self.carry.items() if self.entries[n].part == "tail"}
+                self.carry = {**self._fresh(), **tails}  # what a window sees is not learned
             stop = tokens if not reset else min(tokens, start + reset - at % reset)
             self._span(start, stop)
             start = stop

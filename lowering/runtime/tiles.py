@@ -119,6 +119,11 @@ def tiles(start: int, stop: int, rows: int | None) -> list[tuple[int, int]]:
     return even(start, stop, 1 if rows is None else max(1, -(-(stop - start) // rows)))
 
 
+def before(rows: int, x: Tensor) -> Tensor:
+    """Rows of 0 before a tile's own."""
+    return torch.cat([x.new_zeros(*x.shape[:2], rows, *x.shape[3:]), x], 2)
+
+
 def chunks(length: int, size: int) -> list[tuple[int, int]]:
     """Tokens in chunks of `size`, the last one shorter."""
     return [(start, min(start + size, length)) for start in range(0, length, size)]

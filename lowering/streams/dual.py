@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from nestloop.lang.declare import Gate
 from nestloop.lowering.axes import type_axes
 from nestloop.lowering.streams.coefficients import Coefficients, before, coefficients, last
-from nestloop.lowering.streams.step import Step, Tensors, call, causal, momentum_names
+from nestloop.lowering.streams.step import VALID, Step, Tensors, call, causal, momentum_names
 from nestloop.lowering.streams.uses import Matrix, NotAffine, Uses, Vector, is_matrix, weight_users
 
 
@@ -111,6 +111,13 @@ def _scaled_pair(u: Tensor, delta: Tensor, rate: Any, per_row: bool) -> tuple[Te
     if shape[-1] != 1 and shape[-2] != 1:
         raise NotAffine("a learning rate for every element of a matrix")
     return (u * along_u, delta) if along_u is not None else (u, delta * along_delta)
+
+
+def valid(found: Gradients, rows: Tensor) -> Gradients:
+    """The gradients of rows that hold a token, 0 for others."""
+    pairs = {n: [(u, delta * rows.unsqueeze(1)) for u, delta in every] for n, every in found.pairs.items()}
+    vectors = {n: g * rows.reshape(-1, *[1] * (g.ndim - 1)) for n, g in found.vectors.items()}
+    return Gradients(pairs, vectors, found.losses)
 
 
 @dataclass
@@ -247,7 +254,7 @@ def finish(
     spec, readout = step.spec, step.captured.readout
     axes = type_axes(spec, readout).axes
     queries = step.queries(tokens)
-    count = next(iter(tokens.values())).shape[0]
+    count = next(iter(queries.values())).shape[0]
     reads = {name: _reader(step, name, carried, slow, keys, every[name]) for name in spec.fast}
 
     def of_product(x: Tensor, matrix: Matrix, node: fx.Node) -> Tensor:
@@ -263,7 +270,7 @@ def finish(
     z = call(readout, {**values, **slow, **queries, **micro}, Uses(readout, axes, of_product))
     left = [state for name in spec.fast for state in [_ends(step, name, carried, slow, keys, found, every[name])]]
     made = {key: value for one in left for key, value in one.items()}
-    return (z, *[made[name] for name in step.left], step.token_losses(found.losses))
+    return (step.with_halo(z), *[made[name] for name in step.left], step.token_losses(found.losses))
 
 
 def _reader(step: Step, name: str, carried: Tensors, slow: Tensors, keys: Tensors, c: Coefficients) -> Read:
@@ -343,10 +350,13 @@ def dual_step(step: Step, given: Tensors) -> tuple[Tensor, ...]:
     keys = step.keys(tokens)
     rows = step.rows(keys, slow)
     every = {
-        name: coefficients(spec.optimizer, weight, rows, step.first_only(rows)) for name, weight in spec.fast.items()
+        name: step.windowed(coefficients(spec.optimizer, weight, rows, step.first_only(rows)), rows)
+        for name, weight in spec.fast.items()
     }
     at = step.anchor(carried)
     if spec.optimizer.decays is not None and spec.optimizer.decay_order == "before":
         at = {n: w if every[n].base is None else last(every[n].base) * w for n, w in at.items()}
     found = rated(step, gradients(step, at, slow, keys), slow, keys)
+    if step.halo:
+        found = valid(found, given[VALID])
     return finish(step, carried, slow, keys, tokens, found, every)

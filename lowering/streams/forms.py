@@ -60,7 +60,7 @@ def choose(captured: Captured, tracer: Tracer) -> tuple[Form, list[Rewrite]]:
     if isinstance(schedule, Program):
         return Form("chunk", 0, update_step), [_whole_chunk(schedule)]
     assert isinstance(schedule, Causal)
-    if schedule.chunk > 1:
+    if schedule.chunk > 1 or (spec.optimizer.window or 1) > 1:
         return _anchored(captured, tracer, schedule.chunk)
     step = Step(captured, tracer, 1)
     try:

@@ -13,7 +13,7 @@ from nestloop.lang.declare import Gate
 from nestloop.lowering.differentiate import Located
 from nestloop.lowering.streams.coefficients import Coefficients, Rows, before, coefficients, last
 from nestloop.lowering.streams.dual import summed
-from nestloop.lowering.streams.step import Step, Tensors, causal, momentum_names, placeholders
+from nestloop.lowering.streams.step import VALID, Step, Tensors, causal, momentum_names, placeholders
 
 aten = torch.ops.aten
 
@@ -64,11 +64,16 @@ def primal_step(step: Step, given: Tensors, anchored: bool = True) -> tuple[Tens
     keys = step.keys(tokens)
     rows = step.rows(keys, slow)
     first = step.first_only(rows)
-    every = {name: coefficients(spec.optimizer, weight, rows, first) for name, weight in spec.fast.items()}
+    every = {
+        name: step.windowed(coefficients(spec.optimizer, weight, rows, first), rows)
+        for name, weight in spec.fast.items()
+    }
     at = step.anchor(carried)
     if anchored and spec.optimizer.decays is not None and spec.optimizer.decay_order == "before":
         at = {n: w if every[n].base is None else last(every[n].base) * w for n, w in at.items()}
     found, losses = token_gradients(step, at, slow, keys)
+    if step.halo:
+        found = {n: g * given[VALID].reshape(-1, *[1] * (g.ndim - 1)) for n, g in found.items()}
     weights = {name: weights_of(step, name, carried, rows, found[name], every[name], slow, keys) for name in spec.fast}
     z = _read(step, weights, slow, step.queries(tokens))
     left: Tensors = {}
@@ -76,7 +81,7 @@ def primal_step(step: Step, given: Tensors, anchored: bool = True) -> tuple[Tens
         left |= _ends(step, name, carried, slow, keys, found[name], every[name])
     if not anchored:
         losses = _losses(step, carried, rows, slow, keys, found, every)
-    return (z, *[left[name] for name in step.left], step.token_losses(losses))
+    return (step.with_halo(z), *[left[name] for name in step.left], step.token_losses(losses))
 
 
 def weights_of(

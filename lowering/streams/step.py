@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from nestloop.lang.schedule import Causal, Chunked
 from nestloop.lang.state import entries
 from nestloop.lowering.capture import Captured, Tracer
 from nestloop.lowering.differentiate import Located
-from nestloop.lowering.streams.coefficients import Rows
+from nestloop.lowering.runtime.streams import VALID
+from nestloop.lowering.streams.coefficients import Coefficients, Rows, combine, exact
 from nestloop.lowering.streams.uses import NotAffine
 
 Tensors = dict[str, Tensor]
@@ -57,6 +59,11 @@ class Step:
         return getattr(self.spec.schedule, "micro", 1) if self.turn is None else 1
 
     @property
+    def halo(self) -> int:
+        """Rows of earlier tokens before the tile's own, whose gradients a window adds."""
+        return (self.spec.optimizer.window or 1) - 1
+
+    @property
     def carried(self) -> list[str]:
         """Entries of the state that a step reads, fast weights first."""
         schedule = self.spec.schedule
@@ -86,7 +93,8 @@ class Step:
     def inputs(self) -> list[str]:
         """Names of the piece's inputs."""
         initial = [f"{name}__initial" for name in self.spec.fast] if self.reads_initial else []
-        return [*map(identifier, self.carried), *initial, *self.spec.slow, *self.spec.inputs]
+        valid = [VALID] if self.halo else []
+        return [*map(identifier, self.carried), *initial, *self.spec.slow, *self.spec.inputs, *valid]
 
     @property
     def results(self) -> list[str]:
@@ -98,6 +106,8 @@ class Step:
         for name in self.inputs:
             if name in spec.slow or name in spec.fast:
                 found.append(self.tracer.tile(name))
+            elif name == VALID:
+                found.append(self.tracer.row())
             elif name in spec.inputs:
                 found.append(self._token_tile(name))
             else:
@@ -133,10 +143,47 @@ class Step:
 
     def queries(self, tokens: Tensors) -> Tensors:
         """The tile that the read-out sees."""
-        return {name: value for name, value in tokens.items() if not self.spec.inputs[name].micro}
+        return {n: value for n, value in self.own(tokens).items() if not self.spec.inputs[n].micro}
+
+    def own(self, tokens: Tensors) -> Tensors:
+        """The rows of the tile's own tokens."""
+        return {n: self.own_rows(value) for n, value in tokens.items()} if self.halo else tokens
+
+    def own_rows(self, value: Tensor) -> Tensor:
+        """The rows after the halo, as a product: its derivative joins no blocks."""
+        if not self.halo:
+            return value
+        rows = value.shape[0]
+        flat = value.reshape(rows, math.prod(value.shape[1:]))
+        return exact(self._chosen(rows, value), flat).reshape(rows - self.halo, *value.shape[1:])
+
+    def with_halo(self, value: Tensor) -> Tensor:
+        """A result of the tile's own tokens with rows of 0 for the halo: every result has all rows of the tile."""
+        if not self.halo:
+            return value
+        rows = value.shape[0] + self.halo
+        flat = value.reshape(value.shape[0], math.prod(value.shape[1:]))
+        return exact(self._chosen(rows, value).mT, flat).reshape(rows, *value.shape[1:])
+
+    def _chosen(self, rows: Any, like: Tensor) -> Tensor:
+        """[rows - halo, rows], 1 where a row is one of the tile's own."""
+        own, every = (torch.arange(n, device=like.device) for n in (rows - self.halo, rows))
+        return (own[:, None] + self.halo == every[None, :]).to(like.dtype)
+
+    def windowed(self, c: Coefficients, rows: Rows) -> Coefficients:
+        """The coefficients of gradients that each step sums over its window: [n, n + halo] in the place of [n, n]."""
+        if not self.halo:
+            return c
+        first = rows.position()
+        every = torch.arange(rows.count + self.halo, device=rows.like.device)
+        band = (every[None, :] >= first[:, None]) & (every[None, :] <= first[:, None] + self.halo)
+        window = band.to(rows.like.dtype)
+        kept = tuple((starts, combine(mix, window)) for starts, mix in c.kept)
+        return Coefficients(c.base, c.momenta, combine(c.mix, window), kept)
 
     def rows(self, keys: Tensors, slow: Tensors) -> Rows:
         """The rows of the loss's tile."""
+        keys = self.own(keys)
         first = next(iter(keys.values()))
         value = self.value(keys, slow)
         return Rows(first.shape[0], self.longest * self.micro, value, lambda part: isinstance(part, Gate), first)
@@ -155,6 +202,7 @@ class Step:
 
     def row_scale(self, name: str, slow: Tensors, keys: Tensors) -> Tensor:
         """The scale of each row, [r, 1]. Raises `NotAffine` for one per channel."""
+        keys = self.own(keys)
         part = coefficient.of(self.spec.optimizer.scale, name, 1.0)
         value = self.value(keys, slow)(self.spec.fast[name], part)
         first = next(iter(keys.values()))
@@ -181,7 +229,7 @@ class Step:
         return rows.reshape(rows.shape[0] // self.micro, self.micro, *rows.shape[1:]).select(1, self.micro - 1)
 
     def token_losses(self, losses: Tensor) -> Tensor:
-        """One loss a token: its last micro-step's."""
+        """One loss a row of the tile: of micro-steps, the last one's."""
         return self.read_rows(losses)
 
     def loss_inputs(self, at: Tensors, held: Tensors, slow: Tensors, keys: Tensors) -> dict[str, Any]:

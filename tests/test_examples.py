@@ -75,3 +75,18 @@ def test_every_example_is_run():
     """The claims above cover the folder."""
     own = Path(__file__).read_text()
     assert EXAMPLES and all(f'printed("{name}")' in own for name in EXAMPLES)
+
+
+def test_a_character_model_learns_beside_attention():
+    rows = {line[:9].strip(): numbers(line) for line in printed("character_model")}
+    assert set(rows) == {"attention", "TTT-MLP"}
+    for curve in rows.values():
+        assert len(curve) == 6 and curve[-1] < curve[0] - 0.8  # from knowing nothing of a hundred characters
+
+
+def test_a_stream_is_the_whole():
+    lines = printed("streaming_decode")
+    assert [line.split()[0] for line in lines] == ["TTTMLP", "GatedDeltaNet", "Titans"]
+    for line in lines:
+        difference = re.search(r"difference (\S+)", line)
+        assert difference is not None and float(difference[1]) < 1e-5

@@ -20,7 +20,7 @@ class DeltaNet(nl.Loop):
 
     paper = "2406.06484"
     learner, schedule = LinearMemory, nl.Online()
-    k, q, v = nl.view("dk"), nl.view("dk"), nl.view("dv")
+    k, q, v = nl.view("dk", make=[nl.l2_norm()]), nl.view("dk", make=[nl.l2_norm()]), nl.view("dv")
     beta = nl.gate()
     optimizer = nl.SGD(lr=beta)
 
@@ -43,7 +43,7 @@ class KDA(DeltaNet):
     """Kimi Delta Attention: Gated DeltaNet with a log decay for each key channel; two value heads see one key head."""
 
     paper = "2510.26692"
-    k, q = nl.view("dk", group=2), nl.view("dk", group=2)
+    k, q = (nl.view("dk", group=2, make=[nl.l2_norm()]) for _ in range(2))
     g = nl.gate(F.logsigmoid, dims=("dk",))
     optimizer = nl.SGD(lr=DeltaNet.beta, log_decay=g, decay_order="before")
 

@@ -32,5 +32,5 @@ def test_mesa(backend):
     expected = row(views["q"], torch.linalg.solve(left, k.mT @ (weights[..., None] * v)))
     z = run(zoo.Mesa, views, {"lamb": lamb}, backend=backend)
     equal(z, expected, [*views.values(), lamb], 1e-10)
-    near = run(zoo.MesaNet, views, {"lamb": lamb}, backend=backend)
+    near = run(zoo.MesaNet, views, {"lamb": lamb})
     torch.testing.assert_close(near, z, rtol=0, atol=2e-3)

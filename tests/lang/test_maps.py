@@ -169,9 +169,9 @@ def test_decays_by_head():
             "write nl.project(rank=16)",
         ),
         (
-            lambda: nl.conv(1.5),
+            lambda: nl.conv(0),
             "The size of a convolution is not a number of tokens.",
-            "size=1.5",
+            "size=0",
             "a whole number, 1 or more",
             "write nl.conv(4)",
         ),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import nestloop as nl
 from nestloop import zoo
-from tests.golden.case import Case, Family, Quantities, Run, one_of
+from tests.golden.case import Case, Family, Quantities, Run
 from tests.golden.families.layer import Layout, Weights, run_layer
 
 FAST = {"w": "W1", "b": "b1", "w1": "W1", "b1": "b1", "w2": "W2", "b2": "b2"}
@@ -32,7 +32,7 @@ def declaration(case: Case) -> Any:
     shares, gates = case.setting("share_qk", True, False), case.setting("use_gate", True, False)
     plain: Any = zoo.TTTLinear if kind == "linear" else zoo.TTTMLP
     mamba: Any = zoo.TTTLinearMamba if kind == "linear" else zoo.TTTMLPMamba
-    base = mamba if shares else plain
+    base: Any = mamba if shares else plain
     rope = nl.rope(float(case.setting("rope_theta")), period="chunk")
 
     class TTT(base):
@@ -118,7 +118,6 @@ def inside(layer: nl.Layer, x: Tensor, primal: bool) -> Quantities:
 
 def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
     case.understood(*SETTINGS)
-    one_of("pre_conv", case.settings.get("pre_conv", False), False)
     loop, splits = declaration(case), case.settings.get("decode_chunks") or []
     quantities = run_layer(
         case,

@@ -39,7 +39,7 @@ def reports(folder, pattern):
     return [check_file(path, "torch") for path in sorted((folder / "golden").glob(f"{pattern}.safetensors"))]
 
 
-PATTERNS = ["mttt_*", "vittt_*", "fla_*"]
+PATTERNS = ["mttt_*", "vittt_*", "fla_*", "tttlm_*", "lact_*", "titans_*"]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -129,14 +129,12 @@ GOLDEN = frozenset(
         CausalLaCT,
         CausalLaCTMuon,
         LaCT,
-        LaCTMuon,
         NeuralMemory,
         SelfAttention,
         SimpleGLA,
         TTTLinear,
         TTTLinearMamba,
         TTTMLP,
-        TTTMLPMamba,
     }
 )
 

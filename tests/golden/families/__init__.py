@@ -9,6 +9,7 @@ from tests.golden.families import (
     mttt_ttt,
     titans,
     tttlm,
+    tttlm_block,
     vittt,
 )
 
@@ -20,6 +21,7 @@ FAMILIES = [
     vittt.FAMILY,
     fla.FAMILY,
     tttlm.FAMILY,
+    tttlm_block.FAMILY,
     lact.FAMILY,
     titans.FAMILY,
 ]

@@ -103,6 +103,11 @@ def inside(layer: nl.Layer, x: Tensor) -> Quantities:
     return {f"mid.{name}": value.flatten(0, 1) for name, value in found.items()}
 
 
+def base_of(loop: Any) -> str:
+    """The name of the zoo's loop that `loop` is made from."""
+    return next(cls.__name__ for cls in loop.__mro__ if cls.__module__.startswith("nestloop.zoo"))
+
+
 def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
     cls = case.setting("cls", *KINDS)
     causal, windowed = cls.startswith("Causal"), cls == WINDOWED
@@ -111,7 +116,7 @@ def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
     attention = case.setting("attn_head_dim") if windowed else None
     loop, layout = declaration(case, causal, windowed), layout_of(heads, causal, attention)
     dims = {} if attention is None else {"a": attention}
-    yield loop.__name__, run_layer(case, how, loop, heads, layout, inside=inside, dims=dims)
+    yield base_of(loop), run_layer(case, how, loop, heads, layout, inside=inside, dims=dims)
 
 
 FAMILY = Family(

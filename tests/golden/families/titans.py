@@ -151,7 +151,7 @@ def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
     loop = declaration(case)
     dims = {"d": case.settings["dim_head"]} if case.settings.get("dim_head") else {}
     layout = layout_of(loop, heads, case.settings.get("momentum_order", 1))
-    yield loop.__name__, run_layer(case, how, loop, heads, layout, inside=inside, dims={**dims})
+    yield zoo.NeuralMemory.__name__, run_layer(case, how, loop, heads, layout, inside=inside, dims={**dims})
 
 
 FAMILY = Family(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import nestloop as nl
 from nestloop import zoo
-from tests.golden.case import Case, Family, Quantities, Run, one_of
+from tests.golden.case import Case, Family, Quantities, Run
 from tests.golden.families.layer import Layout, Weights, run_layer
 
 FAST = {"w": "W1", "b": "b1", "w1": "W1", "b1": "b1", "w2": "W2", "b2": "b2"}
@@ -30,15 +30,16 @@ def declaration(case: Case) -> Any:
     """The loop that the settings describe: the zoo's, with other numbers where the file has them."""
     kind = case.setting("ttt_layer_type", "linear", "mlp")
     shares, gates = case.setting("share_qk", True, False), case.setting("use_gate", True, False)
-    base: Any = zoo.TTTLinear if kind == "linear" else zoo.TTTMLP
+    plain: Any = zoo.TTTLinear if kind == "linear" else zoo.TTTMLP
     mamba: Any = zoo.TTTLinearMamba if kind == "linear" else zoo.TTTMLPMamba
+    base: Any = mamba if shares else plain
     rope = nl.rope(float(case.setting("rope_theta")), period="chunk")
 
     class TTT(base):
         schedule = nl.Causal(case.setting("mini_batch_size"))
         eta = nl.gate(scale=f"{case.setting('ttt_base_lr')!r}/d")
         optimizer = nl.SGD(lr=eta, scale=base.tau)
-        output = (mamba if gates else base).output
+        output = (mamba if gates else plain).output
         if shares:
             qk = nl.project()
             q = nl.view("d", of=qk, make=[nl.conv(case.setting("conv_kernel")), rope])
@@ -117,7 +118,6 @@ def inside(layer: nl.Layer, x: Tensor, primal: bool) -> Quantities:
 
 def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
     case.understood(*SETTINGS)
-    one_of("pre_conv", case.settings.get("pre_conv", False), False)
     loop, splits = declaration(case), case.settings.get("decode_chunks") or []
     quantities = run_layer(
         case,
@@ -128,7 +128,7 @@ def run(case: Case, how: Run) -> Iterator[tuple[str, Quantities]]:
         inside=partial(inside, primal=case.settings.get("cache", False)) if len(splits) < 2 else None,
         splits=splits or None,
     )
-    yield loop.spec.learner.__name__, quantities
+    yield loop.__mro__[1].__name__, quantities
 
 
 FAMILY = Family(

@@ -130,7 +130,7 @@ def _check_arguments(spec: LoopSpec, signature: StreamSignature) -> None:
             where=spec.where,
             given=f"{len(entries(spec))} tensors in the state, {backward} arguments of its backward",
             need=f"{MOST_ARGUMENTS} arguments at most",
-            fix='write nl.compile(..., backend="reference"), or join fast weights: a bias as one more row of its matrix',
+            fix='write nl.compile(..., backend="reference"), or join fast weights: a bias as a row of its matrix',
         )
 
 

@@ -174,6 +174,7 @@ def _declare(case: RandomStream) -> type[nl.Loop]:
 
 def _weights(case: RandomStream) -> dict[str, Any]:
     out = case.output
+    shapes: dict[str, tuple[str, ...]]
     match case.learner:
         case "linear" | "transposed" | "normalised weights":
             shapes = {"w": ("a", "m" if case.learner == "transposed" else out)}

@@ -145,14 +145,13 @@ class StreamEmitter:
         head = f"def forward({', '.join([*inputs, '_order', '_low', '_rows'])}):"
         parts = [f'{head}\n    """{", ".join(results)}."""\n' + indent("\n".join(forward), "    ")]
         cotangents = [f"d_{r}" for r in results]
-        ends = [r for r in results if r.startswith("end_")]
         renamed = {f"d_{r}": f"d_{e}" for r, e in zip(piece.results, results, strict=True)}
         renamed |= {f"d_{n}": self._padded(f"d_{n}") for n in ("z", "losses") if self.halo}
         back = [self._call(f"{name}_vjp", [f"c_{n}" for n in piece.wrt], renamed)]
         nonzero = self._nonzero(name)
         made = ", ".join(f"c_{n}" if n in nonzero else f"zeros({n})" for n in inputs)
         back.append(f"return ({made},)")
-        head = f"def backward({', '.join([*inputs, *ends, *cotangents, '_order', '_low', '_rows'])}):"
+        head = f"def backward({', '.join([*inputs, *cotangents, '_order', '_low', '_rows'])}):"
         parts.append(f'{head}\n    """Cotangents of forward\'s inputs."""\n' + indent("\n".join(back), "    "))
         where = " that goes on inside a chunk" if step.resumed else ""
         text = self._module(parts, f"One step{where}: the {self.form} form.")
@@ -314,7 +313,7 @@ class StreamEmitter:
             for n in inputs
         )
         lines.append(f"return ({returned},)")
-        states = [*[r for r in results if r.startswith("end_")], *[f"between_{n}" for n in carry]]
+        states = [f"between_{n}" for n in carry]
         cotangents = [f"d_{r}" for r in results]
         head = f"def backward({', '.join([*inputs, *states, *cotangents, '_order', '_low', '_rows'])}):"
         doc = "Cotangents of forward's inputs, each chunk recomputed from the state it started with."

@@ -60,6 +60,11 @@ class Signature:
     def between(self) -> tuple[str, ...]:
         return tuple(f"between_{n}" for n in self.ends)
 
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """The results that backward reads."""
+        return tuple(r for r in self.results if r.startswith(("end_", "between_")))
+
     def shapes(self, inputs: Sequence[Tensor]) -> list[list[Any]]:
         """Shapes of forward's results."""
         heads = max(t.shape[0] for t in inputs) if inputs else self.heads
@@ -106,7 +111,7 @@ class NestedLoopOp:
         inputs = [f"Tensor {n}" for n in signature.inputs]
         order = ["Tensor order"] if signature.ordered else []
         results = signature.results
-        saved = [f"Tensor {r}" for r in results if r.startswith(("end_", "between_"))]
+        saved = [f"Tensor {r}" for r in signature.saved]
         self.cotangents = [r for r in results if not r.startswith("between_")]
         grads = [f"Tensor d_{c}" for c in self.cotangents]
         forward = f"{name}({', '.join(inputs + order)}) -> ({', '.join(['Tensor'] * len(results))})"
@@ -174,8 +179,7 @@ class NestedLoopOp:
 
     def _names(self, function: str) -> list[str]:
         """Names of the tensors that a generated function takes."""
-        saved = [r for r in self.signature.results if r.startswith(("end_", "between_"))]
-        return [*self.signature.inputs, *([*saved, *self.cotangents] if function == "backward" else [])]
+        return [*self.signature.inputs, *([*self.signature.saved, *self.cotangents] if function == "backward" else [])]
 
     def _forward_fake(self, *tensors: Tensor) -> Any:
         inputs, _ = self._split(tensors)
@@ -256,7 +260,7 @@ class NestedLoopOp:
         # What the methods below close over are ops, numbers and tuples: all that Dynamo can put in a graph.
         forward_op, backward_op = self.forward_op, self.backward_op
         results = self.signature.results
-        states = tuple(i for i, name in enumerate(results) if name.startswith(("end_", "between_")))
+        states = tuple(results.index(name) for name in self.signature.saved)
         between = tuple(i for i, name in enumerate(results) if name.startswith("between_"))
         inputs_count, cotangents, ordered = len(self.signature.inputs), len(self.cotangents), self.signature.ordered
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestloop.errors import NoPlanError
 from nestloop.lang.binding import Binding, grouped_heads
 from nestloop.lang.dims import parse
 from nestloop.lang.loop import LoopSpec
@@ -53,6 +54,10 @@ class StreamSignature(Signature):
     def between(self) -> tuple[str, ...]:
         return tuple(f"between_{n}" for n in self.kept)
 
+    @property
+    def saved(self) -> tuple[str, ...]:
+        return self.between
+
     def shapes(self, inputs: Sequence[Tensor]) -> list[list[Any]]:
         heads, sequences = (max(t.shape[axis] for t in inputs) for axis in (0, 1))
         length = inputs[0].shape[2] - self.halo
@@ -87,6 +92,8 @@ class StreamOp:
         return dict(zip(self.signature.made, made, strict=False))
 
 
+MOST_ARGUMENTS = 64  # of an operator of PyTorch
+
 STREAM_OPS: dict[str, StreamOp] = {}
 
 
@@ -113,9 +120,24 @@ def build_stream(spec: LoopSpec, plan: Plan, heads: int, inductor: bool) -> str:
             chunk=plan.chunk,
             halo=halo,
         )
+        _check_arguments(spec, signature)
         op = NestedLoopOp(name, module, signature, _flops(plan, heads), plan.rows)
         STREAM_OPS[name] = StreamOp(op, signature)
     return name
+
+
+def _check_arguments(spec: LoopSpec, signature: StreamSignature) -> None:
+    """Raise `NoPlanError` for a state of more tensors than PyTorch lets an op have."""
+    results = len(signature.results)
+    backward = len(signature.inputs) + results  # inputs, cotangents and what is kept
+    if max(backward, results) > MOST_ARGUMENTS:
+        raise NoPlanError(
+            f"The torch backend has no plan for {spec.name}: its state is too many tensors for one op.",
+            where=spec.where,
+            given=f"{len(entries(spec))} tensors in the state, {backward} arguments of its backward",
+            need=f"{MOST_ARGUMENTS} arguments at most",
+            fix='write nl.compile(..., backend="reference"), or join fast weights: a bias as a row of its matrix',
+        )
 
 
 def _flops(plan: Plan, heads: int) -> Callable[[int, int], tuple[int, int]]:

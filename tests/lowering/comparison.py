@@ -89,7 +89,7 @@ def random_inputs(
 def run(op: nl.CompiledLoop, inputs: Inputs, losses: bool = True) -> dict[str, Tensor]:
     """Outputs, and gradients of a fixed weighting of all of them, by name."""
     made = op(inputs.views, inputs.weights, inputs.state, inputs.order, return_losses=losses, **inputs.dims)
-    return _with_gradients(made[0], made[1], made[2] if losses else None, inputs)
+    return with_gradients(made[0], made[1], made[2] if losses else None, inputs)
 
 
 def run_in_parts(op: nl.CompiledLoop, inputs: Inputs, cuts: Sequence[int], losses: bool = True) -> dict[str, Tensor]:
@@ -106,10 +106,11 @@ def run_in_parts(op: nl.CompiledLoop, inputs: Inputs, cuts: Sequence[int], losse
         outputs.append(made[0])
         seen += [made[2]] if losses else []
     assert state is not None
-    return _with_gradients(torch.cat(outputs, 2), state, torch.cat(seen, 2) if seen else None, inputs)
+    return with_gradients(torch.cat(outputs, 2), state, torch.cat(seen, 2) if seen else None, inputs)
 
 
-def _with_gradients(z: Tensor, state: Mapping[str, Any], losses: Tensor | None, inputs: Inputs) -> dict[str, Tensor]:
+def with_gradients(z: Tensor, state: Mapping[str, Any], losses: Tensor | None, inputs: Inputs) -> dict[str, Tensor]:
+    """Outputs by name, and gradients of a fixed weighting of all of them."""
     outputs = {"z": z, **{f"end {n}": t for n, t in state.items() if isinstance(t, Tensor)}}
     if losses is not None:
         outputs["losses"] = losses

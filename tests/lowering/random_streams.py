@@ -157,7 +157,8 @@ def _legal(case: RandomStream) -> RandomStream:
             case = replace(case, scale="")
     if not token_by_token or case.schedule.chunk > 1:
         case = replace(case, decay_order="after")
-    if case.learner == "normalised weights" or case.restore:  # their norm has no derivative at zero
+    if case.learner == "normalised weights" or case.restore or "clip" in "".join(case.transforms):
+        # a norm has no derivative at zero
         case = replace(case, zero=False)
     if case.restore and case.learner == "scalar":
         case = replace(case, learner="linear")
@@ -173,6 +174,7 @@ def _declare(case: RandomStream) -> type[nl.Loop]:
 
 def _weights(case: RandomStream) -> dict[str, Any]:
     out = case.output
+    shapes: dict[str, tuple[str, ...]]
     match case.learner:
         case "linear" | "transposed" | "normalised weights":
             shapes = {"w": ("a", "m" if case.learner == "transposed" else out)}

@@ -69,7 +69,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
 def backward_arguments(op: NestedLoopOp, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     made = op.forward_op(*given)
     made = made if isinstance(made, tuple) else (made,)
-    states = [t for t, n in zip(made, op.signature.results, strict=True) if n.startswith(("end_", "between_"))]
+    states = [t for t, n in zip(made, op.signature.results, strict=True) if n in op.signature.saved]
     cotangents = [
         torch.randn_like(t) for t, n in zip(made, op.signature.results, strict=True) if not n.startswith("between_")
     ]

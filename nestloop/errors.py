@@ -171,6 +171,10 @@ class TokenMixingError(CompileError):
     """A learner that mixes tokens under a schedule that needs independent ones."""
 
 
+class NoPlanError(CompileError):
+    """A loop that a backend has no plan for, though the reference runs it."""
+
+
 class UnknownBackendError(NestloopError):
     """A backend that does not exist."""
 

@@ -123,6 +123,8 @@ WINDOWS = [nl.Online(), nl.Online("before", reset=4), nl.Causal(3), nl.Causal(4,
 def test_a_window_reaches_into_the_part_before(schedule: nl.Causal, window: int):
     case = RandomStream("biased", "L2", "plain", schedule, "gate", decay="gate", momentum=("number",), window=window)
     check_parts(case, random.Random(window), "reference")
+    check(case, random.Random(window))
+    check_parts(case, random.Random(window))
 
 
 def check_reset(case: RandomStream, calls: random.Random) -> None:

@@ -26,7 +26,7 @@ class Micro(Recall):
 def input_error(loop, views, declaration, what, *, given, need, fix, state=None, error=InputError):
     """A call is refused at the line of a declaration."""
     with pytest.raises(error) as caught:
-        nl.compile(loop)(views, {}, state)
+        nl.compile(loop, backend="reference")(views, {}, state)
     where = declaration.where
     assert str(caught.value) == "\n".join(
         [what, f"  at:    {where}   {where.text}", f"  given: {given}", f"  need:  {need}", f"  fix:   {fix}"]
@@ -135,7 +135,7 @@ class Windowed(Recall):
 )
 def test_states_of_another_shape(entry, shape, like, which, axes, need):
     views = {name: torch.randn(1, 1, 4, 3) for name in "kv"}
-    state = {**nl.compile(Windowed)(views, {})[1], entry: torch.zeros(shape)}
+    state = {**nl.compile(Windowed, backend="reference")(views, {})[1], entry: torch.zeros(shape)}
     input_error(
         Windowed,
         views,

@@ -300,7 +300,7 @@ class _Call:
         return schedule.size, schedule.anchor or schedule.size
 
     def operations(self, program: Program) -> None:
-        for kind, start, stop in program.on(self.binding.sizes):
+        for kind, start, stop in program.on(self.binding.sizes, self.spec.where):
             self._run("update" if kind == "update" else "read", start, stop)
         self.losses = []
 

@@ -171,6 +171,10 @@ class TokenMixingError(CompileError):
     """A learner that mixes tokens under a schedule that needs independent ones."""
 
 
+class NoPlanError(CompileError):
+    """A loop that the backend has no plan for."""
+
+
 class UnknownBackendError(NestloopError):
     """A backend that does not exist."""
 

@@ -172,7 +172,7 @@ class TokenMixingError(CompileError):
 
 
 class NoPlanError(CompileError):
-    """A loop that a backend has no plan for, though the reference runs it."""
+    """A loop that the backend has no plan for."""
 
 
 class UnknownBackendError(NestloopError):

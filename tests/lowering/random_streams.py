@@ -168,7 +168,7 @@ def _legal(case: RandomStream) -> RandomStream:
 
 
 def _declare(case: RandomStream) -> type[nl.Loop]:
-    learner = type("RandomLearner", (nl.Learner,), {**_weights(case), "forward": _FORWARD[case.learner]})
+    learner: Any = type("RandomLearner", (nl.Learner,), {**_weights(case), "forward": _FORWARD[case.learner]})
     return type("RandomStreamLoop", (nl.Loop,), {"learner": learner, **_loop_body(case, learner.fast)})
 
 

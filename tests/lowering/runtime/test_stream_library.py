@@ -200,7 +200,7 @@ def peak(loop: type[nl.Loop], tokens: int) -> int:
     with profile(profile_memory=True) as profiled:
         torch.autograd.grad(op(inputs.views, inputs.weights)[0].sum(), leaves, allow_unused=True)
     held = highest = 0
-    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             highest = max(highest, held)

@@ -150,6 +150,15 @@ def stream_stages(
     emitter = StreamEmitter(captured, made, states, steps, form.longest if part == "scan" else 0, losses, form.name)
     source = emitter.emit_scan() if part == "scan" else emitter.emit_piece(next(iter(made)))
     decided = None if form.name == "sequential" else tracer.fixed_tokens()
+    reaches = (spec.optimizer.window or 1) > 1
+    if part == "scan" and tokens is not None and form.name != "sequential" and (tokens > form.longest or reaches):
+        raise NoPlanError(
+            f"The torch backend has no plan for {spec.name}: a body decides on how many tokens its tile has.",
+            where=spec.where,
+            given=f"{tokens} tokens in chunks of {form.longest}, the last of which may be shorter",
+            need="the same computation for chunks of any length",
+            fix='write nl.compile(..., backend="reference"), or a body that holds for every self.n',
+        )
     captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)
     return LoweredStream(captured, typing, form, made, applied, source, part)
 

@@ -72,9 +72,9 @@ def lower_without_diagonal(rows: Rows, strictly: bool = False) -> Tensor:
     return rows.like.new_ones(rows.count, rows.count).tril(-1)
 
 
-def scale_of_the_first(step: Step, name: str, slow: Any, keys: Any, of: Any = Step.row_scale) -> Tensor:
-    made = of(step, name, slow, keys)
-    return made.select(0, 0).unsqueeze(0).expand(*made.shape)
+def scale_above(step: Step, name: str, slow: Any, keys: Any, of: Any = Step.row_scale) -> Tensor:
+    row = step.rows(keys, slow).position()
+    return coefficients.exact((row[:, None] - row[None, :] == 1).to(torch.float32), of(step, name, slow, keys))
 
 
 def after_the_gradient(step: Step, rows: Rows, after: Coefficients) -> Coefficients:
@@ -94,7 +94,7 @@ FAULTS: dict[str, tuple[str, Callable[[Patch], None]]] = {
         "momentum", lambda m: m.setattr(dual, "coefficients", shifted(coefficients.coefficients, "mix"))
     ),
     "the decay after the gradient": ("delta", lambda m: m.setattr(solved, "_taken", after_the_gradient)),
-    "the scale of another token": ("scale", lambda m: m.setattr(Step, "row_scale", scale_of_the_first)),
+    "the scale of the row above": ("scale", lambda m: m.setattr(Step, "row_scale", scale_above)),
 }  # fmt: skip
 
 

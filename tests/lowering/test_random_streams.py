@@ -247,3 +247,17 @@ FOUND = {  # by hunting; each failed once
 def test_a_stream_that_failed_once(name: str):
     loop = FOUND[name].declare()
     compared(loop, FOUND[name].inputs(loop, 7), nl.compile(loop, backend="torch"))
+
+
+def test_a_body_that_decides_on_the_length_of_a_chunk_is_refused():
+    """The last chunk of a sequence is shorter: one graph for all chunks would be wrong for it."""
+    case = RandomStream("linear", "L2", "plain", nl.Chunked(4), "number")
+
+    def loss(self: Any, f: Any, t: Any) -> Tensor:
+        return (f(t.k) - t.v).square().sum(-1) * (2.0 if self.n > 3 else 1.0)
+
+    loop = type("Deciding", (case.declare(),), {"loss": loss})
+    op = nl.compile(loop, backend="torch")
+    compared(loop, case.inputs(loop, 4), op)
+    with pytest.raises(NoPlanError, match=r"decides on how many tokens[\s\S]*random_streams.py"):
+        op(case.inputs(loop, 7).views, case.inputs(loop, 7).weights)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nestloop.errors import NoPlanError
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Program
 from nestloop.lang.state import entries

@@ -27,7 +27,7 @@ class Piece:
 
     Attributes:
         name: "gradient", "update" (and, from zero fast weights, "first_gradient", "first_update"), "readout",
-            "final_loss" or "fit".
+            "final_loss", "prepare", "project" or "fit".
         forward: inputs by name -> `results`.
         backward: inputs and one cotangent per result (`d_NAME`) -> cotangents of `wrt`, None where zero.
         results: names of the results.
@@ -100,6 +100,9 @@ def pieces(captured: Captured, tracer: Tracer, losses: bool) -> dict[str, Piece]
     if captured.prepare is not None:
         slow, prepared = list(spec.slow), list(captured.hoisted)
         made["prepare"] = _piece("prepare", captured.prepare, slow, prepared, tracer, captured, True, {})
+    if captured.project is not None:
+        given, projected = [*spec.slow, *captured.hoisted, *spec.inputs], list(captured.projected)
+        made["project"] = _piece("project", captured.project, given, projected, tracer, captured, True, {})
     return made
 
 
@@ -119,7 +122,7 @@ def _gradient(captured: Captured, tracer: Tracer) -> tuple[fx.GraphModule, list[
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(names, tensors, strict=True))
         fast, slow, tokens = (
-            {name: given[name] for name in group} for group in (spec.fast, [*spec.slow, *hoisted], spec.inputs)
+            {name: given[name] for name in group} for group in (spec.fast, [*spec.slow, *hoisted], captured.tokens_read)
         )
         gradients, total = gradient(fast, slow, tokens, given["weight"])
         return (*gradients.values(), total)
@@ -149,8 +152,9 @@ def _examples(captured: Captured, tracer: Tracer, names: list[str]) -> list[Tens
     found = []
     for name in names:
         tile = name if name in declared else name.removeprefix("gradient_")
-        if tile in captured.hoisted:
-            found.append(tracer.like(captured.hoisted[tile]))
+        shared = {**captured.hoisted, **captured.projected}
+        if tile in shared:
+            found.append(tracer.like(shared[tile]))
         else:
             found.append(tracer.tile(tile) if tile in declared else tracer.example([]))
     return found

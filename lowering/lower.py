@@ -88,12 +88,13 @@ def lower(
     carried: bool,
     inductor: bool,
     double: bool = False,
+    backend: str = "torch",
 ) -> str:
     """The name in `EXECUTABLES` of the op for one set of sizes; "" where a body holds for one length only and `tokens`
-    does not say which."""
+    does not say which. `backend`: "torch", "cpp" or "auto" (`runtime.executable.build`)."""
     plan = plan_for(spec, sizes, tokens, losses, carried)
     if tokens is None and plan.tokens is not None:
         return ""
     if double and plan.reads_dtype:
         plan = plan_for(spec, sizes, tokens, losses, carried, double)
-    return build(spec, plan, sizes["H"], losses, inductor)
+    return build(spec, plan, sizes["H"], losses, inductor, backend, double)

@@ -15,7 +15,7 @@ from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lowering import lower
 
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS = ("auto", "reference", "torch", "cpp")
 
 
 def spec_of(loop: Any) -> LoopSpec:
@@ -55,8 +55,10 @@ class CompiledLoop:
 
     @property
     def backend(self) -> str:
-        """The backend that runs."""
-        return "torch" if self.requested == "auto" else self.requested
+        """The backend that is tried first: "auto" is C++ on a CPU, unless inductor compiles the generated PyTorch."""
+        if self.requested != "auto":
+            return self.requested
+        return "torch" if self.inductor else "cpp"
 
     def __reduce__(self):
         return (_remake, (self.loop, self.requested, self.inductor, self.dims))
@@ -129,7 +131,9 @@ class CompiledLoop:
         key = (losses, carried, tokens, sizes, double)
         if key not in self._names:
             try:
-                name = lower.lower(self.spec, dict(sizes), tokens or None, losses, carried, self.inductor, double)
+                name = lower.lower(
+                    self.spec, dict(sizes), tokens or None, losses, carried, self.inductor, double, self.requested
+                )
             except ShapeMismatchError:
                 if tokens:
                     raise
@@ -170,11 +174,14 @@ def compile(loop: type[Loop], backend: str = "auto", inductor: bool = False, **d
 
     Args:
         loop: a subclass of `nl.Loop`.
-        backend: "reference" (brute force, the definition), "torch" (generated PyTorch), or "auto".
+        backend: "reference" (brute force, the definition), "torch" (generated PyTorch), "cpp" (generated C++), or
+            "auto": cpp where the loop has a plan for it and a C++ compiler is there, else torch. Tensors on a GPU
+            always run generated PyTorch.
         inductor: compile the generated PyTorch with `torch.compile` (tens of seconds once, then faster).
         dims: sizes that no tensor gives.
 
     Raises:
+        NoPlanError: "cpp" was asked for and the loop has no C++ plan, when the sizes are known.
         UnknownBackendError, MissingPartError, InputError: here. A body that cannot be compiled raises its
             `CompileError` when the sizes are known: at the first call, or when a layer is made.
     """

@@ -163,6 +163,10 @@ class TokenMixingError(CompileError):
     """A learner that mixes tokens under a schedule that needs independent ones."""
 
 
+class NoPlanError(CompileError):
+    """A backend that has no plan for a loop, where that one was asked for by name."""
+
+
 class UnknownBackendError(NestloopError):
     """A backend that does not exist."""
 

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #ifndef SCALAR
 #define SCALAR float
@@ -293,6 +294,12 @@ void put(const S* tile, const std::int64_t* order, long start, long n, long widt
         else
             std::memcpy(to, from, width * sizeof(S));
     }
+}
+
+// Rows of zeros, unless an earlier run has been there.
+void clear(const std::int64_t* order, long start, long n, long width, S* tokens, bool done) {
+    for (long i = 0; i < n && !done; i++)
+        std::memset(tokens + (order ? order[start + i] : start + i) * width, 0, width * sizeof(S));
 }
 
 void copy(const S* from, long count, S* to) { std::memcpy(to, from, count * sizeof(S)); }

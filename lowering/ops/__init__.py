@@ -9,6 +9,7 @@ from typing import Any
 from nestloop.lowering.ops import movement, pointwise, products, reductions
 from nestloop.lowering.ops.decompose import decompositions, fused_rms_norm
 from nestloop.lowering.ops.row import Kind, Op, Operands
+from nestloop.lowering.ops.strided import NoSpelling
 
 ROWS: dict[Any, Op] = {row.target: row for module in (pointwise, products, reductions, movement) for row in module.ROWS}
 
@@ -48,6 +49,7 @@ def named_shape(shape: Iterable[Any]) -> str:
 __all__ = [
     "ROWS",
     "Kind",
+    "NoSpelling",
     "Op",
     "Operands",
     "admitted",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestloop.errors import NoPlanError
 from nestloop.lang.dims import parse
 from nestloop.lang.loop import LoopSpec
-from nestloop.lowering.runtime import cache
+from nestloop.lowering.runtime import cache, compiler
 from nestloop.lowering.runtime.library import NestedLoopOp, Signature
+from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.plan import Plan
 
 Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
@@ -21,21 +24,84 @@ Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
 EXECUTABLES: dict[str, Executable] = {}
 
 
-def build(spec: LoopSpec, plan: Plan, heads: int, losses: bool, inductor: bool) -> str:
-    """Make a plan runnable; its name in `EXECUTABLES`."""
-    if plan.form == "attention":
+def build(
+    spec: LoopSpec, plan: Plan, heads: int, losses: bool, inductor: bool, backend: str = "torch", double: bool = False
+) -> str:
+    """Make a plan runnable; its name in `EXECUTABLES`.
+
+    Args:
+        backend: "torch"; "cpp"; or "auto", which is cpp where the plan has C++ and it can be built.
+        double: whether it is float64 that will be computed in.
+
+    Raises:
+        NoPlanError: "cpp" was asked for, and the loop has no C++ or it cannot be built.
+    """
+    if plan.form == "attention" and backend != "cpp":
         name = f"softmax_attention_{plan.scale}"
         EXECUTABLES.setdefault(name, _attention(plan.scale))
         return name
+    reason = "inductor compiles generated PyTorch" if inductor else not_native(plan, double)
+    if backend == "cpp" and reason:
+        raise NoPlanError(
+            f"{spec.name} has no C++ plan for these sizes.",
+            where=spec.where,
+            given=reason,
+            need="ops with a C++ spelling in lowering/ops, and a C++ compiler",
+            fix='write backend="auto": generated PyTorch runs where there is no C++',
+        )
+    native = backend != "torch" and not reason
     path = cache.write(plan.name, plan.source)
-    name = f"{path.stem}_inductor" if inductor else path.stem
+    name = f"{path.stem}_inductor" if inductor else f"{path.stem}_cpp" if native else path.stem
     if name not in EXECUTABLES:
         module = cache.load(path)
         if inductor:
             module = _compiled(module, plan)
-        op = NestedLoopOp(name, module, _signature(spec, plan, heads, losses), _flops(spec, plan, heads), plan.rows)
+        signature = _signature(spec, plan, heads, losses)
+        library = _native(spec, plan, module, signature) if native else None
+        op = NestedLoopOp(name, module, signature, _flops(spec, plan, heads), plan.rows, library)
         EXECUTABLES[name] = _loop(op, spec)
     return name
+
+
+def not_native(plan: Plan, double: bool = False) -> str:
+    """Why a plan does not run as C++ here, "" where it does. A compiler that is missing or fails is announced once."""
+    if plan.native is None:
+        return plan.not_native
+    scalar = "double" if double else "float"
+    key = (plan.native.text, scalar)
+    if key not in _FAILED:
+        try:
+            compiler.load(compiler.build(plan.name, plan.native.text, scalar))
+            return ""
+        except compiler.BuildError as error:
+            if not _FAILED:
+                warnings.warn(
+                    f"nestloop runs generated PyTorch instead of C++, which is slower: {error}. "
+                    "Install g++ or clang++, or name one with CXX; backend='torch' says this is intended.",
+                    stacklevel=2,
+                )
+            _FAILED[key] = str(error)
+    return _FAILED[key]
+
+
+_FAILED: dict[tuple[str, str], str] = {}
+
+
+def _native(spec: LoopSpec, plan: Plan, module: types.ModuleType, signature: Signature) -> NativeModule:
+    assert plan.native is not None
+    return NativeModule(
+        plan.name,
+        plan.native,
+        module,
+        inputs=signature.inputs,
+        tokens=signature.tokens,
+        fast=signature.fast,
+        ends=signature.ends,
+        tiles=signature.tiles,
+        batches=spec.schedule.batches,
+        weight=spec.schedule.weight,
+        losses=signature.losses,
+    )
 
 
 def _attention(scale: float | None) -> Executable:

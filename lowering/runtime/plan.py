@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nestloop.lowering.runtime import cache
+from nestloop.lowering.runtime.native import NativePlan
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Plan:
             arithmetic in n.
         reads_dtype: whether it holds for one compute dtype only.
         rows: tokens worked on at a time, so that their tiles stay in a CPU's cache.
+        native: its C++; None where it has none.
+        not_native: why it has none.
     """
 
     form: str
@@ -39,6 +42,8 @@ class Plan:
     rows: int
     reads_dtype: bool = False
     scale: float | None = None
+    native: NativePlan | None = None
+    not_native: str = ""
 
 
 def _path(fingerprint: str) -> Path:
@@ -53,9 +58,11 @@ def read(fingerprint: str | None) -> Plan | None:
         kept = json.loads(_path(fingerprint).read_text())
         tiles = {name: tuple(shape) for name, shape in kept.pop("tiles").items()}
         pieces = {name: tuple(flops) for name, flops in kept.pop("pieces").items()}
-        return Plan(
-            **{**kept, "inputs": tuple(kept["inputs"]), "output": tuple(kept["output"])}, tiles=tiles, pieces=pieces
-        )
+        native = kept.pop("native")
+        if native is not None:
+            native = NativePlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in native.items()})
+        kept.update(inputs=tuple(kept["inputs"]), output=tuple(kept["output"]))
+        return Plan(**kept, tiles=tiles, pieces=pieces, native=native)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # absent, or written by another version: lowered again and written again
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,3 +83,16 @@ def rows_in_cache(modules: Sequence[fx.GraphModule], heads: int) -> int:
                 if size.free_symbols:
                     widest = max(widest, int(size.subs(N_TOKENS, 1)))
     return max(32, CACHE_BYTES // (4 * heads * widest))
+
+
+# Half of the 1 MiB of L2 that a core has is left to what the tile is not: weights, sums, the rows read and written.
+TILE_BYTES = 512 << 10
+
+
+def tile_rows(scratch: Callable[[int], int]) -> int:
+    """Tokens of a C++ tile: a multiple of 16 up to 128, for one thread's `scratch` (rows -> elements) to fit
+    `TILE_BYTES` in float32 as far as it can."""
+    rows = 16
+    while rows < 128 and 4 * scratch(rows + 16) <= TILE_BYTES:
+        rows += 16
+    return rows

@@ -68,26 +68,24 @@ void block(long k, const S* a, long lda, const S* b, long ldb, S* c, long ldc, S
         }
 }
 
-// All m rows of VECTORS vectors of columns. Narrow blocks are taller, for as many sums in flight.
+// All m rows of VECTORS vectors of columns, in blocks of 6 and 5 rows: shorter blocks have too few sums in flight, and
+// any m of 20 or more is made of these two. Narrow blocks are twice as tall for the same reason.
 template <int VECTORS, bool TRANSPOSED>
 void column_block(long m, long k, const S* a, long lda, const S* b, long ldb, S* c, long ldc, S alpha, bool add) {
-    constexpr int TALL = VECTORS == BLOCK_VECTORS ? BLOCK_ROWS : 2 * BLOCK_ROWS;
+    constexpr int TALL = 2 * BLOCK_ROWS;
     const long step = TRANSPOSED ? 1 : lda;
+    const long fives = m >= 20 ? (6 - m % 6) % 6 : m % 6 == 5;
+    const long sixes = (m - 5 * fives) / 6;
     long i = 0;
-    for (; i + TALL <= m; i += TALL)
-        block<TALL, VECTORS, TRANSPOSED>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc, alpha, add);
-    if (i + BLOCK_ROWS <= m) {
-        block<BLOCK_ROWS, VECTORS, TRANSPOSED>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc, alpha, add);
-        i += BLOCK_ROWS;
-    }
-    if (i + 4 <= m) {
-        block<4, VECTORS, TRANSPOSED>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc, alpha, add);
-        i += 4;
-    }
-    if (i + 2 <= m) {
+    if (VECTORS < BLOCK_VECTORS)
+        for (; i + TALL <= 6 * sixes; i += TALL)
+            block<TALL, VECTORS, TRANSPOSED>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc, alpha, add);
+    for (; i < 6 * sixes; i += 6)
+        block<6, VECTORS, TRANSPOSED>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc, alpha, add);
+    for (long five = 0; five < fives; five++, i += 5)
+        block<5, VECTORS, TRANSPOSED>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc, alpha, add);
+    for (; i + 2 <= m; i += 2)
         block<2, VECTORS, TRANSPOSED>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc, alpha, add);
-        i += 2;
-    }
     if (i < m) block<1, VECTORS, TRANSPOSED>(k, a + i * step, lda, b, ldb, c + i * ldc, ldc, alpha, add);
 }
 
@@ -223,7 +221,10 @@ INLINE S maximum(S a, S b) { return a != a ? a : a > b ? a : b; }  // NaN wins, 
 INLINE S minimum(S a, S b) { return a != a ? a : a < b ? a : b; }
 INLINE S gelu(S x) { return S(0.5) * x * (S(1) + erf_(x * S(0.70710678118654752440))); }
 INLINE S gelu_tanh(S x) {
-    return S(0.5) * x * (S(1) + tanh_(S(0.79788456080286535588) * (x + S(0.044715) * x * x * x)));
+    // As PyTorch writes its derivative, so that the compiler sees one tanh where both are computed.
+    const S cube = x * x * x;
+    const S inner = (x + cube * S(0.044715)) * S(0.7978845608028654);
+    return x * S(0.5) * (tanh_(inner) + S(1));
 }
 INLINE S softplus(S x, S beta, S threshold) {
     return x * beta > threshold ? x : std::log1p(exp_(x * beta)) / beta;

@@ -219,7 +219,7 @@ class CppFunction:
             inner.append(f"{enter}{self._comment(value)}")
             after[level] += closing
             if running:
-                simd = simd and fold(value.node).start == "0" and "+" in enter
+                simd = simd and fold(value.node).adds
                 sums.append(running)
         self.registers = frozenset()
         added = f" reduction(+ : {', '.join(sums)})" if sums else ""
@@ -358,7 +358,7 @@ def _numbers(node: fx.Node) -> list[str]:
 
     def text(value: object) -> str:
         if isinstance(value, fx.Node):
-            return f"S({extent(value)})"
+            return "" if isinstance(value.meta["val"], torch.Tensor) else f"S({extent(value)})"
         return "" if isinstance(value, (list, tuple)) else number(value)
 
     return [text(a) for a in node.args]

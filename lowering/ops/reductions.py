@@ -37,11 +37,11 @@ def _norm(o: Operands) -> str:
 
 
 def _sum_fold(o: Operands) -> Fold:
-    return Fold("0", lambda running, x: f"{running} + {x}")
+    return Fold("0", lambda running, x: f"{running} + {x}", adds=True)
 
 
 def _mean_fold(o: Operands) -> Fold:
-    return Fold("0", lambda running, x: f"{running} + {x}", lambda running, count: f"{running} / S({count})")
+    return Fold("0", lambda running, x: f"{running} + {x}", lambda running, count: f"{running} / S({count})", True)
 
 
 def _extreme(function: str, start: str):
@@ -51,9 +51,9 @@ def _extreme(function: str, start: str):
 def _norm_fold(o: Operands) -> Fold:
     order = float(o.raw[1] if len(o.raw) > 1 else 2)
     if order == 2:
-        return Fold("0", lambda running, x: f"{running} + {x} * {x}", lambda running, _: f"std::sqrt({running})")
+        return Fold("0", lambda running, x: f"{running} + {x} * {x}", lambda running, _: f"std::sqrt({running})", True)
     if order == 1:
-        return Fold("0", lambda running, x: f"{running} + std::abs({x})")
+        return Fold("0", lambda running, x: f"{running} + std::abs({x})", adds=True)
     if order == math.inf:
         return Fold("0", lambda running, x: f"maximum(std::abs({x}), {running})")
     raise NoSpelling(f"a vector norm of order {order:g}")

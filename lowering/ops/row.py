@@ -41,11 +41,13 @@ class Fold:
         start: its first value.
         enter: (running value, element) -> the new running value.
         finish: (running value, how many elements entered) -> the result.
+        adds: whether elements are added up, which a vector may do in any order.
     """
 
     start: str
     enter: Callable[[str, str], str]
     finish: Callable[[str, str], str] = lambda running, count: running
+    adds: bool = False
 
 
 @dataclass(frozen=True)

@@ -63,25 +63,37 @@ def build(
     return name
 
 
-def not_native(plan: Plan, double: bool = False) -> str:
-    """Why a plan does not run as C++ here, "" where it does. A compiler that is missing or fails is announced once."""
+def not_native(plan: Plan, double: bool = False, build_now: bool = True) -> str:
+    """Why a plan does not run as C++ here, "" where it does. A compiler that is missing or fails is announced once.
+
+    `build_now`: find out by building it; else a compiler's being there is enough.
+    """
     if plan.native is None:
         return plan.not_native
     scalar = "double" if double else "float"
     key = (plan.native.text, scalar)
-    if key not in _FAILED:
-        try:
+    if key in _FAILED:
+        return _FAILED[key]
+    try:
+        if build_now:
             compiler.load(compiler.build(plan.name, plan.native.text, scalar))
-            return ""
-        except compiler.BuildError as error:
-            if not _FAILED:
-                warnings.warn(
-                    f"nestloop runs generated PyTorch instead of C++, which is slower: {error}. "
-                    "Install g++ or clang++, or name one with CXX; backend='torch' says this is intended.",
-                    stacklevel=2,
-                )
+        else:
+            compiler.find()
+    except compiler.BuildError as error:
+        if build_now:
+            _announce(str(error))
             _FAILED[key] = str(error)
-    return _FAILED[key]
+        return str(error)
+    return ""
+
+
+def _announce(cause: str) -> None:
+    if not _FAILED:
+        warnings.warn(
+            f"nestloop runs generated PyTorch instead of C++, which is slower: {cause}. "
+            "Install g++ or clang++, or name one with CXX; backend='torch' says that this is intended.",
+            stacklevel=2,
+        )
 
 
 _FAILED: dict[tuple[str, str], str] = {}

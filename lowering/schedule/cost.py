@@ -85,8 +85,8 @@ def rows_in_cache(modules: Sequence[fx.GraphModule], heads: int) -> int:
     return max(32, CACHE_BYTES // (4 * heads * widest))
 
 
-# Tried on cores with 1 MiB of L2 each: from 16 to 208 rows a loop differs by a fifth, and is fastest near 100, where the
-# tiles are 1.6 MiB and products have long enough rows.
+# Tried on cores with 1 MiB of L2 each: from 16 to 208 rows a loop differs by a fifth, and is fastest near 100, where
+# its tiles take 1.6 MiB and products have long enough rows.
 TILE_BYTES = 2 << 20
 
 

@@ -284,8 +284,7 @@ class CppEmitter:
         size = self._size(which)
         return [
             *declared,
-            "const long rows = (longest + 15) / 16 * 16;",
-            "longest = longest < 1 ? 1 : longest;",
+            "const long rows = longest < 1 ? 16 : (longest + 15) / 16 * 16;",
             "bool enough = true;",
             "#pragma omp parallel num_threads(threads)",
             "{",

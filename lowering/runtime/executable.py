@@ -51,7 +51,9 @@ def build(
         )
     native = backend != "torch" and not reason
     path = cache.write(plan.name, plan.source)
-    name = f"{path.stem}_inductor" if inductor else f"{path.stem}_cpp" if native else path.stem
+    name = f"{path.stem}_inductor" if inductor else path.stem
+    if native and plan.native is not None:
+        name = f"{path.stem}_cpp_{cache.digest(plan.native.text)}"  # one module of PyTorch may go with several of C++
     if name not in EXECUTABLES:
         module = cache.load(path)
         if inductor:

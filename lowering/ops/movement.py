@@ -91,11 +91,9 @@ def _unsqueezed(x: Strided, o: Operands) -> Strided:
 
 
 def _sliced(x: Strided, o: Operands) -> Strided:
-    axis, start, _, step = [*o.raw[1:], *(0, 0, None, 1)[len(o.raw) - 1 :]]
-    axis = axis % o.rank
-    size = extent(o.sizes[axis])
-    start = _position(start or 0, x, axis)
-    return x.narrow(axis, start, size, step)
+    axis = (o.raw[1] if len(o.raw) > 1 else 0) % o.rank
+    start = _position((o.raw[2] if len(o.raw) > 2 else 0) or 0, x, axis)
+    return x.narrow(axis, start, extent(o.sizes[axis]), o.raw[4] if len(o.raw) > 4 else 1)
 
 
 def _selected(x: Strided, o: Operands) -> Strided:

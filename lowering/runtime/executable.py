@@ -40,7 +40,9 @@ def build(
         name = f"softmax_attention_{plan.scale}"
         EXECUTABLES.setdefault(name, _attention(plan.scale))
         return name
-    reason = "inductor compiles generated PyTorch" if inductor else not_native(plan, double)
+    reason = (
+        "inductor compiles generated PyTorch" if inductor else "" if backend == "torch" else not_native(plan, double)
+    )
     if backend == "cpp" and reason:
         raise NoPlanError(
             f"{spec.name} has no C++ plan for these sizes.",

@@ -33,8 +33,8 @@ from nestloop import zoo
 
 RESULTS = Path(__file__).parent / "results"
 BARS = {  # ratio: (slower peer, faster one, at least)
-    "nestloop against compiled vmap(grad)": ("vmap(grad), compiled", "nestloop, inductor", 1.25),
-    "nestloop against closed form, eager": ("closed form, eager", "nestloop, inductor", 1.5),
+    "nestloop against compiled vmap(grad)": ("vmap(grad), compiled", "nestloop, cpp", 1.25),
+    "nestloop against closed form, eager": ("closed form, eager", "nestloop, cpp", 1.5),
 }
 console = Console(width=110, soft_wrap=True)
 
@@ -49,9 +49,9 @@ class Problem:
     heads: int
     device: str = "cpu"
 
-    def layer(self, loop: Any = zoo.MTTTMLP, inductor: bool = False) -> nl.Layer:
+    def layer(self, loop: Any = zoo.MTTTMLP, backend: str = "auto", inductor: bool = False) -> nl.Layer:
         torch.manual_seed(0)
-        return nl.Layer(loop, self.width, self.heads, backend="torch", inductor=inductor).to(self.device)
+        return nl.Layer(loop, self.width, self.heads, backend=backend, inductor=inductor).to(self.device)
 
     def input(self) -> Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -61,7 +61,7 @@ class Problem:
 
 def build_peers(problem: Problem, compiled: bool) -> dict[str, Callable[[Tensor], Tensor]]:
     """Every peer by name, all with the same parameters."""
-    layer = problem.layer()
+    layer = problem.layer(backend="torch")
     parameters = dict(layer.named_parameters())
 
     def peer(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
@@ -70,10 +70,12 @@ def build_peers(problem: Problem, compiled: bool) -> dict[str, Callable[[Tensor]
     found: dict[str, Callable[[Tensor], Tensor]] = {
         "vmap(grad), eager": peer(peers.vmap_grad),
         "closed form, eager": peer(peers.closed_form),
-        "nestloop, eager": layer,
+        "nestloop, torch": layer,
     }
+    if problem.device == "cpu":
+        found["nestloop, cpp"] = problem.layer(backend="cpp")
     if compiled:
-        fast = problem.layer(inductor=True)
+        fast = problem.layer(backend="torch", inductor=True)
         fast.load_state_dict(layer.state_dict())
         found |= {
             "vmap(grad), compiled": peer(torch.compile(peers.vmap_grad, dynamic=False)),
@@ -129,7 +131,7 @@ def peers_at_one_size(problem: Problem, rounds: int, compiled: bool) -> dict[str
         runs[name]()
         cold[name] = time.perf_counter() - start
         console.print(f"  first call of {name}: {cold[name]:.1f} s")
-    for name in ("nestloop, eager", "nestloop, inductor", "vmap(grad), compiled"):
+    for name in ("nestloop, cpp", "nestloop, torch", "nestloop, inductor", "vmap(grad), compiled"):
         if name in functions:
             runs[f"{name}, bf16 autocast"] = partial(time_once, functions[name], x, problem.device, True)
     rates: list[float] = []

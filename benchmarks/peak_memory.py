@@ -46,7 +46,7 @@ def main(loop: str, batch: int, tokens: int, width: int, heads: int, threads: in
 
     if threads:
         torch.set_num_threads(threads)
-    layer = nl.Layer(getattr(zoo, loop), width, heads, backend="torch")
+    layer = nl.Layer(getattr(zoo, loop), width, heads)
     layer(torch.randn(1, 8, width)).sum().backward()  # everything is compiled and allocated once
     before = peak_mib()
     x = torch.randn(batch, tokens, width, requires_grad=True)

@@ -64,6 +64,8 @@ class Captured:
         tokens: the one sequence length the graphs are valid for, or None for any.
         prepare: slow weights -> what the loss reads of them (`lowering.rewrites.hoist`); None where it reads them.
         hoisted: those values, by name, traced; more inputs of the loss.
+        project: tokens and slow weights -> what the loss reads of both (`lowering.rewrites.project`), or None.
+        projected: those values, one row per token, by name, traced; more inputs of the loss.
         reads_dtype: whether a body uses a constant of the dtype (RMSNorm's default eps).
     """
 
@@ -75,13 +77,20 @@ class Captured:
     tokens: int | None
     prepare: fx.GraphModule | None = None
     hoisted: Mapping[str, Tensor] = field(default_factory=dict)
+    project: fx.GraphModule | None = None
+    projected: Mapping[str, Tensor] = field(default_factory=dict)
     reads_dtype: bool = False
 
     @property
     def loss_inputs(self) -> list[str]:
         """Inputs of the loss, in order."""
         held = [f"{name}__held" for name in self.spec.fast] if self.spec.holds else []
-        return [*self.spec.fast, *self.spec.slow, *self.hoisted, *self.spec.inputs, *held]
+        return [*self.spec.fast, *self.spec.slow, *self.hoisted, *self.tokens_read, *held]
+
+    @property
+    def tokens_read(self) -> list[str]:
+        """Inputs of the loss with one row per token."""
+        return [*self.spec.inputs, *self.projected]
 
 
 def capture(spec: LoopSpec, sizes: dict[str, int], tokens: int | None) -> Captured:

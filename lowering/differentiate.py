@@ -28,7 +28,7 @@ class Piece:
 
     Attributes:
         name: "gradient", "update" (and, from zero fast weights, "first_gradient", "first_update"), "readout",
-            "final_loss" or "fit".
+            "final_loss", "prepare", "project" or "fit".
         forward: inputs by name -> `results`.
         backward: inputs and one cotangent per result (`d_NAME`) -> cotangents of `wrt`, None where zero.
         results: names of the results.
@@ -108,36 +108,55 @@ def pieces(captured: Captured, tracer: Tracer, losses: bool) -> dict[str, Piece]
     body = [*spec.fast, *spec.slow, *spec.inputs]
     made["readout"] = make_piece("readout", captured.readout, body, ["z"], tracer, captured, True, {})
     if losses:
-        inputs = captured.loss_inputs
-        final = tracer.trace_on(
-            lambda *given: _call(captured.loss)(*given).sum(),
-            _examples(captured, tracer, inputs),
-            inputs,
-        )
+        inputs = _given(captured)
+
+        def last(*values: Tensor) -> Tensor:
+            given = dict(zip(inputs, values, strict=True))
+            return _loss(captured, given, {name: given[name] for name in spec.fast}).sum()
+
+        final = tracer.trace_on(last, _examples(captured, tracer, inputs), inputs)
         made["final_loss"] = make_piece("final_loss", final, inputs, ["loss_after"], tracer, captured, True, {})
     if captured.prepare is not None:
         slow, prepared = list(spec.slow), list(captured.hoisted)
         made["prepare"] = make_piece("prepare", captured.prepare, slow, prepared, tracer, captured, True, {})
+    if captured.project is not None:
+        given, projected = [*spec.slow, *captured.hoisted, *spec.inputs], list(captured.projected)
+        made["project"] = make_piece("project", captured.project, given, projected, tracer, captured, True, {})
     return made
+
+
+def _given(captured: Captured) -> list[str]:
+    """What a call of the loss is given: its inputs, held weights aside, which are the fast ones."""
+    return [name for name in captured.loss_inputs if not name.endswith("__held")]
+
+
+def _loss(captured: Captured, given: dict[str, Tensor], held: dict[str, Tensor]) -> Tensor:
+    """Each token's loss, of inputs by name."""
+    assert captured.loss is not None
+    values = {**given, **{f"{name}__held": value for name, value in held.items()}}
+    return _call(captured.loss)(*[values[name] for name in captured.loss_inputs])
 
 
 def _gradient(captured: Captured, tracer: Tracer) -> tuple[fx.GraphModule, list[str]]:
     """Fast, slow, tokens, weight -> the gradient of each fast weight, the sum of the token losses."""
     spec = captured.spec
-    names = [*captured.loss_inputs, "weight"]
+    names = [*_given(captured), "weight"]
     hoisted = list(captured.hoisted)
-    loss_graph = captured.loss
-    assert loss_graph is not None
 
-    def loss(fast: dict[str, Tensor], slow: dict[str, Tensor], tokens: dict[str, Tensor]) -> Tensor:
-        return _call(loss_graph)(*[{**fast, **slow, **tokens}[name] for name in captured.loss_inputs])
+    def loss(
+        fast: dict[str, Tensor],
+        slow: dict[str, Tensor],
+        tokens: dict[str, Tensor],
+        held: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        return _loss(captured, {**fast, **slow, **tokens}, held or fast)
 
     gradient = reference.batch_gradient(spec, loss)
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(names, tensors, strict=True))
         fast, slow, tokens = (
-            {name: given[name] for name in group} for group in (spec.fast, [*spec.slow, *hoisted], spec.inputs)
+            {name: given[name] for name in group} for group in (spec.fast, [*spec.slow, *hoisted], captured.tokens_read)
         )
         gradients, total = gradient(fast, slow, tokens, given["weight"])
         return (*gradients.values(), total)
@@ -167,8 +186,9 @@ def _examples(captured: Captured, tracer: Tracer, names: list[str]) -> list[Tens
     found = []
     for name in names:
         tile = name if name in declared else name.removeprefix("gradient_")
-        if tile in captured.hoisted:
-            found.append(tracer.like(captured.hoisted[tile]))
+        shared = {**captured.hoisted, **captured.projected}
+        if tile in shared:
+            found.append(tracer.like(shared[tile]))
         else:
             found.append(tracer.tile(tile) if tile in declared else tracer.example([]))
     return found

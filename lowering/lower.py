@@ -15,7 +15,7 @@ import torch
 
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import plan as plans
-from nestloop.lowering.runtime.executable import EXECUTABLES, build
+from nestloop.lowering.runtime.executable import EXECUTABLES, build, no_native
 from nestloop.lowering.runtime.fingerprint import fingerprint
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.streams import STREAM_OPS, build_stream
@@ -100,15 +100,21 @@ def lower(
     carried: bool,
     inductor: bool,
     double: bool = False,
+    backend: str = "torch",
     part: str = "",
 ) -> str:
     """The name in `EXECUTABLES` (of a stream, in `STREAM_OPS`) of the op for one set of sizes; "" where a body holds
-    for one length only and `tokens` does not say which."""
+    for one length only and `tokens` does not say which.
+
+    backend: "torch", "cpp" or "auto" (`runtime.executable.build`).
+    """
     plan = plan_for(spec, sizes, tokens, losses, carried, part=part)
     if tokens is None and plan.tokens is not None:
         return ""
     if double and plan.reads_dtype:
         plan = plan_for(spec, sizes, tokens, losses, carried, double, part)
     if spec.streams:
+        if backend == "cpp":
+            raise no_native(spec, "a stream, whose chunks have no C++")
         return build_stream(spec, plan, sizes["H"], inductor)
-    return build(spec, plan, sizes["H"], losses, inductor)
+    return build(spec, plan, sizes["H"], losses, inductor, backend, double)

@@ -17,11 +17,14 @@ from nestloop.lang.state import entries
 from nestloop.lowering.axes import Typing, check_tokens, type_axes
 from nestloop.lowering.capture import Captured, Tracer, capture_with
 from nestloop.lowering.differentiate import Piece, pieces
+from nestloop.lowering.emit.cpp_loop import CppEmitter, CppSource
 from nestloop.lowering.emit.stream import StreamEmitter, StreamSource
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
-from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, rewrites
+from nestloop.lowering.ops import NoSpelling
+from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites
+from nestloop.lowering.runtime.native import NativePlan
 from nestloop.lowering.runtime.plan import Plan
-from nestloop.lowering.schedule.cost import cost, rows_in_cache
+from nestloop.lowering.schedule.cost import cost, rows_in_cache, tile_rows
 from nestloop.lowering.streams.forms import Form, choose, pieces_of
 from nestloop.lowering.streams.step import identifier
 
@@ -36,6 +39,8 @@ class Lowered:
         pieces: step, read-out and their backwards, simplified.
         rewrites: every rule, whether it fired and why.
         source: the generated module; None where the loop runs on PyTorch's own attention.
+        native: the generated C++; None where the loop has none.
+        not_native: why it has none.
     """
 
     captured: Captured
@@ -43,6 +48,8 @@ class Lowered:
     pieces: dict[str, Piece]
     rewrites: list[Rewrite]
     source: TorchSource | None
+    native: CppSource | None
+    not_native: str
 
     @property
     def spec(self) -> LoopSpec:
@@ -76,17 +83,32 @@ def stages(
         check_tokens(spec, typing, type_axes(spec, captured.readout))
     narrowed, gram = gram_form(captured, tracer)
     hoisted, hoisting = hoist(narrowed, tracer)
-    differentiated = pieces(hoisted, tracer, losses)
+    projected, projection = project(hoisted, tracer)
+    differentiated = pieces(projected, tracer, losses)
     captured = replace(
         captured, tokens=tracer.fixed_tokens(), reads_dtype=tracer.reads_dtype
     )  # derivatives may have decided on n too
-    applied = [gram, hoisting, *rewrites(captured, differentiated)]
+    applied = [gram, hoisting, projection, *rewrites(captured, differentiated)]
     if "first_gradient" in differentiated and spec.schedule.steps == 1:  # the rewrites have compared them
         unused = ("first_gradient", "first_update") if carried else ("gradient", "update")
         differentiated = {name: piece for name, piece in differentiated.items() if name not in unused}
     attention = next((r for r in applied if r.name == "softmax attention" and r.fired), None)
-    emitter = TorchEmitter(hoisted, differentiated, losses, carried)
-    return Lowered(captured, typing, differentiated, applied, None if attention else emitter.emit())
+    source = None if attention else TorchEmitter(projected, differentiated, losses, carried).emit()
+    native, not_native = _native(projected, differentiated, losses, carried)
+    return Lowered(captured, typing, differentiated, applied, source, native, not_native)
+
+
+def _native(
+    captured: Captured, differentiated: dict[str, Piece], losses: bool, carried: bool
+) -> tuple[CppSource | None, str]:
+    """The loop in C++, or why it has none."""
+    if captured.loss is None:
+        return None, "a kernel estimator has no steps to walk"
+    try:
+        emitter = CppEmitter(captured, differentiated, losses, carried)
+        return emitter.emit(tile_rows(emitter.scratch)), ""
+    except NoSpelling as reason:
+        return None, str(reason)
 
 
 PARTS = ("scan", "inside", "inside partial", "update", "read")
@@ -213,4 +235,6 @@ def plan(lowered: Lowered) -> Plan:
         },
         rows=rows_in_cache([module for p in lowered.pieces.values() for module in (p.forward, p.backward)], heads),
         scale=dot_product_scale(captured) if form == "attention" else None,
+        native=None if lowered.native is None else NativePlan(**vars(lowered.native)),
+        not_native=lowered.not_native,
     )

@@ -202,7 +202,11 @@ class _Rebuild:
             if not isinstance(row, fx.Node) or not isinstance(rows, fx.Node) or _is_scalar(row) or _is_size(rows):
                 continue
             shape = row.meta["val"].shape
-            if len(shape) == 2 and _same_size(shape[1], 1) and not _same_size(rows.meta["val"].shape[-1], 1):
+            if (
+                len(shape) == len(rows.meta["val"].shape) == 2
+                and _same_size(shape[1], 1)
+                and not _same_size(rows.meta["val"].shape[-1], 1)
+            ):
                 there = next((u for u in rows.users if u.target is aten.mm.default and u.args == (rows, right)), None)
                 if there is not None:
                     return self._emit(aten.mul.Tensor, (row, there), node)

@@ -18,7 +18,7 @@ from nestloop.lang.schedule import Program
 from nestloop.lowering import lower
 from nestloop.lowering.runtime.streams import StreamOp, run_stream
 
-BACKENDS = ("auto", "reference", "torch")
+BACKENDS = ("auto", "reference", "torch", "cpp")
 
 
 def spec_of(loop: Any) -> LoopSpec:
@@ -58,8 +58,10 @@ class CompiledLoop:
 
     @property
     def backend(self) -> str:
-        """The backend that runs."""
-        return "torch" if self.requested == "auto" else self.requested
+        """The backend that is tried first: "auto" is C++ on a CPU, unless inductor compiles the generated PyTorch."""
+        if self.requested != "auto":
+            return self.requested
+        return "torch" if self.inductor else "cpp"
 
     @property
     def _walks(self) -> bool:
@@ -203,7 +205,9 @@ class CompiledLoop:
         key = (losses, carried, tokens, sizes, double, part)
         if key not in self._names:
             try:
-                name = lower.lower(self.spec, dict(sizes), tokens or None, losses, carried, self.inductor, double, part)
+                name = lower.lower(
+                    self.spec, dict(sizes), tokens or None, losses, carried, self.inductor, double, self.requested, part
+                )
             except ShapeMismatchError:
                 if tokens:
                     raise
@@ -247,11 +251,14 @@ def compile(loop: type[Loop], backend: str = "auto", inductor: bool = False, **d
 
     Args:
         loop: a subclass of `nl.Loop`.
-        backend: "reference" (brute force, the definition), "torch" (generated PyTorch), or "auto".
+        backend: "reference" (brute force, the definition), "torch" (generated PyTorch), "cpp" (generated C++), or
+            "auto": cpp where the loop has a plan for it and a C++ compiler is there, else torch. Tensors on a GPU
+            always run generated PyTorch.
         inductor: compile the generated PyTorch with `torch.compile` (tens of seconds once, then faster).
         dims: sizes that no tensor gives.
 
     Raises:
+        NoPlanError: "cpp" was asked for and the loop has no C++ plan, when the sizes are known.
         UnknownBackendError, MissingPartError, InputError: here. A body that cannot be compiled raises its
             `CompileError` when the sizes are known: at the first call, or when a layer is made.
     """

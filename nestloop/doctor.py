@@ -185,12 +185,12 @@ def check_gpu() -> Check:
 
 
 def check_compiler() -> Check:
-    """torch.compile on a CPU needs a C++ compiler and Python's headers; nothing else here does."""
-    use = "needed for inductor=True on a CPU"
+    """The C++ backend needs a C++ compiler; torch.compile on a CPU needs Python's headers too."""
+    use = "needed for backend='cpp', the fast one on a CPU"
     named = os.environ.get("CXX")
-    compiler = next(filter(None, map(shutil.which, [named] if named else ["g++", "clang++"])), None)
+    compiler = next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
     if compiler is None:
-        missing = f"CXX={named} does not exist" if named else "neither g++ nor clang++"
+        missing = f"CXX={named} does not exist" if named else "none of c++, g++ and clang++"
         return Check("compiler", "note", f"{missing}; {use}", "sudo apt install g++")
     output = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     version = output.partition("\n")[0] or compiler
@@ -199,7 +199,7 @@ def check_compiler() -> Check:
         return Check(
             "compiler",
             "note",
-            f"{version}, but no Python.h; {use}",
+            f"{version}, but no Python.h, needed for inductor=True on a CPU",
             f"sudo apt install python{major}.{minor}-dev",
         )
     return Check("compiler", "ok", version)

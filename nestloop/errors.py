@@ -172,7 +172,7 @@ class TokenMixingError(CompileError):
 
 
 class NoPlanError(CompileError):
-    """A loop that the backend has no plan for."""
+    """A backend that has no plan for a loop, where that one was asked for by name."""
 
 
 class UnknownBackendError(NestloopError):

@@ -22,7 +22,8 @@ from nestloop.lowering.axes import is_token, readout_axes, type_axes
 from nestloop.lowering.emit.tile import size_text
 from nestloop.lowering.pipeline import Lowered, LoweredStream
 from nestloop.lowering.runtime import cache
-from nestloop.lowering.runtime.executable import build
+from nestloop.lowering.runtime.compiler import find
+from nestloop.lowering.runtime.executable import build, not_native
 from nestloop.lowering.runtime.streams import build_stream
 from nestloop.lowering.runtime.tiles import spacing_within
 from nestloop.lowering.schedule.cost import cost
@@ -37,8 +38,8 @@ def inspect(loop: Any, stage: str | None = None, **dims: int) -> str:
 
     Args:
         loop: a declared loop, `nl.compile(...)` of one, or a layer.
-        stage: one of "declare", "capture", "check", "differentiate", "rewrite", "schedule", "emit", "run"; None for
-            all.
+        stage: one of "declare", "capture", "check", "differentiate", "rewrite", "schedule", "emit" (generated
+            PyTorch), "cpp" (generated C++), "run"; None for all.
         dims: sizes; those not given are small ones (d = 16, H = 2, N = 16).
 
     Raises:
@@ -292,13 +293,19 @@ def _emit(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     return lowered.source.text.rstrip()
 
 
+def _cpp(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
+    if isinstance(lowered, LoweredStream):
+        return "none: streams have no plan in C++"
+    return f"none: {lowered.not_native}" if lowered.native is None else lowered.native.text.rstrip()
+
+
 def _run(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     if lowered.source is None:
         return "PyTorch's scaled_dot_product_attention, called as it is"
     if isinstance(lowered, LoweredStream):
         name = build_stream(lowered.spec, pipeline.stream_plan(lowered), sizes["H"], inductor=False)
         return _registered(name)
-    name = build(lowered.spec, pipeline.plan(lowered), sizes["H"], losses=False, inductor=False)
+    name = build(lowered.spec, pipeline.plan(lowered), sizes["H"], losses=False, inductor=False, backend="torch")
     return _registered(name)
 
 
@@ -318,6 +325,7 @@ _STAGES: dict[str, Callable[[AnyLowered, Mapping[str, int]], str]] = {
     "rewrite": _rewrite,
     "schedule": _cost,
     "emit": _emit,
+    "cpp": _cpp,
     "run": _run,
 }
 
@@ -459,6 +467,13 @@ def _what_streams(lowered: LoweredStream, op: CompiledLoop | None) -> list[str]:
     return lines
 
 
+def _tiles(lowered: Lowered) -> str:
+    assert lowered.native is not None
+    if lowered.native.whole:
+        return "in parallel over heads and sequences; a tile holds all tokens, which mix"
+    return f"in parallel over heads and sequences; tiles of at most {lowered.native.rows} tokens"
+
+
 def _what_runs(lowered: AnyLowered, op: CompiledLoop | None) -> list[str]:
     fired = [rule for rule in lowered.rewrites if rule.fired]
     if op is not None and op.backend == "reference":
@@ -468,8 +483,17 @@ def _what_runs(lowered: AnyLowered, op: CompiledLoop | None) -> list[str]:
     if lowered.source is None:
         return [f"runs: PyTorch's scaled_dot_product_attention, because {fired[0].why}"]
     inductor = op is not None and op.inductor
-    lines = ["runs: generated PyTorch" + (", its pieces compiled by torch.compile" if inductor else ", eager")]
-    lines.append("  (backend 'torch': the one backend that has a plan for every loop)")
+    requested = "auto" if op is None else op.requested
+    missing = not_native(pipeline.plan(lowered), build_now=False)
+    if requested != "torch" and not inductor and not missing:
+        compiler = find()
+        lines = [f"runs: generated C++, built by {compiler.version or compiler.command}, for tensors on a CPU"]
+        lines.append("  (backend 'cpp'; tensors on a GPU run generated PyTorch)")
+        lines.append(f"  {_tiles(lowered)}")
+    else:
+        lines = ["runs: generated PyTorch" + (", its pieces compiled by torch.compile" if inductor else ", eager")]
+        why = "inductor=True" if inductor else "asked for" if requested == "torch" else f"no C++ here: {missing}"
+        lines.append(f"  (backend 'torch': {why})")
     lines += [f"  rewritten: {rule.name}, because {rule.why}" for rule in fired]
     if lowered.typing is not None and lowered.typing.mixing:
         lines.append(f"  the learner mixes tokens ({lowered.typing.mixing[0]}): only whole sequences are legal batches")

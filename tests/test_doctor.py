@@ -139,11 +139,12 @@ def test_a_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert doctor.check_compiler() == Check(
         "compiler",
         "note",
-        "neither g++ nor clang++; needed for inductor=True on a CPU",
+        "none of c++, g++ and clang++; needed for backend='cpp', the fast one on a CPU",
         "sudo apt install g++",
     )
     monkeypatch.setenv("CXX", "g++-99")
-    assert doctor.check_compiler().found == "CXX=g++-99 does not exist; needed for inductor=True on a CPU"
+    found = doctor.check_compiler().found
+    assert found == "CXX=g++-99 does not exist; needed for backend='cpp', the fast one on a CPU"
 
 
 def test_a_cache_that_others_can_read_is_closed_to_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -6,7 +6,7 @@ schedule. Backward recomputes each step from the fast weights it started from: w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import indent
 
@@ -38,8 +38,9 @@ schedule = {schedule}
 TILE_OPERATIONS = sorted(
     name for name, value in vars(tiles).items() if getattr(value, "__module__", "") == tiles.__name__
 )
-_TITLES = {
+TITLES = {
     "prepare": "What the loss reads of the slow weights, once for all tiles",
+    "project": "What the loss reads of tokens and slow weights, once for all steps",
     "gradient": "What one inner step descends: gradients summed over the tile's tokens",
     "first_gradient": "The same at zero fast weights",
     "update": "One step of the inner optimizer",
@@ -72,7 +73,8 @@ class TorchEmitter:
         self.output = readout_axes(captured)
         spec = self.spec
         self.tokens, self.fast, self.slow = list(spec.inputs), list(spec.fast), list(spec.slow)
-        self.hoisted = list(captured.hoisted)
+        self.hoisted, self.projected = list(captured.hoisted), list(captured.projected)
+        self.tiled = [*self.tokens, *self.projected]  # what has one row per token
         self.starts = [n for n in self.fast if carried or not spec.fast[n].frozen_zero]
         self.pieces = {name: piece for name, piece in pieces.items() if not (carried and name.startswith("first_"))}
         self.variants = ["first_", ""] if "first_gradient" in self.pieces else [""]
@@ -84,7 +86,7 @@ class TorchEmitter:
         }
         self.functions: dict[str, TileFunction] = {}
         for name, piece in self.pieces.items():
-            doc = f"{_TITLES[name]}. Returns {', '.join(piece.results)}."
+            doc = f"{TITLES[name]}. Returns {', '.join(piece.results)}."
             self.functions[name] = TileFunction(name, piece.forward, doc, self._axes(piece.forward))
             likes = ["" if like.startswith("gradient_") else like for like in piece.wrt]
             doc = f"Cotangents of the inputs of {name}."
@@ -100,6 +102,7 @@ class TorchEmitter:
         steps = self.captured.loss is not None
         parts = [function.write(self._sized_by(function)) for function in self.functions.values()]
         parts += [self._rate()] if steps and needs_rate(self.captured) else []
+        parts += self._common()
         parts += [self._forward(), self._backward()] if steps else [self._fit_forward(), self._fit_backward()]
         body = "\n\n\n".join(parts)
         math = "import math\n\n" if "math." in body else ""
@@ -119,7 +122,9 @@ class TorchEmitter:
         return TorchSource(f"{head}\n\n{body}\n", tuple(self.starts))
 
     def _sized_by(self, function: TileFunction) -> str | None:
-        return next((name for name in function.signature if name in self.tokens or name == "d_z"), None)
+        return next(
+            (name for name in function.signature if name in self.tiled or name.startswith(("d_z", "d_projected"))), None
+        )
 
     def _rate(self) -> str:
         lr = self.spec.optimizer.lr
@@ -133,7 +138,7 @@ class TorchEmitter:
     def _call(self, name: str, results: list[str], extra: dict[str, str] | None = None) -> str:
         """A call of a piece. Token inputs are those of the tile (`k_i`), `extra` renames others."""
         renamed = {
-            **{token: f"{token}_i" for token in self.tokens},
+            **{token: f"{token}_i" for token in self.tiled},
             "weight": "schedule.weight(_stop - _start)",
             "rate": f"learning_rate(_step, _stop - _start, N, {self.tokens[0]}.shape[1])",
             **(extra or {}),
@@ -154,7 +159,7 @@ class TorchEmitter:
         """A loop over tiles of tokens, which takes the tokens that the functions read."""
         rows = "None" if self.mixes[piece] else "_rows"
         read = {n for f in functions for n in self.functions[f].signature}
-        takes = [f"{n}_i = take({n}, {order}, _from, _to)" for n in self.tokens if n in read]
+        takes = [f"{n}_i = take({n}, {order}, _from, _to)" for n in self.tiled if n in read]
         if "d_z" in read:
             takes.append("d_z_i = d_z[:, :, _from:_to]")
         return [f"for _from, _to in tiles({bounds}, {rows}):", *[f"    {line}" for line in [*takes, *lines]]]
@@ -178,17 +183,48 @@ class TorchEmitter:
 
         return lines + self._each_variant(one)
 
-    def _prepared(self) -> list[str]:
-        """Lines that compute what tiles share: for every head its own, so that its cotangent is that head's too."""
-        if not self.hoisted:
+    @property
+    def inputs(self) -> list[str]:
+        """Tensors that `forward` takes, and `backward` gives cotangents of."""
+        return [*self.tokens, *self.starts, *self.slow]
+
+    @property
+    def common(self) -> list[str]:
+        """What all steps share, computed from inputs."""
+        return [*self.hoisted, *self.projected]
+
+    def _common(self) -> list[str]:
+        """Functions for what all steps share, for every head its own, so that its cotangent is that head's too."""
+        if not self.common:
             return []
-        names = ", ".join(self.hoisted) + ("," if len(self.hoisted) == 1 else "")
-        inputs = ", ".join([*self.tokens, *self.starts, *self.slow])
-        return [self._call("prepare", self.hoisted), f"{names} = every_head(({names}), ({inputs},))"]
+        whole = {name: name for name in self.tokens}
+        lines = []
+        if self.hoisted:
+            names = _tuple(self.hoisted)
+            lines += [self._call("prepare", self.hoisted), f"{names} = every_head({names}, {_tuple(self.inputs)})"]
+        if self.projected:
+            lines.append(self._call("project", self.projected, whole))
+        doc = "What all steps share: made of slow weights, and of tokens and slow weights."
+        head = f'def common({", ".join([*self.inputs, "_low"])}):\n    """{doc}"""\n'
+        forward = head + indent("\n".join([*lines, f"return {_tuple(self.common)}"]), "    ")
+
+        lines = [f"{' = '.join(f'd_{n}' for n in self.inputs)} = None"]
+        for piece in [name for name in ("project", "prepare") if name in self.pieces]:
+            lines.append(self._call(f"{piece}_vjp", [f"c_{n}" for n in self.pieces[piece].wrt], whole))
+            lines += [f"d_{n} = add(d_{n}, c_{n})" for n in self._nonzero(f"{piece}_vjp")]
+        lines.append(f"return {_tuple([f'd_{n}' for n in self.inputs])}")
+        given = [*self.inputs, *self.common, *[f"d_{n}" for n in self.common], "_low"]
+        doc = "Cotangents of the inputs from those of what all steps share; None where they are zero."
+        head = f'def common_vjp({", ".join(given)}):\n    """{doc}"""\n'
+        return [forward, head + indent("\n".join(lines), "    ")]
+
+    def _shared(self) -> list[str]:
+        """The line that computes what all steps share."""
+        return [f"{_tuple(self.common)} = common({', '.join([*self.inputs, '_low'])})"] if self.common else []
 
     def _forward(self) -> str:
         fast = self.fast
-        lines = [f"N = {self.tokens[0]}.shape[2]", "_between, _losses = [], []", *self._prepared()]
+        lines = [f"N = {self.tokens[0]}.shape[2]", "_between, _losses = [], []", *self._shared()]
         lines.append("for _step, (_start, _stop) in enumerate(schedule.batches(N)):")
         loop = self._gradients(self.losses)
         loop += self._each_variant(lambda variant: [self._call(f"{variant}update", fast)])
@@ -213,9 +249,9 @@ class TorchEmitter:
         return f'def forward({arguments}):\n    """{doc}"""\n' + indent("\n".join(lines), "    ")
 
     def _backward(self) -> str:
-        fast, slow, tokens = self.fast, self.slow, self.tokens
+        fast, slow, tokens = self.fast, self.slow, self.tiled
         shuffled = self.spec.schedule.needs_order
-        lines = [f"N = {tokens[0]}.shape[2]", "_batches = schedule.batches(N)", *self._prepared()]
+        lines = [f"N = {self.tokens[0]}.shape[2]", "_batches = schedule.batches(N)", *self._shared()]
         first = ", ".join(name if name in self.starts else "None" for name in fast)
         later = ", ".join(f"between_{name}[i]" for name in fast)
         lines.append(f"_starts = [({first},)] + [({later},) for i in range(len(_batches) - 1)]")
@@ -247,11 +283,15 @@ class TorchEmitter:
         )
         lines.append(indent("\n".join(loop), "    "))
         lines += [f"d_{n} = add(d_{n}, untake(_pieces_{n}, _order, {n}))" for n in seen if shuffled]
-        if self.hoisted:
-            lines += [f"d_{n} = zeros({n}) if d_{n} is None else d_{n}" for n in self.hoisted]
-            lines.append(self._call("prepare_vjp", [f"c_{n}" for n in self.pieces["prepare"].wrt]))
-            lines += [f"d_{n} = add(d_{n}, c_{n})" for n in self._nonzero("prepare_vjp")]
-        inputs = [*tokens, *self.starts, *slow]
+        if self.common:
+            lines += [f"d_{n} = zeros({n}) if d_{n} is None else d_{n}" for n in self.common]
+            given = [*self.inputs, *self.common, *[f"d_{n}" for n in self.common], "_low"]
+            lines.append(f"{_tuple([f'c_{n}' for n in self.inputs])} = common_vjp({', '.join(given)})")
+            pulled = {
+                n for piece in ("project", "prepare") if piece in self.pieces for n in self._nonzero(f"{piece}_vjp")
+            }
+            lines += [f"d_{n} = add(d_{n}, c_{n})" for n in self.inputs if n in pulled]
+        inputs = self.inputs
         lines.append(f"return {', '.join(f'zeros({n}) if d_{n} is None else d_{n}' for n in inputs)}")
         cotangents = ["d_z", *[f"d_{n}" for n in fast], *(["d_losses"] if self.losses else [])]
         states = [*[f"end_{n}" for n in fast], *[f"between_{n}" for n in fast]]
@@ -265,9 +305,9 @@ class TorchEmitter:
         """Lines that run a piece's backward over tiles and add up what it gives."""
         function = f"{piece}_vjp"
         nonzero = self._nonzero(function)
-        seen = [n for n in self.tokens if n in nonzero]
+        seen = [n for n in self.tiled if n in nonzero]
         inner = [self._call(function, [f"c_{n}" for n in self.pieces[piece].wrt], extra)]
-        inner += [f"d_{n} = add(d_{n}, c_{n})" for n in nonzero if n not in self.tokens]
+        inner += [f"d_{n} = add(d_{n}, c_{n})" for n in nonzero if n not in self.tiled]
         inner += [f"_tile_{n}.append(c_{n})" for n in seen]
         lines = [f"_tile_{n} = []" for n in seen]
         lines += self._over_tiles(tiled_as, bounds, order, [function], inner)
@@ -275,7 +315,7 @@ class TorchEmitter:
             lines += [f"_pieces_{n} = _tile_{n} + _pieces_{n}" for n in seen]
             # a token input that only the other steps' gradient depends on
             others = {n for v in self.variants for n in self._nonzero(f"{v}gradient_vjp")} - set(seen)
-            absent = [n for n in self.tokens if n in others]
+            absent = [n for n in self.tiled if n in others]
             return lines + [f"_pieces_{n} = [zeros(take({n}, {order}, _start, _stop)), *_pieces_{n}]" for n in absent]
         return lines + [f"d_{n} = add(d_{n}, join(_tile_{n}))" for n in seen]
 
@@ -299,6 +339,10 @@ class TorchEmitter:
         arguments = ", ".join([*inputs, "d_z", "_order", "_low", "_rows"])
         doc = "Cotangents of forward's inputs."
         return f'def backward({arguments}):\n    """{doc}"""\n    {call}\n    return ({returned},)'
+
+
+def _tuple(names: Sequence[str]) -> str:
+    return f"({', '.join(names)},)"
 
 
 def _schedule_text(schedule: object) -> str:

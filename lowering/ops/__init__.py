@@ -10,6 +10,7 @@ from nestloop.lowering.ops import movement, pointwise, products, reductions
 from nestloop.lowering.ops.decompose import decompositions, fused_rms_norm
 from nestloop.lowering.ops.row import Kind, Op, Operands
 from nestloop.lowering.ops.solve import OP as SOLVE
+from nestloop.lowering.ops.strided import NoSpelling
 
 ROWS: dict[Any, Op] = {row.target: row for module in (pointwise, products, reductions, movement) for row in module.ROWS}
 
@@ -50,6 +51,7 @@ __all__ = [
     "ROWS",
     "SOLVE",
     "Kind",
+    "NoSpelling",
     "Op",
     "Operands",
     "admitted",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nestloop.lowering.ops import solve
-from nestloop.lowering.ops.row import Kind, Op, Operands
+from nestloop.lowering.ops.row import Kind, Op, Operands, Product, Unsupported
 
 aten = torch.ops.aten
 
@@ -21,8 +21,36 @@ def _solve(o: Operands) -> str:
 
 
 ROWS = [
-    Op(aten.mm.default, Kind.PRODUCT, lambda o: f"mm({o[0]}, {o[1]}, _low)", 2, lambda r: (r(5, 4), r(4, 3))),
-    Op(aten.bmm.default, Kind.PRODUCT, lambda o: f"{o[0]} @ {o[1]}", 2, lambda r: (r(2, 5, 4), r(2, 4, 3))),
-    Op(aten.linalg_solve_triangular.default, Kind.SOLVE, _solve_triangular, 2, lambda r: (r(5, 5), r(5, 3))),
-    Op(solve.OP, Kind.SOLVE, _solve, 2, lambda r: (r(5, 5) + 4 * torch.eye(5), r(5, 3), True)),
+    Op(
+        aten.mm.default,
+        Kind.PRODUCT,
+        lambda o: f"mm({o[0]}, {o[1]}, _low)",
+        Product(),
+        2,
+        lambda r: (r(5, 4), r(4, 3)),
+    ),
+    Op(
+        aten.bmm.default,
+        Kind.PRODUCT,
+        lambda o: f"{o[0]} @ {o[1]}",
+        Unsupported("a batch of products inside one tile"),
+        2,
+        lambda r: (r(2, 5, 4), r(2, 4, 3)),
+    ),
+    Op(
+        aten.linalg_solve_triangular.default,
+        Kind.SOLVE,
+        _solve_triangular,
+        Unsupported("a triangular system"),
+        2,
+        lambda r: (r(5, 5), r(5, 3)),
+    ),
+    Op(
+        solve.OP,
+        Kind.SOLVE,
+        _solve,
+        Unsupported("a linear system"),
+        2,
+        lambda r: (r(5, 5) + 4 * torch.eye(5), r(5, 3), True),
+    ),
 ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from nestloop.lowering.ops.row import Kind, Op, Operands
+from nestloop.lowering.ops.row import Along, Fold, Kind, Op, Operands
+from nestloop.lowering.ops.strided import NoSpelling
 
 aten = torch.ops.aten
 
@@ -35,18 +38,56 @@ def _norm(o: Operands) -> str:
     return f"torch.linalg.vector_norm({o[0]}, {order!r}, {_tuple(o.axes(dims))}, keepdim={keep})"
 
 
+def _sum_fold(o: Operands) -> Fold:
+    return Fold("0", lambda running, x: f"{running} + {x}", adds=True)
+
+
+def _mean_fold(o: Operands) -> Fold:
+    return Fold("0", lambda running, x: f"{running} + {x}", lambda running, count: f"{running} / S({count})", True)
+
+
+def _extreme(function: str, start: str):
+    return lambda o: Fold(start, lambda running, x: f"{function}({x}, {running})")
+
+
+def _norm_fold(o: Operands) -> Fold:
+    order = float(o.raw[1] if len(o.raw) > 1 else 2)
+    if order == 2:
+        return Fold("0", lambda running, x: f"{running} + {x} * {x}", lambda running, _: f"std::sqrt({running})", True)
+    if order == 1:
+        return Fold("0", lambda running, x: f"{running} + std::abs({x})", adds=True)
+    if order == math.inf:
+        return Fold("0", lambda running, x: f"maximum(std::abs({x}), {running})")
+    raise NoSpelling(f"a vector norm of order {order:g}")
+
+
 ROWS = [
-    Op(aten.sum.default, Kind.REDUCTION, _over("sum"), 1, lambda r: (r(5, 4),)),
-    Op(aten.sum.dim_IntList, Kind.REDUCTION, _over("sum"), 1, lambda r: (r(5, 4), [0], True)),
-    Op(aten.mean.default, Kind.REDUCTION, _over("mean"), 1, lambda r: (r(5, 4),)),
-    Op(aten.mean.dim, Kind.REDUCTION, _over("mean"), 1, lambda r: (r(5, 4), [-1])),
-    Op(aten.amax.default, Kind.REDUCTION, _over("amax"), 1, lambda r: (r(5, 4), [1], True)),
-    Op(aten.amin.default, Kind.REDUCTION, _over("amin"), 1, lambda r: (r(5, 4), [1])),
-    Op(aten.linalg_vector_norm.default, Kind.REDUCTION, _norm, 2, lambda r: (r(5, 4), 2, [-1], True)),
+    Op(aten.sum.default, Kind.REDUCTION, _over("sum"), _sum_fold, 1, lambda r: (r(5, 4),)),
+    Op(aten.sum.dim_IntList, Kind.REDUCTION, _over("sum"), _sum_fold, 1, lambda r: (r(5, 4), [0], True)),
+    Op(aten.mean.default, Kind.REDUCTION, _over("mean"), _mean_fold, 1, lambda r: (r(5, 4),)),
+    Op(aten.mean.dim, Kind.REDUCTION, _over("mean"), _mean_fold, 1, lambda r: (r(5, 4), [-1])),
+    Op(
+        aten.amax.default,
+        Kind.REDUCTION,
+        _over("amax"),
+        _extreme("maximum", "-std::numeric_limits<S>::infinity()"),
+        1,
+        lambda r: (r(5, 4), [1], True),
+    ),
+    Op(
+        aten.amin.default,
+        Kind.REDUCTION,
+        _over("amin"),
+        _extreme("minimum", "std::numeric_limits<S>::infinity()"),
+        1,
+        lambda r: (r(5, 4), [1]),
+    ),
+    Op(aten.linalg_vector_norm.default, Kind.REDUCTION, _norm, _norm_fold, 2, lambda r: (r(5, 4), 2, [-1], True)),
     Op(
         aten._softmax.default,
         Kind.NORMALIZE,
         lambda o: f"{o[0]}.softmax({o.axis(o.raw[1])})",
+        Along("softmax"),
         12,
         lambda r: (r(5, 4), 1, False),
     ),
@@ -54,6 +95,7 @@ ROWS = [
         aten.cumsum.default,
         Kind.NORMALIZE,
         lambda o: f"{o[0]}.cumsum({o.axis(o.raw[1])})",
+        Along("cumsum"),
         1,
         lambda r: (r(5, 4), 0),
     ),

@@ -1,6 +1,6 @@
 """One op, one row: all that the compiler knows of an ATen op stands in one block.
 
-A row gives an op's kind (from which its axis rule follows), its work, its spelling in generated PyTorch and an
+A row gives an op's kind (from which its axis rule follows), its work, its spellings in generated PyTorch and C++ and an
 example. The tests are parametrised over the rows: a new op is tested the moment its row exists.
 """
 
@@ -14,7 +14,67 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from nestloop.lowering.ops.strided import Strided
+
 Spell = Callable[["Operands"], str]
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A spelling that does not exist: the loop runs on another backend, and `explain` gives the reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Element:
+    """One element of the result, as an expression of the operands' elements (`Operands.text`)."""
+
+    spell: Spell
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A reduction: a running value, what it starts at, how an element enters it, how it ends.
+
+    Attributes:
+        start: its first value.
+        enter: (running value, element) -> the new running value.
+        finish: (running value, how many elements entered) -> the result.
+        adds: whether elements are added up, which a vector may do in any order.
+    """
+
+    start: str
+    enter: Callable[[str, str], str]
+    finish: Callable[[str, str], str] = lambda running, count: running
+    adds: bool = False
+
+
+@dataclass(frozen=True)
+class Along:
+    """A function of `emit/tiles.h` over one axis: (outer, length, inner, from, to)."""
+
+    function: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """Other strides over the operand's memory; None where the elements must be copied."""
+
+    of: Callable[[Strided, Operands], Strided | None]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of two tiles."""
+
+
+@dataclass(frozen=True)
+class Join:
+    """Tiles side by side along an axis."""
+
+
+Cpp = Element | Callable[["Operands"], Fold] | Along | Window | Product | Join | Unsupported
 
 
 class Kind(Enum):
@@ -42,6 +102,8 @@ class Operands:
         shape: text of the result's tile shape, one entry per axis ("n", "16").
         dtype: the result's dtype in the traced graph; floating-point ones stand for the compute dtype.
         numbers: for each argument whether it is a Python number where the code runs.
+        sizes: the result's traced shape.
+        index: in C++, the loop variable of each axis of the result ("0" for an axis of size 1).
     """
 
     text: list[Any]
@@ -51,6 +113,8 @@ class Operands:
     shape: list[str]
     dtype: torch.dtype
     numbers: list[bool]
+    sizes: tuple[Any, ...] = ()
+    index: tuple[str, ...] = ()
 
     def __getitem__(self, index: int) -> Any:
         return self.text[index]
@@ -77,6 +141,7 @@ class Op:
         target: the ATen overload.
         kind: see `Kind`.
         spell: its spelling in generated PyTorch, on tiles with leading batch axes [H, B, *tile].
+        cpp: its spelling in generated C++, on the tile of one head and sequence, or why there is none.
         work: FLOPs per element of the result (per multiply-add of the contraction: 2, for products).
         example: small arguments to try it on, made by a function of (normal tensors by shape).
     """
@@ -84,6 +149,7 @@ class Op:
     target: OpOverload
     kind: Kind
     spell: Spell
+    cpp: Cpp
     work: int
     example: Callable[[Callable[..., Any]], tuple[Any, ...]]
 

@@ -8,12 +8,13 @@ from nestloop.lowering.rewrites.attention import dot_product_scale, softmax_atte
 from nestloop.lowering.rewrites.gram import gram_form
 from nestloop.lowering.rewrites.hoist import hoist
 from nestloop.lowering.rewrites.linear_attention import linear_attention, zero_state
+from nestloop.lowering.rewrites.project import project
 from nestloop.lowering.rewrites.rule import Rewrite
 
 
 def rewrites(captured: Captured, pieces: dict[str, Piece]) -> list[Rewrite]:
-    """Every rule that reads a differentiated loop; `gram_form` and `hoist` rewrite the loss before that."""
+    """Every rule that reads a differentiated loop; `gram_form`, `hoist` and `project` rewrite the loss before that."""
     return [rule(captured, pieces) for rule in (zero_state, linear_attention, softmax_attention)]
 
 
-__all__ = ["Rewrite", "dot_product_scale", "gram_form", "hoist", "rewrites"]
+__all__ = ["Rewrite", "dot_product_scale", "gram_form", "hoist", "project", "rewrites"]

@@ -272,6 +272,12 @@ def _against(weight: Tensor, term: Term) -> Tensor:
 def _plain(a: Term, b: Term) -> Tensor:
     """Sum over D of two terms without z, [n, 1] or [1, 1]."""
     factors = [f for t in (a, b) for f in (t.x, t.weight) if f is not None]
+    views, columns = [f for f in factors if f.ndim == 2], [f for f in factors if f.ndim == 1]
+    if len(views) == 1 and columns:
+        column = columns[0]
+        for f in columns[1:]:
+            column = column * f
+        return views[0] @ column.reshape(-1, 1)
     product = factors[0]
     for f in factors[1:]:
         product = product * f

@@ -6,16 +6,14 @@ sequences before they flow on, so no weight's gradient is ever spread over seque
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from nestloop.lowering import ops
 from nestloop.lowering.capture import Captured, Tracer
-from nestloop.lowering.rewrites.reach import ancestors, inputs_below
+from nestloop.lowering.rewrites.reach import evaluate, inputs_below
 from nestloop.lowering.rewrites.rule import Rewrite
 from nestloop.lowering.simplify import is_gram, simplify
 
@@ -38,14 +36,14 @@ def hoist(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
     names = {n: f"gram_{i}" if is_gram(n) else f"hoisted_{i}" for i, n in enumerate(border)}
 
     def prepare(*weights: Tensor) -> tuple[Tensor, ...]:
-        env = _run(loss, dict(zip(captured.spec.slow, weights, strict=True)), {}, set(ours))
+        env = evaluate(loss, dict(zip(captured.spec.slow, weights, strict=True)), {}, set(ours))
         return tuple(env[n] for n in border)
 
     inputs = [*captured.spec.fast, *captured.spec.slow, *names.values(), *captured.spec.inputs]
 
     def rest(*tensors: Tensor) -> Tensor:
         given = dict(zip(inputs, tensors, strict=True))
-        env = _run(loss, given, {n: given[name] for n, name in names.items()}, None)
+        env = evaluate(loss, given, {n: given[name] for n, name in names.items()}, None)
         (result,) = next(n for n in loss.graph.nodes if n.op == "output").args
         return env[result]
 
@@ -57,23 +55,3 @@ def hoist(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
     remaining = replace(extended, loss=tracer.trace_on(rest, tiles, inputs))
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in hoisted.items())
     return remaining, Rewrite(NAME, True, f"these depend on slow weights alone, and are computed once: {shapes}")
-
-
-def _run(
-    module: fx.GraphModule, inputs: dict[str, Tensor], known: dict[fx.Node, Tensor], only: set[fx.Node] | None
-) -> dict[fx.Node, Any]:
-    """Evaluate a graph where some values are known; `only` these nodes, or all that the result needs."""
-    env: dict[fx.Node, Any] = dict(known)
-    needed = only
-    if needed is None:
-        (result,) = next(n for n in module.graph.nodes if n.op == "output").args
-        needed = ancestors(result, known)
-    for node in module.graph.nodes:
-        if node.op == "placeholder" and node.name in inputs:
-            env[node] = inputs[node.name]
-        elif node.op == "call_function" and node in needed and node not in known:
-            args = fx.node.map_arg(node.args, env.__getitem__)
-            kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
-            function: Callable[..., Any] = node.target
-            env[node] = function(*args, **kwargs)
-    return env

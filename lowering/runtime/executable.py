@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestloop.errors import NoPlanError
 from nestloop.lang.dims import parse
 from nestloop.lang.loop import LoopSpec
-from nestloop.lowering.runtime import cache
+from nestloop.lowering.runtime import cache, compiler
 from nestloop.lowering.runtime.library import NestedLoopOp, Signature
+from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.plan import Plan
 
 Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
@@ -21,21 +24,105 @@ Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
 EXECUTABLES: dict[str, Executable] = {}
 
 
-def build(spec: LoopSpec, plan: Plan, heads: int, losses: bool, inductor: bool) -> str:
-    """Make a plan runnable; its name in `EXECUTABLES`."""
-    if plan.form == "attention":
+def build(
+    spec: LoopSpec, plan: Plan, heads: int, losses: bool, inductor: bool, backend: str = "torch", double: bool = False
+) -> str:
+    """Make a plan runnable; its name in `EXECUTABLES`.
+
+    Args:
+        backend: "torch"; "cpp"; or "auto", which is cpp where the plan has C++ and it can be built.
+        double: whether it is float64 that will be computed in.
+
+    Raises:
+        NoPlanError: "cpp" was asked for, and the loop has no C++ or it cannot be built.
+    """
+    if plan.form == "attention" and backend != "cpp":
         name = f"softmax_attention_{plan.scale}"
         EXECUTABLES.setdefault(name, _attention(plan.scale))
         return name
+    reason = (
+        "inductor compiles generated PyTorch" if inductor else "" if backend == "torch" else not_native(plan, double)
+    )
+    if backend == "cpp" and reason:
+        raise no_native(spec, reason)
+    native = backend != "torch" and not reason
     path = cache.write(plan.name, plan.source)
     name = f"{path.stem}_inductor" if inductor else path.stem
+    if native and plan.native is not None:
+        name = f"{path.stem}_cpp_{cache.digest(plan.native.text)}"  # one module of PyTorch may go with several of C++
     if name not in EXECUTABLES:
         module = cache.load(path)
         if inductor:
             module = compiled_pieces(module, plan)
-        op = NestedLoopOp(name, module, _signature(spec, plan, heads, losses), _flops(spec, plan, heads), plan.rows)
+        signature = _signature(spec, plan, heads, losses)
+        library = _native(spec, plan, module, signature) if native else None
+        op = NestedLoopOp(name, module, signature, _flops(spec, plan, heads), plan.rows, library)
         EXECUTABLES[name] = _loop(op, spec)
     return name
+
+
+def no_native(spec: LoopSpec, reason: str) -> NoPlanError:
+    """The refusal of a loop without C++, where that was asked for by name."""
+    return NoPlanError(
+        f"{spec.name} has no C++ plan for these sizes.",
+        where=spec.where,
+        given=reason,
+        need="ops with a C++ spelling in lowering/ops, and a C++ compiler",
+        fix='write backend="auto": generated PyTorch runs where there is no C++',
+    )
+
+
+def not_native(plan: Plan, double: bool = False, build_now: bool = True) -> str:
+    """Why a plan does not run as C++ here, "" where it does. A compiler that is missing or fails is announced once.
+
+    `build_now`: find out by building it; else a compiler's being there is enough.
+    """
+    if plan.native is None:
+        return plan.not_native
+    scalar = "double" if double else "float"
+    key = (plan.native.text, scalar)
+    if key in _FAILED:
+        return _FAILED[key]
+    try:
+        if build_now:
+            compiler.load(compiler.build(plan.name, plan.native.text, scalar))
+        else:
+            compiler.find()
+    except compiler.BuildError as error:
+        if build_now:
+            _announce(str(error))
+            _FAILED[key] = str(error)
+        return str(error)
+    return ""
+
+
+def _announce(cause: str) -> None:
+    if not _FAILED:
+        warnings.warn(
+            f"nestloop runs generated PyTorch instead of C++, which is slower: {cause}. "
+            "Install g++ or clang++, or name one with CXX; backend='torch' says that this is intended.",
+            stacklevel=2,
+        )
+
+
+_FAILED: dict[tuple[str, str], str] = {}
+
+
+def _native(spec: LoopSpec, plan: Plan, module: types.ModuleType, signature: Signature) -> NativeModule:
+    assert plan.native is not None
+    return NativeModule(
+        plan.name,
+        plan.native,
+        module,
+        inputs=signature.inputs,
+        tokens=signature.tokens,
+        fast=signature.fast,
+        ends=signature.ends,
+        tiles=signature.tiles,
+        batches=spec.schedule.batches,
+        weight=spec.schedule.weight,
+        losses=signature.losses,
+    )
 
 
 def _attention(scale: float | None) -> Executable:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
+from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.tiles import like_lead
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
@@ -97,6 +98,7 @@ class NestedLoopOp:
         signature: its tensors.
         flops: (sequences, length) -> FLOPs of the products in (forward, backward).
         rows: tokens, of all sequences together, that are worked on at a time on a CPU.
+        native: the same two functions in C++, for tensors on a CPU; None where the generated module does for all.
     """
 
     def __init__(
@@ -106,8 +108,9 @@ class NestedLoopOp:
         signature: Signature,
         flops: Callable[[int, int], tuple[int, int]],
         rows: int,
+        native: NativeModule | None = None,
     ) -> None:
-        self.name, self.signature, self.rows = name, signature, rows
+        self.name, self.signature, self.rows, self.native = name, signature, rows, native
         inputs = [f"Tensor {n}" for n in signature.inputs]
         order = ["Tensor order"] if signature.ordered else []
         results = signature.results
@@ -144,7 +147,10 @@ class NestedLoopOp:
         def kernel(*tensors: Tensor) -> Any:
             inputs, order = self._split(tensors)
             computed, low = _prepare(inputs)
-            made = self._in_groups(module.forward, computed, order, low, inputs)
+            if self.native is not None and inputs[0].device.type == "cpu":
+                made: Sequence[Tensor] = self.native.forward(*computed, order)
+            else:
+                made = self._in_groups(module.forward, computed, order, low, inputs)
             owned = _owned(made, self.signature.shapes(inputs), inputs)
             if self.signature.results[0] == "z":
                 owned[0] = owned[0].to(self._output_dtype(inputs))
@@ -200,7 +206,10 @@ class NestedLoopOp:
         def kernel(*tensors: Tensor) -> Any:
             given, order = self._split(tensors)
             computed, low = _prepare(given, given[:count])
-            made = self._in_groups(module.backward, computed, order, low, given[:count])
+            if self.native is not None and given[0].device.type == "cpu":
+                made: Sequence[Tensor] = self.native.backward(*computed, order)
+            else:
+                made = self._in_groups(module.backward, computed, order, low, given[:count])
             # where no step was taken, the cotangent of an initial fast weight is the end's, one per sequence
             made = [like_lead(g, t) for g, t in zip(made, given, strict=False)]
             owned = _owned(made, [list(t.shape) for t in given[:count]], given)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nestloop.lowering.runtime import cache
+from nestloop.lowering.runtime.native import NativePlan
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Plan:
         kept: of a scan, the carried tensors that it keeps.
         chunk: of a scan, tokens of a chunk; 0 for one piece.
         why: of a stream, the form it takes and why.
+        native: its C++; None where it has none.
+        not_native: why it has none.
     """
 
     form: str
@@ -47,6 +50,8 @@ class Plan:
     kept: tuple[str, ...] = ()
     chunk: int = 0
     why: str = ""
+    native: NativePlan | None = None
+    not_native: str = ""
 
 
 def _path(fingerprint: str) -> Path:
@@ -61,9 +66,12 @@ def read(fingerprint: str | None) -> Plan | None:
         kept = json.loads(_path(fingerprint).read_text())
         tiles = {name: tuple(shape) for name, shape in kept.pop("tiles").items()}
         pieces = {name: tuple(flops) for name, flops in kept.pop("pieces").items()}
+        native = kept.pop("native")
+        if native is not None:
+            native = NativePlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in native.items()})
         for name in ("inputs", "output", "results", "kept"):
             kept[name] = tuple(kept[name])
-        return Plan(**kept, tiles=tiles, pieces=pieces)
+        return Plan(**kept, tiles=tiles, pieces=pieces, native=native)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # absent, or written by another version: lowered again and written again
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,3 +83,20 @@ def rows_in_cache(modules: Sequence[fx.GraphModule], heads: int) -> int:
                 if size.free_symbols:
                     widest = max(widest, int(size.subs(N_TOKENS, 1)))
     return max(32, CACHE_BYTES // (4 * heads * widest))
+
+
+# Tried on cores with 1 MiB of L2 each: from 16 to 208 rows a loop differs by a fifth, and is fastest near 100, where
+# its tiles take 1.6 MiB and products have long enough rows.
+TILE_BYTES = 2 << 20
+
+
+def tile_rows(scratch: Callable[[int], int]) -> int:
+    """Tokens of a C++ tile: a multiple of 16 up to 96, as many as fit `TILE_BYTES` in float32.
+
+    Args:
+        scratch: rows of a tile -> elements that one thread works on.
+    """
+    rows = 16
+    while rows < 96 and 4 * (scratch(rows + 16) - scratch(0)) <= TILE_BYTES:
+        rows += 16
+    return rows

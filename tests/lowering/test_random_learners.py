@@ -1,4 +1,4 @@
-"""Learners nobody wrote a rule for: the torch backend equals the reference, values and every gradient.
+"""Learners nobody wrote a rule for: the torch and cpp backends equal the reference, values and every gradient.
 
 `NESTLOOP_RANDOM_CASES=500 pytest tests/lowering/test_random_learners.py` hunts among so many fresh cases.
 """
@@ -15,11 +15,18 @@ from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 
 import nestloop as nl
 from nestloop.lowering.runtime.library import NestedLoopOp
+from nestloop.lowering.runtime.native import NativePlan
 from tests.lowering.comparison import assert_equal, differences, run, tokens_at_a_time
 from tests.lowering.random_loops import LOSSES, RandomLoop, random_loops
 
 CASES = int(os.environ.get("NESTLOOP_RANDOM_CASES", "0"))
 FAMILIES = [(loss, shuffled) for loss in LOSSES for shuffled in (False, True)]
+
+
+@pytest.fixture(autouse=True)
+def quick_builds(monkeypatch: pytest.MonkeyPatch):
+    """Float64 has no vector code of its own to test, so half the compile time will do."""
+    monkeypatch.setenv("NESTLOOP_CXXFLAGS", "-O1")
 
 
 def check(case: RandomLoop) -> None:
@@ -30,6 +37,9 @@ def check(case: RandomLoop) -> None:
         reject()  # the definition itself has no value (a norm of zero differentiated twice): nothing to equal
     with mock.patch.object(NestedLoopOp, "rows", tokens_at_a_time(case.rows), create=True):
         found = run(nl.compile(loop, backend="torch", a=case.key_size, e=case.value_size), inputs, case.losses)
+    assert_equal(differences(found, wanted), 1e-9)
+    with mock.patch.object(NativePlan, "rows", tokens_at_a_time(min(case.rows, 96)), create=True):
+        found = run(nl.compile(loop, backend="cpp", a=case.key_size, e=case.value_size), inputs, case.losses)
     assert_equal(differences(found, wanted), 1e-9)
 
 

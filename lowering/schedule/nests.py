@@ -1,0 +1,174 @@
+"""Which values are computed in one loop nest, and the order of the nests.
+
+Elementwise values and reductions over the same axes share a nest where one reads the other's element in step: the
+value then needs no memory. A value is computed beside its first reader, unless an earlier nest that has all of its
+operands makes fewer values cross between the two. Products, transposes and the like are units of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from nestloop.lowering.schedule.values import Value, Values
+
+
+@dataclass(eq=False)
+class Unit:
+    """Values computed together: a loop nest, or one product, transpose, join or normalisation."""
+
+    values: list[Value] = field(default_factory=list)
+
+    @property
+    def is_nest(self) -> bool:
+        return self.values[0].kind in ("element", "fold")
+
+    @property
+    def per_tile(self) -> bool:
+        return self.values[0].per_tile
+
+
+def units(values: Values) -> list[Unit]:
+    """The units of a graph in the order they run; scalars are spelled where they are read."""
+    return _Fusion(values).run()
+
+
+class _Fusion:
+    def __init__(self, values: Values) -> None:
+        self.values = values
+        self.position = {value: index for index, value in enumerate(values.computed)}
+        self.unit: dict[Value, Unit] = {value: Unit([value]) for value in values.computed}
+
+    def run(self) -> list[Unit]:
+        for value in reversed(self.values.computed):
+            for operand in value.reads:
+                producer = operand.base
+                if producer.kind == "element" and not producer.is_scalar and value.kind in ("element", "fold"):
+                    self._merge(producer, value)
+        self._merge_siblings()
+        self._move_back()
+        return self._ordered()
+
+    def _fits(self, a: Unit, b: Unit) -> bool:
+        """Whether two units can be one nest, as far as what reads what inside it goes."""
+        if a is b or not a.is_nest or not b.is_nest or a.per_tile != b.per_tile:
+            return False
+        first, second = a.values[0], b.values[0]
+        if first.is_scalar or second.is_scalar or first.domain != second.domain:
+            return False
+        for ours, theirs in ((a, b), (b, a)):
+            inside = set(ours.values)
+            for value in theirs.values:
+                for operand in value.reads:
+                    if operand.base in inside and not (operand.base.kind == "element" and value.in_step(operand)):
+                        return False
+        return True
+
+    def _merge(self, a: Value, b: Value) -> None:
+        first, second = self.unit[a], self.unit[b]
+        if self._fits(first, second) and not self._apart(first, second) and not self._apart(second, first):
+            first.values = sorted([*first.values, *second.values], key=self.position.__getitem__)
+            for value in second.values:
+                self.unit[value] = first
+
+    def _apart(self, a: Unit, b: Unit) -> bool:
+        """Whether something outside must run between two units: a path from one to the other through it."""
+        seen: set[Unit] = {a}
+        stack = [unit for unit in self._after(a) if unit is not b]
+        while stack:
+            unit = stack.pop()
+            if unit is b:
+                return True
+            if unit not in seen:
+                seen.add(unit)
+                stack.extend(self._after(unit))
+        return False
+
+    def _after(self, unit: Unit) -> list[Unit]:
+        return [self.unit[user] for value in unit.values for user in value.users if self.unit[user] is not unit]
+
+    def _merge_siblings(self) -> None:
+        """Nests that read the same value."""
+        for value in [*self.values.inputs.values(), *self.values.computed]:
+            users = [user for user in value.users if user.kind in ("element", "fold") and not user.is_scalar]
+            for a, b in pairwise(users):
+                if len(a.domain) > 1 or value.kind != "input":
+                    self._merge(a, b)
+
+    def _move_back(self) -> None:
+        """Move what an earlier nest could compute too into it, where fewer values then cross between the two."""
+        nests = [unit for unit in dict.fromkeys(self.unit.values()) if unit.is_nest and not unit.values[0].is_scalar]
+        for later in nests:
+            for earlier in nests:
+                if earlier is later or not self._feeds(earlier, later) or not earlier.values or not later.values:
+                    continue
+                moved = self._computable(earlier, later)
+                if not moved or len(moved) == len(later.values):
+                    continue
+                rest = [value for value in later.values if value not in moved]
+                before = self._crossing(earlier.values, later.values)
+                after = self._crossing([*earlier.values, *moved], rest)
+                if after <= before:
+                    earlier.values = sorted([*earlier.values, *moved], key=self.position.__getitem__)
+                    later.values = rest
+                    for value in moved:
+                        self.unit[value] = earlier
+
+    def _feeds(self, earlier: Unit, later: Unit) -> bool:
+        if earlier.per_tile != later.per_tile or earlier.values[0].domain != later.values[0].domain:
+            return False
+        inside = set(earlier.values)
+        return any(operand.base in inside for value in later.values for operand in value.reads)
+
+    def _computable(self, earlier: Unit, later: Unit) -> list[Value]:
+        """The values of the later nest whose operands the earlier one has, or could read."""
+        have, moved = set(earlier.values), []
+        for value in later.values:
+            reads = value.reads
+            fine = all(
+                (o.base in have and o.base.kind == "element" and value.in_step(o))
+                or o.base.kind == "input"
+                or (o.base not in have and o.base not in later.values and self._before(o.base, earlier))
+                for o in reads
+            )
+            if fine and any(o.base in have for o in reads) and not value.sinks:
+                have.add(value)
+                moved.append(value)
+        return moved
+
+    def _before(self, value: Value, unit: Unit) -> bool:
+        """Whether a value is ready when a unit runs: the unit leads to it on no path."""
+        target, seen, stack = self.unit[value], set(), [unit]
+        while stack:
+            current = stack.pop()
+            if current is target:
+                return False
+            if current not in seen:
+                seen.add(current)
+                stack.extend(self._after(current))
+        return True
+
+    @staticmethod
+    def _crossing(earlier: list[Value], later: list[Value]) -> int:
+        """How many values two nests read from memory, or hand from one to the other through it."""
+        inside, others = set(earlier), set(later)
+        handed = {v for v in earlier if any(user in others for user in v.users)}
+        ours = {o.base for v in earlier for o in v.reads if o.base not in inside and len(o.base.domain) > 1}
+        theirs = {o.base for v in later for o in v.reads if o.base not in inside | others and len(o.base.domain) > 1}
+        return 2 * len(handed) + len(ours) + len(theirs)
+
+    def _ordered(self) -> list[Unit]:
+        """Units whose operands are there, the one first whose last value came first."""
+        units = list(dict.fromkeys(self.unit[value] for value in self.values.computed))
+        needs = {
+            unit: {self.unit[o.base] for v in unit.values for o in v.reads if o.base.kind != "input"} - {unit}
+            for unit in units
+        }
+        ordered: list[Unit] = []
+        done: set[Unit] = set()
+        while len(ordered) < len(units):
+            ready = [unit for unit in units if unit not in done and needs[unit] <= done]
+            chosen = min(ready, key=lambda unit: max(self.position[value] for value in unit.values))
+            ordered.append(chosen)
+            done.add(chosen)
+        return ordered

@@ -1,0 +1,356 @@
+"""A tile graph as values in memory: what each computes, over which axes, and where it reads its operands.
+
+Views are gone: an operand is a view (`Strided`) of the value it reads. A product's right operand is row-major, a
+result that is a sum is the list of its terms, and what depends on no token is told apart, since one step needs it once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from nestloop.lowering import ops
+from nestloop.lowering.ops.row import Along, Element, Fold, Join, Kind, Operands, Product, Unsupported, Window
+from nestloop.lowering.ops.strided import ZERO, Extent, NoSpelling, Strided, dense, extent
+
+aten = torch.ops.aten
+
+SCALARS = ("weight", "rate")  # inputs that are numbers
+
+
+@dataclass(eq=False)
+class Value:
+    """One value of a tile graph.
+
+    Attributes:
+        kind: "input", "element", "fold", "product", "transpose", "along" or "join".
+        name: its identifier in generated code.
+        node: the graph node it comes from.
+        shape: its axes; row-major in memory.
+        operands: views of other values, or numbers as text.
+        per_tile: whether it depends on tokens.
+        axes: for a fold, the axes of its operand that it reduces; for "along" and "join", the axis.
+        users: the values that read it.
+        sinks: results it is added to: (result, factor).
+        result: the result that is its memory, where it has no other.
+        factors: a product's operands before they were copied or transposed.
+        copies: whether it is its operand as it is, densely.
+    """
+
+    kind: str
+    name: str
+    node: fx.Node
+    shape: tuple[Extent, ...]
+    operands: list[Strided | str] = field(default_factory=list)
+    per_tile: bool = False
+    axes: tuple[int, ...] = ()
+    users: list[Value] = field(default_factory=list)
+    sinks: list[tuple[str, float]] = field(default_factory=list)
+    result: str | None = None
+    factors: tuple[Strided, ...] = ()
+    copies: bool = False
+
+    @property
+    def reads(self) -> list[Strided]:
+        return [operand for operand in self.operands if isinstance(operand, Strided)]
+
+    @property
+    def space(self) -> tuple[Extent, ...]:
+        """The axes that its computation runs over."""
+        return self.reads[0].shape if self.kind == "fold" else self.shape
+
+    @property
+    def domain(self) -> tuple[Extent, ...]:
+        """`space` without the axes of size 1."""
+        return tuple(size for size in self.space if not size.is_one)
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether it is one number, kept in a variable."""
+        return self.kind == "element" and not self.shape
+
+    @property
+    def is_bool(self) -> bool:
+        return self.node.meta["val"].dtype is torch.bool
+
+    def strides(self, operand: Strided) -> tuple[Extent, ...]:
+        """The strides of an operand along `domain`."""
+        view = operand.expand(self.space)
+        return tuple(s for size, s in zip(self.space, view.strides, strict=True) if not size.is_one)
+
+    def in_step(self, operand: Strided) -> bool:
+        """Whether element (i, j) of this reads element (i, j) of the operand's value."""
+        base = operand.base
+        return base.domain == self.domain and operand.offset == ZERO and self.strides(operand) == dense(self.domain)
+
+
+@dataclass
+class Values:
+    """All values of a graph.
+
+    Attributes:
+        inputs: by name, those that are read.
+        computed: in an order in which operands come first.
+        results: names of the results that are not zero.
+    """
+
+    inputs: dict[str, Value]
+    computed: list[Value]
+    results: list[str]
+
+
+def read(
+    module: fx.GraphModule,
+    results: Sequence[str],
+    summed: Sequence[bool],
+    per_token: Sequence[str],
+    identifier: Callable[[str], str] = str,
+) -> Values:
+    """The values of a simplified tile graph.
+
+    Args:
+        results: a name for each result.
+        summed: for each result, whether it is added to what is there.
+        per_token: inputs that are tiles of tokens (or their cotangents), as identifiers.
+        identifier: an input's name -> its name in C++.
+
+    Raises:
+        NoSpelling: some op, or some use of one, has no C++.
+    """
+    return _Reader(module, per_token, identifier).run(results, summed)
+
+
+class _Reader:
+    def __init__(self, module: fx.GraphModule, per_token: Sequence[str], identifier: Callable[[str], str]) -> None:
+        self.module, self.per_token, self.identifier = module, set(per_token), identifier
+        self.env: dict[fx.Node, Strided | str] = {}
+        self.inputs: dict[str, Value] = {}
+        self.computed: list[Value] = []
+        self.counts: dict[str, int] = {}
+        self.made: dict[Any, Value] = {}
+
+    def run(self, results: Sequence[str], summed: Sequence[bool]) -> Values:
+        (outputs,) = next(node for node in self.module.graph.nodes if node.op == "output").args
+        self.leaves = {}
+        for name, node, adds in zip(results, outputs, summed, strict=True):
+            if node is not None:
+                self.leaves[name] = self._terms(node, 1.0, True) if adds else [(1.0, node)]
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                self._input(node)
+            elif node.op == "call_function" and not ops.is_size_op(node.target):
+                self.env[node] = self._call(node)
+        for name, terms in self.leaves.items():
+            for factor, node in terms:
+                self._sink(name, node, factor, summed[list(results).index(name)])
+        self._drop_unread()
+        return Values({n: v for n, v in self.inputs.items() if v.users}, self.computed, list(self.leaves))
+
+    def _terms(self, node: fx.Node, factor: float, top: bool) -> list[tuple[float, fx.Node]]:
+        """A sum as its terms with their factors, as far as nothing else reads the sums on the way."""
+        shape = [extent(s) for s in node.meta["val"].shape]
+
+        def same(value: Any) -> bool:
+            return isinstance(value, fx.Node) and _shape(value) == shape
+
+        if len(node.users) == 1 and shape:
+            if node.target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs.get("alpha", 1) == 1:
+                a, b = node.args[:2]
+                if same(a) and same(b):
+                    sign = -1.0 if node.target is aten.sub.Tensor else 1.0
+                    return [*self._terms(a, factor, False), *self._terms(b, sign * factor, False)]
+            if node.target is aten.neg.default:
+                return self._terms(node.args[0], -factor, False)
+            if node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)) and same(node.args[0]):
+                return self._terms(node.args[0], factor * node.args[1], False)
+        return [(factor, node)]
+
+    def _input(self, node: fx.Node) -> None:
+        if node.name in SCALARS:
+            self.env[node] = node.name
+            return
+        value = Value("input", node.name, node, _shape_tuple(node), per_tile=node.name in self.per_token)
+        self.inputs[node.name] = value
+        self.env[node] = Strided.of(value, value.shape)
+
+    def _name(self, base: str) -> str:
+        base = {"mm": "product", "where": "chosen", "exp": "exp", "cat": "joined", "view": "copied"}.get(base, base)
+        while True:
+            self.counts[base] = self.counts.get(base, 0) + 1
+            name = f"{base}_{self.counts[base]}"
+            if name not in self.inputs:
+                return name
+
+    def _make(self, kind: str, node: fx.Node, shape: Sequence[Extent], operands: list[Any], **more: Any) -> Strided:
+        op = "copied" if node.op == "placeholder" else node.target._schema.name.split("::")[-1].strip("_")
+        name = self._name("transposed" if kind == "transpose" else op)
+        value = Value(kind, name, node, tuple(shape), operands, **more)
+        value.per_tile = any(operand.base.per_tile for operand in value.reads if operand.base is not None)
+        value.per_tile = value.per_tile or any(size.per_token for size in value.space)
+        for operand in value.reads:
+            operand.base.users.append(value)
+        self.computed.append(value)
+        return Strided.of(value, value.shape)
+
+    def _copied(self, view: Strided | str, node: fx.Node, shape: Sequence[Extent] | None = None) -> Strided:
+        """A dense copy of a view; of a number, a scalar."""
+        copy = self._make("element", node, () if isinstance(view, str) else view.shape, [view])
+        copy.base.name, copy.base.copies = self._name("copied"), True
+        return copy if shape is None else Strided.of(copy.base, shape)
+
+    def _operand(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            if value in self.env:
+                return self.env[value]
+            return f"S({extent(value)})" if isinstance(value.meta["val"], (int, torch.SymInt)) else self._refuse(value)
+        if isinstance(value, (list, tuple)):
+            return [self._operand(v) for v in value]
+        return number(value)
+
+    def _refuse(self, node: fx.Node) -> Any:
+        raise NoSpelling(f"a number computed from sizes: {node.meta['val']}")
+
+    def _call(self, node: fx.Node) -> Strided | str:
+        row, shape = ops.row(node.target), _shape_tuple(node)
+        spelled = row.cpp
+        if isinstance(spelled, Unsupported):
+            raise NoSpelling(f"{row.name}: {spelled.reason}")
+        given = [self._operand(a) for a in node.args]
+        if isinstance(spelled, Window):
+            return self._window(node, spelled, given)
+        if isinstance(spelled, Element):
+            operands = [] if row.kind is Kind.CREATE else given
+            return self._make("element", node, shape, [o for o in operands if not isinstance(o, list)])
+        if isinstance(spelled, Product):
+            return self._product(node, *given)
+        if isinstance(spelled, Along):
+            axis = node.args[1] % len(shape)
+            return self._make("along", node, shape, [self._dense(given[0], node)], axes=(axis,))
+        if isinstance(spelled, Join):
+            axis = (node.args[1] if len(node.args) > 1 else 0) % len(shape)
+            return self._make("join", node, shape, given[0], axes=(axis,))
+        return self._fold(node, given[0], shape)
+
+    def _window(self, node: fx.Node, spelled: Window, given: list[Any]) -> Strided | str:
+        source = given[0]
+        if not isinstance(source, Strided):
+            return self._make("element", node, _shape_tuple(node), [source])
+        transposes = node.target is aten.permute.default and list(node.args[1]) == [1, 0]
+        base = source.base
+        if transposes and base.kind == "product" and source.is_dense and len(node.args[0].users) == 1:
+            # (a b)^T = b^T a^T
+            self.computed.remove(base)
+            for operand in base.reads:
+                operand.base.users.remove(base)
+            a, b = base.factors
+            return self._product(node, b.permute([1, 0]), a.permute([1, 0]))
+        raw = (node.args[0], *node.args[1:])
+        rank = len(node.args[0].meta["val"].shape)
+        view = spelled.of(source, operands_of(node, [], raw=raw, rank=rank))
+        return self._copied(source, node, _shape_tuple(node)) if view is None else view
+
+    def _fold(self, node: fx.Node, source: Strided, shape: tuple[Extent, ...]) -> Strided:
+        fold(node)  # refuses what it cannot spell
+        rank, args = len(source.shape), node.args
+        dims = args[2] if node.target is aten.linalg_vector_norm.default and len(args) > 2 else None
+        if dims is None:
+            dims = node.kwargs.get("dim")
+        if dims is None and node.target is not aten.linalg_vector_norm.default and len(args) > 1:
+            dims = args[1]
+        dims = [dims] if isinstance(dims, int) else dims
+        axes = tuple(sorted(d % rank for d in dims)) if dims else tuple(range(rank))
+        return self._make("fold", node, shape, [source], axes=axes)
+
+    def _dense(self, view: Strided, node: fx.Node) -> Strided:
+        return view if view.is_dense else self._copied(view, node)
+
+    def _product(self, node: fx.Node, a: Strided, b: Strided) -> Strided:
+        left, right = a, b
+        if not (_unit(left, 1) or _unit(left, 0)):
+            left = self._copied(left, node)
+        if not _unit(right, 1):
+            right = self._transposed(right, node) if _unit(right, 0) else self._copied(right, node)
+        made = self._make("product", node, (a.shape[0], b.shape[1]), [left, right])
+        made.base.factors = (a, b)
+        return made
+
+    def _transposed(self, view: Strided, node: fx.Node) -> Strided:
+        """A transposed right operand, written out once."""
+        key = (view.base, view.strides, view.offset)
+        if key not in self.made:
+            self.made[key] = self._make("transpose", node, view.shape, [view.permute([1, 0])]).base
+        return Strided.of(self.made[key], view.shape)
+
+    def _sink(self, name: str, node: fx.Node, factor: float, summed: bool) -> None:
+        given = self.env[node]
+        if isinstance(given, str) or given.base.kind == "input" or not given.is_dense:
+            given = self._copied(given, node)
+        value = given.base
+        whole = value.kind in ("transpose", "along", "join") or (
+            value.kind == "product" and (value.users or value.sinks)
+        )
+        if (summed and whole) or (not summed and value.result is not None):
+            value = self._copied(given, node).base
+        if summed:
+            value.sinks.append((name, factor))
+        else:
+            value.result = name
+
+    def _drop_unread(self) -> None:
+        for value in reversed(list(self.computed)):
+            if not value.users and not value.sinks and value.result is None:
+                self.computed.remove(value)
+                for operand in value.reads:
+                    operand.base.users.remove(value)
+
+
+def _unit(view: Strided, axis: int) -> bool:
+    """Whether elements along an axis are next to each other."""
+    return view.strides[axis] == Extent(0, 1) or view.shape[axis].is_one
+
+
+def _shape(node: fx.Node) -> list[Extent]:
+    return [extent(size) for size in node.meta["val"].shape]
+
+
+def _shape_tuple(node: fx.Node) -> tuple[Extent, ...]:
+    return tuple(_shape(node))
+
+
+def number(value: Any) -> str:
+    """A Python number as C++."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        limit = "quiet_NaN" if math.isnan(value) else "infinity"
+        return f"{'-' if value < 0 else ''}std::numeric_limits<S>::{limit}()"
+    return f"S({value!r})" if isinstance(value, (int, float)) else str(value)
+
+
+def operands_of(
+    node: fx.Node, text: list[Any], raw: tuple[Any, ...] | None = None, rank: int = 0, index: tuple[str, ...] = ()
+) -> Operands:
+    """What a row's C++ spelling sees of a node."""
+    value = node.meta["val"]
+    return Operands(
+        text=text,
+        raw=node.args if raw is None else raw,
+        kwargs=dict(node.kwargs),
+        rank=rank,
+        shape=[],
+        dtype=value.dtype,
+        numbers=[],
+        sizes=tuple(value.shape),
+        index=index,
+    )
+
+
+def fold(node: fx.Node) -> Fold:
+    """How a reduction's node folds."""
+    spelled: Any = ops.row(node.target).cpp
+    return spelled(operands_of(node, []))

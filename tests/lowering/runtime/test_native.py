@@ -1,0 +1,246 @@
+"""Generated C++: equal to the reference at any size and layout, whatever the threads; and what happens without it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import nestloop as nl
+from nestloop import zoo
+from nestloop.errors import NoPlanError
+from nestloop.lowering.runtime import compiler, executable
+from tests.lowering.comparison import Inputs, assert_equal, differences, random_inputs, run
+
+
+class Two(nl.Learner):
+    """Two layers from a to e."""
+
+    w1, b1, w2 = nl.fast("a", "2*a"), nl.fast("2*a"), nl.fast("2*a", "e")
+
+    def forward(self, x):
+        return F.gelu(x @ self.w1 + self.b1, approximate="tanh") @ self.w2
+
+
+class Recall(nl.Loop):
+    """Keys and values of different widths, a rate per token, two shuffled batches."""
+
+    learner, schedule = Two, nl.Shuffled(2)
+    k, q, v = nl.view("a"), nl.view("a"), nl.view("e")
+    eta = nl.gate()
+    optimizer = nl.SGD(lr=eta)
+
+    def loss(self, f, t):
+        return 0.5 * (f(t.k) - t.v).square().mean(-1)
+
+    def readout(self, f, t):
+        return F.layer_norm(f(t.q), (self.e,))
+
+
+def single(inputs: Inputs) -> Inputs:
+    """The same numbers in float32."""
+
+    def low(tensors: dict[str, torch.Tensor] | None) -> Any:
+        return tensors and {n: t.detach().float().requires_grad_() for n, t in tensors.items()}
+
+    return Inputs(low(inputs.views), low(inputs.weights), low(inputs.state), inputs.order, inputs.dims)
+
+
+def doubled(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.double() for name, value in values.items()}
+
+
+SIZES = [(1, 1), (5, 16), (16, 5), (48, 100), (100, 48)]
+
+
+@pytest.mark.parametrize(("a", "e"), SIZES, ids=[f"{a} to {e}" for a, e in SIZES])
+@pytest.mark.parametrize("tokens", [1, 196])
+def test_float32_is_the_reference_in_float64_to_rounding(a: int, e: int, tokens: int):
+    inputs = random_inputs(Recall.spec, {"a": a, "e": e, "H": 2}, tokens=tokens, scale={"eta": 0.5})
+    wanted = run(nl.compile(Recall, backend="reference"), inputs)
+    errors = differences(doubled(run(nl.compile(Recall, backend="cpp"), single(inputs))), doubled(wanted))
+    # A LayerNorm of one feature is zero whatever comes in: what is left of its gradients is rounding alone.
+    assert_equal({n: x for n, x in errors.items() if e > 1 or "gradient" not in n}, 5e-6 if e > 1 else 1e-4)
+
+
+@pytest.mark.parametrize("loop", [Recall, zoo.MTTTMLPSGD4, zoo.GatedBranch, zoo.DepthwiseBranch])
+def test_any_number_of_threads_gives_the_same_bits(loop: Any):
+    dims: dict[str, Any] = {"h": 4, "w": 5} if loop is zoo.DepthwiseBranch else {}
+    # D is too narrow here for the Gram form, whose large products are PyTorch's and may depend on its threads.
+    sizes = {"a": 6, "e": 4, "d": 6, "D": 8, "H": 1 if loop is zoo.DepthwiseBranch else 3, **dims}
+    inputs = random_inputs(loop.spec, sizes, sequences=3, heads=sizes["H"], tokens=20, **dims)
+    op, before, found = nl.compile(loop, backend="cpp"), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            found.append(run(op, single(inputs)))
+    finally:
+        torch.set_num_threads(before)
+    for name, value in found[0].items():
+        assert all(torch.equal(value, other[name]) for other in found[1:]), name
+
+
+def test_views_are_read_where_they_lie():
+    inputs = random_inputs(Recall.spec, {"a": 6, "e": 4, "H": 2}, tokens=19)
+    op = nl.compile(Recall, backend="cpp")
+    plain = run(op, inputs)
+    for name in ("k", "q", "v"):
+        view = inputs.views[name].detach()
+        projected = view.transpose(1, 2).contiguous().transpose(1, 2)  # as a layer's projection gives it
+        spread = torch.zeros(*view.shape, 2, dtype=view.dtype)[..., 0].copy_(view)  # every second number
+        for layout in (projected, spread):
+            assert not layout.is_contiguous()
+            inputs.views[name] = layout.requires_grad_()
+            assert_equal(differences(run(op, inputs), plain), 0.0)
+
+
+@pytest.mark.parametrize(("sequences", "tokens"), [(0, 5), (2, 0)])
+def test_nothing_to_read(sequences: int, tokens: int):
+    inputs = random_inputs(Recall.spec, {"a": 6, "e": 4, "H": 2}, sequences=sequences, tokens=tokens)
+    op = nl.compile(Recall, backend="cpp")
+    z, end = op(inputs.views, inputs.weights, order=inputs.order)
+    assert z.shape == (sequences, 2, tokens, 4)
+    gradients = torch.autograd.grad(end["w1"].sum() + z.sum(), list(inputs.leaves().values()), allow_unused=True)
+    assert all(g is None or bool(g.isfinite().all()) for g in gradients)
+    for sequence in end["w1"]:
+        torch.testing.assert_close(sequence, inputs.weights["w1"], rtol=0, atol=0)
+
+
+class Plain(nl.Learner):
+    """Names that mean something in C++, and in the generated code."""
+
+    new, b = nl.fast("a", "a"), nl.fast("a")
+
+    def forward(self, x):
+        return torch.tanh(x @ self.new + self.b)
+
+
+class Names(nl.Loop):
+    """The same for views and slow weights."""
+
+    learner = Plain
+    i, n_, double = nl.view("a"), nl.view("a"), nl.view("a")
+    step, rows = nl.slow("a"), nl.slow("a", shared=True)
+
+    def loss(self, f, t):
+        return ((f(t.i) - t.double * self.step) * self.rows).square().sum(-1)
+
+    def readout(self, f, t):
+        return f(t.n_)
+
+
+def test_any_name_will_do():
+    inputs = random_inputs(Names.spec, {"a": 4, "H": 2}, tokens=7)
+    assert_equal(differences(*[run(nl.compile(Names, backend=b), inputs) for b in ("cpp", "reference")]), 1e-11)
+
+
+def test_a_loop_without_a_plan_is_refused_where_it_was_asked_for():
+    inputs = random_inputs(zoo.SelfAttention.spec, {"d": 4, "H": 2})
+    with pytest.raises(NoPlanError) as caught:
+        nl.compile(zoo.SelfAttention, backend="cpp")(inputs.views, inputs.weights)
+    where = zoo.SelfAttention.spec.where
+    assert str(caught.value) == (
+        "SelfAttention has no C++ plan for these sizes.\n"
+        f"  at:    {where}   {where.text}\n"
+        "  given: a kernel estimator has no steps to walk\n"
+        "  need:  ops with a C++ spelling in lowering/ops, and a C++ compiler\n"
+        '  fix:   write backend="auto": generated PyTorch runs where there is no C++'
+    )
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh cache, and no compiler."""
+    monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "g++-99")
+    monkeypatch.setattr(executable, "_FAILED", {})
+
+
+def test_without_a_compiler_pytorch_runs_and_says_so_once(nowhere: None):
+    class Elsewhere(Recall):
+        schedule = nl.Shuffled(3)
+
+    inputs = random_inputs(Elsewhere.spec, {"a": 3, "e": 4, "H": 2}, tokens=7)
+    wanted = run(nl.compile(Elsewhere, backend="torch"), inputs)
+    with pytest.warns(UserWarning, match="C\\+\\+") as caught:
+        found = run(nl.compile(Elsewhere), inputs)
+        run(nl.compile(zoo.MTTTLinear), random_inputs(zoo.MTTTLinear.spec, {"d": 3, "D": 6, "H": 2}))
+    assert [str(w.message) for w in caught if w.category is UserWarning] == [
+        "nestloop runs generated PyTorch instead of C++, which is slower: CXX names g++-99, which does not run. "
+        "Install g++ or clang++, or name one with CXX; backend='torch' says that this is intended."
+    ]
+    assert_equal(differences(found, wanted), 0.0)
+    assert "(backend 'torch': no C++ here: CXX names g++-99, which does not run)" in nl.explain(Elsewhere)
+
+
+def test_a_compiler_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(compiler.BuildError, match=r"error: .*nonsense"):
+        compiler.build("broken", "nonsense", "float")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".cpp"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="another kind of processor")
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
+def test_other_processors_get_the_same_numbers(march: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NESTLOOP_CXXFLAGS", f"-march={march}")
+
+    class There(Recall):
+        schedule = nl.Shuffled(5 if march == "x86-64" else 4)  # what no other test has built
+
+    inputs = random_inputs(There.spec, {"a": 21, "e": 34, "H": 2}, tokens=50, scale={"eta": 0.5})
+    wanted = doubled(run(nl.compile(There, backend="reference"), inputs))
+    assert_equal(differences(doubled(run(nl.compile(There, backend="cpp"), single(inputs))), wanted), 5e-6)
+
+
+_SCRIPT = """
+import torch; torch.set_num_threads(1)
+import nestloop as nl
+from nestloop import zoo
+torch.manual_seed(0)
+layer = nl.Layer(zoo.MTTTLinear, 20, 2, backend="cpp")
+x = torch.ones(1, 7, 20, requires_grad=True)
+layer(x).sum().backward()
+print(x.grad.sum().item())
+"""
+
+
+@pytest.mark.slow
+def test_processes_build_the_same_loop_at_once(root: Path, tmp_path: Path):
+    environment = {**os.environ, "NESTLOOP_CACHE": str(tmp_path / "cache")}
+    started = [
+        subprocess.Popen([sys.executable, "-c", _SCRIPT], cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    results = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert results[0] and results[0] == results[1]
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 1
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_no_memory_is_touched_that_is_not_its_own(root: Path, tmp_path: Path):
+    asked = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
+    library = asked.stdout.strip() if asked.returncode == 0 else ""
+    if not os.path.isabs(library):
+        pytest.skip("no address sanitizer")
+    environment = {
+        **os.environ,
+        "NESTLOOP_CACHE": str(tmp_path / "cache"),
+        "NESTLOOP_CXXFLAGS": "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    command = [sys.executable, "-c", _SCRIPT]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

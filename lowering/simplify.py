@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch.compile_utils import fx_graph_cse
 
 from nestloop.lowering import ops
 from nestloop.lowering.ops import Kind
@@ -381,11 +380,34 @@ def _broadcast_shape(shapes: list[Any]) -> list[Any]:
 
 
 def _common_subexpressions(graph: fx.Graph) -> fx.Graph:
-    merged = fx_graph_cse(graph)
-    for new, old in zip(merged.find_nodes(op="placeholder"), graph.find_nodes(op="placeholder"), strict=True):
-        new.meta.update(old.meta)
+    """The graph with equal computations done once; results stay apart. (PyTorch's own pass imports all of inductor.)"""
+    merged = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    first: dict[Any, fx.Node] = {}
+    (output,) = graph.find_nodes(op="output")
+    results = set(output.all_input_nodes)
+    for node in graph.nodes:
+        key = None
+        if node.op == "call_function" and node not in results:
+            args, kwargs = (_hashable(fx.node.map_arg(a, env.__getitem__)) for a in (node.args, node.kwargs))
+            key = (node.target, args, kwargs)
+        if key is not None and key in first:
+            env[node] = first[key]
+            continue
+        env[node] = merged.node_copy(node, env.__getitem__)
+        if key is not None:
+            first[key] = env[node]
     merged.eliminate_dead_code()
     return merged
+
+
+def _hashable(value: Any) -> Any:
+    """Arguments as a key; 1, 1.0 and True are different ones."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(v) for v in value)
+    if isinstance(value, Mapping):
+        return tuple((k, _hashable(v)) for k, v in value.items())
+    return value if isinstance(value, fx.Node) else (type(value), repr(value))
 
 
 def simplify(

@@ -81,7 +81,7 @@ class Recipe:
     workers: int = 8
     """Decoding processes of each process; 0 decodes in the training process."""
     backend: str = "auto"
-    """How the mixers are compiled: auto, reference or torch."""
+    """How the mixers are compiled: auto, cpp, torch or reference."""
     inductor: bool = False
     """torch.compile the mixers' generated code."""
     recompute: bool = False

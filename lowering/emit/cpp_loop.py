@@ -106,6 +106,13 @@ class CppEmitter:
                 return prefix + _identifier(plain) + suffix
         return name
 
+    def _original(self, name: str) -> str:
+        """The name of a tensor of `_given`, as the op knows it."""
+        for prefix in ("", "end_", "between_", "d_"):
+            if name.startswith(prefix) and name.removeprefix(prefix) in self.declared:
+                return prefix + self.declared[name.removeprefix(prefix)]
+        return name
+
     def _widths(self) -> dict[str, int]:
         """Elements of one token's row, or of one weight's tile, by name."""
         sizes: dict[str, int] = {}
@@ -136,9 +143,9 @@ class CppEmitter:
         parts += [self._forward(), self._backward()]
         return CppSource(
             head + "\n\n".join(parts) + "\n",
-            tuple(self.declared.get(n, n) for n in self._given("forward")),
-            tuple(self.declared.get(n, n) for n in self._given("backward")),
-            tuple(self.declared.get(n, n) for n in self._gradients()),
+            tuple(map(self._original, self._given("forward"))),
+            tuple(map(self._original, self._given("backward"))),
+            tuple(map(self._original, self._gradients())),
             (*self.hoisted, *self.captured.projected),
             self.whole,
             rows,

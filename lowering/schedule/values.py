@@ -174,8 +174,9 @@ class _Reader:
         if node.name in SCALARS:
             self.env[node] = node.name
             return
-        value = Value("input", node.name, node, _shape_tuple(node), per_tile=node.name in self.per_token)
-        self.inputs[node.name] = value
+        name = self.identifier(node.name)
+        value = Value("input", name, node, _shape_tuple(node), per_tile=name in self.per_token)
+        self.inputs[name] = value
         self.env[node] = Strided.of(value, value.shape)
 
     def _name(self, base: str) -> str:

@@ -207,5 +207,5 @@ def peak(loop: type[nl.Loop], tokens: int) -> int:
 
 @over_loops
 def test_memory_grows_with_the_tokens_and_not_faster(loop: Any):
-    short, long = peak(loop, 512), peak(loop, 2048)
+    short, long = peak(loop, 256), peak(loop, 1024)
     assert 0 < long < 4.4 * short  # a tenth for what is counted by the chunk

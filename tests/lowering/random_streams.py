@@ -113,6 +113,7 @@ def random_streams(family: str) -> st.SearchStrategy[RandomStream]:
         "momentum": st.lists(draw(COEFFICIENTS), max_size=2).map(tuple),
         "transforms": st.tuples(*[draw(["", "", "clip", "joint clip", "Newton-Schulz"])] * 2),
         "restore": st.booleans(),
+        "window": draw([None, None, None, 1, 2, 6]),
         "zero": draw([False, False, True]),
         "grouped": draw([False, False, True]),
         "schedule": _schedules(family),
@@ -155,9 +156,11 @@ def _legal(case: RandomStream) -> RandomStream:
         case = replace(case, transforms=("", ""), restore=False)
         if case.scale and (case.schedule.read == "before" or case.decay or case.momentum):
             case = replace(case, scale="")
+    if not token_by_token or case.micro > 1:
+        case = replace(case, window=None)
     if not token_by_token or case.schedule.chunk > 1:
         case = replace(case, decay_order="after")
-    if case.learner == "normalised weights" or case.restore or "clip" in "".join(case.transforms):
+    if case.learner == "normalised weights" or case.restore or any(case.transforms):
         # a norm has no derivative at zero
         case = replace(case, zero=False)
     if case.restore and case.learner == "scalar":

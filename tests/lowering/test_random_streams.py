@@ -40,9 +40,9 @@ def each(strategy: st.SearchStrategy[RandomStream], seeded: int, count: int, che
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(case=strategy, calls=st.randoms(use_true_random=False))
-    def holds(case: RandomStream, calls: random.Random) -> None:
-        check(case, calls)
+    @given(case=strategy, calls=st.integers(0, 2**32))
+    def holds(case: RandomStream, calls: int) -> None:
+        check(case, random.Random(calls))
 
     holds()
 
@@ -71,12 +71,13 @@ def compared(loop: type[nl.Loop], inputs: Inputs, found: nl.CompiledLoop) -> Non
     assert_equal(differences(made, wanted), 1e-9)
 
 
-def check(case: RandomStream, calls: random.Random, long: bool = False) -> None:
+def check(case: RandomStream, calls: random.Random) -> None:
     """A declaration at several lengths, from the start and from a state."""
     loop = case.declare()
     op = nl.compile(loop, backend="torch")
     for tokens in calls.sample(LENGTHS, 2):
         compared(loop, case.inputs(loop, tokens, seed=calls.randrange(1000)), op)
+    long = calls.random() < 0.25
     if long:
         compared(loop, case.inputs(loop, calls.choice(LONG), sequences=1, seed=calls.randrange(1000)), op)
     before = case.period * calls.randrange(1, 6)
@@ -87,8 +88,7 @@ def check(case: RandomStream, calls: random.Random, long: bool = False) -> None:
 @pytest.mark.slow
 @over_batches
 def test_streams_equal_the_reference(family: str, batch: int):
-    long = iter([True, False, False, False] * 500)
-    each(random_streams(family), 10 * FAMILIES.index(family) + batch, 4, lambda c, r: check(c, r, next(long)))
+    each(random_streams(family), 10 * FAMILIES.index(family) + batch, 4, check)
 
 
 def cuts_of(case: RandomStream, calls: random.Random, tokens: int) -> list[int]:
@@ -123,8 +123,9 @@ WINDOWS = [nl.Online(), nl.Online("before", reset=4), nl.Causal(3), nl.Causal(4,
 def test_a_window_reaches_into_the_part_before(schedule: nl.Causal, window: int):
     case = RandomStream("biased", "L2", "plain", schedule, "gate", decay="gate", momentum=("number",), window=window)
     check_parts(case, random.Random(window), "reference")
-    check(case, random.Random(window))
-    check_parts(case, random.Random(window))
+    if window == 3:
+        check(case, random.Random(window))
+        check_parts(case, random.Random(window))
 
 
 def check_reset(case: RandomStream, calls: random.Random) -> None:
@@ -159,7 +160,7 @@ def without_reset(schedule: nl.Causal | nl.Chunked) -> nl.Causal | nl.Chunked:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES[:-1])
 def test_a_reset_begins_a_sequence_of_its_own(family: str):
-    strategy = random_streams(family).filter(lambda c: c.schedule.reset and c.schedule.reset < 20)
+    strategy = random_streams(family).filter(lambda c: c.schedule.reset and c.schedule.reset < 20 and not c.window)
     each(strategy, 200 + FAMILIES.index(family), 2, check_reset)
 
 

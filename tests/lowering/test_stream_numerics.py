@@ -129,7 +129,8 @@ def test_large_rates(form: str, rate: float):
 def test_equal_keys_leave_the_triangular_solve_accurate(rate: float, spread: float):
     """With equal unit keys the system is L = I + rate tril(1, -1), the most correlated there is.
 
-    Forward substitution gives x with an error below n u |L^-1| |L| |x|, elementwise (Higham, theorem 8.5).
+    Forward substitution gives x with an error below n u |L^-1| |L| |x|, elementwise (Higham, theorem 8.5); the
+    gradient is one more substitution, with the transpose.
     """
     tokens = 128
     inputs = inputs_of("solved", tokens)

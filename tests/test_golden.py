@@ -37,11 +37,11 @@ def test_recorded_files(shared, pattern):
     paths = sorted((shared / "golden").glob(f"{pattern}.safetensors"))
     assert paths
     for path in paths:
-        report = check_file(path, "torch")
+        report = check_file(path, "auto")
         assert not report.missed and not report.not_understood, report.line()
 
 
-def passes(path, backend="torch"):
+def passes(path, backend="auto"):
     report = check_file(path, backend)
     assert report.not_understood is None, report.not_understood
     assert not report.missed, "\n".join(

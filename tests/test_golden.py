@@ -36,7 +36,7 @@ def run_driver(folder, *arguments):
 
 @functools.cache
 def reports(folder, pattern):
-    return [check_file(path, "torch") for path in sorted((folder / "golden").glob(f"{pattern}.safetensors"))]
+    return [check_file(path, "auto") for path in sorted((folder / "golden").glob(f"{pattern}.safetensors"))]
 
 
 PATTERNS = ["mttt_*", "vittt_*", "fla_*", "tttlm_*", "lact_*", "titans_*"]
@@ -62,7 +62,7 @@ def test_the_catalogue_names_the_loops_that_files_check(shared):
         assert (loop in zoo.GOLDEN) == (branches.get(loop.__name__, loop.__name__) in checked), loop.__name__
 
 
-def passes(path, backend="torch"):
+def passes(path, backend="auto"):
     report = check_file(path, backend)
     assert report.not_understood is None, report.not_understood
     assert not report.missed, "\n".join(

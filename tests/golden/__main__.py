@@ -15,7 +15,7 @@ from tests.golden.check import check_file
 
 def main(
     directory: tyro.conf.Positional[Path],
-    backend: Literal["torch", "reference"] = "torch",
+    backend: Literal["auto", "cpp", "torch", "reference"] = "auto",
     threads: Annotated[int, tyro.conf.arg(help="threads of torch")] = 1,
 ) -> int:
     """Check every *.safetensors file of a folder against nestloop, outputs, inner losses and all gradients.

@@ -867,7 +867,7 @@ def test_unknown_backend():
         UnknownBackendError,
         "There is no such backend.",
         given="'cuda'",
-        need="'auto', 'reference', 'torch'",
+        need="'auto', 'reference', 'torch', 'cpp'",
         fix='write backend="auto"',
     )
 

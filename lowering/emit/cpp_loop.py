@@ -18,6 +18,7 @@ from nestloop.lowering.axes import needs_all_tokens, readout_axes, type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.cpp import CppFunction
+from nestloop.lowering.emit.identifiers import identifier
 from nestloop.lowering.emit.torch import TITLES
 from nestloop.lowering.ops.strided import Extent
 from nestloop.lowering.schedule.values import SCALARS
@@ -63,11 +64,11 @@ class CppEmitter:
     def __init__(self, captured: Captured, pieces: dict[str, Piece], losses: bool, carried: bool) -> None:
         self.captured, self.spec, self.losses = captured, captured.spec, losses
         spec = self.spec
-        self.declared = {_identifier(n): n for n in [*spec.fast, *spec.slow, *spec.inputs]}
-        self.fast, self.slow = ([_identifier(n) for n in names] for names in (spec.fast, spec.slow))
+        self.declared = {identifier(n): n for n in [*spec.fast, *spec.slow, *spec.inputs]}
+        self.fast, self.slow = ([identifier(n) for n in names] for names in (spec.fast, spec.slow))
         self.hoisted = list(captured.hoisted)
-        self.tokens = [*[_identifier(n) for n in spec.inputs], *captured.projected]
-        self.starts = [_identifier(n) for n in spec.fast if carried or not spec.fast[n].frozen_zero]
+        self.tokens = [*[identifier(n) for n in spec.inputs], *captured.projected]
+        self.starts = [identifier(n) for n in spec.fast if carried or not spec.fast[n].frozen_zero]
         outside = ("prepare", "project")
         self.pieces = {
             name: piece
@@ -103,7 +104,7 @@ class CppEmitter:
         for prefix, suffix in (("", ""), ("gradient_", ""), ("d_gradient_", ""), ("", "_new"), ("d_", "_new")):
             plain = name.removeprefix(prefix).removesuffix(suffix)
             if name == prefix + plain + suffix and plain in self.declared.values():
-                return prefix + _identifier(plain) + suffix
+                return prefix + identifier(plain) + suffix
         return name
 
     def _original(self, name: str) -> str:
@@ -475,25 +476,6 @@ extern "C" int {name}(long H, long B, long N, long longest, int threads, {more}l
     const std::int64_t* bounds, const double* weights, const double* rates, const Tensor* given,
     const std::int64_t* orders, long order_head, long order_sequence, S* const* made) {{
 """
-
-
-_USED = frozenset(
-    """alignas alignof and asm auto bitand bitor bool break case catch char class compl const constexpr continue
-default delete do double else enum explicit export extern false float for friend goto if inline int long mutable
-namespace new noexcept not nullptr operator or private protected public register return short signed sizeof static
-struct switch template this throw true try typedef typeid typename union unsigned using virtual void volatile while xor
-std S H B N INLINE Tensor Vector Anywhere LANES SCALAR block column_block product transpose softmax cumsum take put
-clear copy add_to zero tile_count tile_start sigmoid sign rsqrt maximum minimum gelu gelu_tanh softplus
-softplus_backward elu elu_backward exp_ tanh_ erf_ from_bits
-i j l m o s e n rows once scratch memory raw need enough item head sequence group groups separate threads longest given
-made order orders order_head order_sequence bounds weights rates step steps start stop from tile tiles total losses
-d_loss after sum weight rate forward backward""".split()  # noqa: SIM905
-)
-
-
-def _identifier(name: str) -> str:
-    """A declared name as an identifier that generated C++ uses for nothing else."""
-    return f"{name}_" if name in _USED else name
 
 
 def _elements(shape: fx.node.Argument) -> int:

@@ -379,7 +379,8 @@ def _broadcast_shape(shapes: list[Any]) -> list[Any]:
 
 def _common_subexpressions(graph: fx.Graph) -> fx.Graph:
     """The graph with equal computations done once; results stay apart. (PyTorch's own pass imports all of inductor.)"""
-    merged, env = fx.Graph(), {}
+    merged = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
     first: dict[Any, fx.Node] = {}
     (output,) = graph.find_nodes(op="output")
     results = set(output.all_input_nodes)

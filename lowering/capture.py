@@ -232,6 +232,8 @@ class Tracer:
         return self._fake_tensor([_HINT if i in symbolic else size for i, size in enumerate(shape)], kinds)
 
     def _fake_tensor(self, shape: list[int], kinds: list[DimDynamic]) -> Tensor:
+        if all(kind is DimDynamic.STATIC for kind in kinds):
+            return self.fake.from_tensor(torch.empty(shape, dtype=self.dtype), static_shapes=True)
         context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
         return self.fake.from_tensor(torch.empty(shape, dtype=self.dtype), symbolic_context=context)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from nestloop.lang.declare import Gate
+from nestloop.lang.declare import Gate, Slow
 from nestloop.lowering import ops
 from nestloop.lowering.axes import type_axes
 from nestloop.lowering.differentiate import Located
@@ -232,7 +232,7 @@ def check_solvable(step: Step, response: Response) -> None:
     if optimizer.momentum is not None and optimizer.decay_order == "before" and optimizer.decays is not None:
         raise NotAffine("momentum beside a decay before the gradient")
     rate = optimizer.rate_of(response.uses[0][1])
-    if isinstance(rate, Gate) and rate.dims:
+    if isinstance(rate, (Gate, Slow)) and rate.dims:
         raise NotAffine("a learning rate per channel")
     step.tracer.trace_on(lambda *g: _delta(response, g).rest, *_trial(step, response))
 

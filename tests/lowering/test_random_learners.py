@@ -93,7 +93,7 @@ def test_a_loop_that_failed_once(name: str):
 def test_random_learners_equal_the_reference(loss: str, shuffled: bool):
     @seed(FAMILIES.index((loss, shuffled)) + CASES)
     @settings(
-        max_examples=CASES // len(FAMILIES) or 9,
+        max_examples=CASES // len(FAMILIES) or 13,
         derandomize=False,  # seeded above: another set of cases for each family
         database=None,
         phases=[Phase.generate],  # a case takes a second: a failing one is printed as it was drawn

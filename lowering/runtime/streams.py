@@ -224,7 +224,8 @@ class _Call:
             if entry.part in ("weight", "anchor"):
                 made[name] = self.initial[entry.like.name]
             else:
-                made[name] = self.like.new_zeros(self.binding.heads, 1, *self._tile(entry))
+                heads = 1 if entry.part == "tail" else self.binding.heads  # no view of every head's need be made
+                made[name] = self.like.new_zeros(heads, 1, *self._tile(entry))
         return made
 
     def _tile(self, entry: Entry) -> list[int]:
@@ -234,9 +235,10 @@ class _Call:
     def _prepend(self) -> None:
         """The tail of the state before the call's tokens, and which of these rows hold one; the tail becomes theirs."""
         for name, view in self.tokens.items():
-            tail = self.carry[f"{name}.tail"]
-            tail = tail[: view.shape[0]].expand(*view.shape[:2], *tail.shape[2:])
-            self.tokens[name] = torch.cat([tail.to(view.dtype), view], 2)
+            tail = self.carry[f"{name}.tail"]  # of a view that heads share too, each head has one of its own
+            heads, sequences = max(len(tail), len(view)), view.shape[1]
+            tail = tail.expand(heads, sequences, *tail.shape[2:]).to(view.dtype)
+            self.tokens[name] = torch.cat([tail, view.expand(heads, *view.shape[1:])], 2)
         absent = max(0, self.halo - self.position)
         rows = self.halo + self.binding.tokens
         valid = (torch.arange(rows, device=self.like.device) >= absent).to(self.like.dtype)

@@ -15,7 +15,7 @@ import torch
 
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import plan as plans
-from nestloop.lowering.runtime.executable import EXECUTABLES, build, no_native
+from nestloop.lowering.runtime.executable import EXECUTABLES, build
 from nestloop.lowering.runtime.fingerprint import fingerprint
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.streams import STREAM_OPS, build_stream
@@ -114,7 +114,5 @@ def lower(
     if double and plan.reads_dtype:
         plan = plan_for(spec, sizes, tokens, losses, carried, double, part)
     if spec.streams:
-        if backend == "cpp":
-            raise no_native(spec, "a stream, whose chunks have no C++")
-        return build_stream(spec, plan, sizes["H"], inductor)
+        return build_stream(spec, plan, sizes["H"], inductor, backend, double)
     return build(spec, plan, sizes["H"], losses, inductor, backend, double)

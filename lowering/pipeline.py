@@ -17,9 +17,11 @@ from nestloop.lang.state import entries
 from nestloop.lowering.axes import Typing, check_tokens, type_axes
 from nestloop.lowering.capture import Captured, Tracer, capture_with
 from nestloop.lowering.differentiate import Piece, pieces
-from nestloop.lowering.emit.cpp_loop import CppEmitter, CppSource
+from nestloop.lowering.emit.cpp_loop import CppEmitter
+from nestloop.lowering.emit.cpp_stream import CppStream
 from nestloop.lowering.emit.stream import StreamEmitter, StreamSource
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
+from nestloop.lowering.emit.unit import CppSource
 from nestloop.lowering.ops import NoSpelling
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites
 from nestloop.lowering.runtime.native import NativePlan
@@ -125,6 +127,8 @@ class LoweredStream:
         pieces: the steps and their backwards, simplified.
         rewrites: every rule, whether it fired and why.
         source: the generated module.
+        native: the generated C++; None where the op has none.
+        not_native: why it has none.
         part: which op: "scan" over whole chunks from a chunk's first token; "inside" a chunk that began in an earlier
             call, to its end, or "inside partial", not to its end; of a `Program`, "update" and "read".
     """
@@ -135,6 +139,8 @@ class LoweredStream:
     pieces: dict[str, Piece]
     rewrites: list[Rewrite]
     source: StreamSource
+    native: CppSource | None
+    not_native: str
     part: str
 
     @property
@@ -170,7 +176,8 @@ def stream_stages(
         made, steps = {wanted: made[wanted]}, {wanted: steps[wanted]}
     if isinstance(spec.schedule, Program):
         made, steps = {part: made[part]}, {part: steps[part]}
-    emitter = StreamEmitter(captured, made, states, steps, form.longest if part == "scan" else 0, losses, form.name)
+    scan = (captured, made, states, steps, form.longest if part == "scan" else 0, losses, form.name)
+    emitter = StreamEmitter(*scan)
     source = emitter.emit_scan() if part == "scan" else emitter.emit_piece(next(iter(made)))
     decided = None if form.name == "sequential" else tracer.fixed_tokens()
     reaches = (spec.optimizer.window or 1) > 1
@@ -182,8 +189,13 @@ def stream_stages(
             need="the same computation for chunks of any length",
             fix='write nl.compile(..., backend="reference"), or a body that holds for every self.n',
         )
+    native, not_native = None, ""
+    try:
+        native = CppStream(*scan).emit()
+    except NoSpelling as reason:
+        not_native = str(reason)
     captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)
-    return LoweredStream(captured, typing, form, made, applied, source, part)
+    return LoweredStream(captured, typing, form, made, applied, source, native, not_native, part)
 
 
 def stream_plan(lowered: LoweredStream) -> Plan:
@@ -211,6 +223,8 @@ def stream_plan(lowered: LoweredStream) -> Plan:
         kept=source.kept,
         chunk=lowered.form.longest if lowered.part == "scan" else 0,
         why="\n".join(str(rule) for rule in lowered.rewrites),
+        native=None if lowered.native is None else NativePlan(**vars(lowered.native)),
+        not_native=lowered.not_native,
     )
 
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from nestloop.lowering import ops
 from nestloop.lowering.axes import Axes
-from nestloop.lowering.ops.row import Along, Element
+from nestloop.lowering.ops.row import Along, Element, System
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, extent
 from nestloop.lowering.ops.strided import product as count
 from nestloop.lowering.schedule import memory
@@ -32,7 +32,7 @@ class CppFunction:
     Args:
         name: the function's name.
         module: a simplified tile graph.
-        results: a name for each result; those of value None are absent from the function.
+        results: a name for each result, None for one that is not wanted; those of value None are absent too.
         summed: for each result, whether it is added to what is there.
         per_token: inputs that are tiles of tokens.
         doc: a sentence on what it computes.
@@ -47,7 +47,7 @@ class CppFunction:
         self,
         name: str,
         module: fx.GraphModule,
-        results: Sequence[str],
+        results: Sequence[str | None],
         summed: Sequence[bool],
         per_token: Sequence[str],
         doc: str,
@@ -67,7 +67,7 @@ class CppFunction:
         self._keep_together(every)
         self.once = memory.place(self.once_units, keep=True)
         self.scratch = memory.place(self.tile_units)
-        if self.once.size.per_token:
+        if self.once.size.has_tokens:
             raise NoSpelling("a value of the token axis that depends on no token")
 
     def _keep_together(self, every: list[Unit]) -> None:
@@ -137,9 +137,13 @@ class CppFunction:
             elif unit.is_nest:
                 lines += self._nest(unit)
             else:
-                lines += {"product": self._product, "transpose": self._transpose, "along": self._along}.get(
-                    value.kind, self._join
-                )(value)
+                lines += {
+                    "product": self._product,
+                    "transpose": self._transpose,
+                    "system": self._system,
+                    "along": self._along,
+                    "join": self._join,
+                }[value.kind](value)
         return lines
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
@@ -308,21 +312,52 @@ class CppFunction:
 
     def _product(self, value: Value) -> list[str]:
         a, b = value.reads
-        transposed = not (a.strides[1] == ONE or a.shape[1].is_one)
-        lda = a.strides[1] if transposed else a.strides[0]
-        m, k = a.shape
-        columns = b.shape[1]
-        left = f"{self._memory(a.base)}{_plus(a.offset)}, {lda}"
-        right = f"{self._memory(b.base)}{_plus(b.offset)}, {b.strides[0]}"
-        call = f"product<{'true' if transposed else 'false'}>({m}, {columns}, {k}, {left}, {right}"
+        transposed = not (a.strides[-1] == ONE or a.shape[-1].is_one)
+        lda = a.strides[-1] if transposed else a.strides[-2]
+        m, k = a.shape[-2:]
+        columns = b.shape[-1]
+        flag = "true" if transposed else "false"
+
+        def call(target: str, factor: float, add: bool) -> str:
+            left, right = (f"{self._batch(view)}, {ld}" for view, ld in ((a, lda), (b, b.strides[-2])))
+            more = f"{columns}, S({factor:g}), {'true' if add else 'false'}"
+            return f"product<{flag}>({m}, {columns}, {k}, {left}, {right}, {target}, {more});"
+
         if value.sinks and not value.users and value.result is None:
             ((target, factor),) = value.sinks
-            return [f"    {call}, {target}, {columns}, S({factor:g}), true);{self._comment(value)}"]
-        lines = [f"    {call}, {self._memory(value)}, {columns}, S(1), false);{self._comment(value)}"]
+            return [f"    {call(target, factor, True)}{self._comment(value)}"]
+        made = self._batch(Strided.of(value, value.shape))
+        lines = [f"    {self._over_batch(value)}{call(made, 1, False)}{self._comment(value)}"]
         for target, factor in value.sinks:
             add = f"{target}[e] += {_scaled(f'{self._memory(value)}[e]', factor)};"
             lines.append(f"    for (long e = 0; e < {count(value.shape)}; e++) {add}")
         return lines
+
+    @staticmethod
+    def _over_batch(value: Value) -> str:
+        """The loops around a unit of two axes that has others before them."""
+        batch = value.shape[:-2]
+        return "".join(f"for (long {i} = 0; {i} < {size}; {i}++) " for i, size in zip(_INDEX, batch, strict=False))
+
+    def _batch(self, view: Strided) -> str:
+        """Where a view's last two axes begin, inside `_over_batch`."""
+        rank = len(view.shape) - 2
+        place = _offset(view.offset, _INDEX[:rank], view.strides[:rank])
+        return self._memory(view.base) + ("" if place == "0" else f" + {place}")
+
+    def _system(self, value: Value) -> list[str]:
+        a, b = value.reads
+        spelled = ops.row(value.node.target).cpp
+        assert isinstance(spelled, System)
+        given = f"{a.shape[-1]}, {b.shape[-1]}, {self._batch(a)}, {a.strides[-2]}, {self._batch(b)}"
+        made = self._batch(Strided.of(value, value.shape))
+        function = "solve"
+        if spelled.triangular:
+            settings = value.node.kwargs
+            upper = settings["upper"] == settings.get("left", True)  # of a transpose, the other triangle
+            flags = [upper, settings.get("unitriangular", False)]
+            function = f"solve_triangular<{', '.join('true' if flag else 'false' for flag in flags)}>"
+        return [f"    {self._over_batch(value)}{function}({given}, {made});{self._comment(value)}"]
 
     def _transpose(self, value: Value) -> list[str]:
         (source,) = value.reads
@@ -368,12 +403,8 @@ def _offset(offset: Extent, index: Sequence[str], strides: Sequence[Extent]) -> 
     terms = [] if offset == ZERO else [str(offset)]
     for name, stride in zip(index, strides, strict=True):
         if stride != ZERO:
-            terms.append(name if stride == ONE else f"{name} * {stride if not _is_sum(stride) else f'({stride})'}")
+            terms.append(name if stride == ONE else f"{name} * {stride if not stride.is_sum else f'({stride})'}")
     return " + ".join(terms) or "0"
-
-
-def _is_sum(stride: Extent) -> bool:
-    return bool(stride.per_token and stride.constant)
 
 
 def _plus(offset: Extent) -> str:

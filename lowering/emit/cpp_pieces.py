@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import fx
 
 from nestloop.lowering.axes import needs_all_tokens, readout_axes, type_axes
@@ -83,13 +86,13 @@ class CppPieces:
                     continue
                 shape, name = node.meta["val"].shape, self._safe(node.name)
                 token = name in self.tokens or name == "d_z"
-                sizes[name] = _elements(shape[1:] if token else shape)
+                sizes[name] = elements(shape[1:] if token else shape)
         sizes["z"] = sizes["d_z"]
         return sizes
 
     def scratch(self, rows: int) -> int:
         """Elements one thread works on with tiles of so many tokens, the state's included."""
-        return max(self._size(name).per_token * rows + self._size(name).constant for name in ("forward", "backward"))
+        return max(self._size(name).at(rows) for name in ("forward", "backward"))
 
     def _given(self, which: str) -> list[str]:
         """Names of the tensors that `forward` or `backward` takes."""
@@ -124,10 +127,10 @@ class CppPieces:
         layout.append(
             (
                 "scratch",
-                Extent(max(e.per_token for e in own), max(e.constant for e in own)),
+                Extent(*[max(getattr(e, part) for e in own) for part in ("per_token", "constant", "square")]),
             )  # each piece has it to itself
         )
-        return [(name, Extent(e.per_token, -(-e.constant // 16) * 16)) for name, e in layout]
+        return [(name, e + Extent(0, -e.constant % 16)) for name, e in layout]
 
     def _size(self, which: str) -> Extent:
         total = Extent(0, 0)
@@ -143,7 +146,8 @@ class CppPieces:
         return lines
 
 
-def _elements(shape: fx.node.Argument) -> int:
+def elements(shape: Iterable[Any]) -> int:
+    """How many elements a shape without tokens has."""
     total = 1
     for size in shape:
         total *= int(size)

@@ -12,14 +12,12 @@ from textwrap import indent
 
 from torch import fx
 
-from nestloop.lang.schedule import Chunked
-from nestloop.lang.state import entries
-from nestloop.lowering.axes import Axes, readout_axes, type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
+from nestloop.lowering.emit.scan import TITLES, Scan
 from nestloop.lowering.emit.tile import TileFunction
 from nestloop.lowering.emit.torch import TILE_OPERATIONS
-from nestloop.lowering.streams.step import VALID, Step, identifier
+from nestloop.lowering.streams.step import Step, identifier
 
 _HEADER = '''"""{title}
 
@@ -34,13 +32,6 @@ from nestloop.lowering.runtime.tiles import {imported}
 
 aten = torch.ops.aten
 '''
-_TITLES = {
-    "chunk": "One chunk: its read-out, and the state it leaves",
-    "partial": "A chunk that is not complete: its read-out, and what waits for the step",
-    "advance": "The state that a chunk leaves, alone",
-    "update": "One step of the inner loop on a range of tokens",
-    "read": "The output of a range of tokens",
-}
 
 
 @dataclass(frozen=True)
@@ -60,15 +51,8 @@ class StreamSource:
     kept: tuple[str, ...]
 
 
-class StreamEmitter:
-    """Writes the module of one scan, or of one piece.
-
-    Args:
-        pieces: what is written, with their backwards.
-        states: forwards without read-out, "advance".
-        steps: the step of each piece.
-        longest: tokens of a scan's chunk; 0 where the module is one piece.
-    """
+class StreamEmitter(Scan):
+    """Writes the module of one scan, or of one piece."""
 
     def __init__(
         self,
@@ -80,28 +64,17 @@ class StreamEmitter:
         losses: bool,
         form: str,
     ) -> None:
-        self.captured, self.spec, self.pieces, self.steps = captured, captured.spec, pieces, steps
-        self.longest, self.losses, self.form = longest, losses, form
-        self.output = readout_axes(captured)
-        self.first = next(iter(steps.values()))
-        self.halo = self.first.halo
-        self.tokens, self.slow = [*self.spec.inputs, *([VALID] if self.halo else [])], list(self.spec.slow)
+        super().__init__(captured, pieces, states, steps, longest, losses, form)
         self.functions: dict[str, TileFunction] = {}
         for name, piece in pieces.items():
-            doc = f"{_TITLES[name]}. Returns {', '.join(piece.results)}."
+            doc = f"{TITLES[name]}. Returns {', '.join(piece.results)}."
             self.functions[name] = TileFunction(name, piece.forward, doc, self._axes(piece.forward))
             doc = f"Cotangents of the inputs of {name}."
             self.functions[f"{name}_vjp"] = TileFunction(
                 f"{name}_vjp", piece.backward, doc, self._axes(piece.backward), list(piece.wrt)
             )
         for name, module in states.items():
-            self.functions[name] = TileFunction(name, module, f"{_TITLES[name]}.", self._axes(module))
-        self.entries = entries(self.spec)
-        schedule = self.spec.schedule
-        self.chunked = schedule if isinstance(schedule, Chunked) else None
-
-    def _axes(self, module: fx.GraphModule) -> Mapping[fx.Node, Axes]:
-        return type_axes(self.spec, module, self.output).axes
+            self.functions[name] = TileFunction(name, module, f"{TITLES[name]}.", self._axes(module))
 
     def _module(self, parts: list[str], title: str) -> str:
         body = "\n\n\n".join([*[f.write(self._sized_by(f)) for f in self.functions.values()], *parts])
@@ -159,28 +132,6 @@ class StreamEmitter:
 
     # A scan over chunks.
 
-    @property
-    def carry(self) -> list[str]:
-        """What a chunk hands to the next, as identifiers: fast weights and momenta, and an anchor of its own period."""
-        kinds = {"weight", "momentum"} | ({"anchor"} if self._long_anchor else set())
-        return [identifier(n) for n, e in self.entries.items() if e.part in kinds]
-
-    @property
-    def _long_anchor(self) -> bool:
-        return self.chunked is not None and self.chunked.anchor is not None
-
-    @property
-    def starts(self) -> list[str]:
-        """Carried entries that the scan takes: an anchor that begins with the scan is no input."""
-        begins = self.chunked is not None and bool(self.chunked.anchor)
-        return [n for n in self.carry if not (begins and n.endswith("__anchor"))]
-
-    @property
-    def extra(self) -> list[str]:
-        """Entries that only the last chunk leaves: its anchor, its scaled sum, what waits."""
-        rest = {n: e for n, e in self.entries.items() if e.part != "tail"}  # which the call itself keeps
-        return [identifier(n) for n in rest if identifier(n) not in self.carry]
-
     def emit_scan(self) -> StreamSource:
         """The module of the whole scan."""
         initial = [n for n in self.first.inputs if n.endswith("__initial")]
@@ -224,7 +175,7 @@ class StreamEmitter:
 
     def _begin(self) -> list[str]:
         """Lines that set the anchor of a chunk."""
-        if self._long_anchor:
+        if self.long_anchor:
             assert self.chunked is not None
             names = [identifier(n) for n, e in self.entries.items() if e.part == "anchor"]
             if not self.chunked.anchor:
@@ -262,7 +213,7 @@ class StreamEmitter:
         loop += self._either(calls["chunk"], calls.get("partial", []))
         loop.append(f"_z.append({self._own('_tile')})")
         loop += [f"_losses.append({self._own('_loss')})"] if self.losses else []
-        if self._long_anchor and self.chunked is not None and self.chunked.anchor:
+        if self.long_anchor and self.chunked is not None and self.chunked.anchor:
             names = [n for n in self.carry if n.endswith("__anchor")]
             lines.append(f"{' = '.join(names)} = None")
         lines += ["for _index, (_from, _to) in enumerate(_chunks):", indent("\n".join(loop), "    ")]
@@ -295,7 +246,7 @@ class StreamEmitter:
         group.append(f"_states = [({kept}) if _group else _first]")
         group.append("for _from, _to in _chunks[_group : _group + _spacing - 1]:")
         ahead = [f"{names} = _states[-1]"]
-        ahead += self._begin() if self._long_anchor else []
+        ahead += self._begin() if self.long_anchor else []
         ahead += self._takes(set(self.functions["advance"].signature))
         left = [r.removesuffix("_new") for r in self.pieces["chunk"].results if r.endswith("_new")]
         ahead.append(self._call("advance", left, self._renamed()))
@@ -322,7 +273,7 @@ class StreamEmitter:
     def _pull(self, seen: list[str], others: list[str], names: str) -> list[str]:
         """Lines of one chunk's backward."""
         lines = [f"{names} = _states[_index - _group]", "_from, _to = _chunks[_index]"]
-        lines += self._begin() if self._long_anchor else []
+        lines += self._begin() if self.long_anchor else []
         read = {n for p in self.pieces for n in self.functions[f"{p}_vjp"].signature}
         lines += self._takes(read)
         lines.append(f"d_z_i = {self._padded('d_z[:, :, _from:_to]')}")
@@ -367,7 +318,7 @@ class StreamEmitter:
                 f"    d_{n.removesuffix('__anchor')} = add(d_{n.removesuffix('__anchor')}, d_end_{n})" for n in anchors
             ]
             lines += ["if _index == len(_chunks) - 1:  # the last chunk's first weights are its anchor", *last]
-        if self._long_anchor and self.chunked is not None and self.chunked.anchor:
+        if self.long_anchor and self.chunked is not None and self.chunked.anchor:
             pairs = [n for n in self.carry if n.endswith("__anchor")]
             inner = []
             for n in pairs:

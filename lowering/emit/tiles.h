@@ -148,6 +148,57 @@ __attribute__((noinline)) void transpose(long rows, long columns, const S* from,
         }
 }
 
+// ---- Linear systems ------------------------------------------------------------------------------------------------
+
+// x [n, m] of a x = b, a [n, n] triangular: by rows inside blocks of 16, products between them. Never by powers of a,
+// which cancel where rows of a are alike.
+template <bool UPPER, bool UNIT>
+__attribute__((noinline)) void solve_triangular(long n, long m, const S* a, long lda, const S* b, S* x) {
+    constexpr long ROWS = 16;
+    if (x != b) std::memcpy(x, b, n * m * sizeof(S));
+    const long blocks = (n + ROWS - 1) / ROWS;
+    for (long step = 0; step < blocks; step++) {
+        const long start = (UPPER ? blocks - 1 - step : step) * ROWS;
+        const long stop = start + ROWS < n ? start + ROWS : n;
+        const long from = UPPER ? stop : 0, known = UPPER ? n - stop : start;
+        if (known) product<false>(stop - start, m, known, a + start * lda + from, lda, x + from * m, m, x + start * m,
+                                  m, S(-1), true);
+        for (long r = 0; r < stop - start; r++) {
+            const long i = UPPER ? stop - 1 - r : start + r;
+            S* row = x + i * m;
+            for (long j = UPPER ? i + 1 : start; j < (UPPER ? stop : i); j++) {
+                const S factor = a[i * lda + j];
+                const S* other = x + j * m;
+                for (long c = 0; c < m; c++) row[c] -= factor * other[c];
+            }
+            if (!UNIT) {
+                const S pivot = a[i * lda + i];
+                for (long c = 0; c < m; c++) row[c] /= pivot;
+            }
+        }
+    }
+}
+
+// x [n, m] of a x = b by elimination with row exchanges, which leaves a [n, n] as its factors.
+__attribute__((noinline)) void solve(long n, long m, S* a, long lda, const S* b, S* x) {
+    std::memcpy(x, b, n * m * sizeof(S));
+    for (long k = 0; k < n; k++) {
+        long pivot = k;
+        for (long i = k + 1; i < n; i++)
+            if (std::fabs(a[i * lda + k]) > std::fabs(a[pivot * lda + k])) pivot = i;
+        if (pivot != k) {
+            for (long j = 0; j < n; j++) std::swap(a[k * lda + j], a[pivot * lda + j]);
+            for (long j = 0; j < m; j++) std::swap(x[k * m + j], x[pivot * m + j]);
+        }
+        for (long i = k + 1; i < n; i++) {
+            const S factor = a[i * lda + k] / a[k * lda + k];
+            for (long j = k + 1; j < n; j++) a[i * lda + j] -= factor * a[k * lda + j];
+            for (long j = 0; j < m; j++) x[i * m + j] -= factor * x[k * m + j];
+        }
+    }
+    solve_triangular<true, false>(n, m, a, lda, x, x);
+}
+
 // ---- Elementary functions ------------------------------------------------------------------------------------------
 // In float32 without branches or calls, so that loops over them become vector code; errors of 1 to 2 units in the last
 // place. In float64 the C library's.

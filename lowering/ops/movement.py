@@ -107,7 +107,7 @@ def _position(index: object, x: Strided, axis: int) -> int:
         raise NoSpelling("a slice at a position that depends on the number of tokens")
     if index >= 0:
         return index
-    if x.shape[axis].per_token:
+    if x.shape[axis].has_tokens:
         raise NoSpelling("a slice of the token axis counted from its end")
     return index + x.shape[axis].constant
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nestloop.lowering.ops import solve
-from nestloop.lowering.ops.row import Kind, Op, Operands, Product, Unsupported
+from nestloop.lowering.ops.row import Kind, Op, Operands, Product, System
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ ROWS = [
         aten.bmm.default,
         Kind.PRODUCT,
         lambda o: f"{o[0]} @ {o[1]}",
-        Unsupported("a batch of products inside one tile"),
+        Product(),
         2,
         lambda r: (r(2, 5, 4), r(2, 4, 3)),
     ),
@@ -41,7 +41,7 @@ ROWS = [
         aten.linalg_solve_triangular.default,
         Kind.SOLVE,
         _solve_triangular,
-        Unsupported("a triangular system"),
+        System(triangular=True),
         2,
         lambda r: (r(5, 5), r(5, 3)),
     ),
@@ -49,7 +49,7 @@ ROWS = [
         solve.OP,
         Kind.SOLVE,
         _solve,
-        Unsupported("a linear system"),
+        System(triangular=False),
         2,
         lambda r: (r(5, 5) + 4 * torch.eye(5), r(5, 3), True),
     ),

@@ -70,11 +70,18 @@ class Product:
 
 
 @dataclass(frozen=True)
+class System:
+    """A linear system: `solve` of `emit/tiles.h`, or its `solve_triangular`."""
+
+    triangular: bool
+
+
+@dataclass(frozen=True)
 class Join:
     """Tiles side by side along an axis."""
 
 
-Cpp = Element | Callable[["Operands"], Fold] | Along | Window | Product | Join | Unsupported
+Cpp = Element | Callable[["Operands"], Fold] | Along | Window | Product | System | Join | Unsupported
 
 
 class Kind(Enum):

@@ -1,4 +1,4 @@
-"""Values of a tile as arrays in memory: sizes that are linear in n, and views with a stride for each axis.
+"""Values of a tile as arrays in memory: sizes that grow with n, and views with a stride for each axis.
 
 Views (a transpose, a slice, a broadcast) cost nothing in generated C++: they are other strides over the same memory.
 """
@@ -16,32 +16,50 @@ class NoSpelling(Exception):
 
 @dataclass(frozen=True)
 class Extent:
-    """A size `per_token * n + constant`, n being the tokens of the tile."""
+    """A size `square * n * n + per_token * n + constant`, n being the tokens of the tile."""
 
     per_token: int
     constant: int
+    square: int = 0
 
     def __mul__(self, other: int | Extent) -> Extent:
-        if isinstance(other, Extent):
-            if other.per_token and self.per_token:
-                raise NoSpelling("a value has more than one axis of tokens")
-            if other.per_token:
-                return other * self.constant
-            other = other.constant
-        return Extent(self.per_token * other, self.constant * other)
+        if isinstance(other, int):
+            return Extent(self.per_token * other, self.constant * other, self.square * other)
+        if (self.square and (other.per_token or other.square)) or (self.per_token and other.square):
+            raise NoSpelling("a value has more than two axes of tokens")
+        return Extent(
+            self.per_token * other.constant + self.constant * other.per_token,
+            self.constant * other.constant,
+            self.square * other.constant + self.per_token * other.per_token + self.constant * other.square,
+        )
 
     def __add__(self, other: Extent) -> Extent:
-        return Extent(self.per_token + other.per_token, self.constant + other.constant)
+        return Extent(self.per_token + other.per_token, self.constant + other.constant, self.square + other.square)
 
     def __str__(self) -> str:
-        tokens = "n" if self.per_token == 1 else f"{self.per_token} * n"
-        if not self.per_token:
-            return str(self.constant)
-        return f"{tokens} + {self.constant}" if self.constant else tokens
+        scaled = [(self.square, "n * n"), (self.per_token, "n")]
+        terms = [text if factor == 1 else f"{factor} * {text}" for factor, text in scaled if factor]
+        if self.constant or not terms:
+            terms.append(str(self.constant))
+        return " + ".join(terms)
+
+    def at(self, n: int) -> int:
+        """The number for a tile of n tokens."""
+        return self.square * n * n + self.per_token * n + self.constant
 
     @property
     def is_one(self) -> bool:
         return self == ONE
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is written with a plus."""
+        return sum(map(bool, (self.square, self.per_token, self.constant))) > 1
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether it depends on n."""
+        return bool(self.square or self.per_token)
 
 
 ONE, ZERO = Extent(0, 1), Extent(0, 0)
@@ -51,7 +69,7 @@ def extent(size: Any) -> Extent:
     """A traced size (an int, a symbolic int, or a graph node that computes one) as an extent.
 
     Raises:
-        NoSpelling: it is not linear in n.
+        NoSpelling: it is no polynomial of second degree in n.
     """
     if isinstance(size, int):
         return Extent(0, size)
@@ -60,11 +78,13 @@ def extent(size: Any) -> Extent:
         return Extent(0, traced)
     expr = traced.node.expr
     (symbol,) = expr.free_symbols
-    at = [int(expr.subs(symbol, n)) for n in (100, 101, 107)]
-    slope = at[1] - at[0]
-    if at[2] - at[1] != 6 * slope:
-        raise NoSpelling(f"a size is {expr}, not linear in the number of tokens")
-    return Extent(slope, at[0] - 100 * slope)
+    low, middle, high, beyond = (int(expr.subs(symbol, n)) for n in (100, 101, 102, 107))
+    bend = high - 2 * middle + low
+    found = Extent(middle - low - 201 * bend // 2, 0, bend // 2)
+    found = found + Extent(0, low - found.at(100))
+    if bend % 2 or found.at(107) != beyond:
+        raise NoSpelling(f"a size is {expr}, no whole polynomial in the number of tokens")
+    return found
 
 
 def product(sizes: Sequence[Extent]) -> Extent:

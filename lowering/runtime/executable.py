@@ -40,9 +40,7 @@ def build(
         name = f"softmax_attention_{plan.scale}"
         EXECUTABLES.setdefault(name, _attention(plan.scale))
         return name
-    reason = (
-        "inductor compiles generated PyTorch" if inductor else "" if backend == "torch" else not_native(plan, double)
-    )
+    reason = no_native_reason(plan, inductor, backend, double)
     if backend == "cpp" and reason:
         raise no_native(spec, reason)
     native = backend != "torch" and not reason
@@ -59,6 +57,13 @@ def build(
         op = NestedLoopOp(name, module, signature, _flops(spec, plan, heads), plan.rows, library)
         EXECUTABLES[name] = _loop(op, spec)
     return name
+
+
+def no_native_reason(plan: Plan, inductor: bool, backend: str, double: bool) -> str:
+    """Why a backend that may be C++ is not; "" where it is, or was not asked for."""
+    if inductor:
+        return "inductor compiles generated PyTorch"
+    return "" if backend == "torch" else not_native(plan, double)
 
 
 def no_native(spec: LoopSpec, reason: str) -> NoPlanError:

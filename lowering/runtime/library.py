@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
 from nestloop.lowering.runtime.native import NativeModule
+from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.tiles import like_lead
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
@@ -108,7 +109,7 @@ class NestedLoopOp:
         signature: Signature,
         flops: Callable[[int, int], tuple[int, int]],
         rows: int,
-        native: NativeModule | None = None,
+        native: NativeModule | NativeStream | None = None,
     ) -> None:
         self.name, self.signature, self.rows, self.native = name, signature, rows, native
         inputs = [f"Tensor {n}" for n in signature.inputs]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nestloop.lowering.runtime import compiler
 
-_ITEMS = 48  # heads times groups of sequences: enough to share out to as many cores
+ITEMS = 48  # heads times groups of sequences: enough to share out to as many cores
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class NativePlan:
     rows: int
 
 
-class _TensorArgument(ctypes.Structure):
+class TensorArgument(ctypes.Structure):
     """`Tensor` of tiles.h."""
 
     _fields_ = (
@@ -45,8 +45,31 @@ class _TensorArgument(ctypes.Structure):
     )
 
 
-class NativeModule:
-    """The library of one loop.
+class NativeLibrary:
+    """A translation unit, built for each compute type at first use."""
+
+    def __init__(self, name: str, plan: NativePlan) -> None:
+        self.name, self.plan = name, plan
+
+    @cached_property
+    def _float(self) -> ctypes.CDLL:
+        return compiler.load(compiler.build(self.name, self.plan.text, "float"))
+
+    @cached_property
+    def _double(self) -> ctypes.CDLL:
+        return compiler.load(compiler.build(self.name, self.plan.text, "double"))
+
+    def library(self, dtype: torch.dtype) -> ctypes.CDLL:
+        """The library for a compute type, built at first use.
+
+        Raises:
+            BuildError: it cannot be built.
+        """
+        return self._double if dtype == torch.float64 else self._float
+
+
+class NativeModule(NativeLibrary):
+    """The library of one loop of batches.
 
     Args:
         name: the loop's name, as an identifier.
@@ -75,27 +98,12 @@ class NativeModule:
         weight: Callable[[int], float],
         losses: bool,
     ) -> None:
-        self.name, self.plan, self.module = name, plan, module
+        super().__init__(name, plan)
+        self.module = module
         self.inputs, self.tokens, self.fast, self.ends = list(inputs), list(tokens), list(fast), list(ends)
         self.tiles, self.batches, self.weight, self.losses = tiles, batches, weight, losses
         self.common = getattr(module, "common", None)
         self.shared = plan.common
-
-    @cached_property
-    def _float(self) -> ctypes.CDLL:
-        return compiler.load(compiler.build(self.name, self.plan.text, "float"))
-
-    @cached_property
-    def _double(self) -> ctypes.CDLL:
-        return compiler.load(compiler.build(self.name, self.plan.text, "double"))
-
-    def library(self, dtype: torch.dtype) -> ctypes.CDLL:
-        """The library for a compute type, built at first use.
-
-        Raises:
-            BuildError: it cannot be built.
-        """
-        return self._double if dtype == torch.float64 else self._float
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         """Inputs [H, B, ..] and the order -> results, as the PyTorch module's `forward`."""
@@ -120,7 +128,7 @@ class NativeModule:
         values.update(zip(names, rest, strict=True))
         call = _Call(self, inputs, values, order)
         separate = any(values[n].shape[1] > 1 for n in self.fast)
-        groups = max(1, min(call.sequences, -(-_ITEMS // max(call.heads, 1))))
+        groups = max(1, min(call.sequences, -(-ITEMS // max(call.heads, 1))))
         made = {}
         for name in self.plan.gradients:
             row = values[name].shape[3:] if self._is_token(name) else values[name].shape[2:]
@@ -169,8 +177,10 @@ class _Call:
             for tensor in made:
                 tensor.zero_()
             return
-        kept = [self._readable(n, t) for n, t in zip(names, given, strict=True)]
-        arguments = (_TensorArgument * len(kept))(*[self._argument(n, t) for n, t in zip(names, kept, strict=True)])
+        kept = [readable(t, self._leads(n)) for n, t in zip(names, given, strict=True)]
+        arguments = (TensorArgument * len(kept))(
+            *[argument(t, self._leads(n), n.startswith("between_")) for n, t in zip(names, kept, strict=True)]
+        )
         results = (ctypes.c_void_p * len(made))(*[t.data_ptr() for t in made])
         bounds = (ctypes.c_int64 * (2 * self.steps))(*[edge for batch in self.batches for edge in batch])
         sizes = [stop - start for start, stop in self.batches]
@@ -203,24 +213,26 @@ class _Call:
         if code:
             raise MemoryError(f"no memory for the tiles of {module.name}")
 
-    def _has_rows(self, name: str) -> bool:
-        return name == "d_z" or self.module._is_token(name)
+    def _leads(self, name: str) -> bool:
+        """Whether a tensor has an axis before its tile's that C++ walks: tokens, or steps."""
+        return name == "d_z" or self.module._is_token(name) or name.startswith("between_")
 
-    def _readable(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor itself where each row (of a token), or each tile (of a weight), lies in one piece; else a copy."""
-        tile = 3 if self._has_rows(name) or name.startswith("between_") else 2
-        step = 1
-        for size, stride in zip(reversed(tensor.shape[tile:]), reversed(tensor.stride()[tile:]), strict=True):
-            if size != 1 and stride != step:
-                return tensor.contiguous()
-            step *= size
-        return tensor
 
-    def _argument(self, name: str, tensor: Tensor) -> _TensorArgument:
-        axes = (1, 2, 0) if name.startswith("between_") else (0, 1, 2)
-        strides = [tensor.stride(axis) if axis < tensor.ndim and tensor.shape[axis] > 1 else 0 for axis in axes]
-        token = strides[2] if self._has_rows(name) or name.startswith("between_") else 0
-        return _TensorArgument(tensor.data_ptr(), strides[0], strides[1], token)
+def readable(tensor: Tensor, walked: bool) -> Tensor:
+    """The tensor itself where each tile (each row, if tokens are `walked`) lies in one piece; else a copy."""
+    step = 1
+    for size, stride in zip(reversed(tensor.shape[2 + walked :]), reversed(tensor.stride()[2 + walked :]), strict=True):
+        if size != 1 and stride != step:
+            return tensor.contiguous()
+        step *= size
+    return tensor
+
+
+def argument(tensor: Tensor, walked: bool, between: bool = False) -> TensorArgument:
+    """A tensor [H, B, ..] as C++ sees it; one of states between steps is [steps, H, B, ..]."""
+    axes = (1, 2, 0) if between else (0, 1, 2)
+    strides = [tensor.stride(axis) if axis < tensor.ndim and tensor.shape[axis] > 1 else 0 for axis in axes]
+    return TensorArgument(tensor.data_ptr(), strides[0], strides[1], strides[2] if walked else 0)
 
 
 def _summed(partial: Tensor, like: Tensor) -> Tensor:

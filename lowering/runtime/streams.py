@@ -20,8 +20,9 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Chunked, Program
 from nestloop.lang.state import Entry, State, counts_tokens, entries
 from nestloop.lowering.runtime import cache
-from nestloop.lowering.runtime.executable import compiled_pieces, heads_first
+from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, no_native, no_native_reason
 from nestloop.lowering.runtime.library import NestedLoopOp, Signature
+from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.tiles import chunks, spacing
 
@@ -69,14 +70,14 @@ class StreamSignature(Signature):
                 found.append([heads, sequences, *self.tiles[name.removeprefix("end_")]])
         if self.chunk:
             count = len(chunks(int(length), self.chunk))
-            tokens, state = inputs[: len(self.tokens)], [t for n, t in self._carried(inputs)]
-            every = spacing(count, *tokens, state=state)
+            every = spacing(count, *inputs[: len(self.tokens)], state=self.carried(inputs))
             found += [[-(-count // every) - 1, heads, sequences, *self.tiles[n]] for n in self.kept]
         return found
 
-    def _carried(self, inputs: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+    def carried(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The inputs that one chunk hands to the next."""
         named = zip(self.fast, inputs[len(self.tokens) :], strict=False)
-        return [(n, t) for n, t in named if not n.endswith("__initial")]
+        return [t for n, t in named if not n.endswith("__initial")]
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,18 @@ MOST_ARGUMENTS = 64  # of an operator of PyTorch
 STREAM_OPS: dict[str, StreamOp] = {}
 
 
-def build_stream(spec: LoopSpec, plan: Plan, heads: int, inductor: bool) -> str:
-    """Make one op of a stream runnable; its name in `STREAM_OPS`."""
+def build_stream(
+    spec: LoopSpec, plan: Plan, heads: int, inductor: bool, backend: str = "torch", double: bool = False
+) -> str:
+    """Make one op of a stream runnable; its name in `STREAM_OPS`. Arguments, and what it raises, as for `build`."""
+    reason = no_native_reason(plan, inductor, backend, double)
+    if backend == "cpp" and reason:
+        raise no_native(spec, reason)
     path = cache.write(plan.name, plan.source)
     name = f"{path.stem}_inductor" if inductor else path.stem
+    native = plan.native if backend != "torch" and not reason else None
+    if native is not None:
+        name = f"{path.stem}_cpp_{cache.digest(native.text)}"
     if name not in STREAM_OPS:
         module = cache.load(path)
         halo = (spec.optimizer.window or 1) - 1
@@ -121,7 +130,8 @@ def build_stream(spec: LoopSpec, plan: Plan, heads: int, inductor: bool) -> str:
             halo=halo,
         )
         _check_arguments(spec, signature)
-        op = NestedLoopOp(name, module, signature, _flops(plan, heads), plan.rows)
+        library = None if native is None else NativeStream(plan.name, native, module, signature)
+        op = NestedLoopOp(name, module, signature, _flops(plan, heads), plan.rows, library)
         STREAM_OPS[name] = StreamOp(op, signature)
     return name
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nestloop.lowering.ops.strided import ZERO, Extent, product
 from nestloop.lowering.schedule.nests import Unit
@@ -93,4 +93,4 @@ def _only_in_step(value: Value, unit: Unit) -> bool:
 
 
 def _rounded(size: Extent) -> Extent:
-    return Extent(size.per_token, -(-size.constant // _ALIGNED) * _ALIGNED)
+    return replace(size, constant=-(-size.constant // _ALIGNED) * _ALIGNED)

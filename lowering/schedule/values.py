@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from nestloop.lowering import ops
-from nestloop.lowering.ops.row import Along, Element, Fold, Join, Kind, Operands, Product, Unsupported, Window
-from nestloop.lowering.ops.strided import ZERO, Extent, NoSpelling, Strided, dense, extent
+from nestloop.lowering.ops.row import Along, Element, Fold, Join, Kind, Operands, Product, System, Unsupported, Window
+from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, extent
 
 aten = torch.ops.aten
 
@@ -28,7 +28,7 @@ class Value:
     """One value of a tile graph.
 
     Attributes:
-        kind: "input", "element", "fold", "product", "transpose", "along" or "join".
+        kind: "input", "element", "fold", "product", "transpose", "system", "along" or "join".
         name: its identifier in generated code.
         node: the graph node it comes from.
         shape: its axes; row-major in memory.
@@ -106,7 +106,7 @@ class Values:
 
 def read(
     module: fx.GraphModule,
-    results: Sequence[str],
+    results: Sequence[str | None],
     summed: Sequence[bool],
     per_token: Sequence[str],
     identifier: Callable[[str], str] = str,
@@ -114,7 +114,7 @@ def read(
     """The values of a simplified tile graph.
 
     Args:
-        results: a name for each result.
+        results: a name for each result; None for one that is not wanted.
         summed: for each result, whether it is added to what is there.
         per_token: inputs that are tiles of tokens (or their cotangents), as identifiers.
         identifier: an input's name -> its name in C++.
@@ -134,11 +134,11 @@ class _Reader:
         self.counts: dict[str, int] = {}
         self.made: dict[Any, Value] = {}
 
-    def run(self, results: Sequence[str], summed: Sequence[bool]) -> Values:
+    def run(self, results: Sequence[str | None], summed: Sequence[bool]) -> Values:
         (outputs,) = next(node for node in self.module.graph.nodes if node.op == "output").args
         self.leaves = {}
         for name, node, adds in zip(results, outputs, summed, strict=True):
-            if node is not None:
+            if node is not None and name is not None:
                 self.leaves[name] = self._terms(node, 1.0, True) if adds else [(1.0, node)]
         for node in self.module.graph.nodes:
             if node.op == "placeholder":
@@ -192,7 +192,7 @@ class _Reader:
         name = self._name("transposed" if kind == "transpose" else op)
         value = Value(kind, name, node, tuple(shape), operands, **more)
         value.per_tile = any(operand.base.per_tile for operand in value.reads if operand.base is not None)
-        value.per_tile = value.per_tile or any(size.per_token for size in value.space)
+        value.per_tile = value.per_tile or any(size.has_tokens for size in value.space)
         for operand in value.reads:
             operand.base.users.append(value)
         self.computed.append(value)
@@ -229,6 +229,8 @@ class _Reader:
             return self._make("element", node, shape, [o for o in operands if not isinstance(o, list)])
         if isinstance(spelled, Product):
             return self._product(node, *given)
+        if isinstance(spelled, System):
+            return self._system(node, spelled, *given[:2])
         if isinstance(spelled, Along):
             axis = node.args[1] % len(shape)
             return self._make("along", node, shape, [self._dense(given[0], node)], axes=(axis,))
@@ -272,13 +274,28 @@ class _Reader:
 
     def _product(self, node: fx.Node, a: Strided, b: Strided) -> Strided:
         left, right = a, b
-        if not (_unit(left, 1) or _unit(left, 0)):
+        if not (_unit(left, -1) or _unit(left, -2)):
             left = self._copied(left, node)
-        if not _unit(right, 1):
-            right = self._transposed(right, node) if _unit(right, 0) else self._copied(right, node)
-        made = self._make("product", node, (a.shape[0], b.shape[1]), [left, right])
+        if not _unit(right, -1):
+            plain = len(right.shape) == 2 and _unit(right, 0)
+            right = self._transposed(right, node) if plain else self._copied(right, node)
+        made = self._make("product", node, (*a.shape[:-1], b.shape[-1]), [left, right])
         made.base.factors = (a, b)
         return made
+
+    def _system(self, node: fx.Node, spelled: System, a: Strided, b: Strided) -> Strided:
+        """The x of a x = b; of x a = b its transpose, from a^T x^T = b^T."""
+        rank = len(a.shape)
+        swap = [*range(rank - 2), rank - 1, rank - 2]
+        left = node.kwargs.get("left", True)
+        if not left:
+            a, b = a.permute(swap), b.permute(swap)
+        if not spelled.triangular and node.args[2]:
+            a = a.permute(swap)
+        if not (spelled.triangular and _unit(a, -1)):  # elimination works in a copy of its own
+            a = self._copied(a, node)
+        made = self._make("system", node, b.shape, [a, self._dense(b, node)])
+        return made if left else made.permute(swap)
 
     def _transposed(self, view: Strided, node: fx.Node) -> Strided:
         """A transposed right operand, written out once."""
@@ -292,8 +309,8 @@ class _Reader:
         if isinstance(given, str) or given.base.kind == "input" or not given.is_dense:
             given = self._copied(given, node)
         value = given.base
-        whole = value.kind in ("transpose", "along", "join") or (
-            value.kind == "product" and (value.users or value.sinks)
+        whole = value.kind in ("transpose", "system", "along", "join") or (
+            value.kind == "product" and (value.users or value.sinks or len(value.shape) > 2)
         )
         if (summed and whole) or (not summed and value.result is not None):
             value = self._copied(given, node).base
@@ -312,7 +329,7 @@ class _Reader:
 
 def _unit(view: Strided, axis: int) -> bool:
     """Whether elements along an axis are next to each other."""
-    return view.strides[axis] == Extent(0, 1) or view.shape[axis].is_one
+    return view.strides[axis] == ONE or view.shape[axis].is_one
 
 
 def _shape(node: fx.Node) -> list[Extent]:

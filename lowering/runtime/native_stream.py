@@ -1,0 +1,105 @@
+"""Generated C++ of a stream's op: its library, and calls of it on tensors.
+
+Inputs are read where they lie, by their strides. A scan over no tokens is left to the generated PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nestloop.lowering.runtime.native import ITEMS, NativeLibrary, NativePlan, TensorArgument, argument, readable
+from nestloop.lowering.runtime.tiles import chunks, spacing
+
+if TYPE_CHECKING:
+    from nestloop.lowering.runtime.streams import StreamSignature
+
+
+class NativeStream(NativeLibrary):
+    """The library of one op of a stream.
+
+    Args:
+        name: the op's name, as an identifier.
+        plan: its C++.
+        module: its generated PyTorch, for a call without tokens.
+        signature: its tensors.
+    """
+
+    def __init__(self, name: str, plan: NativePlan, module: ModuleType, signature: StreamSignature) -> None:
+        super().__init__(name, plan)
+        self.module, self.signature = module, signature
+
+    def forward(self, *tensors: Tensor) -> Sequence[Tensor]:
+        """Inputs [H, B, ..] and no order -> results, as the PyTorch module's `forward`."""
+        inputs = list(tensors[:-1])
+        if not self._tokens(inputs):
+            return self.module.forward(*tensors, None, 1)
+        values = dict(zip(self.signature.inputs, inputs, strict=True))
+        made = [inputs[0].new_empty(shape) for shape in self.signature.shapes(inputs)]
+        self._run("forward", inputs, [(n, values[n]) for n in self.plan.forward], made, 1)
+        return made
+
+    def backward(self, *tensors: Tensor) -> Sequence[Tensor]:
+        """Inputs, what forward kept, cotangents of its results and no order -> cotangents of the inputs."""
+        signature = self.signature
+        inputs = list(tensors[: len(signature.inputs)])
+        if not self._tokens(inputs):
+            return self.module.backward(*tensors, None, 1)
+        names = [*signature.inputs, *signature.saved, *[f"d_{n}" for n in signature.made]]
+        values = dict(zip(names, tensors[:-1], strict=True))
+        heads, sequences = self._lead(inputs)
+        groups = max(1, min(sequences, -(-ITEMS // max(heads, 1))))
+        made = {}
+        for name in self.plan.gradients:
+            shared = name in signature.slow or (name.endswith("__initial") and signature.chunk)
+            made[name] = inputs[0].new_empty(heads, groups if shared else sequences, *values[name].shape[2:])
+        given = [(n, values[n]) for n in self.plan.backward]
+        self._run("backward", inputs, given, list(made.values()), groups)
+        return [made.get(n, t.new_zeros(()).expand_as(t)) for n, t in zip(signature.inputs, inputs, strict=True)]
+
+    def _tokens(self, inputs: Sequence[Tensor]) -> int:
+        return inputs[0].shape[2] - self.signature.halo
+
+    @staticmethod
+    def _lead(inputs: Sequence[Tensor]) -> tuple[int, int]:
+        return max(t.shape[0] for t in inputs), max(t.shape[1] for t in inputs)
+
+    def _walked(self, name: str) -> bool:
+        """Whether a tensor has an axis of tokens, or of states kept."""
+        return name in (*self.signature.tokens, "d_z", "d_losses") or name.startswith("between_")
+
+    def _run(
+        self, function: str, inputs: Sequence[Tensor], given: list[tuple[str, Tensor]], made: list[Tensor], groups: int
+    ) -> None:
+        signature, (heads, sequences), tokens = self.signature, self._lead(inputs), self._tokens(inputs)
+        if not heads * sequences:
+            for tensor in made:
+                tensor.zero_()
+            return
+        kept = [(n, readable(t, self._walked(n))) for n, t in given]
+        arguments = (TensorArgument * len(kept))(
+            *[argument(t, self._walked(n), n.startswith("between_")) for n, t in kept]
+        )
+        results = (ctypes.c_void_p * len(made))(*[t.data_ptr() for t in made])
+        every = 1
+        if signature.chunk:
+            state = signature.carried(inputs)
+            every = spacing(len(chunks(tokens, signature.chunk)), *inputs[: len(signature.tokens)], state=state)
+        code = getattr(self.library(inputs[0].dtype), function)(
+            ctypes.c_long(heads),
+            ctypes.c_long(sequences),
+            ctypes.c_long(tokens),
+            ctypes.c_long(signature.chunk or tokens),
+            ctypes.c_int(torch.get_num_threads()),
+            ctypes.c_long(every),
+            ctypes.c_long(groups),
+            arguments,
+            results,
+        )
+        if code:
+            raise MemoryError(f"no memory for the tiles of {self.name}")

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #ifndef SCALAR
@@ -69,12 +70,13 @@ void block(long k, const S* a, long lda, const S* b, long ldb, S* c, long ldc, S
 }
 
 // All m rows of VECTORS vectors of columns, in blocks of 6 and 5 rows: shorter blocks have too few sums in flight, and
-// any m of 20 or more is made of these two. Narrow blocks are twice as tall for the same reason.
+// any m of 20 or more, and 15 to 18, is made of these two. Narrow blocks are twice as tall for the same reason.
 template <int VECTORS, bool TRANSPOSED>
 void column_block(long m, long k, const S* a, long lda, const S* b, long ldb, S* c, long ldc, S alpha, bool add) {
     constexpr int TALL = 2 * BLOCK_ROWS;
     const long step = TRANSPOSED ? 1 : lda;
-    const long fives = m >= 20 ? (6 - m % 6) % 6 : m % 6 == 5;
+    const long fitting = (6 - m % 6) % 6;
+    const long fives = 5 * fitting <= m ? fitting : m % 6 == 5;
     const long sixes = (m - 5 * fives) / 6;
     long i = 0;
     if (VECTORS < BLOCK_VECTORS)
@@ -129,22 +131,47 @@ __attribute__((noinline)) void product(long m, long n, long k, const S* a, long 
     }
 }
 
-// to [columns, rows] = the transpose of from [rows, columns], by squares that stay in the first cache.
+typedef std::conditional<sizeof(S) == 4, std::int32_t, std::int64_t>::type Lane;
+typedef Lane Lanes __attribute__((vector_size(VECTOR_BYTES)));
+
+// Of rows i and i + DISTANCE of a square: exchange the first one's lanes with that bit set, and the other's without.
+template <int DISTANCE, int... I>
+INLINE void exchange(Vector& a, Vector& b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+    const Vector low = __builtin_shufflevector(a, b, (I & DISTANCE ? (int)LANES + I - DISTANCE : I)...);
+    b = __builtin_shufflevector(a, b, (I & DISTANCE ? (int)LANES + I : I + DISTANCE)...);
+#else
+    const Lanes first = {(I & DISTANCE ? (Lane)LANES + I - DISTANCE : I)...};
+    const Lanes second = {(I & DISTANCE ? (Lane)LANES + I : I + DISTANCE)...};
+    const Vector low = __builtin_shuffle(a, b, first);
+    b = __builtin_shuffle(a, b, second);
+#endif
+    a = low;
+}
+
+template <int DISTANCE>
+INLINE void exchanges(Vector* row) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+        if (!(i & DISTANCE)) exchange<DISTANCE>(row[i], row[i + DISTANCE], std::make_integer_sequence<int, LANES>());
+    if constexpr (DISTANCE > 1) exchanges<DISTANCE / 2>(row);
+}
+
+// to [columns, rows] = the transpose of from [rows, columns], by squares in registers.
 __attribute__((noinline)) void transpose(long rows, long columns, const S* from, long ld, S* to) {
-    constexpr long SQUARE = 16;
-    for (long i = 0; i < rows; i += SQUARE)
-        for (long j = 0; j < columns; j += SQUARE) {
-            if (i + SQUARE <= rows && j + SQUARE <= columns) {
-                S square[SQUARE][SQUARE];
-                for (long p = 0; p < SQUARE; p++) std::memcpy(square[p], from + (i + p) * ld + j, sizeof square[p]);
-                for (long q = 0; q < SQUARE; q++) {
-                    S* column = to + (j + q) * rows + i;
-                    for (long p = 0; p < SQUARE; p++) column[p] = square[p][q];
-                }
+    for (long i = 0; i < rows; i += LANES)
+        for (long j = 0; j < columns; j += LANES) {
+            if (i + LANES <= rows && j + LANES <= columns) {
+                Vector row[LANES];
+#pragma GCC unroll 16
+                for (int p = 0; p < LANES; p++) row[p] = *(const Anywhere*)(from + (i + p) * ld + j);
+                exchanges<LANES / 2>(row);
+#pragma GCC unroll 16
+                for (int p = 0; p < LANES; p++) *(Anywhere*)(to + (j + p) * rows + i) = row[p];
                 continue;
             }
-            for (long p = i; p < rows && p < i + SQUARE; p++)
-                for (long q = j; q < columns && q < j + SQUARE; q++) to[q * rows + p] = from[p * ld + q];
+            for (long p = i; p < rows && p < i + LANES; p++)
+                for (long q = j; q < columns && q < j + LANES; q++) to[q * rows + p] = from[p * ld + q];
         }
 }
 

@@ -245,7 +245,7 @@ class _Reader:
             return self._make("element", node, _shape_tuple(node), [source])
         transposes = node.target is aten.permute.default and list(node.args[1]) == [1, 0]
         base = source.base
-        if transposes and base.kind == "product" and source.is_dense and len(node.args[0].users) == 1:
+        if transposes and base.kind == "product" and base.node is node.args[0] and len(base.node.users) == 1:
             # (a b)^T = b^T a^T
             self.computed.remove(base)
             for operand in base.reads:

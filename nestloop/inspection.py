@@ -24,6 +24,7 @@ from nestloop.lowering.pipeline import Lowered, LoweredStream
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.compiler import find
 from nestloop.lowering.runtime.executable import build, not_native
+from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.streams import build_stream
 from nestloop.lowering.runtime.tiles import spacing_within
 from nestloop.lowering.schedule.cost import cost
@@ -294,8 +295,6 @@ def _emit(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
 
 
 def _cpp(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
-    if isinstance(lowered, LoweredStream):
-        return "none: streams have no plan in C++"
     return f"none: {lowered.not_native}" if lowered.native is None else lowered.native.text.rstrip()
 
 
@@ -453,8 +452,9 @@ def _gradients(lowered: AnyLowered) -> list[str]:
 
 def _what_streams(lowered: LoweredStream, op: CompiledLoop | None) -> list[str]:
     form = lowered.form
-    inductor = op is not None and op.inductor
-    lines = ["runs: generated PyTorch" + (", its pieces compiled by torch.compile" if inductor else ", eager")]
+    lines, native = _backend(pipeline.stream_plan(lowered), op)
+    if native:
+        lines.append("  in parallel over heads and sequences; a chunk's tile and the state stay in a core's cache")
     if lowered.part != "scan":
         return [*lines, "  an op for each update and each read-out, joined by the state"]
     lines.append(f"  a scan over chunks of {form.longest} tokens; each chunk's step takes the {form.name} form")
@@ -474,6 +474,20 @@ def _tiles(lowered: Lowered) -> str:
     return f"in parallel over heads and sequences; tiles of at most {lowered.native.rows} tokens"
 
 
+def _backend(plan: Plan, op: CompiledLoop | None) -> tuple[list[str], bool]:
+    """What runs, with why; whether it is C++."""
+    inductor = op is not None and op.inductor
+    requested = "auto" if op is None else op.requested
+    missing = not_native(plan, build_now=False)
+    if requested != "torch" and not inductor and not missing:
+        compiler = find()
+        lines = [f"runs: generated C++, built by {compiler.version or compiler.command}, for tensors on a CPU"]
+        return [*lines, "  (backend 'cpp'; tensors on a GPU run generated PyTorch)"], True
+    lines = ["runs: generated PyTorch" + (", its pieces compiled by torch.compile" if inductor else ", eager")]
+    why = "inductor=True" if inductor else "asked for" if requested == "torch" else f"no C++ here: {missing}"
+    return [*lines, f"  (backend 'torch': {why})"], False
+
+
 def _what_runs(lowered: AnyLowered, op: CompiledLoop | None) -> list[str]:
     fired = [rule for rule in lowered.rewrites if rule.fired]
     if op is not None and op.backend == "reference":
@@ -482,18 +496,8 @@ def _what_runs(lowered: AnyLowered, op: CompiledLoop | None) -> list[str]:
         return _what_streams(lowered, op)
     if lowered.source is None:
         return [f"runs: PyTorch's scaled_dot_product_attention, because {fired[0].why}"]
-    inductor = op is not None and op.inductor
-    requested = "auto" if op is None else op.requested
-    missing = not_native(pipeline.plan(lowered), build_now=False)
-    if requested != "torch" and not inductor and not missing:
-        compiler = find()
-        lines = [f"runs: generated C++, built by {compiler.version or compiler.command}, for tensors on a CPU"]
-        lines.append("  (backend 'cpp'; tensors on a GPU run generated PyTorch)")
-        lines.append(f"  {_tiles(lowered)}")
-    else:
-        lines = ["runs: generated PyTorch" + (", its pieces compiled by torch.compile" if inductor else ", eager")]
-        why = "inductor=True" if inductor else "asked for" if requested == "torch" else f"no C++ here: {missing}"
-        lines.append(f"  (backend 'torch': {why})")
+    lines, native = _backend(pipeline.plan(lowered), op)
+    lines += [f"  {_tiles(lowered)}"] if native else []
     lines += [f"  rewritten: {rule.name}, because {rule.why}" for rule in fired]
     if lowered.typing is not None and lowered.typing.mixing:
         lines.append(f"  the learner mixes tokens ({lowered.typing.mixing[0]}): only whole sequences are legal batches")

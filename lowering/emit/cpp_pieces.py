@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 from torch import fx
@@ -124,12 +125,8 @@ class CppPieces:
         once = [self.functions[n].once.size.constant for n in names]
         own = [self.functions[n].scratch.size for n in names]
         layout.append(("once", Extent(0, max(once, default=0))))
-        layout.append(
-            (
-                "scratch",
-                Extent(*[max(getattr(e, part) for e in own) for part in ("per_token", "constant", "square")]),
-            )  # each piece has it to itself
-        )
+        largest = reduce(Extent.at_least, own)  # each piece has it to itself
+        layout.append(("scratch", largest))
         return [(name, e + Extent(0, -e.constant % 16)) for name, e in layout]
 
     def _size(self, which: str) -> Extent:

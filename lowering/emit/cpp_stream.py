@@ -7,6 +7,7 @@ each from the state it started with, which it recomputes from the last one kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 from torch import fx
 
@@ -85,10 +86,11 @@ class CppStream(Scan):
 
     def _safe(self, name: str) -> str:
         """A graph's name with the declared name in it made an identifier of C++."""
-        prefix = "d_" if name.startswith("d_") and name not in self.declared else ""
-        suffix = "_new" if name.endswith("_new") and name not in self.declared else ""
-        plain = name.removeprefix(prefix).removesuffix(suffix)
-        return prefix + safe(plain) + suffix if plain in self.declared else name
+        for prefix, suffix in (("", ""), ("d_", ""), ("", "_new"), ("d_", "_new")):
+            plain = name.removeprefix(prefix).removesuffix(suffix)
+            if name == prefix + plain + suffix and plain in self.declared:
+                return prefix + safe(plain) + suffix
+        return name
 
     def _measure(self, piece: Piece) -> None:
         """Elements of one token's row, or of one tile of the state, by name."""
@@ -182,8 +184,7 @@ class CppStream(Scan):
         layout.append(("nothing", Extent(0, max([1, *[self.widths[n] for n in self.extra if n in self.widths]]))))
         layout.append(("once", Extent(0, max((self.functions[n].once.size.constant for n in names), default=0))))
         own = [self.functions[n].scratch.size for n in names]
-        most = Extent(max(e.per_token for e in own), max(e.constant for e in own), max(e.square for e in own))
-        layout.append(("scratch", most))
+        layout.append(("scratch", reduce(Extent.at_least, own)))
         return [(name, e + Extent(0, -e.constant % 16)) for name, e in layout]
 
     def _open(self, which: str, items: str) -> list[str]:

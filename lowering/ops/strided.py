@@ -16,36 +16,51 @@ class NoSpelling(Exception):
 
 @dataclass(frozen=True)
 class Extent:
-    """A size `square * n * n + per_token * n + constant`, n being the tokens of the tile."""
+    """A size `cube * n^3 + square * n^2 + per_token * n + constant`, n being the tokens of the tile."""
 
     per_token: int
     constant: int
     square: int = 0
+    cube: int = 0
+
+    @property
+    def _powers(self) -> tuple[int, ...]:
+        return (self.constant, self.per_token, self.square, self.cube)
+
+    @staticmethod
+    def _of(constant: int, per_token: int, *higher: int) -> Extent:
+        return Extent(per_token, constant, *higher)
 
     def __mul__(self, other: int | Extent) -> Extent:
         if isinstance(other, int):
-            return Extent(self.per_token * other, self.constant * other, self.square * other)
-        if (self.square and (other.per_token or other.square)) or (self.per_token and other.square):
-            raise NoSpelling("a value has more than two axes of tokens")
-        return Extent(
-            self.per_token * other.constant + self.constant * other.per_token,
-            self.constant * other.constant,
-            self.square * other.constant + self.per_token * other.per_token + self.constant * other.square,
-        )
+            return Extent._of(*[a * other for a in self._powers])
+        made = [0] * 7
+        for i, a in enumerate(self._powers):
+            for j, b in enumerate(other._powers):
+                made[i + j] += a * b
+        if any(made[4:]):
+            raise NoSpelling("a value has more than three axes of tokens")
+        return Extent._of(*made[:4])
 
     def __add__(self, other: Extent) -> Extent:
-        return Extent(self.per_token + other.per_token, self.constant + other.constant, self.square + other.square)
+        return Extent._of(*[a + b for a, b in zip(self._powers, other._powers, strict=True)])
 
     def __str__(self) -> str:
-        scaled = [(self.square, "n * n"), (self.per_token, "n")]
-        terms = [text if factor == 1 else f"{factor} * {text}" for factor, text in scaled if factor]
+        terms = []
+        for factor, text in zip(reversed(self._powers[1:]), ("n * n * n", "n * n", "n"), strict=True):
+            if factor:
+                terms.append(text if factor == 1 else f"{factor} * {text}")
         if self.constant or not terms:
             terms.append(str(self.constant))
         return " + ".join(terms)
 
     def at(self, n: int) -> int:
         """The number for a tile of n tokens."""
-        return self.square * n * n + self.per_token * n + self.constant
+        return sum(factor * n**power for power, factor in enumerate(self._powers))
+
+    def at_least(self, other: Extent) -> Extent:
+        """A size that is no smaller than either."""
+        return Extent._of(*[max(a, b) for a, b in zip(self._powers, other._powers, strict=True)])
 
     @property
     def is_one(self) -> bool:
@@ -54,12 +69,12 @@ class Extent:
     @property
     def is_sum(self) -> bool:
         """Whether it is written with a plus."""
-        return sum(map(bool, (self.square, self.per_token, self.constant))) > 1
+        return sum(map(bool, self._powers)) > 1
 
     @property
     def has_tokens(self) -> bool:
         """Whether it depends on n."""
-        return bool(self.square or self.per_token)
+        return any(self._powers[1:])
 
 
 ONE, ZERO = Extent(0, 1), Extent(0, 0)
@@ -69,7 +84,7 @@ def extent(size: Any) -> Extent:
     """A traced size (an int, a symbolic int, or a graph node that computes one) as an extent.
 
     Raises:
-        NoSpelling: it is no polynomial of second degree in n.
+        NoSpelling: it is no whole polynomial of third degree in n.
     """
     if isinstance(size, int):
         return Extent(0, size)
@@ -78,13 +93,12 @@ def extent(size: Any) -> Extent:
         return Extent(0, traced)
     expr = traced.node.expr
     (symbol,) = expr.free_symbols
-    low, middle, high, beyond = (int(expr.subs(symbol, n)) for n in (100, 101, 102, 107))
-    bend = high - 2 * middle + low
-    found = Extent(middle - low - 201 * bend // 2, 0, bend // 2)
-    found = found + Extent(0, low - found.at(100))
-    if bend % 2 or found.at(107) != beyond:
+    powers = expr.as_poly(symbol)
+    factors = [] if powers is None else powers.all_coeffs()[::-1]
+    if not factors or len(factors) > 4 or not all(f.is_Integer for f in factors):
         raise NoSpelling(f"a size is {expr}, no whole polynomial in the number of tokens")
-    return found
+    constant, per_token, square, cube = [*map(int, factors), 0, 0, 0][:4]
+    return Extent(per_token, constant, square, cube)
 
 
 def product(sizes: Sequence[Extent]) -> Extent:

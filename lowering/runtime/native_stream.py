@@ -67,7 +67,7 @@ class NativeStream(NativeLibrary):
 
     @staticmethod
     def _lead(inputs: Sequence[Tensor]) -> tuple[int, int]:
-        return max(t.shape[0] for t in inputs), max(t.shape[1] for t in inputs)
+        return max(t.shape[0] for t in inputs), inputs[0].shape[1]  # the first is a view, which sequences never share
 
     def _walked(self, name: str) -> bool:
         """Whether a tensor has an axis of tokens, or of states kept."""

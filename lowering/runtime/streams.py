@@ -24,7 +24,7 @@ from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, n
 from nestloop.lowering.runtime.library import NestedLoopOp, Signature
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan
-from nestloop.lowering.runtime.tiles import chunks, spacing
+from nestloop.lowering.runtime.tiles import chunks, join, spacing
 
 VALID = "window__valid"  # 1 for a row that holds a token, 0 before a sequence begins
 
@@ -60,8 +60,8 @@ class StreamSignature(Signature):
         return self.between
 
     def shapes(self, inputs: Sequence[Tensor]) -> list[list[Any]]:
-        heads, sequences = (max(t.shape[axis] for t in inputs) for axis in (0, 1))
-        length = inputs[0].shape[2] - self.halo
+        heads = max(t.shape[0] for t in inputs)
+        sequences, length = inputs[0].shape[1], inputs[0].shape[2] - self.halo  # of a view, never shared
         found: list[list[Any]] = []
         for name in self.made:
             if name in ("z", "losses"):
@@ -320,7 +320,7 @@ class _Call:
         heads, sequences = self.binding.heads, self.binding.sequences
         if not self.z:
             self._run("scan", 0, 0)
-        z = torch.cat([t for _, t in sorted(self.z, key=lambda pair: pair[0])], 2).transpose(0, 1)
+        z = join([t for _, t in sorted(self.z, key=lambda pair: pair[0])]).transpose(0, 1)
         end: State = {
             n: self.carry[n].expand(heads, sequences, *self._tile(e)).transpose(0, 1) for n, e in self.entries.items()
         }
@@ -330,5 +330,4 @@ class _Call:
             return z, end, None
         if not self.losses:
             return z, end, z.new_zeros(sequences, heads, 0, dtype=self.like.dtype)
-        losses = torch.cat([t for _, t in sorted(self.losses, key=lambda pair: pair[0])], 2)
-        return z, end, losses.transpose(0, 1)
+        return z, end, join([t for _, t in sorted(self.losses, key=lambda pair: pair[0])]).transpose(0, 1)

@@ -266,7 +266,12 @@ class _Reader:
         if dims is None and node.target is not aten.linalg_vector_norm.default and len(args) > 1:
             dims = args[1]
         dims = [dims] if isinstance(dims, int) else dims
-        axes = tuple(sorted(d % rank for d in dims)) if dims else tuple(range(rank))
+        axes = tuple(sorted(d % rank for d in dims)) if dims and rank else tuple(range(rank))
+        kept = [d for d in range(rank) if d not in axes and not source.shape[d].is_one]
+        last = tuple(d for d in axes if not kept or d > kept[-1])
+        if last and len(last) < len(axes):  # the innermost axes first: a sum of sums, a norm of norms
+            inner = [ONE if d in last else size for d, size in enumerate(source.shape)]
+            source, axes = self._make("fold", node, inner, [source], axes=last), axes[: -len(last)]
         return self._make("fold", node, shape, [source], axes=axes)
 
     def _dense(self, view: Strided, node: fx.Node) -> Strided:

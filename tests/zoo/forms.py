@@ -9,7 +9,7 @@ import nestloop as nl
 from tests.equality import gate, normal
 
 B, H, N, dk, dv = 2, 2, 7, 4, 3
-both = pytest.mark.parametrize("backend", ["reference", "torch"])
+both = pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
 
 
 def qkv(keys=dk, values=dv):

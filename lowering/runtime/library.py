@@ -285,6 +285,8 @@ class NestedLoopOp:
             def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
                 made = output if isinstance(output, tuple) else (output,)
                 ctx.mark_non_differentiable(*[made[i] for i in between])
+                if not torch.compiler.is_compiling():  # Dynamo has its own way of leaving them out
+                    ctx._materialize_non_diff_grads = False  # as large as all states kept, and read by nobody
                 ctx.save_for_backward(*inputs, *[made[i] for i in states])
 
             @staticmethod

@@ -64,7 +64,8 @@ class CppStream(Scan):
             self._measure(piece)
         for name, module in states.items():
             left = [r for r in pieces["chunk"].results if r.endswith("_new")]
-            self._add(name, module, left, (), f"{TITLES[name]}.")
+            wanted = [r if r.removesuffix("_new") in self.carry else None for r in left]
+            self._add(name, module, wanted, (), f"{TITLES[name]}.")
 
     @property
     def entries_as_identifiers(self) -> list[str]:
@@ -181,7 +182,8 @@ class CppStream(Scan):
             layout += [(f"d_{safe(n)}_tile", Extent(self.widths[n], 0)) for n in self.tokens if f"d_{safe(n)}" in made]
             kinds = ("now_d", "next_d")
         layout += [(f"{kind}_{safe(n)}", Extent(0, self.widths[n])) for n in self._kept for kind in kinds]
-        layout.append(("nothing", Extent(0, max([1, *[self.widths[n] for n in self.extra if n in self.widths]]))))
+        largest = max([1, *[widths_of(self, n) for n in self.extra]])
+        layout.append(("nothing", Extent(0, largest)))
         layout.append(("once", Extent(0, max((self.functions[n].once.size.constant for n in names), default=0))))
         own = [self.functions[n].scratch.size for n in names]
         layout.append(("scratch", reduce(Extent.at_least, own)))
@@ -400,16 +402,15 @@ class CppStream(Scan):
                 group.append(f"    copy(first ? {kept} : {start}, {widths[n]}, {c});")
         group.append("}")
         places = {f"{safe(n)}_new": f"{safe(n)}_new" for n in self.carry}
-        left = [r for r in self.pieces["chunk"].results if r.endswith("_new")]
-        extra = {self._safe(r): "nothing" for r in left if r.removesuffix("_new") not in self.carry}
+        left = [r for r in self.pieces["chunk"].results if r.removesuffix("_new") in self.carry]
         ahead = [
             *self._span,
             *self._states("index - first", "const S*"),
             *self._states("index - first + 1", "S*", "_new"),
             *self._begin(),
             *self._takes("advance"),
-            *self._advance(places, extra),
-            *self._unmade("advance", [r for r in left if r.removesuffix("_new") in self.carry], places),
+            *self._call("advance", places),
+            *self._unmade("advance", left, places),
             *[f"copy({safe(n)}, {widths[n]}, {safe(n)}_new);" for n in self._anchors],
         ]
         group += [
@@ -426,9 +427,6 @@ class CppStream(Scan):
             body.append(f"copy(d_{safe(n)}, {widths[n]}, {made[n]} + (head * B + sequence) * {widths[n]});")
         doc = "Cotangents of forward's inputs, each chunk recomputed from the state it started with."
         return self._in_groups(doc, made, body)
-
-    def _advance(self, places: Mapping[str, str], extra: Mapping[str, str]) -> list[str]:
-        return self._call("advance", {**places, **extra})
 
     def _rows_of(self, made: Mapping[str, str]) -> list[str]:
         """Where the tokens' cotangents go."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import nestloop as nl
 from nestloop.errors import NestloopError, NoPlanError
+from nestloop.lowering.runtime import tiles
 from tests.lowering.comparison import Inputs, assert_equal, differences, run, run_in_parts, with_gradients
 from tests.lowering.random_streams import FAMILIES, LENGTHS, LONG, RandomStream, random_streams
 
@@ -33,6 +34,12 @@ over_batches = pytest.mark.parametrize(("family", "batch"), BATCHES, ids=[f"{f}-
 def quick_builds(monkeypatch: pytest.MonkeyPatch):
     """Float64 has no vector code of its own to test, so a third of the compile time will do."""
     monkeypatch.setenv("NESTLOOP_CXXFLAGS", "-O0")
+
+
+@pytest.fixture(autouse=True)
+def few_states_kept(monkeypatch: pytest.MonkeyPatch):
+    """States this small would all be kept: most chunks are to be recomputed, from states one to three chunks apart."""
+    monkeypatch.setattr(tiles, "spacing_within", lambda count, budget, state: 1 + count % 3)
 
 
 def each(strategy: st.SearchStrategy[RandomStream], seeded: int, count: int, check: Callable[..., None]) -> None:

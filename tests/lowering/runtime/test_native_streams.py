@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import nestloop as nl
 from nestloop import zoo
+from nestloop.lowering.runtime import tiles
 from tests.drawn import draw
 from tests.lowering.comparison import Inputs, assert_equal, differences, random_inputs, run
 from tests.lowering.runtime.test_native import Two, doubled, single
@@ -62,6 +63,15 @@ def test_every_loop_of_the_zoo_is_what_generated_pytorch_gives(loop: type[nl.Loo
     inputs, losses = drawn(loop, 19), not isinstance(loop.spec.schedule, nl.Program)
     found, wanted = (run(nl.compile(loop, backend=backend), inputs, losses) for backend in ("cpp", "torch"))
     assert_equal(differences(found, wanted), 1e-9)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7])
+@pytest.mark.parametrize("loop", [zoo.TTTMLP, zoo.OmegaNet, zoo.NeuralMemory])
+def test_backward_from_states_so_far_apart(loop: type[nl.Loop], every: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tiles, "spacing_within", lambda count, budget, state: every)
+    torch.manual_seed(0)
+    inputs = drawn(loop, 90)
+    assert_equal(differences(*[run(nl.compile(loop, backend=b), inputs) for b in ("cpp", "torch")]), 1e-9)
 
 
 @pytest.mark.parametrize("loop", [Recall, zoo.DeltaProduct, zoo.OmegaNet, zoo.CausalLaCT])

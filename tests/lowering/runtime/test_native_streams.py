@@ -65,12 +65,12 @@ def test_every_loop_of_the_zoo_is_what_generated_pytorch_gives(loop: type[nl.Loo
     assert_equal(differences(found, wanted), 1e-9)
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, 7])
+@pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize("loop", [zoo.TTTMLP, zoo.OmegaNet, zoo.NeuralMemory])
 def test_backward_from_states_so_far_apart(loop: type[nl.Loop], every: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tiles, "spacing_within", lambda count, budget, state: every)
     torch.manual_seed(0)
-    inputs = drawn(loop, 90)
+    inputs = drawn(loop, 40)
     assert_equal(differences(*[run(nl.compile(loop, backend=b), inputs) for b in ("cpp", "torch")]), 1e-9)
 
 

@@ -284,7 +284,8 @@ def main(
     threads: int = 0,
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> int:
-    """Measure causal loops. fla-core's functions are peers where that package is installed (pip install fla-core).
+    """Measure causal loops. fla-core's functions are peers where that package is (pip install --no-deps
+    fla-core==0.6.0 einops==0.8.2).
 
     Args:
         quick: a small problem, nothing compiled by inductor, no long sequences: seconds, proves nothing.

@@ -46,6 +46,29 @@ MORE: dict[str, tuple[Any, Callable[..., tuple[Any, ...]], dict[str, Any]]] = {
     "three joined": (aten.cat.default, lambda r: ([r(2, 4), r(1, 4), r(3, 4)], 0), {}),
     "flip both": (aten.flip.default, lambda r: (r(6, 4), [0, 1]), {}),
     "lower triangle below": (aten.tril.default, lambda r: (r(5, 5), -1), {}),
+    "sum over axes apart": (aten.sum.dim_IntList, lambda r: (r(3, 5, 4), [0, 2]), {}),
+    "mean over axes apart": (aten.mean.dim, lambda r: (r(3, 5, 4), [0, 2], True), {}),
+    "norm over axes apart": (aten.linalg_vector_norm.default, lambda r: (r(3, 5, 4), 2, [0, 2]), {}),
+    "upper triangle, several blocks": (
+        aten.linalg_solve_triangular.default,
+        lambda r: (r(37, 37) / 37 + torch.eye(37), r(37, 20)),
+        {"upper": True},
+    ),
+    "triangle on the right": (
+        aten.linalg_solve_triangular.default,
+        lambda r: (r(20, 20) / 20 + torch.eye(20), r(3, 20)),
+        {"upper": False, "left": False},
+    ),
+    "a batch of triangles": (
+        aten.linalg_solve_triangular.default,
+        lambda r: (r(2, 19, 19) / 19, r(2, 19, 3)),
+        {"upper": False, "unitriangular": True},
+    ),
+    "a system with rows out of order": (
+        torch.ops.nestloop.solve.default,
+        lambda r: (torch.eye(20).flip(0) + r(20, 20) / 40, r(20, 3), False),
+        {},
+    ),
     "a vector through a product": (aten.mm.default, lambda r: (r(1, 7), r(7, 1)), {}),
     "a long product": (aten.mm.default, lambda r: (r(23, 300), r(300, 37)), {}),
     **{
@@ -77,7 +100,7 @@ def function(name: str, identifier: str) -> CppFunction:
     node = graph.call_function(target, tree_map(lambda a: nodes.get(id(a), a), arguments), more)
     node.meta["val"] = target(*arguments, **more)
     graph.output((node,))
-    return CppFunction(identifier, fx.GraphModule(torch.nn.Module(), graph), ["y"], [False], [], name, {})
+    return CppFunction(identifier, fx.GraphModule(torch.nn.Module(), graph), ["y"], [False], [n.name for n in nodes.values()], name, {})
 
 
 Call = Callable[[str, str], tuple[Tensor, Tensor]]

@@ -18,7 +18,8 @@ from nestloop.lowering.axes import Typing, check_tokens, type_axes
 from nestloop.lowering.capture import Captured, Tracer, capture_with
 from nestloop.lowering.differentiate import Piece, pieces
 from nestloop.lowering.emit.cpp_loop import CppEmitter
-from nestloop.lowering.emit.cpp_stream import CppStream
+from nestloop.lowering.emit.cpp_piece import CppPiece
+from nestloop.lowering.emit.cpp_scan import CppScan
 from nestloop.lowering.emit.stream import StreamEmitter, StreamSource
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
 from nestloop.lowering.emit.unit import CppSource
@@ -191,7 +192,7 @@ def stream_stages(
         )
     native, not_native = None, ""
     try:
-        native = CppStream(*scan).emit()
+        native = (CppScan if part == "scan" else CppPiece)(*scan).emit()
     except NoSpelling as reason:
         not_native = str(reason)
     captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)

@@ -13,12 +13,13 @@ from torch import fx
 
 from nestloop.lowering import ops
 from nestloop.lowering.axes import Axes
+from nestloop.lowering.emit.expressions import numbers, offset, plus, rows, scaled
 from nestloop.lowering.ops.row import Along, Element, System
-from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, extent
+from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense
 from nestloop.lowering.ops.strided import product as count
 from nestloop.lowering.schedule import memory
 from nestloop.lowering.schedule.nests import Unit, units
-from nestloop.lowering.schedule.values import SCALARS, Value, fold, number, operands_of, read
+from nestloop.lowering.schedule.values import SCALARS, Value, fold, operands_of, read
 
 aten = torch.ops.aten
 
@@ -126,7 +127,7 @@ class CppFunction:
         return f"S {name}" if name in SCALARS else f"const S* {name}"
 
     def _pointers(self, kept: memory.Memory, kind: str, base: str) -> list[str]:
-        return [f"    {kind}{v.name}_tile = {base} + {_rows(offset)};" for v, offset in kept.place.items()]
+        return [f"    {kind}{v.name}_tile = {base} + {rows(offset)};" for v, offset in kept.place.items()]
 
     def _body(self, chosen: list[Unit]) -> list[str]:
         lines: list[str] = []
@@ -154,7 +155,7 @@ class CppFunction:
         return value.result if value.result is not None else f"{value.name}_tile"
 
     def _at(self, view: Strided, index: Sequence[str], strides: Sequence[Extent]) -> str:
-        return f"{self._memory(view.base)}[{_offset(view.offset, index, strides)}]"
+        return f"{self._memory(view.base)}[{offset(view.offset, index, strides)}]"
 
     def _comment(self, value: Value) -> str:
         where = value.node.meta.get("where")
@@ -166,7 +167,7 @@ class CppFunction:
     def _scalar(self, value: Value) -> list[str]:
         kind = "bool" if value.is_bool else "S"
         lines = [f"    const {kind} {value.name} = {self._element(value, (), {})};{self._comment(value)}"]
-        lines += [f"    {name}[0] += {_scaled(value.name, factor)};" for name, factor in value.sinks]
+        lines += [f"    {name}[0] += {scaled(value.name, factor)};" for name, factor in value.sinks]
         lines += [f"    {value.result}[0] = {value.name};"] if value.result else []
         return lines
 
@@ -179,7 +180,7 @@ class CppFunction:
         if not isinstance(spelled, Element):
             return texts[0]
         if not value.operands and value.node.args:
-            texts = _numbers(value.node)
+            texts = numbers(value.node)
         return spelled.spell(operands_of(value.node, texts, index=positions))
 
     def _text(self, value: Value, operand: Strided | str, index: Sequence[str], hoisted: Mapping[str, str]) -> str:
@@ -212,10 +213,10 @@ class CppFunction:
                 inner.append(
                     f"const {kind} {value.name} = {self._element(value, index, hoisted)};{self._comment(value)}"
                 )
-                place = _offset(ZERO, index, dense(domain))
+                place = offset(ZERO, index, dense(domain))
                 if value in kept or value.result is not None:
                     stores.append(f"{self._memory(value)}[{place}] = {value.name};")
-                stores += [f"{name}[{place}] += {_scaled(value.name, factor)};" for name, factor in value.sinks]
+                stores += [f"{name}[{place}] += {scaled(value.name, factor)};" for name, factor in value.sinks]
                 continue
             stays = value in kept or value.result is not None
             level, opening, enter, closing, running = self._fold(value, index, hoisted, stays)
@@ -277,30 +278,30 @@ class CppFunction:
         while level and reduced[level - 1]:
             level -= 1
         left = [d for d in range(rank) if not reduced[d]]
-        place = _offset(ZERO, [index[d] for d in left], dense([value.domain[d] for d in left]))
+        place = offset(ZERO, [index[d] for d in left], dense([value.domain[d] for d in left]))
         entered = count([value.space[axis] for axis in value.axes])
         closing = [f"{self._memory(value)}[{place}] = {how.finish(name, str(entered))};"] if kept else []
         if rank and level == rank and any(reduced):  # over outer axes: the running values are in memory
             size = count([value.domain[d] for d in left])
             if value.node.target in _SUMS and not kept and len(value.sinks) == 1:
                 ((target, factor),) = value.sinks
-                return 0, [], f"{target}[{place}] += {_scaled(element, factor)};", [], ""
+                return 0, [], f"{target}[{place}] += {scaled(element, factor)};", [], ""
             tile = self._memory(value) if kept else self._missing(value)
             flat = f"for (long e = 0; e < {size}; e++)"
             opening = [f"{flat} {tile}[e] = {how.start};"]
             closing = []
             if how.finish("x", "2") != "x":
                 closing = [f"{flat} {tile}[e] = {how.finish(f'{tile}[e]', str(entered))};"]
-            closing += [f"{flat} {target}[e] += {_scaled(f'{tile}[e]', factor)};" for target, factor in value.sinks]
+            closing += [f"{flat} {target}[e] += {scaled(f'{tile}[e]', factor)};" for target, factor in value.sinks]
             return 0, opening, f"{tile}[{place}] = {how.enter(f'{tile}[{place}]', element)};", closing, ""
         if any(reduced[:level]):
             raise NoSpelling("a reduction over axes that are not next to each other")
         if rank and not any(reduced):  # over axes of size 1
             enter = f"S {name} = {how.start}; {name} = {how.enter(name, element)};"
-            stores = [*closing, *[f"{to}[{place}] += {_scaled(how.finish(name, '1'), f)};" for to, f in value.sinks]]
+            stores = [*closing, *[f"{to}[{place}] += {scaled(how.finish(name, '1'), f)};" for to, f in value.sinks]]
             return 0, [], " ".join([enter, *stores]), [], ""
         closing += [
-            f"{target}[{place}] += {_scaled(how.finish(name, str(entered)), factor)};" for target, factor in value.sinks
+            f"{target}[{place}] += {scaled(how.finish(name, str(entered)), factor)};" for target, factor in value.sinks
         ]
         enter = f"{name} = {how.enter(name, element)};"
         return level, [f"S {name} = {how.start};"], enter, closing, name
@@ -329,7 +330,7 @@ class CppFunction:
         made = self._batch(Strided.of(value, value.shape))
         lines = [f"    {self._over_batch(value)}{call(made, 1, False)}{self._comment(value)}"]
         for target, factor in value.sinks:
-            add = f"{target}[e] += {_scaled(f'{self._memory(value)}[e]', factor)};"
+            add = f"{target}[e] += {scaled(f'{self._memory(value)}[e]', factor)};"
             lines.append(f"    for (long e = 0; e < {count(value.shape)}; e++) {add}")
         return lines
 
@@ -342,7 +343,7 @@ class CppFunction:
     def _batch(self, view: Strided) -> str:
         """Where a view's last two axes begin, inside `_over_batch`."""
         rank = len(view.shape) - 2
-        place = _offset(view.offset, _INDEX[:rank], view.strides[:rank])
+        place = offset(view.offset, _INDEX[:rank], view.strides[:rank])
         return self._memory(view.base) + ("" if place == "0" else f" + {place}")
 
     def _system(self, value: Value) -> list[str]:
@@ -362,7 +363,7 @@ class CppFunction:
     def _transpose(self, value: Value) -> list[str]:
         (source,) = value.reads
         rows, columns = source.shape
-        given = f"{rows}, {columns}, {self._memory(source.base)}{_plus(source.offset)}, {source.strides[0]}"
+        given = f"{rows}, {columns}, {self._memory(source.base)}{plus(source.offset)}, {source.strides[0]}"
         return [f"    transpose({given}, {self._memory(value)});{self._comment(value)}"]
 
     def _along(self, value: Value) -> list[str]:
@@ -379,42 +380,10 @@ class CppFunction:
         strides = dense(value.shape)
         for part in value.reads:
             index = _INDEX[: len(part.shape)]
-            to = f"{self._memory(value)}[{_offset(strides[axis] * start, index, strides)}]"
+            to = f"{self._memory(value)}[{offset(strides[axis] * start, index, strides)}]"
             loops = " ".join(
                 f"for (long {i} = 0; {i} < {size}; {i}++)" for i, size in zip(index, part.shape, strict=True)
             )
             lines.append(f"    {loops} {to} = {self._at(part, index, part.strides)};{self._comment(value)}")
             start = start + part.shape[axis]
         return lines
-
-
-def _numbers(node: fx.Node) -> list[str]:
-    """The arguments of an op that reads no tensor."""
-
-    def text(value: object) -> str:
-        if isinstance(value, fx.Node):
-            return "" if isinstance(value.meta["val"], torch.Tensor) else f"S({extent(value)})"
-        return "" if isinstance(value, (list, tuple)) else number(value)
-
-    return [text(a) for a in node.args]
-
-
-def _offset(offset: Extent, index: Sequence[str], strides: Sequence[Extent]) -> str:
-    terms = [] if offset == ZERO else [str(offset)]
-    for name, stride in zip(index, strides, strict=True):
-        if stride != ZERO:
-            terms.append(name if stride == ONE else f"{name} * {stride if not stride.is_sum else f'({stride})'}")
-    return " + ".join(terms) or "0"
-
-
-def _plus(offset: Extent) -> str:
-    return "" if offset == ZERO else f" + {offset}"
-
-
-def _rows(size: Extent) -> str:
-    """A size for a tile of `rows` tokens."""
-    return str(size).replace("n", "rows")
-
-
-def _scaled(text: str, factor: float) -> str:
-    return text if factor == 1 else f"-({text})" if factor == -1 else f"S({factor!r}) * ({text})"

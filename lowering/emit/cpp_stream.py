@@ -1,8 +1,4 @@
-"""The C++ emitter for streams: a scan over chunks, or one piece, as one translation unit.
-
-For each head and sequence the state stays in the core's cache while the chunks go by. `backward` walks them in reverse,
-each from the state it started with, which it recomputes from the last one kept.
-"""
+"""The C++ emitter for streams: the functions of an op's pieces, their memory, and calls of them on a tile."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ from nestloop.lowering.emit.unit import CLOSE, HEADER, CppSource, flat, indented
 from nestloop.lowering.ops.strided import Extent
 from nestloop.lowering.streams.step import VALID, Step
 
-_SIGNATURE = """// {doc}
+SIGNATURE = """// {doc}
 extern "C" int {name}(long H, long B, long N, long longest, int threads, long every, long groups,
     const Tensor* given, S* const* made) {{
     (void)every, (void)groups;
@@ -29,7 +25,7 @@ extern "C" int {name}(long H, long B, long N, long longest, int threads, long ev
 
 
 class CppStream(Scan):
-    """Writes the translation unit of one op of a stream.
+    """What the units of a scan and of one piece share.
 
     Raises:
         NoSpelling: something in it has no C++; the text is the reason.
@@ -116,10 +112,7 @@ class CppStream(Scan):
             plan=f"{what}: the {self.form} form.",
         )
         parts = [function.write() for function in self.functions.values()]
-        if self.longest:
-            parts += [self._scan_forward(), self._scan_backward()]
-        else:
-            parts += [self._piece_forward(), self._piece_backward()]
+        parts += [self._forward(), self._backward()]
         return CppSource(
             text=head + "\n\n".join(parts) + "\n",
             forward=tuple(self._given("forward")),
@@ -129,6 +122,12 @@ class CppStream(Scan):
             whole=not self.longest,
             rows=self.longest,
         )
+
+    def _forward(self) -> str:
+        raise NotImplementedError
+
+    def _backward(self) -> str:
+        raise NotImplementedError
 
     @property
     def _kept(self) -> list[str]:
@@ -292,141 +291,7 @@ class CppStream(Scan):
                 lines.append(f"zero({places[self._safe(result)]}, {size});")
         return lines
 
-    # ---- A scan ----------------------------------------------------------------------------------------------------
-
-    def _scan_forward(self) -> str:
-        widths, at = self.widths, {n: i for i, n in enumerate(self._made)}
-        body = ["const long head = item / B, sequence = item % B;", *self._read_only("forward")]
-        anchored = bool(self.long_anchor and self.chunked is not None and self.chunked.anchor)
-        for n in self.carry:
-            c = safe(n)
-            own = n in self.starts
-            body.append(f"const S* {c} = {f'{c}_all.at(head, sequence)' if own else 'nullptr'};")
-        for n in [*self.carry, *self.extra]:
-            body.append(f"S* end_{n} = made[{at[f'end_{n}']}] + (head * B + sequence) * {widths_of(self, n)};")
-        for n in self.extra:
-            if n.endswith("__pending"):
-                body.append(f"zero(end_{n}, {widths_of(self, n)});")
-        for n in ("z", "losses"):
-            if n in at:
-                body.append(f"S* {n}_rows = made[{at[n]}] + (head * B + sequence) * N * {widths[n]};")
-        loop = [*self._span]
-        kept = []
-        for i, n in enumerate(self.carry):
-            place = f"made[{len(at) + i}] + (((index / every - 1) * H + head) * B + sequence) * {widths[n]}"
-            kept.append(f"    copy({safe(n)}, {widths[n]}, {place});")
-        loop += ["if (index && index % every == 0) {", *kept, "}"]
-        if anchored:
-            loop.append(f"if (from % {self.chunked.anchor} == 0) {{" if self.chunked else "")
-            for n in self._anchors:
-                weight = safe(n.removesuffix("__anchor"))
-                loop += [f"    copy({weight}, {widths[n]}, now_{safe(n)});", f"    {safe(n)} = now_{safe(n)};"]
-            loop.append("}")
-        for n in self.extra:
-            if n.endswith("__anchor"):
-                weight = n.removesuffix("__anchor")
-                loop.append(f"if (index + 1 == chunks) copy({safe(weight)}, {widths[weight]}, end_{n});")
-
-        def run(name: str) -> list[str]:
-            results = self.pieces[name].results
-            places, changed = {}, []
-            for result in results:
-                plain = result.removesuffix("_new")
-                if result in ("z", "losses"):
-                    direct = f"{result}_rows + from * {widths[result]}"
-                    places[result] = f"{result}_tile" if self.halo else direct
-                elif plain in self.carry:
-                    places[self._safe(result)] = f"next_{safe(plain)}"
-                    changed.append(safe(plain))
-                else:
-                    places[self._safe(result)] = f"end_{plain}"
-            lines = [*self._takes(name), *self._call(name, places), *self._unmade(name, results, places)]
-            for c in changed:
-                lines += [f"std::swap(now_{c}, next_{c});", f"{c} = now_{c};"]
-            if self.halo:
-                for n in ("z", "losses"):
-                    if n in results:
-                        to = f"{n}_rows + from * {widths[n]}"
-                        lines.append(f"copy({n}_tile + {self.halo * widths[n]}, own * {widths[n]}, {to});")
-            return lines
-
-        loop += self._either(run("chunk"), run("partial") if "partial" in self.pieces else [])
-        body += ["for (long index = 0; index < chunks; index++) {", *[f"    {line}" for line in flat(loop)], "}"]
-        body += [f"copy({safe(n)}, {widths[n]}, end_{n});" for n in self.carry]
-        lines = [*self._open("forward", "H * B"), *[f"        {line}" for line in flat(body)], *CLOSE]
-        doc = "z, the state at the end, losses, the states kept. Returns 1 where memory is short."
-        return _SIGNATURE.format(name="forward", doc=doc) + indented(lines) + "}"
-
-    @property
-    def _anchors(self) -> list[str]:
-        """Anchors that a chunk hands to the next."""
-        return [n for n in self.carry if n.endswith("__anchor")]
-
-    def _begin(self) -> list[str]:
-        """Lines that set the anchor of a chunk, in backward: the state before it is in memory."""
-        if not (self.long_anchor and self.chunked is not None and self.chunked.anchor):
-            return []
-        moved = " ".join(f"{safe(n)} = {safe(n.removesuffix('__anchor'))};" for n in self._anchors)
-        return [f"if (from % {self.chunked.anchor} == 0) {{ {moved} }}"]
-
-    def _states(self, index: str, kind: str, suffix: str = "") -> list[str]:
-        """Pointers into the states of a group."""
-        lines, offset = [], 0
-        for n in self.carry:
-            c = safe(n)
-            lines.append(f"{kind} {c}{suffix} = states + ({index}) * {self._state} + {offset}; (void){c}{suffix};")
-            offset += -(-self.widths[n] // 16) * 16
-        return lines
-
-    def _scan_backward(self) -> str:
-        widths = self.widths
-        made = {n: f"made[{i}]" for i, n in enumerate(self._gradients)}
-        body = [*self._read_only("backward"), *self._rows_of(made)]
-        for n in self.carry:
-            c = safe(n)
-            body.append(f"S *d_{c} = now_d_{c}, *d_{c}_before = next_d_{c}; (void)d_{c}_before;")
-            body.append(f"copy(d_end_{c}_all.at(head, sequence), {widths[n]}, d_{c});")
-        body.append(f"zero(nothing, {max([1, *[widths_of(self, n) for n in self.extra]])});")
-        group = [
-            "const long last = first + every < chunks ? first + every : chunks;",
-            "{",
-            *[f"    {line}" for line in self._states("0", "S*")],
-        ]
-        for n in self.carry:
-            c = safe(n)
-            start = f"{c}_all.at(head, sequence)" if n in self.starts else None
-            kept = f"between_{c}.at(head, sequence) + (first / every - 1) * between_{c}.token"
-            if start is None:
-                group.append(f"    if (first) copy({kept}, {widths[n]}, {c});")
-            else:
-                group.append(f"    copy(first ? {kept} : {start}, {widths[n]}, {c});")
-        group.append("}")
-        places = {f"{safe(n)}_new": f"{safe(n)}_new" for n in self.carry}
-        left = [r for r in self.pieces["chunk"].results if r.removesuffix("_new") in self.carry]
-        ahead = [
-            *self._span,
-            *self._states("index - first", "const S*"),
-            *self._states("index - first + 1", "S*", "_new"),
-            *self._begin(),
-            *self._takes("advance"),
-            *self._call("advance", places),
-            *self._unmade("advance", left, places),
-            *[f"copy({safe(n)}, {widths[n]}, {safe(n)}_new);" for n in self._anchors],
-        ]
-        group += [
-            "for (long index = first; index + 1 < last; index++) {",
-            *[f"    {line}" for line in flat(ahead)],
-            "}",
-            "for (long index = last - 1; index >= first; index--) {",
-            *[f"    {line}" for line in flat(self._pull())],
-            "}",
-        ]
-        body.append("for (long first = (chunks - 1) / every * every; first >= 0; first -= every) {")
-        body += [*[f"    {line}" for line in flat(group)], "}"]
-        for n in self.starts:
-            body.append(f"copy(d_{safe(n)}, {widths[n]}, {made[n]} + (head * B + sequence) * {widths[n]});")
-        doc = "Cotangents of forward's inputs, each chunk recomputed from the state it started with."
-        return self._in_groups(doc, made, body)
+    # ---- Backward of one head and sequence ---------------------------------------------------------------------------
 
     def _rows_of(self, made: Mapping[str, str]) -> list[str]:
         """Where the tokens' cotangents go."""
@@ -455,7 +320,7 @@ class CppStream(Scan):
             "        }",
             *CLOSE,
         ]
-        return _SIGNATURE.format(name="backward", doc=doc) + indented(lines) + "}"
+        return SIGNATURE.format(name="backward", doc=doc) + indented(lines) + "}"
 
     def _token_cotangents(self, name: str) -> tuple[dict[str, str], list[str]]:
         """Where a piece puts its tokens' cotangents, and lines after it."""
@@ -471,95 +336,6 @@ class CppStream(Scan):
             else:
                 places[f"d_{c}"] = rows
         return places, after
-
-    def _pull(self) -> list[str]:
-        """Lines of one chunk's backward."""
-        widths = self.widths
-        lines = [*self._span, *self._states("index - first", "const S*"), *self._begin()]
-        for n in self.extra:
-            c = safe(n)
-            if n.endswith("__update"):
-                there = f"d_end_{c}_all.at(head, sequence)"
-                lines.append(f"const S* d_{c}_new = index + 1 == chunks ? {there} : nothing; (void)d_{c}_new;")
-            elif n.endswith("__pending"):
-                lines.append(f"const S* d_{c}_new = d_end_{c}_all.at(head, sequence); (void)d_{c}_new;")
-
-        def pull(name: str) -> list[str]:
-            places, after = self._token_cotangents(name)
-            for n in self.carry:
-                c, complete = safe(n), name == "chunk"
-                places[f"d_{c}_new"] = f"d_{c}"
-                places[f"d_{c}"] = f"d_{c}_before"
-                if n.endswith("__anchor") or not complete:  # what the chunk does not change passes by
-                    after += [f"add_to(d_{c}_before, {widths[n]}, d_{c});"] if n in self._nonzero(name) else []
-                elif n in self._nonzero(name):
-                    after.append(f"std::swap(d_{c}, d_{c}_before);")
-                else:
-                    after.append(f"zero(d_{c}, {widths[n]});")
-            return [*self._takes(f"{name}_vjp"), *self._call(f"{name}_vjp", places), *after]
-
-        lines += self._either(pull("chunk"), pull("partial") if "partial" in self.pieces else [])
-        last = []
-        for n in self.extra:
-            if n.endswith("__anchor"):
-                weight = n.removesuffix("__anchor")
-                end = f"d_end_{safe(n)}_all.at(head, sequence)"
-                last.append(f"    add_to({end}, {widths[weight]}, d_{safe(weight)});")
-        if last:
-            lines += ["if (index + 1 == chunks) {  // the last chunk's first weights are its anchor", *last, "}"]
-        if self.long_anchor and self.chunked is not None and self.chunked.anchor:
-            inner = []
-            for n in self._anchors:
-                c, weight = safe(n), safe(n.removesuffix("__anchor"))
-                inner += [f"    add_to(d_{c}, {widths[n]}, d_{weight});", f"    zero(d_{c}, {widths[n]});"]
-            lines += [f"if (from % {self.chunked.anchor} == 0) {{", *inner, "}"]
-        return lines
-
-    # ---- One piece -------------------------------------------------------------------------------------------------
-
-    @property
-    def _whole(self) -> list[str]:
-        reach = f" + {self.halo}" if self.halo else ""
-        return [f"const long from = 0, own = N, n = own{reach}; (void)from;"]
-
-    def _state_pointers(self) -> list[str]:
-        return [f"const S* {safe(n)} = {safe(n)}_all.at(head, sequence); (void){safe(n)};" for n in self.carried]
-
-    def _piece_forward(self) -> str:
-        ((name, piece),) = self.pieces.items()
-        body = ["const long head = item / B, sequence = item % B;", *self._whole, *self._read_only("forward")]
-        body += self._state_pointers()
-        places, after = {}, []
-        for index, (result, made) in enumerate(zip(piece.results, self._made, strict=True)):
-            width = self.widths[result.removesuffix("_new")]
-            if made in ("z", "losses"):
-                body.append(f"S* {made}_rows = made[{index}] + (head * B + sequence) * N * {width};")
-                places[result] = f"{made}_tile" if self.halo else f"{made}_rows"
-                if self.halo:
-                    after.append(f"copy({made}_tile + {self.halo * width}, own * {width}, {made}_rows);")
-            else:
-                body.append(f"S* {self._safe(result)} = made[{index}] + (head * B + sequence) * {width};")
-                places[self._safe(result)] = self._safe(result)
-        body += [*self._takes(name), *self._call(name, places), *self._unmade(name, piece.results, places), *after]
-        lines = [*self._open("forward", "H * B"), *[f"        {line}" for line in flat(body)], *CLOSE]
-        doc = f"{', '.join(self._made)}. Returns 1 where memory is short."
-        return _SIGNATURE.format(name="forward", doc=doc) + indented(lines) + "}"
-
-    def _piece_backward(self) -> str:
-        ((name, piece),) = self.pieces.items()
-        made = {n: f"made[{i}]" for i, n in enumerate(self._gradients)}
-        body = [*self._whole, *self._read_only("backward"), *self._state_pointers(), *self._rows_of(made)]
-        places, after = self._token_cotangents(name)
-        for result in piece.results:
-            plain = result.removesuffix("_new")
-            if result.endswith("_new"):
-                body.append(f"const S* d_{self._safe(result)} = d_end_{safe(plain)}_all.at(head, sequence);")
-                body.append(f"(void)d_{self._safe(result)};")
-        for n in self.carried:
-            if n in made:
-                places[f"d_{safe(n)}"] = f"{made[n]} + (head * B + sequence) * {self.widths[n]}"
-        body += [*self._takes(f"{name}_vjp"), *self._call(f"{name}_vjp", places), *after]
-        return self._in_groups("Cotangents of forward's inputs.", made, body)
 
 
 def widths_of(stream: CppStream, name: str) -> int:

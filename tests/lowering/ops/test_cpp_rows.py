@@ -100,7 +100,9 @@ def function(name: str, identifier: str) -> CppFunction:
     node = graph.call_function(target, tree_map(lambda a: nodes.get(id(a), a), arguments), more)
     node.meta["val"] = target(*arguments, **more)
     graph.output((node,))
-    return CppFunction(identifier, fx.GraphModule(torch.nn.Module(), graph), ["y"], [False], [n.name for n in nodes.values()], name, {})
+    return CppFunction(
+        identifier, fx.GraphModule(torch.nn.Module(), graph), ["y"], [False], [n.name for n in nodes.values()], name, {}
+    )
 
 
 Call = Callable[[str, str], tuple[Tensor, Tensor]]

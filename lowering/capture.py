@@ -1,13 +1,12 @@
 """Stage `capture`: the user's bodies as graphs of one head's tile.
 
-A body is plain PyTorch. It is traced once with `make_fx` over fake tensors whose token axis is symbolic, so one
-graph serves every sequence length, and decomposed to the ops that have a row in `lowering.ops`. Whatever cannot
+A body is plain PyTorch. It is recorded once on tensors without memory whose token axis is symbolic, so one graph
+serves every sequence length, and decomposed to the ops that have a row in `lowering.ops`. Whatever cannot
 be compiled is refused here, at the user's own line.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses import fake_impls
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from nestloop import reference
 from nestloop.errors import (
@@ -41,10 +35,10 @@ from nestloop.errors import (
 from nestloop.lang.loop import LoopSpec, body_line
 from nestloop.lang.schedule import Causal
 from nestloop.lowering import ops
+from nestloop.lowering.length import HINT, Length
 from nestloop.lowering.mismatch import OpFailed, about_shapes, operands, shape_mismatch, trial_sizes
+from nestloop.lowering.recorder import Mode, noting, record
 
-_LENGTHS = (*range(2, 70), 128, 196, 1024, 50_176, 10**6)  # a decision on n is tried on these; 1 is lowered on its own
-_HINT = 23  # stands for n while tracing; the graphs hold the symbol
 _LOOKS_AT_VALUES = {
     *("_local_scalar_dense", "item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__"),
     *("nonzero", "is_nonzero", "equal", "allclose", "masked_select", "unique"),
@@ -186,7 +180,7 @@ def _kernel_body(spec: LoopSpec, dims: dict[str, Any]) -> Callable[..., Tensor]:
 
 
 class Tracer:
-    """Traces functions of one loop's tensors over fake tiles, all with the same symbol for n."""
+    """Traces functions of one loop's tensors over tiles without memory, all with the same symbol for n."""
 
     def __init__(
         self, spec: LoopSpec, sizes: dict[str, int], tokens: int | None, dtype: torch.dtype = torch.float32
@@ -194,7 +188,7 @@ class Tracer:
         self.dtype, self.reads_dtype = dtype, False
         self.spec, self.sizes = spec, {n: s for n, s in sizes.items() if n not in ("N", "n")}
         self.tokens = tokens
-        self.fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
+        self.n = Length()
         first = next(iter(spec.inputs))
         self.length: Any = self.tile(first).shape[0]
         one_token = isinstance(spec.schedule, Causal) and spec.streams  # whose body sees a token at a time
@@ -203,46 +197,34 @@ class Tracer:
             self.dims["N"] = self.length
 
     def tile(self, name: str, micro: int = 0, tokens: bool = True) -> Tensor:
-        """A fresh fake tile of a declared tensor: [n, *dims] for views (with `micro`, [n, micro, *dims]; without
-        `tokens`, [*dims]), [*dims] for weights, of which NAME__held is another."""
+        """A fresh tile of a declared tensor: [n, *dims] for views (with `micro`, [n, micro, *dims]; without `tokens`,
+        [*dims]), [*dims] for weights, of which NAME__held is another."""
         name = name.removesuffix("__held")
         declared = {**self.spec.fast, **self.spec.slow, **self.spec.inputs}[name]
         shape = [expr.size(self.sizes, declared.where) for expr in declared.dims]
         if name not in self.spec.inputs or not tokens:
             return self.example(shape)
         steps = [micro] if micro else []
-        return self.example([self.tokens or _HINT, *steps, *shape], symbolic=self.tokens is None)
+        return self.example([self.tokens or self.n.size, *steps, *shape])
 
     def row(self) -> Tensor:
-        """A fresh fake number for each of the tile's rows."""
-        return self.example([self.tokens or _HINT], symbolic=self.tokens is None)
+        """A fresh number for each of the tile's rows."""
+        return self.example([self.tokens or self.n.size])
 
-    def example(self, shape: list[int], symbolic: bool = False) -> Tensor:
-        """A fake tensor with its own storage; the first axis is the symbol n where `symbolic`."""
-        kinds = [DimDynamic.STATIC] * len(shape)
-        if symbolic:
-            kinds[0] = DimDynamic.DUCK
-        return self._fake_tensor(shape, kinds)
+    def example(self, shape: Sequence[Any]) -> Tensor:
+        """A tensor without memory."""
+        return torch.empty(tuple(shape), dtype=self.dtype, device="meta")
 
     def like(self, value: Tensor) -> Tensor:
-        """A fake tensor of the shape of a traced value."""
-        shape = list(value.shape)
-        symbolic = [i for i, size in enumerate(shape) if not isinstance(size, int)]
-        kinds = [DimDynamic.DUCK if i in symbolic else DimDynamic.STATIC for i in range(len(shape))]
-        return self._fake_tensor([_HINT if i in symbolic else size for i, size in enumerate(shape)], kinds)
-
-    def _fake_tensor(self, shape: list[int], kinds: list[DimDynamic]) -> Tensor:
-        if all(kind is DimDynamic.STATIC for kind in kinds):
-            return self.fake.from_tensor(torch.empty(shape, dtype=self.dtype), static_shapes=True)
-        context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
-        return self.fake.from_tensor(torch.empty(shape, dtype=self.dtype), symbolic_context=context)
+        """One of the shape of a traced value."""
+        return self.example(value.shape)
 
     def fixed_tokens(self) -> int | None:
         """The sequence length, where a body (or the declaration) fixes it."""
         if self.tokens is not None:
             return self.tokens
         least = 2 + (self.spec.optimizer.window or 1) - 1  # rows of a tile of two tokens
-        return None if self.length.node.expr.free_symbols and _is_free(self.length, least) else _HINT
+        return None if self.n.is_free(least) else HINT
 
     def trace(self, body: Callable[..., Any], names: list[str], what: str) -> fx.GraphModule:
         """The graph of `body` over tiles of the named tensors."""
@@ -253,7 +235,7 @@ class Tracer:
     def trace_on(
         self, body: Callable[..., Any], examples: list[Tensor], names: list[str], user_body: str | None = None
     ) -> fx.GraphModule:
-        """The graph of `body` over given fake tensors, placeholders named `names`."""
+        """The graph of `body` over given tensors, placeholders named `names`."""
 
         def watched(*tensors: Tensor) -> Any:
             if user_body is None:
@@ -261,29 +243,11 @@ class Tracer:
             with _BodyMode(self.spec), _Calls(self):
                 return body(*tensors)
 
-        # A body may not write into tensors, but PyTorch's own composite functions and derivative formulas do.
-        traced = torch.func.functionalize(watched)
-
-        with self.fake, _as_compile_error(self.spec, user_body), _quiet(), _symbolic_solve():
-            module = make_fx(traced, decomposition_table=ops.decompositions(), tracing_mode="real")(*examples)
-        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        assert len(placeholders) == len(names), "two example inputs were merged: they share a storage"
-        for node, name in zip(placeholders, names, strict=True):
-            node.meta["declared"] = name
-        module.graph.eliminate_dead_code()
-        return module
+        with _as_compile_error(self.spec, user_body):
+            return record(watched, examples, names)
 
 
-def _is_free(length: Any, least: int) -> bool:
-    """Whether the graphs hold for any n from `least` on: no body took a size or a branch that another n would not."""
-    env, symbol = length.node.shape_env, length.node.expr
-    if not env.replace(symbol).free_symbols:
-        return False
-    decided = [guard.expr for guard in env.guards if symbol in guard.expr.free_symbols]
-    return all(expr.subs(symbol, n) != False for expr in decided for n in _LENGTHS if n >= least)  # noqa: E712 (a sympy value)
-
-
-class _BodyMode(TorchDispatchMode):
+class _BodyMode(Mode):
     """Watches a user's body while it is traced: refuses what cannot be compiled, notes each op's line."""
 
     def __init__(self, spec: LoopSpec) -> None:
@@ -297,23 +261,16 @@ class _BodyMode(TorchDispatchMode):
         if name in _LOOKS_AT_VALUES:
             raise _data_dependent(self.spec, name, where)
         for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+            if isinstance(value, Tensor) and value.device.type != "meta":
                 raise _captured(self.spec, value, where)
-        mode = get_proxy_mode()
-        graph = mode.tracer.graph if mode is not None else None
-        before = len(graph.nodes) if graph is not None else 0
         try:
-            result = func(*args, **kwargs)
+            with noting(where=where, called=name):
+                return func(*args, **kwargs)
         except (RuntimeError, ValueError, IndexError) as error:
             message = str(error).splitlines()[0]
             if isinstance(error, NestloopError) or not about_shapes(message):
                 raise
             raise OpFailed(name, operands(None, args, kwargs), message, where) from error
-        if graph is not None and where is not None:
-            for node in list(graph.nodes)[before:]:
-                node.meta.setdefault("where", where)
-                node.meta.setdefault("called", name)
-        return result
 
 
 class _Calls(TorchFunctionMode):
@@ -388,33 +345,6 @@ def _data_dependent(spec: LoopSpec, name: str, where: Location | None) -> DataDe
 
 
 _WRITES = {"__setitem__", *(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "div", "pow", "and", "or", "xor"))}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """PyTorch logs the traceback of an op that fails on fake tensors; here the error says it all."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-@contextmanager
-def _symbolic_solve() -> Iterator[None]:
-    """PyTorch's own shape rule of the triangular solve resizes its result, which takes no symbolic number of rows."""
-    op = torch.ops.aten.linalg_solve_triangular.default
-
-    def shape(mode: Any, func: Any, a: Tensor, b: Tensor, **settings: Any) -> Tensor:
-        with mode:
-            return torch.empty_like(b)
-
-    fake_impls.op_implementations_dict[op] = shape
-    try:
-        yield
-    finally:
-        fake_impls.op_implementations_dict.pop(op, None)
 
 
 @contextmanager

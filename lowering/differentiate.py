@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from nestloop import reference
 from nestloop.lang.declare import Gate, Slow
 from nestloop.lowering import ops
 from nestloop.lowering.capture import Captured, Tracer
+from nestloop.lowering.derivative import grad
+from nestloop.lowering.derivative import vjp as pulled
+from nestloop.lowering.recorder import noting
 from nestloop.lowering.simplify import simplify
 
 
@@ -56,14 +58,13 @@ _TENSORS_ONLY = (
 class Located(fx.Interpreter):
     """Runs a captured graph under a trace; the new nodes keep the user's lines."""
 
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False  # errors in here choose between forms; PyTorch would import Dynamo to log them
+
     def run_node(self, n: fx.Node) -> Any:
-        mode = get_proxy_mode()
-        before = len(mode.tracer.graph.nodes) if mode is not None else 0
-        result = super().run_node(n)
-        if mode is not None and "where" in n.meta:
-            for node in list(mode.tracer.graph.nodes)[before:]:
-                node.meta.setdefault("where", n.meta["where"])
-        return result
+        with noting(where=n.meta.get("where")):
+            return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is ops.SOLVE:  # whose derivative is PyTorch's own
@@ -151,7 +152,7 @@ def _gradient(captured: Captured, tracer: Tracer) -> tuple[fx.GraphModule, list[
     ) -> Tensor:
         return _loss(captured, {**fast, **slow, **tokens}, held or fast)
 
-    gradient = reference.batch_gradient(spec, loss)
+    gradient = reference.batch_gradient(spec, loss, grad)
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(names, tensors, strict=True))
@@ -181,7 +182,7 @@ def _update(captured: Captured, tracer: Tracer) -> tuple[fx.GraphModule, list[st
 
 
 def _examples(captured: Captured, tracer: Tracer, names: list[str]) -> list[Tensor]:
-    """A fake tensor for each input of a piece."""
+    """A tensor without memory for each input of a piece."""
     declared = {**captured.spec.fast, **captured.spec.slow, **captured.spec.inputs}
     found = []
     for name in names:
@@ -207,7 +208,7 @@ def make_piece(
 ) -> Piece:
     """Trace the vjp of `forward`; without `with_last` its last result (an inner loss) is dropped first.
 
-    examples: makes a fake tensor for each input, where they are not simply the declared tiles.
+    examples: makes a tensor without memory for each input, where they are not simply the declared tiles.
     """
     keep = len(results) if with_last else len(results) - 1
     wrt = [n for n in names if n not in ("weight", "rate") and n not in zeros]
@@ -228,8 +229,7 @@ def make_piece(
             inside = {**inputs, **dict(zip(wrt, differentiable, strict=True))}
             return outputs(*[inside[n] for n in names])
 
-        pull = torch.func.vjp(of, *[inputs[n] for n in wrt])[1]
-        return pull(tuple(given[len(names) :]))
+        return pulled(of, [inputs[n] for n in wrt], given[len(names) :])
 
     cotangents = [tracer.like(node.meta["val"]) for node in shapes]
     cotangent_names = [f"d_{r}" for r in results[:keep]]

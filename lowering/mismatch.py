@@ -24,7 +24,6 @@ from nestloop.lang.loop import LoopSpec
 # dim.
 _TRIAL = [12 * prime for prime in (29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97)]
 _PRODUCTS = {"matmul", "mm", "bmm", "addmm", "linear"}
-_SYMBOL = re.compile(r"\bs\d+\b")  # the token axis, as PyTorch writes it
 _ABOUT_SHAPES = re.compile(r"\b(sizes?|shapes?|dim|dims|dimensions?|broadcast\w*|subscript|axis|out of range)\b", re.I)
 
 
@@ -50,7 +49,7 @@ class OpFailed(Exception):
 
 
 def about_shapes(message: str) -> bool:
-    """Whether PyTorch complains of shapes in `message`, and not of something that fake tensors cannot do."""
+    """Whether PyTorch complains of shapes in `message`, and not of something that a symbolic size cannot do."""
     return bool(_ABOUT_SHAPES.search(message)) and "symbolic" not in message
 
 
@@ -164,7 +163,7 @@ def shape_mismatch(
         f"In the {what} of {spec.name}, {failed.name} got axes that do not fit.",
         where=failed.where,
         given=", ".join(listed) or "no tensor",
-        need="axes of equal sizes; PyTorch says: " + _SYMBOL.sub("n", failed.message),
+        need="axes of equal sizes; PyTorch says: " + failed.message,
         fix="make the axes agree: transpose one side, or declare the weight with the other dims",
     )
 

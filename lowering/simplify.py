@@ -17,6 +17,8 @@ from torch import fx
 
 from nestloop.lowering import ops
 from nestloop.lowering.ops import Kind
+from nestloop.lowering.ops.results import same_shape, same_size
+from nestloop.lowering.recorder import graph_module
 
 aten = torch.ops.aten
 
@@ -74,7 +76,7 @@ class _Rebuild:
             else:
                 self.env[node] = self._call(node)
         self.graph.eliminate_dead_code()
-        return fx.GraphModule(torch.nn.Module(), _common_subexpressions(self.graph))
+        return graph_module(_common_subexpressions(self.graph))
 
     def _placeholder(self, node: fx.Node) -> Any:
         name = node.meta.get("declared", node.name)
@@ -130,11 +132,11 @@ class _Rebuild:
             return size
         for node in self.graph.nodes:
             value = node.meta.get("val")
-            if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
+            if isinstance(value, torch.SymInt) and same_size(value, size):
                 return node
             if isinstance(value, torch.Tensor):
                 for axis, other in enumerate(value.shape):
-                    if not isinstance(other, int) and other.node.expr == size.node.expr:
+                    if same_size(other, size):
                         new = self.graph.call_function(aten.sym_size.int, (node, axis))
                         new.meta["val"] = other
                         return new
@@ -186,7 +188,7 @@ class _Rebuild:
                 if [inner[d] for d in order] == list(range(len(order))):
                     return source.args[0]
         elif node.target in (aten.view.default, aten.expand.default, aten._unsafe_view.default):
-            if _same_shape(shape, before):
+            if same_shape(shape, before):
                 return source
             if node.target is aten.expand.default and not before:
                 return Fill(source)
@@ -203,8 +205,8 @@ class _Rebuild:
             shape = row.meta["val"].shape
             if (
                 len(shape) == len(rows.meta["val"].shape) == 2
-                and _same_size(shape[1], 1)
-                and not _same_size(rows.meta["val"].shape[-1], 1)
+                and same_size(shape[1], 1)
+                and not same_size(rows.meta["val"].shape[-1], 1)
             ):
                 there = next((u for u in rows.users if u.target is aten.mm.default and u.args == (rows, right)), None)
                 if there is not None:
@@ -249,7 +251,7 @@ class _Rebuild:
             return identity
         if identity is not None:
             shape = node.meta["val"].shape
-            if _same_shape(identity.meta["val"].shape, shape):
+            if same_shape(identity.meta["val"].shape, shape):
                 return identity
             return self._emit(aten.expand.default, (identity, [self._size(s, node) for s in shape]), node)
         sunk = self._below_expansion(node, args)
@@ -287,7 +289,7 @@ class _Rebuild:
             return self._emit(aten.mul.Tensor, (args[0], args[0]), node)
         else:
             return None
-        if not isinstance(source, fx.Node) or not _same_shape(source.meta["val"].shape, node.meta["val"].shape):
+        if not isinstance(source, fx.Node) or not same_shape(source.meta["val"].shape, node.meta["val"].shape):
             return None
         if source.target is aten.neg.default:
             factor, source = -factor, source.args[0]
@@ -325,7 +327,7 @@ class _Rebuild:
                 slim.append(value)
         ranks = [s.meta["val"].shape for s in slim if isinstance(s, fx.Node) and not _is_size(s)]
         has_tensor_first = isinstance(slim[0], fx.Node) or node.target not in _ONLY_TENSOR_FIRST
-        if ranks and has_tensor_first and _same_shape(_broadcast_shape(ranks), wanted) and _takes_numbers(node, slim):
+        if ranks and has_tensor_first and same_shape(_broadcast_shape(ranks), wanted) and _takes_numbers(node, slim):
             return self._copy(node, slim, node.kwargs)
         return None
 
@@ -359,22 +361,12 @@ def _takes_numbers(node: fx.Node, slim: list[Any]) -> bool:
     return True
 
 
-def _same_shape(a: Any, b: Any) -> bool:
-    return len(a) == len(b) and all(_same_size(x, y) for x, y in zip(a, b, strict=True))
-
-
-def _same_size(a: Any, b: Any) -> bool:
-    if isinstance(a, int) or isinstance(b, int):
-        return isinstance(a, int) and isinstance(b, int) and a == b
-    return a.node.expr == b.node.expr
-
-
 def _broadcast_shape(shapes: list[Any]) -> list[Any]:
     rank = max(len(s) for s in shapes)
     result: list[Any] = [1] * rank
     for shape in shapes:
         for axis in range(1, len(shape) + 1):
-            if _same_size(result[-axis], 1):
+            if same_size(result[-axis], 1):
                 result[-axis] = shape[-axis]
     return result
 

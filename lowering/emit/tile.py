@@ -27,10 +27,7 @@ def size_text(size: Any) -> str:
     """A traced size, or a number computed from sizes, as source text; the token axis is n."""
     if isinstance(size, (int, float)):
         return str(size)
-    expr = size.node.expr
-    for symbol in expr.free_symbols:
-        expr = expr.subs(symbol, type(symbol)("n", integer=True, positive=True))
-    return PythonPrinter().doprint(expr)
+    return PythonPrinter().doprint(size.node.expr)
 
 
 def used_inputs(module: fx.GraphModule) -> list[str]:

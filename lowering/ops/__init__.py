@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from nestloop.lowering.ops import movement, pointwise, products, reductions
+from nestloop.lowering.ops import movement, pointwise, products, reductions, results
 from nestloop.lowering.ops.decompose import decompositions, fused_rms_norm
 from nestloop.lowering.ops.row import Kind, Op, Operands
 from nestloop.lowering.ops.solve import OP as SOLVE
@@ -24,6 +24,11 @@ SIZE_OPS = {
 def row(target: Any) -> Op:
     """The row of an admitted op."""
     return ROWS[target]
+
+
+def result_like(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What an op makes of tensors without memory (`ops.results`)."""
+    return results.result_like(ROWS.get(target), target, args, kwargs)
 
 
 def is_size_op(target: Any) -> bool:
@@ -60,5 +65,6 @@ __all__ = [
     "is_size_op",
     "named_shape",
     "nearest",
+    "result_like",
     "row",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._decomp import core_aten_decompositions, get_decompositions
+from torch._decomp import _core_aten_decompositions_post_autograd, get_decompositions
 
 from nestloop.lowering.ops import solve
 
@@ -199,8 +199,8 @@ def select_backward(grad: Tensor, sizes: list[int], dim: int, index: int) -> Ten
 
 @cache
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """The table `make_fx` decomposes with."""
-    table = dict(core_aten_decompositions())
+    """What graphs are decomposed with while they are recorded."""
+    table = dict(_core_aten_decompositions_post_autograd())  # the rest are PyTorch's own composites
     table.update(get_decompositions(_ADDED))
     for kept in _KEPT:
         table.pop(kept, None)
@@ -216,5 +216,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.rms_norm.default] = lambda x, shape, weight=None, eps=None: fused_rms_norm(x, shape, weight, eps)[0]
     table[aten.slice_backward.default] = slice_backward
     table[aten.select_backward.default] = select_backward
+    table[aten.sgn.default] = aten.sign.default  # PyTorch's own would import all of Dynamo; so for all below
     table.update(solve.DECOMPOSITIONS)
     return table

@@ -23,8 +23,6 @@ def _batched(info: Any, in_dims: tuple[int | None, ...], a: Tensor, b: Tensor, t
 
 
 _LIBRARY.impl("solve", _kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("nestloop::solve", lambda a, b, transposed: torch.empty_like(b), lib=_LIBRARY)
-
 torch.library.register_vmap("nestloop::solve", _batched, lib=_LIBRARY)
 
 OP = torch.ops.nestloop.solve.default

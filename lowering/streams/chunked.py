@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad
 
 from nestloop.lang.declare import Gate
 from nestloop.lang.optim import momentum_name
 from nestloop.lang.schedule import Chunked
 from nestloop.lang.state import averaged_gates
+from nestloop.lowering.derivative import grad
 from nestloop.lowering.streams.coefficients import last
 from nestloop.lowering.streams.primal import token_gradients
 from nestloop.lowering.streams.step import Step, Tensors, call

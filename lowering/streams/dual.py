@@ -11,11 +11,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from nestloop.lang.declare import Gate
 from nestloop.lowering.axes import type_axes
+from nestloop.lowering.derivative import grad
 from nestloop.lowering.streams.coefficients import Coefficients, before, coefficients, last
 from nestloop.lowering.streams.step import VALID, Step, Tensors, call, causal, momentum_names
 from nestloop.lowering.streams.uses import Matrix, NotAffine, Uses, Vector, is_matrix, weight_users
@@ -75,7 +75,7 @@ def gradients(step: Step, at: Tensors, slow: Tensors, keys: Tensors) -> Gradient
         kept["uses"] = [(node, matrix) for node, matrix, _ in found]
         return total, (losses, [x for _, _, x in found])
 
-    made, (losses, inputs) = torch.func.grad(objective, has_aux=True)(taps)
+    made, (losses, inputs) = grad(objective, has_aux=True)(taps)
     result = Gradients(losses=losses)
     for (node, matrix), x in zip(kept["uses"], inputs, strict=True):
         delta = made[node]

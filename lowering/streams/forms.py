@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from nestloop.lang import coefficient
@@ -19,6 +18,7 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Chunked, Program
 from nestloop.lowering.capture import Captured, Tracer
 from nestloop.lowering.differentiate import Piece, make_piece
+from nestloop.lowering.recorder import graph_module
 from nestloop.lowering.rewrites.rule import Rewrite
 from nestloop.lowering.streams.chunked import chunk_step, read, update_step
 from nestloop.lowering.streams.dual import dual_step
@@ -324,4 +324,4 @@ def _advance(piece: Piece) -> fx.GraphModule:
     assert isinstance(results, tuple)
     graph.output(tuple(r for r, name in zip(results, piece.results, strict=True) if name.endswith("_new")))
     graph.eliminate_dead_code()
-    return fx.GraphModule(torch.nn.Module(), graph)
+    return graph_module(graph)

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.func import vmap
 
 from nestloop.lang.declare import Gate
+from nestloop.lowering.derivative import grad
 from nestloop.lowering.differentiate import Located
 from nestloop.lowering.streams.coefficients import Coefficients, Rows, before, coefficients, last
 from nestloop.lowering.streams.dual import summed

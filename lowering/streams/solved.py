@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from nestloop.lang.declare import Gate, Slow
 from nestloop.lowering import ops
 from nestloop.lowering.axes import type_axes
+from nestloop.lowering.derivative import grad
 from nestloop.lowering.differentiate import Located
 from nestloop.lowering.ops import Kind
 from nestloop.lowering.rewrites.reach import ancestors
@@ -118,7 +119,7 @@ def respond(step: Step) -> Response:
 
         taps = {f"y_{node.name}": given[f"y_{node.name}"] for node in tapped}
         taps |= {name: like.new_zeros(rows, *given[name].shape) for name in _vectors(step)}
-        made, (found, others) = torch.func.grad(objective, has_aux=True)(taps)
+        made, (found, others) = grad(objective, has_aux=True)(taps)
         deltas = [made[key] for key, *_ in uses]
         return (*deltas, *found, *others, *[made[name] for name in _vectors(step)])
 

@@ -101,7 +101,7 @@ class Step:
         return ["z", *[f"{identifier(name)}_new" for name in self.left], "losses"]
 
     def examples(self) -> list[Tensor]:
-        """A fake tensor for each input."""
+        """A tensor without memory for each input."""
         spec, found = self.spec, []
         for name in self.inputs:
             if name in spec.slow or name in spec.fast:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad
 
 from nestloop.lang.binding import Binding
 from nestloop.lang.declare import Gate
@@ -17,11 +16,11 @@ from nestloop.reference.bodies import Tensors, token_loss, token_readout
 
 
 def batch_gradient(
-    spec: LoopSpec, loss: Callable[..., Tensor]
+    spec: LoopSpec, loss: Callable[..., Tensor], grad: Callable[..., Any] = torch.func.grad
 ) -> Callable[[Tensors, Tensors, Tensors, Any], tuple[Tensors, Tensor]]:
     """(fast, slow, tokens, weight) -> (gradient of what one step descends, sum of the batch's token losses []).
 
-    Each token counts `weight`, and its gate where the learning rate is one.
+    Each token counts `weight`, and its gate where the learning rate is one. `grad` differentiates.
     """
     lr = spec.optimizer.lr
 

@@ -1,0 +1,182 @@
+"""A function of tensors as a graph of ATen ops: those that PyTorch dispatches while it runs on tensors without memory.
+
+This is what `make_fx` over fake tensors does, for one symbolic size and one device, and without `torch.compile`, whose
+import takes longer than a loop's whole compilation.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.sym_node import wrap_node
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nestloop.lowering import ops
+from nestloop.lowering.ops.results import META, SYMBOLS
+
+aten = torch.ops.aten
+
+_PLACES = ("device", "layout", "pin_memory")  # which a graph leaves to where it runs
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+def record(function: Callable[..., Any], examples: Sequence[Tensor], names: Sequence[str]) -> fx.GraphModule:
+    """The graph of a function of tensors like the examples; its placeholders have `names`."""
+    recorder = Recorder()
+    for name, example in zip(names, examples, strict=True):
+        recorder.placeholder(name, example)
+    # PyTorch's own composite functions and derivative formulas write into tensors; no graph does.
+    with recorder:
+        result = torch.func.functionalize(function)(*examples)
+    return recorder.finish(result)
+
+
+@contextmanager
+def noting(**facts: Any) -> Iterator[None]:
+    """Note facts (that are not None) of every op recorded in here, unless they are noted of it already."""
+    if not _ACTIVE.recorders:
+        yield
+        return
+    recorder = _ACTIVE.recorders[-1]
+    before, recorder.facts = recorder.facts, {**{k: v for k, v in facts.items() if v is not None}, **recorder.facts}
+    try:
+        yield
+    finally:
+        recorder.facts = before
+
+
+def graph_module(graph: fx.Graph, constants: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
+    """A graph as a module, which becomes a Python function when it is first called: most never are."""
+    return _LazyGraphModule(dict(constants or {}), graph)
+
+
+class Mode(TorchDispatchMode):
+    """A mode whose work Dynamo is not told to skip, for which all of Dynamo would be imported: none of it runs here."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _Active(threading.local):
+    """The recorders of a thread that are at work, the innermost last."""
+
+    def __init__(self) -> None:
+        self.recorders: list[Recorder] = []
+
+
+_ACTIVE = _Active()
+
+
+class Recorder(Mode):
+    """Writes ops into a graph, decomposed to those that have a row where that is possible."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.decompositions = ops.decompositions()
+        self.nodes: dict[int, tuple[Tensor, fx.Node]] = {}  # it holds the tensors: no id is given twice
+        self.constants: dict[str, Tensor] = {}
+        self.facts: dict[str, Any] = {}
+        self.numbers: dict[tuple[Any, ...], fx.Node | tuple[fx.Node, int]] = {}  # an axis until it is read
+
+    def __enter__(self) -> Recorder:
+        _ACTIVE.recorders.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _ACTIVE.recorders.pop()
+        super().__exit__(*error)
+
+    def placeholder(self, name: str, example: Tensor) -> None:
+        node = self.graph.placeholder(name)
+        node.meta["declared"] = name
+        self._keep(node, example)
+        for axis, size in enumerate(example.shape):
+            if not isinstance(size, int):
+                self.numbers.setdefault(size.node.values, (node, axis))
+
+    def finish(self, result: Any) -> fx.GraphModule:
+        """The graph of what was recorded, with this result."""
+        self.graph.output(self._written(result))
+        self.graph.eliminate_dead_code()
+        return graph_module(self.graph, self.constants)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is aten.size.default:  # some rules of vmap ask for it as for an op
+            return args[0].shape
+        decomposition = self.decompositions.get(func)
+        if decomposition is None and func.has_kernel_for_dispatch_key(_COMPOSITE):
+            decomposition = func.decompose
+        if decomposition is not None:
+            with self:
+                made = decomposition(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
+        settings = {name: value for name, value in kwargs.items() if name not in _PLACES}
+        node = self.graph.create_node(
+            "call_function", func, self._written(args), self._written(settings), name=func.overloadpacket.__name__
+        )
+        args, settings = (fx.node.map_aggregate(given, _on_meta) for given in (args, settings))
+        place = {"device": META} if _takes_device(func) else {}
+        return self._keep(node, ops.result_like(func, args, {**settings, **place}))
+
+    def _keep(self, node: fx.Node, value: Any) -> Any:
+        """Note that a node computes a value."""
+        node.meta.update(self.facts, val=value)
+        if isinstance(value, Tensor):
+            self.nodes[id(value)] = value, node
+        elif isinstance(value, (list, tuple)):
+            for index, part in enumerate(value):
+                if isinstance(part, Tensor):
+                    self._keep(self.graph.call_function(operator.getitem, (node, index)), part)
+        return value
+
+    def _written(self, given: Any) -> Any:
+        """Arguments as they stand in the graph."""
+        return fx.node.map_aggregate(given, self._one)
+
+    def _one(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in self.nodes:  # made from numbers, not by an op
+                name = f"_tensor_constant{len(self.constants)}"
+                self.constants[name] = value
+                self._keep(self.graph.create_node("get_attr", name), value)
+            return self.nodes[id(value)][1]
+        return self._number(value.node) if isinstance(value, SYMBOLS) else value
+
+    def _number(self, size: Any) -> Any:
+        """A number that depends on n: an axis of an input, or computed from others."""
+        if size.constant is not None:
+            return size.constant
+        found = self.numbers.get(size.values)
+        if found is None:
+            if size.made is None:
+                raise AssertionError("no input has n as an axis")
+            operation, operands = size.made
+            found = self.graph.call_function(operation, tuple(self._number(operand) for operand in operands))
+        elif isinstance(found, tuple):
+            found = self.graph.call_function(aten.sym_size.int, found)
+        else:
+            return found
+        found.meta.update(self.facts, val=wrap_node(size))
+        self.numbers[size.values] = found
+        return found
+
+
+@cache
+def _takes_device(func: Any) -> bool:
+    return any(argument.name == "device" for argument in func._schema.arguments)
+
+
+def _on_meta(value: Any) -> Any:
+    return value.to(META) if isinstance(value, Tensor) else value

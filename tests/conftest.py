@@ -58,3 +58,9 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder ../shared is not here")
     return folder
+
+
+@pytest.fixture
+def quick_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the structure of C++ is tested and not its vector code, a third of the compile time will do."""
+    monkeypatch.setenv("NESTLOOP_CXXFLAGS", "-O0")

@@ -19,14 +19,10 @@ from nestloop.lowering.runtime.native import NativePlan
 from tests.lowering.comparison import assert_equal, differences, run, tokens_at_a_time
 from tests.lowering.random_loops import LOSSES, RandomLoop, random_loops
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 CASES = int(os.environ.get("NESTLOOP_RANDOM_CASES", "0"))
 FAMILIES = [(loss, shuffled) for loss in LOSSES for shuffled in (False, True)]
-
-
-@pytest.fixture(autouse=True)
-def quick_builds(monkeypatch: pytest.MonkeyPatch):
-    """Float64 has no vector code of its own to test, so a third of the compile time will do."""
-    monkeypatch.setenv("NESTLOOP_CXXFLAGS", "-O0")
 
 
 def check(case: RandomLoop) -> None:

@@ -24,16 +24,12 @@ from nestloop.lowering.runtime import tiles
 from tests.lowering.comparison import Inputs, assert_equal, differences, run, run_in_parts, with_gradients
 from tests.lowering.random_streams import FAMILIES, LENGTHS, LONG, RandomStream, random_streams
 
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
 CASES = int(os.environ.get("NESTLOOP_RANDOM_CASES", "0"))
 BACKENDS = ("torch", "cpp")
 BATCHES = [(family, batch) for family in FAMILIES for batch in range(3)]
 over_batches = pytest.mark.parametrize(("family", "batch"), BATCHES, ids=[f"{f}-{b}" for f, b in BATCHES])
-
-
-@pytest.fixture(autouse=True)
-def quick_builds(monkeypatch: pytest.MonkeyPatch):
-    """Float64 has no vector code of its own to test, so a third of the compile time will do."""
-    monkeypatch.setenv("NESTLOOP_CXXFLAGS", "-O0")
 
 
 @pytest.fixture(autouse=True)

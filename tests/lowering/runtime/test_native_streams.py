@@ -56,15 +56,16 @@ def drawn(loop: type[nl.Loop], tokens: int) -> Inputs:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_builds")
 @pytest.mark.parametrize("loop", STREAMS, ids=lambda loop: loop.__name__)
-def test_every_loop_of_the_zoo_is_what_generated_pytorch_gives(loop: type[nl.Loop], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("NESTLOOP_CXXFLAGS", "-O0")
+def test_every_loop_of_the_zoo_is_what_generated_pytorch_gives(loop: type[nl.Loop]):
     torch.manual_seed(0)
     inputs, losses = drawn(loop, 19), not isinstance(loop.spec.schedule, nl.Program)
     found, wanted = (run(nl.compile(loop, backend=backend), inputs, losses) for backend in ("cpp", "torch"))
     assert_equal(differences(found, wanted), 1e-9)
 
 
+@pytest.mark.usefixtures("quick_builds")
 @pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize("loop", [zoo.TTTMLP, zoo.OmegaNet, zoo.NeuralMemory])
 def test_backward_from_states_so_far_apart(loop: type[nl.Loop], every: int, monkeypatch: pytest.MonkeyPatch):

@@ -495,12 +495,13 @@ def _check_used(spec: LoopSpec, module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         name = node.meta.get("declared")
         if node.op == "placeholder" and name in spec.fast and not node.users:
+            called = spec.called.get(name, name)
             raise UnusedFastWeightError(
-                f"The loss of {spec.name} does not depend on the fast weight '{name}'.",
+                f"The loss of {spec.name} does not depend on the fast weight '{called}'.",
                 where=spec.fast[name].where,
-                given=f"{spec.learner.__name__}.{name}, which no path from the loss reaches",
+                given=f"{spec.learner.__name__}.{called}, which no path from the loss reaches",
                 need="a loss that every fast weight enters: the inner loop would never change it",
-                fix=f"use self.{name} in forward, or declare it as nl.slow(...)",
+                fix=f"use self.{called} in forward, or declare it as nl.slow(...)",
             )
 
 

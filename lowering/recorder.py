@@ -97,7 +97,7 @@ class Recorder(Mode):
         super().__exit__(*error)
 
     def placeholder(self, name: str, example: Tensor) -> None:
-        node = self.graph.placeholder(name)
+        node = self.graph.create_node("placeholder", name, name=name)  # which else would be in lower case
         node.meta["declared"] = name
         self._keep(node, example)
         for axis, size in enumerate(example.shape):

@@ -80,7 +80,7 @@ class _Rebuild:
 
     def _placeholder(self, node: fx.Node) -> Any:
         name = node.meta.get("declared", node.name)
-        new = self.graph.placeholder(name)
+        new = self.graph.create_node("placeholder", name, name=name)  # which else would be in lower case
         new.meta.update(node.meta)
         return Fill(self.known[name]) if name in self.known else new
 

@@ -15,7 +15,7 @@ from nestloop.lang.binding import Binding, bind, check_dims
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.schedule import Program
-from nestloop.lowering import lower
+from nestloop.lowering import lower, names
 from nestloop.lowering.runtime.streams import StreamOp, run_stream
 
 BACKENDS = ("auto", "reference", "torch", "cpp")
@@ -44,6 +44,7 @@ class CompiledLoop:
 
     def __init__(self, loop: type[Loop], backend: str = "auto", inductor: bool = False, **dims: int) -> None:
         self.loop, self.spec = loop, spec_of(loop)
+        self.renamed = names.safe(self.spec)
         if backend not in BACKENDS:
             raise UnknownBackendError(
                 "There is no such backend.",
@@ -157,11 +158,26 @@ class CompiledLoop:
         """`__call__` with every argument given, and always three results."""
         binding = bind(self.spec, views, weights, state, order, {**self.dims, **dims})
         walks = self._walks or (self.spec.streams and binding.tokens == 0)  # no tokens, no step
-        if self.spec.streams and not walks:
-            return self._run_stream(binding, views, weights, state, return_losses)
         if walks or self._walks:
             start = None if state is None else dict(state)
             return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
+        views, weights = names.inward(self.renamed, views), names.inward(self.renamed, weights)
+        state = None if state is None else names.inward(self.renamed, state)
+        if self.spec.streams:
+            z, end, losses = self._run_stream(binding, views, weights, state, return_losses)
+        else:
+            z, end, losses = self._run_batch(binding, views, weights, state, order, return_losses)
+        return z, names.outward(self.renamed, end), losses
+
+    def _run_batch(
+        self,
+        binding: Binding,
+        views: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        state: Mapping[str, Tensor] | None,
+        order: Tensor | None,
+        return_losses: bool,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         carried = state is not None
         sizes = tuple(sorted({**binding.dims, "H": binding.heads}.items()))
         # One lowering serves every length but 1, where sizes broadcast, and loops that hold for one length only.
@@ -195,7 +211,7 @@ class CompiledLoop:
             return lower.STREAM_OPS[name]
 
         start = None if state is None else dict(state)
-        return run_stream(self.spec, binding, op, views, weights, start, return_losses, dtype)
+        return run_stream(self.renamed, binding, op, views, weights, start, return_losses, dtype)
 
     def _lowered(
         self, losses: bool, carried: bool, tokens: int, sizes: tuple[tuple[str, int], ...], double: bool, part: str = ""
@@ -206,7 +222,15 @@ class CompiledLoop:
         if key not in self._names:
             try:
                 name = lower.lower(
-                    self.spec, dict(sizes), tokens or None, losses, carried, self.inductor, double, self.requested, part
+                    self.renamed,
+                    dict(sizes),
+                    tokens or None,
+                    losses,
+                    carried,
+                    self.inductor,
+                    double,
+                    self.requested,
+                    part,
                 )
             except ShapeMismatchError:
                 if tokens:
@@ -227,7 +251,7 @@ class CompiledLoop:
         sizes = {**self.spec.default_dims, **self.dims, "H": heads}
         if self.spec.streams and not self._walks:
             part = "read" if isinstance(self.spec.schedule, Program) else "scan"
-            return lower.plan_for(self.spec, sizes, None, False, False, part=part).output
+            return lower.plan_for(self.renamed, sizes, None, False, False, part=part).output
         if self._walks:
             return reference.token_output(self.spec, sizes)
         tokens = 0
@@ -235,9 +259,9 @@ class CompiledLoop:
             rows, columns = self.spec.grid
             if rows not in sizes or columns not in sizes:  # no call has shown the grid: a small one shows the output
                 trial = {**sizes, rows: sizes.get(rows, 4), columns: sizes.get(columns, 4)}
-                return lower.plan_for(self.spec, trial, trial[rows] * trial[columns], False, False).output
+                return lower.plan_for(self.renamed, trial, trial[rows] * trial[columns], False, False).output
             tokens = sizes[rows] * sizes[columns]
-        output = lower.plan_for(self.spec, sizes, tokens or None, False, False).output
+        output = lower.plan_for(self.renamed, sizes, tokens or None, False, False).output
         self._lowered(False, False, tokens, tuple(sorted(sizes.items())), torch.get_default_dtype() == torch.float64)
         return output
 

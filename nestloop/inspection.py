@@ -17,7 +17,7 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Chunked, Program
 from nestloop.lang.state import counts_tokens, entries, state_size
 from nestloop.layer import Branch
-from nestloop.lowering import pipeline
+from nestloop.lowering import names, pipeline
 from nestloop.lowering.axes import is_token, readout_axes, type_axes
 from nestloop.lowering.emit.tile import size_text
 from nestloop.lowering.pipeline import Lowered, LoweredStream
@@ -84,7 +84,7 @@ def inspect_text(loop: Any, stage: str | None, dims: Mapping[str, int]) -> str:
             need=", ".join(_STAGES),
             fix='write stage="emit"',
         )
-    spec = spec_of(loop)
+    spec = names.safe(spec_of(loop))
     sizes = trial_sizes(spec, dims)
     lowered = _lower(spec, sizes)
     parts = [f"== {name} ==\n{_STAGES[name](lowered, sizes)}" for name in _STAGES if stage in (None, name)]
@@ -95,7 +95,7 @@ def explain_text(loop: Any, dims: Mapping[str, int], op: CompiledLoop | None = N
     """`explain` of one loop class (or several, as a tuple)."""
     if isinstance(loop, (tuple, list)):
         return "\n\n".join(explain_text(part, dims) for part in loop)
-    spec = spec_of(loop)
+    spec = names.safe(spec_of(loop))
     sizes = trial_sizes(spec, dims)
     return "\n".join(_explain(_lower(spec, sizes), sizes, op))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -46,6 +46,7 @@ class LoopSpec:
         heads: a fixed number of heads, or text in a layer's dims, where the loop declares them; None takes the layer's.
         output, beside: what a layer does after the read-out; see `Loop`.
         holds: whether a body reads `f.held`, the learner with its weights held constant.
+        called: what bodies call a tensor, by its name here, where the compiler works under other names.
     """
 
     name: str
@@ -63,6 +64,7 @@ class LoopSpec:
     beside: type[Loop] | None
     holds: bool
     where: Location
+    called: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def streams(self) -> bool:
@@ -107,15 +109,23 @@ class LoopSpec:
         held: what the fast weights of `f.held` stand for; by default the same values.
         """
         own = [*self.learner.fast, *self.learner.slow]
-        bound = {**dims, **{name: values[name] for name in own}}
+        named = self._as_called(values)
+        bound = {**dims, **{name: named[name] for name in own}}
         if self.holds:
-            bound["held"] = self.learner.bound({**bound, **(held or {})})
+            bound["held"] = self.learner.bound({**bound, **self._as_called(held or {})})
         return self.learner.bound(bound)
 
     def body_with(self, values: dict[str, Any], dims: dict[str, int]) -> Loop:
         """The loop with its own slow weights standing for `values`: the `self` of `loss` and `readout`."""
-        own = [name for name in self.slow if name not in self.learner.slow]
-        return self.cls.bound({**dims, **{name: values[name] for name in own}})
+        own = self._as_called({name: values[name] for name in self.slow})
+        return self.cls.bound({**dims, **{name: value for name, value in own.items() if name not in self.learner.slow}})
+
+    def tokens_with(self, values: dict[str, Any]) -> Tokens:
+        """The tokens of a tile standing for `values`: the `t` of bodies."""
+        return Tokens(self._as_called(values), self.where)
+
+    def _as_called(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {self.called.get(name, name): value for name, value in values.items()}
 
 
 class Tokens:

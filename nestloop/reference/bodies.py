@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestloop.lang.binding import Binding
-from nestloop.lang.loop import LoopSpec, Tokens
+from nestloop.lang.loop import LoopSpec
 
 Tensors = dict[str, Tensor]
 
@@ -29,7 +29,7 @@ def token_loss(spec: LoopSpec, dims: dict[str, Any]) -> Callable[..., Tensor]:
     def loss(fast: Tensors, slow: Tensors, tokens: Tensors, held: Tensors | None = None) -> Tensor:
         values = {**fast, **slow}
         learner = spec.learner_with(values, dims, held)
-        return spec.body_with(values, dims).loss(learner, Tokens(tokens, spec.where))
+        return spec.body_with(values, dims).loss(learner, spec.tokens_with(tokens))
 
     return loss
 
@@ -39,7 +39,7 @@ def token_readout(spec: LoopSpec, dims: dict[str, Any]) -> Callable[[Tensors, Te
 
     def readout(fast: Tensors, slow: Tensors, tokens: Tensors) -> Tensor:
         values = {**fast, **slow}
-        return spec.body_with(values, dims).readout(spec.learner_with(values, dims), Tokens(tokens, spec.where))
+        return spec.body_with(values, dims).readout(spec.learner_with(values, dims), spec.tokens_with(tokens))
 
     return readout
 

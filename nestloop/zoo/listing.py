@@ -1,4 +1,4 @@
-"""What the catalogue says of one loop: all of it read from the declaration."""
+"""What the catalogue says of one loop: read from the declaration, but for the form of a stream, which is recorded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,23 @@ from nestloop.lang.declaration import Declaration
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.schedule import BatchSchedule, Causal, Chunked, FullBatch, Online, Program, Schedule, Shuffled
 from nestloop.lang.state import state_size
+
+# How the compiler computes a stream's step (`lowering.streams.forms.choose`, which the tests compare): to ask it would
+# take seconds of importing and tracing.
+STREAM_FORMS = {
+    "parallel": (
+        *("CausalLinearAttention", "CausalLinearAttentionElu", "CosFormer", "NormAttention", "RetNet", "GLA"),
+        *("LightningAttention", "LightningAttentionFla", "RWKV6", "HGRN2", "Mamba2", "SimpleGLA", "Mesa", "MesaNet"),
+    ),
+    "solved": ("DeltaNet", "Longhorn", "GatedDeltaNet", "DeltaProduct", "Comba", "KDA", "GDN2"),
+    "dual": ("TTTLinear", "TTTLinearMamba", "TTTMLP", "TTTMLPMamba", "Titans", "Yaad", "OmegaNet"),
+    "primal": ("Moneta",),
+    "sequential": ("LonghornDiagonal", "GeneralizedDeltaRule", "PGDN"),
+    "chunk": (
+        *("InContextAutoregression", "NeuralMemory", "Atlas", "CausalLaCT", "CausalLaCTMuon"),
+        *("LaCT", "LaCTMuon"),
+    ),
+}
 
 
 def row(loop: type[Loop], golden: bool) -> dict[str, Any]:
@@ -67,11 +84,11 @@ def _admits(loop: type[Loop], schedule: Schedule) -> bool:
 
 
 def form(spec: LoopSpec) -> str:
-    """The form that runs, as far as the declaration alone tells it."""
+    """The form that runs, as far as the declaration alone tells it; of a stream, how its step is computed."""
     if spec.is_kernel_estimator:
         return "softmax attention"
     if spec.streams:
-        return "recurrent"
+        return next((form for form, names in STREAM_FORMS.items() if spec.name in names), "not recorded")
     return "linear attention" if any(fast.frozen_zero for fast in spec.fast.values()) else "primal"
 
 

@@ -12,6 +12,8 @@ import torch
 import nestloop as nl
 from nestloop import zoo
 from nestloop.lang.state import counts_tokens, entries
+from nestloop.lowering.capture import Tracer, capture_with
+from nestloop.lowering.streams.forms import choose
 from nestloop.zoo import listing
 from tests.drawn import SIZES, draw
 
@@ -35,6 +37,19 @@ def test_every_exported_loop_is_listed():
     assert {loop.__name__ for loop in LOOPS} == exported and len(exported) > 30
     assert [row["name"] for row in zoo.catalogue()] == [loop.__name__ for loop in LOOPS]
     assert zoo.GOLDEN <= set(LOOPS)
+
+
+@pytest.mark.parametrize("loop", [loop for loop in LOOPS if loop.spec.streams], ids=lambda loop: loop.__name__)
+def test_its_form_is_what_the_compiler_chooses(loop):
+    spec = loop.spec
+    tracer = Tracer(spec, {**SIZES, "H": 2, **spec.default_dims}, None)
+    form, _ = choose(capture_with(tracer), tracer)
+    assert listing.form(spec) == form.name
+
+
+def test_forms_are_recorded_of_streams_alone():
+    recorded = [name for names in listing.STREAM_FORMS.values() for name in names]
+    assert sorted(recorded) == sorted(loop.__name__ for loop in LOOPS if loop.spec.streams)
 
 
 def test_the_readme_names_every_loop(root):

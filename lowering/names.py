@@ -1,0 +1,85 @@
+"""Declared names that generated code has another use for: the compiler works under names of its own there.
+
+A loop may well call a slow weight `weight` or a view `d_k`. Its bodies go on reading them by these names.
+"""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from nestloop.lang.loop import LoopSpec
+from nestloop.lowering.runtime import tiles
+
+# What generated code calls modules, pieces, what a piece takes and returns, and its own variables.
+_WORDS = frozenset(
+    """torch F aten math schedule forward backward prepare project gradient update readout final_loss fit common chunk
+partial advance read learning_rate weight rate z loss losses loss_sum loss_after dtype device n i state
+order""".split()  # noqa: SIM905
+)
+_TAKEN = _WORDS | set(dir(builtins)) | set(vars(tiles))
+# What it derives from a name (the cotangent d_w of w), or numbers (the value sum_1).
+_DERIVED = re.compile(
+    r"^_|^(c|d|y|first|gradient|between|end|hoisted|projected|gram)_|_(i|new|tile|vjp|once|\d+)$|_$|__", re.ASCII
+)
+
+
+def safe(spec: LoopSpec) -> LoopSpec:
+    """The same loop with other names for what generated code could take for something else."""
+    names = [*spec.fast, *spec.slow, *spec.inputs]
+    if not any(map(_unsafe, names)):
+        return spec
+    new: dict[str, str] = {}
+    for name in names:
+        candidate = f"its_{re.sub('_+', '_', name).strip('_')}_value" if _unsafe(name) else name
+        while candidate in new.values() or (candidate != name and candidate in names):
+            candidate += "_too"
+        new[name] = candidate
+    groups: dict[str, Any] = {}
+    declared: dict[int, Any] = {}
+    for group in ("fast", "slow", "views", "gates"):
+        groups[group] = {new[name]: _called(value, new[name]) for name, value in getattr(spec, group).items()}
+        declared |= {id(value): groups[group][new[name]] for name, value in getattr(spec, group).items()}
+
+    def renamed(coefficient: Any) -> Any:
+        if isinstance(coefficient, Mapping):
+            return {new[name]: renamed(part) for name, part in coefficient.items()}
+        if isinstance(coefficient, tuple):
+            return tuple(map(renamed, coefficient))
+        return declared.get(id(coefficient), coefficient)
+
+    optimizer = copy.copy(spec.optimizer)
+    for field in ("lr", "scale", "decay", "log_decay", "momentum"):
+        object.__setattr__(optimizer, field, renamed(getattr(optimizer, field)))
+    return replace(spec, optimizer=optimizer, called={b: a for a, b in new.items()}, **groups)
+
+
+def _unsafe(name: str) -> bool:
+    return name in _TAKEN or _DERIVED.search(name) is not None
+
+
+def _called(declaration: Any, name: str) -> Any:
+    named = copy.copy(declaration)
+    named.name = name
+    return named
+
+
+def inward(spec: LoopSpec, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Tensors, or a state, by the names of a loop that `safe` made."""
+    new = {old: name for name, old in spec.called.items()}
+    return {_entry(key, new): value for key, value in given.items()} if new else given
+
+
+def outward(spec: LoopSpec, made: Mapping[str, Any]) -> dict[str, Any]:
+    """A state by the names of the declaration."""
+    return {_entry(key, spec.called): value for key, value in made.items()}
+
+
+def _entry(key: str, names: Mapping[str, str]) -> str:
+    """A key of a state, "w.momentum" say, under another name of w."""
+    name, point, part = key.partition(".")
+    return names.get(name, name) + point + part

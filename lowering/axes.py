@@ -45,10 +45,12 @@ class Typing:
     Attributes:
         axes: node -> the name of each axis.
         mixing: the ops that mix tokens, in order; empty if every token is on its own.
+        counting: the first op that computes with the number of tokens, or their places; None if there is none.
     """
 
     axes: Mapping[fx.Node, Axes]
     mixing: tuple[Mixing, ...]
+    counting: Mixing | None
 
 
 def is_token(axis: str) -> bool:
@@ -87,26 +89,33 @@ def type_axes(spec: LoopSpec, module: fx.GraphModule, output: Axes = ()) -> Typi
             axes[node], mixes = _rule(node, axes)
             if mixes:
                 source = next((axes[a] for a in node.all_input_nodes if a in axes), ())
-                mixing.append(
-                    Mixing(node.meta.get("called", ops.row(node.target).name), source, node.meta.get("where"))
-                )
-    return Typing(axes, tuple(mixing))
+                mixing.append(Mixing(_called(node), source, node.meta.get("where")))
+    counts = _counting(module)
+    counting = None if counts is None else Mixing(_called(counts), axes.get(counts, ()), counts.meta.get("where"))
+    return Typing(axes, tuple(mixing), counting)
+
+
+def _called(node: fx.Node) -> str:
+    """What the body called an op."""
+    return node.meta.get("called", ops.row(node.target).name)
 
 
 def needs_all_tokens(spec: LoopSpec, module: fx.GraphModule) -> bool:
     """Whether a graph cannot be computed tile by tile: tokens mix, or a value depends on how many there are."""
-    if type_axes(spec, module).mixing:
-        return True
+    typing = type_axes(spec, module)
+    return bool(typing.mixing) or typing.counting is not None
+
+
+def _counting(module: fx.GraphModule) -> fx.Node | None:
+    """The first op whose value depends on how many tokens there are."""
     for node in module.graph.nodes:
         if node.op == "call_function" and ops.is_size_op(node.target):
-            readers = [user for user in node.users if not ops.is_size_op(user.target)]
-            if any(
-                ops.row(u.target).kind not in (Kind.VIEW, Kind.CREATE) or _counts(u)
-                for u in readers
-                if u.op != "output"
-            ):
-                return True
-    return False
+            for user in node.users:
+                if user.op == "output" or ops.is_size_op(user.target):
+                    continue
+                if ops.row(user.target).kind not in (Kind.VIEW, Kind.CREATE) or _counts(user):
+                    return user
+    return None
 
 
 def _counts(node: fx.Node) -> bool:
@@ -147,6 +156,16 @@ def check_tokens(spec: LoopSpec, loss: Typing, readout: Typing) -> None:
                 typing.mixing[0],
                 "tokens that are on their own: a later one must not reach an earlier one's output",
                 f'schedule = nl.Chunked({size}, "update-apply"), whose tokens see one another within a chunk',
+            )
+
+        if spec.streams and not whole and typing.counting is not None:
+            counts = typing.counting
+            raise TokenMixingError(
+                f"{spec.name} is {type(schedule).__name__}, but its {name} counts its tokens.",
+                where=counts.where or spec.where,
+                given=f"{counts.op}, of a number of rows or of their places",
+                need="tokens that are on their own: how many of them a body is given at once means nothing",
+                fix=f"use self.n, which is {schedule.seen(0)} in each of its bodies, or pass the places as a view",
             )
 
 

@@ -33,7 +33,6 @@ from nestloop.errors import (
     UnusedFastWeightError,
 )
 from nestloop.lang.loop import LoopSpec, body_line
-from nestloop.lang.schedule import Causal
 from nestloop.lowering import ops
 from nestloop.lowering.length import HINT, Length
 from nestloop.lowering.mismatch import OpFailed, about_shapes, operands, shape_mismatch, trial_sizes
@@ -191,8 +190,7 @@ class Tracer:
         self.n = Length()
         first = next(iter(spec.inputs))
         self.length: Any = self.tile(first).shape[0]
-        one_token = isinstance(spec.schedule, Causal) and spec.streams  # whose body sees a token at a time
-        self.dims: dict[str, Any] = {**self.sizes, "n": 1 if one_token else self.length}
+        self.dims: dict[str, Any] = {**self.sizes, "n": spec.schedule.seen(self.length)}
         if (not spec.schedule.needs_order and not spec.streams) or spec.is_kernel_estimator:
             self.dims["N"] = self.length
 

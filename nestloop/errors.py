@@ -168,7 +168,7 @@ class CapturedTensorError(CompileError):
 
 
 class TokenMixingError(CompileError):
-    """A learner that mixes tokens under a schedule that needs independent ones."""
+    """A learner that mixes tokens, or counts them, under a schedule that needs independent ones."""
 
 
 class NoPlanError(CompileError):

@@ -23,6 +23,7 @@ from nestloop.errors import (
     ShapeMismatchError,
     SideEffectError,
     SignatureError,
+    TokenMixingError,
     TransformError,
     UnadmittedOpError,
     UnknownBackendError,
@@ -378,11 +379,11 @@ def test_bodies_do_not_write_into_tensors(loss, name):
     )
 
 
-def steps_into(loss):
+def steps_into(loss, **declared):
     """A step that makes a layer with this loss, whose source is the loss's own."""
 
     def step():
-        layer_of(loss)
+        layer_of(loss, **declared)
 
     step.__wrapped__ = loss  # type: ignore[attr-defined]
     return step
@@ -503,6 +504,55 @@ def test_tensors_made_in_a_body():
         given="a tensor made from numbers, used as _tensor_constant0",
         need="Python numbers, or weights that are declared",
         fix="write the number itself, or declare it: scale = nl.slow('d', init='constant(0.5)')",
+    )
+
+
+def mixes(self, f, t):
+    return (f(t.k) - t.v.mean(0)).square().sum(-1)  # HERE
+
+
+@pytest.mark.parametrize("schedule", [nl.Causal(4), nl.Online(), nl.Chunked(4, "apply-update")])
+def test_tokens_of_a_stream_do_not_see_one_another(schedule):
+    size = max(getattr(schedule, "chunk", 0), 16)
+    refused(
+        steps_into(mixes, schedule=schedule),
+        TokenMixingError,
+        f"Loop is {type(schedule).__name__}, but its loss mixes tokens.",
+        given="mean over the token axis of [n, d]",
+        need="tokens that are on their own: a later one must not reach an earlier one's output",
+        fix=f'schedule = nl.Chunked({size}, "update-apply"), whose tokens see one another within a chunk',
+    )
+
+
+def test_tokens_of_a_shuffled_batch_do_not_see_one_another():
+    refused(
+        steps_into(mixes, schedule=nl.Shuffled(2)),
+        TokenMixingError,
+        "Loop is Shuffled, but its loss mixes tokens.",
+        given="mean over the token axis of [n, d]",
+        need="a loss whose every token is on its own: the tokens of a shuffled batch are not neighbours, nor all",
+        fix="schedule = nl.FullBatch(steps=2), or a learner that keeps tokens apart",
+    )
+
+
+def counts_rows(self, f, t):
+    return (f(t.k) - t.v).square().sum(-1) / t.k.shape[0]  # HERE
+
+
+def places(self, f, t):
+    return f(t.k).sum(-1) * torch.arange(t.k.shape[0], device=t.k.device)  # HERE
+
+
+@pytest.mark.parametrize("loss, op", [(counts_rows, "div"), (places, "arange")])
+@pytest.mark.parametrize("schedule, n", [(nl.Causal(4), 1), (nl.Online(), 1), (nl.Chunked(4, "apply-update"), 4)])
+def test_the_loss_of_a_stream_does_not_count_its_tokens(loss, op, schedule, n):
+    refused(
+        steps_into(loss, schedule=schedule),
+        TokenMixingError,
+        f"Loop is {type(schedule).__name__}, but its loss counts its tokens.",
+        given=f"{op}, of a number of rows or of their places",
+        need="tokens that are on their own: how many of them a body is given at once means nothing",
+        fix=f"use self.n, which is {n} in each of its bodies, or pass the places as a view",
     )
 
 

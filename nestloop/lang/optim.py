@@ -246,6 +246,12 @@ def momentum_name(weight: str, order: int) -> str:
     return f"{weight}.momentum{order + 1 if order else ''}"
 
 
+def _root(squares: Tensor) -> Tensor:
+    """A norm from its sum of squares; where that is exactly 0, its derivative is 0 too, as in PyTorch's own norms."""
+    nothing = squares == 0
+    return torch.where(nothing, 0.0, torch.where(nothing, 1.0, squares).sqrt())
+
+
 @dataclass(frozen=True)
 class SoftClip:
     """A transform, made by `soft_clip`."""
@@ -253,7 +259,7 @@ class SoftClip:
     dims: tuple[int, ...]
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        return gradient / (gradient.square().sum(self.dims, keepdim=True).sqrt() + 1)
+        return gradient / (_root(gradient.square().sum(self.dims, keepdim=True)) + 1)
 
     def __str__(self) -> str:
         return f"soft_clip({', '.join(map(str, self.dims))})"
@@ -266,7 +272,7 @@ class GlobalClip:
     norm: float
 
     def joint(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        total = sum(g.square().sum() for g in gradients.values()).sqrt()  # type: ignore[union-attr]
+        total = _root(sum(g.square().sum() for g in gradients.values()))  # type: ignore[arg-type]
         factor = self.norm / total.clamp(min=self.norm)
         return {name: g * factor for name, g in gradients.items()}
 
@@ -286,7 +292,7 @@ class NewtonSchulz:
         x = gradient if self.precision is None else gradient.to(self.precision)
         tall = x.shape[-2] > x.shape[-1]
         x = x.mT if tall else x
-        x = x / (x.square().sum((-2, -1), keepdim=True).sqrt() + self.eps)
+        x = x / (_root(x.square().sum((-2, -1), keepdim=True)) + self.eps)
         for a, b, c in self.coefficients:
             gram = x @ x.mT
             x = a * x + (b * gram + c * gram @ gram) @ x
@@ -304,8 +310,8 @@ class RestoreNorm:
     eps: float
 
     def __call__(self, weight: Tensor, initial: Tensor) -> Tensor:
-        norm = weight.square().sum(self.dim, keepdim=True).sqrt()
-        return weight / (norm + self.eps) * initial.square().sum(self.dim, keepdim=True).sqrt()
+        norm, wanted = (_root(w.square().sum(self.dim, keepdim=True)) for w in (weight, initial))
+        return weight / (norm + self.eps) * wanted
 
     def __str__(self) -> str:
         return f"restore_norm({self.dim})"

@@ -31,6 +31,10 @@ class Schedule:
 
     needs_order: ClassVar[bool] = False
 
+    def seen(self, tokens: int) -> int:
+        """What `self.n` is in a body that works on so many tokens (which may be a traced size)."""
+        return tokens
+
 
 @dataclass(frozen=True)
 class BatchSchedule(Schedule):
@@ -175,7 +179,7 @@ class Causal(Stream):
     """Token by token; gradients are taken at the weights their chunk started with (arXiv 2407.04620).
 
     Token t's step uses its own loss's gradient at the chunk's first weights, the anchor; it is then read out with the
-    weights after its step (`read="after"`) or before it ("before").
+    weights after its step (`read="after"`) or before it ("before"). Tokens are on their own: in a body `self.n` is 1.
 
     Args:
         chunk: tokens per anchor. 1 takes every gradient at the current weights.
@@ -212,6 +216,9 @@ class Causal(Stream):
     def period(self) -> int:
         return self.chunk
 
+    def seen(self, tokens: int) -> int:
+        return 1
+
 
 @dataclass(frozen=True)
 class Online(Causal):
@@ -235,7 +242,8 @@ class Chunked(Stream):
         size: tokens per chunk.
         order: "update-apply" reads a chunk with the weights its own step leaves, so that its tokens see one another
             (the last chunk may be shorter); "apply-update" reads it with the weights before the step (LaCT,
-            arXiv 2505.23884). There a chunk that is not complete takes no step; its gradient waits in the state.
+            arXiv 2505.23884). There a chunk that is not complete takes no step; its gradient waits in the state. Tokens
+            are on their own, and in a body `self.n` is `size`, also where a call holds a part of a chunk alone.
         anchor: gradients are taken at the weights of the last multiple of so many tokens; None takes them at the
             chunk's first weights, 0 always at the initial ones.
         inclusive: with "apply-update", the last token of a chunk is read after the chunk's step (titans-pytorch).
@@ -254,6 +262,9 @@ class Chunked(Stream):
     @property
     def period(self) -> int:
         return self.size
+
+    def seen(self, tokens: int) -> int:
+        return self.size if self.order == "apply-update" else tokens
 
     def __post_init__(self) -> None:
         self._positive(size=self.size, reset=self.reset, anchor=self.anchor or None)

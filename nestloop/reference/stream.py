@@ -84,7 +84,8 @@ class _Walk:
 
     def read(self, start: int, stop: int, weights: Tensors) -> None:
         tile = {n: t[start:stop] for n, t in self.read_tokens.items()}
-        self.z[start] = token_readout(self.spec, {**self.dims, "n": stop - start})(weights, self.slow, tile)
+        dims = {**self.dims, "n": self.spec.schedule.seen(stop - start)}
+        self.z[start] = token_readout(self.spec, dims)(weights, self.slow, tile)
 
     def gradients(
         self, at: Tensors, held: Tensors, tile: Tensors, weigh: bool = True, n: int = 1
@@ -93,7 +94,7 @@ class _Walk:
 
         A gate that is a weight's learning rate weighs its tokens' losses, or their gradients' channels.
         """
-        loss = token_loss(self.spec, {**self.dims, "n": n})
+        loss = token_loss(self.spec, {**self.dims, "n": self.spec.schedule.seen(n)})
         losses = loss(at, self.slow, tile, held)
         found = {}
         for name, weight in at.items():

@@ -11,6 +11,46 @@ from tests.lang.recall import Linear, Recall
 from tests.refusals import refused
 
 
+def weighed(schedule, count=None):
+    """A loop whose loss and output are weighed by the tokens that a body works on, or by a number."""
+
+    class Weighed(Recall):
+        learner = Linear
+
+        def loss(self, f, t):
+            return super().loss(f, t) / (self.n if count is None else count)
+
+        def readout(self, f, t):
+            return f(t.k) * (self.n if count is None else count)
+
+    return type("Loop", (Weighed,), {"schedule": schedule})
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(
+    "schedule, seen",
+    [
+        (nl.Causal(4), 1),
+        (nl.Causal(4, read="before"), 1),
+        (nl.Online(), 1),
+        (nl.Chunked(4, "apply-update"), 4),
+        (nl.Chunked(4, "apply-update", inclusive=True), 4),
+    ],
+)
+def test_the_tokens_a_body_counts_do_not_depend_on_the_calls(schedule, seen, backend):
+    torch.manual_seed(0)
+    views = {name: torch.randn(1, 2, 11, 3, dtype=torch.float64) for name in ("k", "v")}
+    op = nl.compile(weighed(schedule), backend=backend)
+    whole, last = op(views, {})
+    torch.testing.assert_close(whole, nl.compile(weighed(schedule, seen), backend=backend)(views, {})[0])
+    outputs, state = [], None
+    for start, stop in ((0, 1), (1, 3), (3, 10), (10, 11)):
+        z, state = op({name: view[:, :, start:stop] for name, view in views.items()}, {}, state)
+        outputs.append(z)
+    torch.testing.assert_close(torch.cat(outputs, 2), whole)
+    torch.testing.assert_close(state, last)
+
+
 @pytest.mark.parametrize(
     "schedule, name, value",
     [

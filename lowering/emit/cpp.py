@@ -152,6 +152,8 @@ class CppFunction:
     def _memory(self, value: Value) -> str:
         if value.kind == "input":
             return value.name
+        if value.is_scalar and value.result is None:
+            return f"(&{value.name})"  # a variable, as the tile of one number that a product or a join reads
         return value.result if value.result is not None else f"{value.name}_tile"
 
     def _at(self, view: Strided, index: Sequence[str], strides: Sequence[Extent]) -> str:

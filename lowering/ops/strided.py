@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
+
 
 class NoSpelling(Exception):
     """An op, or a use of one, that a backend cannot spell; its text is the reason."""
@@ -94,6 +96,10 @@ def extent(size: Any) -> Extent:
     expr = traced.node.expr
     (symbol,) = expr.free_symbols
     powers = expr.as_poly(symbol)
+    if powers is None:  # (n**2) // n, say, from a size that a reshape worked out: the cubic through four places
+        through = sympy.interpolate([(n, expr.subs(symbol, n)) for n in (2, 3, 4, 5)], symbol)
+        if all(through.subs(symbol, n) == expr.subs(symbol, n) for n in (6, 7, 64, 101)):
+            powers = sympy.Poly(through, symbol)
     factors = [] if powers is None else powers.all_coeffs()[::-1]
     if not factors or len(factors) > 4 or not all(f.is_Integer for f in factors):
         raise NoSpelling(f"a size is {expr}, no whole polynomial in the number of tokens")

@@ -371,7 +371,8 @@ def _explain(lowered: AnyLowered, sizes: Mapping[str, int], op: CompiledLoop | N
         )
         lines.append("  unless a state is passed; nothing is carried from one call to the next by itself")
         if getattr(spec.schedule, "reset", None):
-            lines.append(f"  within a sequence it starts again every {spec.schedule.reset} tokens")
+            seen = "" if (spec.optimizer.window or 1) == 1 else "; the window reaches behind that"
+            lines.append(f"  within a sequence it starts again every {spec.schedule.reset} tokens{seen}")
     lines += ["", "slow weights (only the outer loop changes them): " + (", ".join(spec.slow) or "none")]
     lines.append("views: " + ", ".join(f"{n} [{', '.join(map(str, v.dims))}]" for n, v in spec.views.items()))
     if spec.gates:

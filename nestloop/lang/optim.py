@@ -54,7 +54,7 @@ class SGD:
             (gated delta rule). Only `Online` can tell them apart.
         momentum: the factor on S of one step; several, in a tuple, for higher orders (S' <- momentum' * S' + S).
         window: under `Causal`, the gradient of a step is the sum over so many last tokens instead of one (the Omega
-            rule, arXiv 2505.23735).
+            rule, arXiv 2505.23735). Those before a `reset` of the schedule are among them, at the weights after it.
         restore: plain PyTorch from (W, initial W) to the weights a step leaves (`restore_norm`).
 
     Raises:

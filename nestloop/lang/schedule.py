@@ -143,7 +143,8 @@ class Stream(Schedule):
     """Schedules that read out while they learn, and carry a state from one call to the next.
 
     A step's loss is the sum of its tokens' losses. `reset` starts again from the initial fast weights every so many
-    tokens.
+    tokens: what was learned is forgotten, momenta and all, not what was seen. A window of the optimizer reaches behind
+    it.
     """
 
     @property
@@ -184,7 +185,8 @@ class Causal(Stream):
     Args:
         chunk: tokens per anchor. 1 takes every gradient at the current weights.
         read: "after" (inclusive) or "before" a token's own step.
-        reset: start from the initial fast weights every so many tokens, a multiple of `chunk`.
+        reset: start from the initial fast weights every so many tokens, a multiple of `chunk`. The first steps after
+            it still take the gradients of the tokens before it that are in the optimizer's `window`.
 
     Raises:
         IllegalScheduleError: a count that is none, a reset inside a chunk, an unknown `read`.

@@ -51,6 +51,24 @@ def test_the_tokens_a_body_counts_do_not_depend_on_the_calls(schedule, seen, bac
     torch.testing.assert_close(state, last)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_window_reaches_behind_a_reset(window, backend):
+    torch.manual_seed(0)
+    parts = {"learner": Linear, "schedule": nl.Causal(2, reset=4), "optimizer": nl.SGD(lr=0.1, window=window)}
+    loop = type("Loop", (Recall,), parts)
+    views = {name: torch.randn(1, 1, 8, 3, dtype=torch.float64) for name in ("k", "v")}
+    others = {name: view.clone() for name, view in views.items()}
+    others["v"][:, :, 3] += 1  # the last token before the reset
+    op = nl.compile(loop, backend=backend)
+    (one, _), (other, _) = op(views, {}), op(others, {})
+    changed = (one != other).any(-1).flatten().tolist()
+    # Steps 4 and 5 take its gradient; what they leave is in the weights of 6 and 7.
+    assert changed == [False] * 3 + [True] + [window is not None] * 4
+    told = nl.explain(loop, d=3)
+    assert ("the window reaches behind that" in told) == (window is not None)
+
+
 @pytest.mark.parametrize(
     "schedule, name, value",
     [

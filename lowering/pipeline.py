@@ -22,7 +22,6 @@ from nestloop.lowering.emit.cpp_piece import CppPiece
 from nestloop.lowering.emit.cpp_scan import CppScan
 from nestloop.lowering.emit.stream import StreamEmitter, StreamSource
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
-from nestloop.lowering.emit.unit import CppSource
 from nestloop.lowering.ops import NoSpelling
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites
 from nestloop.lowering.runtime.native import NativePlan
@@ -51,7 +50,7 @@ class Lowered:
     pieces: dict[str, Piece]
     rewrites: list[Rewrite]
     source: TorchSource | None
-    native: CppSource | None
+    native: NativePlan | None
     not_native: str
 
     @property
@@ -103,7 +102,7 @@ def stages(
 
 def _native(
     captured: Captured, differentiated: dict[str, Piece], losses: bool, carried: bool
-) -> tuple[CppSource | None, str]:
+) -> tuple[NativePlan | None, str]:
     """The loop in C++, or why it has none."""
     if captured.loss is None:
         return None, "a kernel estimator has no steps to walk"
@@ -140,7 +139,7 @@ class LoweredStream:
     pieces: dict[str, Piece]
     rewrites: list[Rewrite]
     source: StreamSource
-    native: CppSource | None
+    native: NativePlan | None
     not_native: str
     part: str
 
@@ -224,7 +223,7 @@ def stream_plan(lowered: LoweredStream) -> Plan:
         kept=source.kept,
         chunk=lowered.form.longest if lowered.part == "scan" else 0,
         why="\n".join(str(rule) for rule in lowered.rewrites),
-        native=None if lowered.native is None else NativePlan(**vars(lowered.native)),
+        native=lowered.native,
         not_native=lowered.not_native,
     )
 
@@ -250,6 +249,6 @@ def plan(lowered: Lowered) -> Plan:
         },
         rows=rows_in_cache([module for p in lowered.pieces.values() for module in (p.forward, p.backward)], heads),
         scale=dot_product_scale(captured) if form == "attention" else None,
-        native=None if lowered.native is None else NativePlan(**vars(lowered.native)),
+        native=lowered.native,
         not_native=lowered.not_native,
     )

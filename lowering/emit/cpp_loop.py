@@ -11,28 +11,22 @@ from collections.abc import Callable, Mapping
 from textwrap import indent
 from types import MappingProxyType
 
-from nestloop.lowering.emit.cpp_pieces import CppPieces, in_rows
-from nestloop.lowering.emit.unit import CLOSE, HEADER, CppSource, flat, indented, open_parallel
+from nestloop.lowering.emit.cpp_pieces import CppPieces
+from nestloop.lowering.emit.expressions import rows
+from nestloop.lowering.emit.unit import CLOSE, flat, header, indented, open_parallel, shared_out, tensors
+from nestloop.lowering.runtime.native import NativePlan
 
 
 class CppEmitter(CppPieces):
     """Writes the translation unit of one lowered loop."""
 
-    def emit(self, rows: int) -> CppSource:
+    def emit(self, rows: int) -> NativePlan:
         """The translation unit, for tiles of about `rows` tokens."""
-        spec = self.spec
-        sizes = ", ".join(f"{n} = {s}" for n, s in self.captured.sizes.items())
-        plan = "A tile holds all tokens: they mix." if self.whole else ""
-        head = HEADER.format(
-            title=f"{spec.name}: {(spec.cls.__doc__ or 'an inner loop').strip().splitlines()[0]}",
-            source=spec.where.short,
-            dims=sizes,
-            plan=plan or f"The cost model takes {rows}.",
-        )
+        plan = "A tile holds all tokens: they mix." if self.whole else f"The cost model takes {rows}."
         parts = [function.write() for function in self.functions.values()]
         parts += [self._forward(), self._backward()]
-        return CppSource(
-            head + "\n\n".join(parts) + "\n",
+        return NativePlan(
+            header(self.captured, plan) + "\n\n".join(parts) + "\n",
             tuple(map(self._original, self._given("forward"))),
             tuple(map(self._original, self._given("backward"))),
             tuple(map(self._original, self._gradients())),
@@ -117,12 +111,9 @@ class CppEmitter(CppPieces):
 
     def _open(self, which: str, items: str) -> list[str]:
         kept = {*self.tokens, "d_z", "d_losses", *[f"{p}_{n}" for n in self.fast for p in ("end", "between")]}
-        declared = []
-        for index, name in enumerate(self._given(which)):
-            suffix = "" if name in kept else "_all"
-            declared.append(f"const Tensor& {name}{suffix} = given[{index}]; (void){name}{suffix};")
-        rows = "longest < 1 ? 16 : (longest + 15) / 16 * 16"
-        return open_parallel(declared, rows, in_rows(self._size(which)), self._buffers(which), items)
+        buffers, size = shared_out(self._layout(which))
+        room = "longest < 1 ? 16 : (longest + 15) / 16 * 16"
+        return open_parallel(tensors({n: n not in kept for n in self._given(which)}), room, rows(size), buffers, items)
 
     def _forward(self) -> str:
         fast = self.fast

@@ -20,7 +20,7 @@ class CppPiece(CppStream):
 
     def _forward(self) -> str:
         ((name, piece),) = self.pieces.items()
-        body = ["const long head = item / B, sequence = item % B;", *self._whole, *self._read_only("forward")]
+        body = ["const long head = item / B, sequence = item % B;", *self._whole, *self._read_only()]
         body += self._state_pointers()
         places, after = {}, []
         for index, (result, made) in enumerate(zip(piece.results, self._made, strict=True)):
@@ -41,7 +41,7 @@ class CppPiece(CppStream):
     def _backward(self) -> str:
         ((name, piece),) = self.pieces.items()
         made = {n: f"made[{i}]" for i, n in enumerate(self._gradients)}
-        body = [*self._whole, *self._read_only("backward"), *self._state_pointers(), *self._rows_of(made)]
+        body = [*self._whole, *self._read_only(), *self._state_pointers(), *self._rows_of(made)]
         places, after = self._token_cotangents(name)
         for result in piece.results:
             plain = result.removesuffix("_new")

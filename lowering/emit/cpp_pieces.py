@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import reduce
 from typing import Any
 
 from torch import fx
@@ -14,6 +13,7 @@ from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.cpp import CppFunction
 from nestloop.lowering.emit.identifiers import identifier
 from nestloop.lowering.emit.torch import TITLES
+from nestloop.lowering.emit.unit import identified, shared_out, worked_in
 from nestloop.lowering.ops.strided import Extent
 from nestloop.lowering.schedule.values import SCALARS
 
@@ -65,11 +65,8 @@ class CppPieces:
 
     def _safe(self, name: str) -> str:
         """A placeholder's or result's name with the declared name in it made an identifier of C++."""
-        for prefix, suffix in (("", ""), ("gradient_", ""), ("d_gradient_", ""), ("", "_new"), ("d_", "_new")):
-            plain = name.removeprefix(prefix).removesuffix(suffix)
-            if name == prefix + plain + suffix and plain in self.declared.values():
-                return prefix + identifier(plain) + suffix
-        return name
+        affixes = (("", ""), ("gradient_", ""), ("d_gradient_", ""), ("", "_new"), ("d_", "_new"))
+        return identified(name, self.declared.values(), affixes)
 
     def _original(self, name: str) -> str:
         """The name of a tensor of `_given`, as the op knows it."""
@@ -93,7 +90,7 @@ class CppPieces:
 
     def scratch(self, rows: int) -> int:
         """Elements one thread works on with tiles of so many tokens, the state's included."""
-        return max(self._size(name).at(rows) for name in ("forward", "backward"))
+        return max(shared_out(self._layout(name))[1].at(rows) for name in ("forward", "backward"))
 
     def _given(self, which: str) -> list[str]:
         """Names of the tensors that `forward` or `backward` takes."""
@@ -122,25 +119,7 @@ class CppPieces:
             layout += [(f"d_{n}_tile", Extent(self.widths[n], 0)) for n in self.tokens if n in made]
             layout += [(f"{p}_{n}", Extent(0, self.widths[n])) for n in self.fast for p in ("now", "before")]
             layout += [(f"d_gradient_{n}", Extent(0, self.widths[n])) for n in self.fast]
-        once = [self.functions[n].once.size.constant for n in names]
-        own = [self.functions[n].scratch.size for n in names]
-        layout.append(("once", Extent(0, max(once, default=0))))
-        largest = reduce(Extent.at_least, own)  # each piece has it to itself
-        layout.append(("scratch", largest))
-        return [(name, e + Extent(0, -e.constant % 16)) for name, e in layout]
-
-    def _size(self, which: str) -> Extent:
-        total = Extent(0, 0)
-        for _, size in self._layout(which):
-            total = total + size
-        return total
-
-    def _buffers(self, which: str) -> list[str]:
-        lines, offset = [], Extent(0, 0)
-        for name, size in self._layout(which):
-            lines.append(f"S* {name} = memory + {in_rows(offset)}; (void){name};")
-            offset = offset + size
-        return lines
+        return layout + worked_in([self.functions[n] for n in names])
 
 
 def elements(shape: Iterable[Any]) -> int:
@@ -149,7 +128,3 @@ def elements(shape: Iterable[Any]) -> int:
     for size in shape:
         total *= int(size)
     return total
-
-
-def in_rows(size: Extent) -> str:
-    return str(size).replace("n", "rows")

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from nestloop.lowering.emit.cpp_stream import SIGNATURE, CppStream, widths_of
+from nestloop.lowering.emit.cpp_stream import SIGNATURE, CppStream
 from nestloop.lowering.emit.identifiers import identifier as safe
 from nestloop.lowering.emit.unit import CLOSE, flat, indented
 
@@ -15,17 +15,16 @@ class CppScan(CppStream):
 
     def _forward(self) -> str:
         widths, at = self.widths, {n: i for i, n in enumerate(self._made)}
-        body = ["const long head = item / B, sequence = item % B;", *self._read_only("forward")]
-        anchored = bool(self.long_anchor and self.chunked is not None and self.chunked.anchor)
+        body = ["const long head = item / B, sequence = item % B;", *self._read_only()]
         for n in self.carry:
             c = safe(n)
             own = n in self.starts
             body.append(f"const S* {c} = {f'{c}_all.at(head, sequence)' if own else 'nullptr'};")
         for n in [*self.carry, *self.extra]:
-            body.append(f"S* end_{n} = made[{at[f'end_{n}']}] + (head * B + sequence) * {widths_of(self, n)};")
+            body.append(f"S* end_{n} = made[{at[f'end_{n}']}] + (head * B + sequence) * {widths[n]};")
         for n in self.extra:
             if n.endswith("__pending"):
-                body.append(f"zero(end_{n}, {widths_of(self, n)});")
+                body.append(f"zero(end_{n}, {widths[n]});")
         for n in ("z", "losses"):
             if n in at:
                 body.append(f"S* {n}_rows = made[{at[n]}] + (head * B + sequence) * N * {widths[n]};")
@@ -35,9 +34,9 @@ class CppScan(CppStream):
             place = f"made[{len(at) + i}] + (((index / every - 1) * H + head) * B + sequence) * {widths[n]}"
             kept.append(f"    copy({safe(n)}, {widths[n]}, {place});")
         loop += ["if (index && index % every == 0) {", *kept, "}"]
-        if anchored:
-            loop.append(f"if (from % {self.chunked.anchor} == 0) {{" if self.chunked else "")
-            for n in self._anchors:
+        if self.anchor_period:
+            loop.append(f"if (from % {self.anchor_period} == 0) {{")
+            for n in self.anchors:
                 weight = safe(n.removesuffix("__anchor"))
                 loop += [f"    copy({weight}, {widths[n]}, now_{safe(n)});", f"    {safe(n)} = now_{safe(n)};"]
             loop.append("}")
@@ -76,17 +75,12 @@ class CppScan(CppStream):
         doc = "z, the state at the end, losses, the states kept. Returns 1 where memory is short."
         return SIGNATURE.format(name="forward", doc=doc) + indented(lines) + "}"
 
-    @property
-    def _anchors(self) -> list[str]:
-        """Anchors that a chunk hands to the next."""
-        return [n for n in self.carry if n.endswith("__anchor")]
-
     def _begin(self) -> list[str]:
         """Lines that set the anchor of a chunk, in backward: the state before it is in memory."""
-        if not (self.long_anchor and self.chunked is not None and self.chunked.anchor):
+        if not self.anchor_period:
             return []
-        moved = " ".join(f"{safe(n)} = {safe(n.removesuffix('__anchor'))};" for n in self._anchors)
-        return [f"if (from % {self.chunked.anchor} == 0) {{ {moved} }}"]
+        moved = " ".join(f"{safe(n)} = {safe(n.removesuffix('__anchor'))};" for n in self.anchors)
+        return [f"if (from % {self.anchor_period} == 0) {{ {moved} }}"]
 
     def _states(self, index: str, kind: str, suffix: str = "") -> list[str]:
         """Pointers into the states of a group."""
@@ -100,12 +94,12 @@ class CppScan(CppStream):
     def _backward(self) -> str:
         widths = self.widths
         made = {n: f"made[{i}]" for i, n in enumerate(self._gradients)}
-        body = [*self._read_only("backward"), *self._rows_of(made)]
+        body = [*self._read_only(), *self._rows_of(made)]
         for n in self.carry:
             c = safe(n)
             body.append(f"S *d_{c} = now_d_{c}, *d_{c}_before = next_d_{c}; (void)d_{c}_before;")
             body.append(f"copy(d_end_{c}_all.at(head, sequence), {widths[n]}, d_{c});")
-        body.append(f"zero(nothing, {max([1, *[widths_of(self, n) for n in self.extra]])});")
+        body.append(f"zero(nothing, {self._largest});")
         group = [
             "const long last = first + every < chunks ? first + every : chunks;",
             "{",
@@ -130,7 +124,7 @@ class CppScan(CppStream):
             *self._takes("advance"),
             *self._call("advance", places),
             *self._unmade("advance", left, places),
-            *[f"copy({safe(n)}, {widths[n]}, {safe(n)}_new);" for n in self._anchors],
+            *[f"copy({safe(n)}, {widths[n]}, {safe(n)}_new);" for n in self.anchors],
         ]
         group += [
             "for (long index = first; index + 1 < last; index++) {",
@@ -182,10 +176,10 @@ class CppScan(CppStream):
                 last.append(f"    add_to({end}, {widths[weight]}, d_{safe(weight)});")
         if last:
             lines += ["if (index + 1 == chunks) {  // the last chunk's first weights are its anchor", *last, "}"]
-        if self.long_anchor and self.chunked is not None and self.chunked.anchor:
+        if self.anchor_period:
             inner = []
-            for n in self._anchors:
+            for n in self.anchors:
                 c, weight = safe(n), safe(n.removesuffix("__anchor"))
                 inner += [f"    add_to(d_{c}, {widths[n]}, d_{weight});", f"    zero(d_{c}, {widths[n]});"]
-            lines += [f"if (from % {self.chunked.anchor} == 0) {{", *inner, "}"]
+            lines += [f"if (from % {self.anchor_period} == 0) {{", *inner, "}"]
         return lines

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
 
 from torch import fx
 
-from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.cpp import CppFunction
-from nestloop.lowering.emit.cpp_pieces import elements, in_rows
+from nestloop.lowering.emit.cpp_pieces import elements
+from nestloop.lowering.emit.expressions import rows
 from nestloop.lowering.emit.identifiers import identifier as safe
 from nestloop.lowering.emit.scan import TITLES, Scan
-from nestloop.lowering.emit.unit import CLOSE, HEADER, CppSource, flat, indented, open_parallel
+from nestloop.lowering.emit.unit import (
+    CLOSE,
+    flat,
+    header,
+    identified,
+    indented,
+    open_parallel,
+    shared_out,
+    tensors,
+    worked_in,
+)
 from nestloop.lowering.ops.strided import Extent
-from nestloop.lowering.streams.step import VALID, Step
+from nestloop.lowering.runtime.native import NativePlan
+from nestloop.lowering.streams.step import VALID, identifier
 
 SIGNATURE = """// {doc}
 extern "C" int {name}(long H, long B, long N, long longest, int threads, long every, long groups,
@@ -31,42 +41,32 @@ class CppStream(Scan):
         NoSpelling: something in it has no C++; the text is the reason.
     """
 
-    def __init__(
-        self,
-        captured: Captured,
-        pieces: Mapping[str, Piece],
-        states: Mapping[str, fx.GraphModule],
-        steps: Mapping[str, Step],
-        longest: int,
-        losses: bool,
-        form: str,
-    ) -> None:
-        super().__init__(captured, pieces, states, steps, longest, losses, form)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.initial = [n for n in self.first.inputs if n.endswith("__initial")]
-        piece = next(iter(pieces.values()))
-        if not longest:  # one piece: all of its state comes from outside
+        if not self.longest:  # one piece: all of its state comes from outside
+            (piece,) = self.pieces.values()
             self.carried = [n for n in piece.inputs if n not in self.slow and n not in self.tokens]
         else:
             self.carried = [*self.starts, *self.initial]
-        self.declared = {*self.entries_as_identifiers, *self.initial, *self.slow, *self.tokens}
-        self.widths: dict[str, int] = {}
+        state = {
+            identifier(n): elements(e.size(self.captured.sizes) for e in entry.like.dims)
+            for n, entry in self.entries.items()
+        }
+        self.declared = {*state, *self.initial, *self.slow, *self.tokens}
+        self.widths = dict(state)
         self.functions: dict[str, CppFunction] = {}
-        for name, piece in pieces.items():
+        for name, piece in self.pieces.items():
             doc = f"{TITLES[name]}. Makes {', '.join(piece.results)}."
             self._add(name, piece.forward, list(piece.results), (), doc)
             wrt = [None if n == VALID else f"d_{n}" for n in piece.wrt]
             shared = [f"d_{n}" for n in self._shared]
             self._add(f"{name}_vjp", piece.backward, wrt, shared, f"Cotangents of the inputs of {name}.")
             self._measure(piece)
-        for name, module in states.items():
-            left = [r for r in pieces["chunk"].results if r.endswith("_new")]
+        for name, module in self.states.items():
+            left = [r for r in self.pieces["chunk"].results if r.endswith("_new")]
             wanted = [r if r.removesuffix("_new") in self.carry else None for r in left]
             self._add(name, module, wanted, (), f"{TITLES[name]}.")
-
-    @property
-    def entries_as_identifiers(self) -> list[str]:
-        """The state's entries, as names of graph inputs."""
-        return [n.replace(".", "__") for n in self.entries]
 
     @property
     def _shared(self) -> list[str]:
@@ -83,38 +83,26 @@ class CppStream(Scan):
 
     def _safe(self, name: str) -> str:
         """A graph's name with the declared name in it made an identifier of C++."""
-        for prefix, suffix in (("", ""), ("d_", ""), ("", "_new"), ("d_", "_new")):
-            plain = name.removeprefix(prefix).removesuffix(suffix)
-            if name == prefix + plain + suffix and plain in self.declared:
-                return prefix + safe(plain) + suffix
-        return name
+        return identified(name, self.declared, (("", ""), ("d_", ""), ("", "_new"), ("d_", "_new")))
 
     def _measure(self, piece: Piece) -> None:
-        """Elements of one token's row, or of one tile of the state, by name."""
+        """Elements of one token's row, or of one weight's tile, by name."""
         for node in piece.backward.graph.find_nodes(op="placeholder"):
-            name = node.name
-            rows = name in self.tokens or name in ("d_z", "d_losses")
-            shape = node.meta["val"].shape
-            width = elements(shape[1:] if rows else shape)
-            plain = name if name in self.declared else name.removeprefix("d_").removesuffix("_new")
-            self.widths[plain] = width
+            name, shape = node.name, node.meta["val"].shape
+            if name in ("d_z", "d_losses"):
+                self.widths[name.removeprefix("d_")] = elements(shape[1:])
+            elif name in self.declared:
+                self.widths[name] = elements(shape[1:] if name in self.tokens else shape)
 
     # ---- Source ----------------------------------------------------------------------------------------------------
 
-    def emit(self) -> CppSource:
+    def emit(self) -> NativePlan:
         """The translation unit."""
-        sizes = ", ".join(f"{n} = {s}" for n, s in self.captured.sizes.items())
         what = f"A scan over chunks of {self.longest} tokens" if self.longest else "One piece"
-        head = HEADER.format(
-            title=f"{self.spec.name}: {(self.spec.cls.__doc__ or 'an inner loop').strip().splitlines()[0]}",
-            source=self.spec.where.short,
-            dims=sizes,
-            plan=f"{what}: the {self.form} form.",
-        )
         parts = [function.write() for function in self.functions.values()]
         parts += [self._forward(), self._backward()]
-        return CppSource(
-            text=head + "\n\n".join(parts) + "\n",
+        return NativePlan(
+            text=header(self.captured, f"{what}: the {self.form} form.") + "\n\n".join(parts) + "\n",
             forward=tuple(self._given("forward")),
             backward=tuple(self._given("backward")),
             gradients=tuple(self._gradients),
@@ -181,33 +169,27 @@ class CppStream(Scan):
             layout += [(f"d_{safe(n)}_tile", Extent(self.widths[n], 0)) for n in self.tokens if f"d_{safe(n)}" in made]
             kinds = ("now_d", "next_d")
         layout += [(f"{kind}_{safe(n)}", Extent(0, self.widths[n])) for n in self._kept for kind in kinds]
-        largest = max([1, *[widths_of(self, n) for n in self.extra]])
-        layout.append(("nothing", Extent(0, largest)))
-        layout.append(("once", Extent(0, max((self.functions[n].once.size.constant for n in names), default=0))))
-        own = [self.functions[n].scratch.size for n in names]
-        layout.append(("scratch", reduce(Extent.at_least, own)))
-        return [(name, e + Extent(0, -e.constant % 16)) for name, e in layout]
+        layout.append(("nothing", Extent(0, self._largest)))
+        return layout + worked_in([self.functions[n] for n in names])
+
+    @property
+    def _largest(self) -> int:
+        """Elements of the largest entry that only the last chunk leaves."""
+        return max((self.widths[n] for n in self.extra), default=1)
 
     def _open(self, which: str, items: str) -> list[str]:
         tokens = {*self.tokens, *[f"between_{n}" for n in self._kept], "d_z", "d_losses"}
-        declared = []
-        for index, name in enumerate(self._given(which)):
-            suffix = "" if name in tokens else "_all"
-            called = self._called(name)
-            declared.append(f"const Tensor& {called}{suffix} = given[{index}]; (void){called}{suffix};")
+        declared = tensors({self._called(n): n not in tokens for n in self._given(which)})
         if self.longest:
             declared.append("const long chunks = (N + longest - 1) / longest;")
-        size, lines = Extent(0, 0), []
-        for name, part in self._layout(which):
-            lines.append(f"S* {name} = memory + {in_rows(size)}; (void){name};")
-            size = size + part
-        need = in_rows(size)
+        lines, size = shared_out(self._layout(which))
+        need = rows(size)
         if which == "backward" and self.longest:
             lines.append(f"S* states = memory + {need};")
             need += f" + every * {self._state}"
         reach = f" + {self.halo}" if self.halo else ""
-        rows = f"((longest < N ? longest : N){reach} + 15) / 16 * 16"
-        return open_parallel(declared, rows, need, lines, items)
+        room = f"((longest < N ? longest : N){reach} + 15) / 16 * 16"
+        return open_parallel(declared, room, need, lines, items)
 
     @property
     def _state(self) -> int:
@@ -264,7 +246,7 @@ class CppStream(Scan):
             "}",
         ]
 
-    def _read_only(self, which: str) -> list[str]:
+    def _read_only(self) -> list[str]:
         """Pointers to slow weights and initial fast weights."""
         names = self._shared if self.longest else self.slow
         read = {n for f in self.functions.values() for n in f.inputs}
@@ -336,11 +318,3 @@ class CppStream(Scan):
             else:
                 places[f"d_{c}"] = rows
         return places, after
-
-
-def widths_of(stream: CppStream, name: str) -> int:
-    """Elements of an entry of the state: an anchor or a sum is as large as its weight."""
-    if name in stream.widths:
-        return stream.widths[name]
-    entry = stream.entries[name.replace("__", ".")]
-    return elements([*[e.size(stream.captured.sizes) for e in entry.like.dims]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -22,30 +23,31 @@ TITLES = {
 }
 
 
+@dataclass
 class Scan:
-    """The pieces of one op of a stream: a scan over chunks, or one piece.
+    """The pieces of one op of a stream: a scan over chunks, or one piece. What writes them is a class derived from it.
 
-    Args:
+    Attributes:
         pieces: what is written, with their backwards.
         states: forwards without read-out, "advance".
         steps: the step of each piece.
         longest: tokens of a scan's chunk; 0 where the op is one piece.
+        losses: whether each token's loss is a result.
+        form: the name of the form that the steps take.
     """
 
-    def __init__(
-        self,
-        captured: Captured,
-        pieces: Mapping[str, Piece],
-        states: Mapping[str, fx.GraphModule],
-        steps: Mapping[str, Step],
-        longest: int,
-        losses: bool,
-        form: str,
-    ) -> None:
-        self.captured, self.spec, self.pieces, self.steps = captured, captured.spec, pieces, steps
-        self.longest, self.losses, self.form = longest, losses, form
-        self.output = readout_axes(captured)
-        self.first = next(iter(steps.values()))
+    captured: Captured
+    pieces: Mapping[str, Piece]
+    states: Mapping[str, fx.GraphModule]
+    steps: Mapping[str, Step]
+    longest: int
+    losses: bool
+    form: str
+
+    def __post_init__(self) -> None:
+        self.spec = self.captured.spec
+        self.output = readout_axes(self.captured)
+        self.first = next(iter(self.steps.values()))
         self.halo = self.first.halo
         self.tokens, self.slow = [*self.spec.inputs, *([VALID] if self.halo else [])], list(self.spec.slow)
         self.entries = entries(self.spec)
@@ -66,10 +68,19 @@ class Scan:
         return self.chunked is not None and self.chunked.anchor is not None
 
     @property
+    def anchor_period(self) -> int:
+        """Tokens from one anchor to the next that a chunk may hand on; 0 for one that stays, or none."""
+        return 0 if self.chunked is None else self.chunked.anchor or 0
+
+    @property
+    def anchors(self) -> list[str]:
+        """Anchors that a chunk hands to the next."""
+        return [n for n in self.carry if n.endswith("__anchor")]
+
+    @property
     def starts(self) -> list[str]:
         """Carried entries that the scan takes: an anchor that begins with the scan is no input."""
-        begins = self.chunked is not None and bool(self.chunked.anchor)
-        return [n for n in self.carry if not (begins and n.endswith("__anchor"))]
+        return [n for n in self.carry if not (self.anchor_period and n in self.anchors)]
 
     @property
     def extra(self) -> list[str]:

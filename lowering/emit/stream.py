@@ -10,14 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from textwrap import indent
 
-from torch import fx
-
-from nestloop.lowering.capture import Captured
-from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.scan import TITLES, Scan
 from nestloop.lowering.emit.tile import TileFunction
 from nestloop.lowering.emit.torch import TILE_OPERATIONS
-from nestloop.lowering.streams.step import Step, identifier
+from nestloop.lowering.streams.step import identifier
 
 _HEADER = '''"""{title}
 
@@ -54,26 +50,17 @@ class StreamSource:
 class StreamEmitter(Scan):
     """Writes the module of one scan, or of one piece."""
 
-    def __init__(
-        self,
-        captured: Captured,
-        pieces: Mapping[str, Piece],
-        states: Mapping[str, fx.GraphModule],
-        steps: Mapping[str, Step],
-        longest: int,
-        losses: bool,
-        form: str,
-    ) -> None:
-        super().__init__(captured, pieces, states, steps, longest, losses, form)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.functions: dict[str, TileFunction] = {}
-        for name, piece in pieces.items():
+        for name, piece in self.pieces.items():
             doc = f"{TITLES[name]}. Returns {', '.join(piece.results)}."
             self.functions[name] = TileFunction(name, piece.forward, doc, self._axes(piece.forward))
             doc = f"Cotangents of the inputs of {name}."
             self.functions[f"{name}_vjp"] = TileFunction(
                 f"{name}_vjp", piece.backward, doc, self._axes(piece.backward), list(piece.wrt)
             )
-        for name, module in states.items():
+        for name, module in self.states.items():
             self.functions[name] = TileFunction(name, module, f"{TITLES[name]}.", self._axes(module))
 
     def _module(self, parts: list[str], title: str) -> str:
@@ -176,12 +163,8 @@ class StreamEmitter(Scan):
     def _begin(self) -> list[str]:
         """Lines that set the anchor of a chunk."""
         if self.long_anchor:
-            assert self.chunked is not None
-            names = [identifier(n) for n, e in self.entries.items() if e.part == "anchor"]
-            if not self.chunked.anchor:
-                return []
-            lines = [f"    {n} = {n.removesuffix('__anchor')}" for n in names]
-            return [f"if _from % {self.chunked.anchor} == 0:", *lines]
+            lines = [f"    {n} = {n.removesuffix('__anchor')}" for n in self.anchors]
+            return [f"if _from % {self.anchor_period} == 0:", *lines] if self.anchor_period else []
         return [f"{n} = {n.removesuffix('__anchor')}" for n in self.extra if n.endswith("__anchor")]
 
     def _results_of(self, name: str) -> list[str]:
@@ -213,9 +196,8 @@ class StreamEmitter(Scan):
         loop += self._either(calls["chunk"], calls.get("partial", []))
         loop.append(f"_z.append({self._own('_tile')})")
         loop += [f"_losses.append({self._own('_loss')})"] if self.losses else []
-        if self.long_anchor and self.chunked is not None and self.chunked.anchor:
-            names = [n for n in self.carry if n.endswith("__anchor")]
-            lines.append(f"{' = '.join(names)} = None")
+        if self.anchor_period:
+            lines.append(f"{' = '.join(self.anchors)} = None")
         lines += ["for _index, (_from, _to) in enumerate(_chunks):", indent("\n".join(loop), "    ")]
         returned = ["join(_z)", *self.carry, *self.extra, *(["join(_losses)"] if self.losses else [])]
         returned += [f"stack([state[{j}] for state in _kept], 0, {n})" for j, n in enumerate(self.carry)]
@@ -318,11 +300,10 @@ class StreamEmitter(Scan):
                 f"    d_{n.removesuffix('__anchor')} = add(d_{n.removesuffix('__anchor')}, d_end_{n})" for n in anchors
             ]
             lines += ["if _index == len(_chunks) - 1:  # the last chunk's first weights are its anchor", *last]
-        if self.long_anchor and self.chunked is not None and self.chunked.anchor:
-            pairs = [n for n in self.carry if n.endswith("__anchor")]
+        if self.anchor_period:
             inner = []
-            for n in pairs:
+            for n in self.anchors:
                 weight = n.removesuffix("__anchor")
                 inner += [f"    d_{weight} = add(d_{weight}, d_{n})", f"    d_{n} = zeros(d_{n})"]
-            lines += [f"if _from % {self.chunked.anchor} == 0:", *inner]
+            lines += [f"if _from % {self.anchor_period} == 0:", *inner]
         return lines

@@ -23,7 +23,16 @@ ITEMS = 48  # heads times groups of sequences: enough to share out to as many co
 
 @dataclass(frozen=True)
 class NativePlan:
-    """Generated C++ and how it is called; see `emit.cpp_loop.CppSource`."""
+    """Generated C++ and how it is called.
+
+    Attributes:
+        text: the translation unit.
+        forward, backward: names of the tensors each takes, in order.
+        gradients: names of the inputs that `backward` gives a cotangent of, in order; the others' are zero.
+        common: names of what all steps share, which the PyTorch module makes.
+        whole: whether a tile must hold all tokens.
+        rows: tokens of a tile, where it need not.
+    """
 
     text: str
     forward: tuple[str, ...]

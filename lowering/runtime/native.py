@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nestloop.lowering.runtime import compiler
 
-ITEMS = 48  # heads times groups of sequences: enough to share out to as many cores
+_ITEMS = 48  # heads times groups of sequences: enough to share out to as many cores
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,52 @@ class NativeLibrary:
         """
         return self._double if dtype == torch.float64 else self._float
 
+    def walks(self, name: str) -> bool:
+        """Whether a tensor has an axis before its tile's that C++ walks: tokens, steps, or chunks."""
+        raise NotImplementedError
+
+    def call(
+        self,
+        function: str,
+        lead: tuple[int, int],
+        dtype: torch.dtype,
+        before: Sequence[Any],
+        given: Sequence[tuple[str, Tensor]],
+        after: Sequence[Any],
+        made: Sequence[Tensor],
+    ) -> None:
+        """Call a function of the library: (heads, sequences, before, tensors by name, after, results).
+
+        Args:
+            lead: heads and sequences.
+            dtype: the compute type.
+            before, after: other arguments, as C takes them.
+
+        Raises:
+            MemoryError: a thread has no memory for its tiles.
+        """
+        if not all(lead):  # nothing but sums over no heads, or no sequences
+            for tensor in made:
+                tensor.zero_()
+            return
+        kept = [(n, readable(t, self.walks(n))) for n, t in given]
+        tensors = [argument(t, self.walks(n), n.startswith("between_")) for n, t in kept]
+        results = [t.data_ptr() for t in made]
+        code = getattr(self.library(dtype), function)(
+            *map(ctypes.c_long, lead),
+            *before,
+            (TensorArgument * len(tensors))(*tensors),
+            *after,
+            (ctypes.c_void_p * len(results))(*results),
+        )
+        if code:
+            raise MemoryError(f"no memory for the tiles of {self.name}")
+
+
+def groups_of(heads: int, sequences: int) -> int:
+    """Groups of sequences whose cotangents of shared tensors are summed apart: enough to share out to the cores."""
+    return max(1, min(sequences, -(-_ITEMS // max(heads, 1))))
+
 
 class NativeModule(NativeLibrary):
     """The library of one loop of batches.
@@ -124,7 +170,7 @@ class NativeModule(NativeLibrary):
         made += [call.new(call.steps + 1)] if self.losses else []
         between = max(call.steps - 1, 0)
         made += [call.new(*self.tiles[n], lead=(between,)) for n in self.ends]
-        call.run("forward", [values[n] for n in self.plan.forward], made, ())
+        call.run("forward", [(n, values[n]) for n in self.plan.forward], made, ())
         return made
 
     def backward(self, *tensors: Tensor) -> list[Tensor]:
@@ -137,7 +183,7 @@ class NativeModule(NativeLibrary):
         values.update(zip(names, rest, strict=True))
         call = _Call(self, inputs, values, order)
         separate = any(values[n].shape[1] > 1 for n in self.fast)
-        groups = max(1, min(call.sequences, -(-ITEMS // max(call.heads, 1))))
+        groups = groups_of(call.heads, call.sequences)
         made = {}
         for name in self.plan.gradients:
             row = values[name].shape[3:] if self._is_token(name) else values[name].shape[2:]
@@ -146,14 +192,17 @@ class NativeModule(NativeLibrary):
             else:
                 sequences = call.sequences if separate and name in self.fast else groups
                 made[name] = inputs[0].new_empty(call.heads, sequences, *row)
-        lead = (ctypes.c_long(groups), ctypes.c_bool(separate))
-        call.run("backward", [values[n] for n in self.plan.backward], list(made.values()), lead)
+        more = (ctypes.c_long(groups), ctypes.c_bool(separate))
+        call.run("backward", [(n, values[n]) for n in self.plan.backward], list(made.values()), more)
         found = [made.get(n) for n in self.inputs]
         if self.common is not None:
             d_common = [_summed(made[n], values[n]) if n in made else torch.zeros_like(values[n]) for n in self.shared]
             more = self.module.common_vjp(*inputs, *[values[n] for n in self.shared], *d_common, None)
             found = [_add(a, b, t) for a, b, t in zip(found, more, inputs, strict=True)]
         return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
+
+    def walks(self, name: str) -> bool:
+        return name == "d_z" or self._is_token(name) or name.startswith("between_")
 
     def _is_token(self, name: str) -> bool:
         return name in self.tokens or name.startswith("projected_")
@@ -179,18 +228,8 @@ class _Call:
     def new(self, *shape: int, lead: tuple[int, ...] = ()) -> Tensor:
         return self.like.new_empty(*lead, self.heads, self.sequences, *shape)
 
-    def run(self, function: str, given: list[Tensor], made: list[Tensor], lead: tuple[Any, ...]) -> None:
+    def run(self, function: str, given: list[tuple[str, Tensor]], made: list[Tensor], more: tuple[Any, ...]) -> None:
         module, plan = self.module, self.module.plan
-        names = plan.forward if function == "forward" else plan.backward
-        if not self.heads * self.sequences:
-            for tensor in made:
-                tensor.zero_()
-            return
-        kept = [readable(t, self._leads(n)) for n, t in zip(names, given, strict=True)]
-        arguments = (TensorArgument * len(kept))(
-            *[argument(t, self._leads(n), n.startswith("between_")) for n, t in zip(names, kept, strict=True)]
-        )
-        results = (ctypes.c_void_p * len(made))(*[t.data_ptr() for t in made])
         bounds = (ctypes.c_int64 * (2 * self.steps))(*[edge for batch in self.batches for edge in batch])
         sizes = [stop - start for start, stop in self.batches]
         weights = (ctypes.c_double * self.steps)(*[module.weight(n) for n in sizes])
@@ -202,29 +241,19 @@ class _Call:
             head = order.stride(0) if order.shape[0] > 1 else 0
             sequence = order.stride(1) if order.shape[1] > 1 else 0
         longest = self.length if plan.whole else min(plan.rows, self.length)
-        code = getattr(module.library(self.like.dtype), function)(
-            ctypes.c_long(self.heads),
-            ctypes.c_long(self.sequences),
+        before = (
             ctypes.c_long(self.length),
             ctypes.c_long(longest),
             ctypes.c_int(torch.get_num_threads()),
-            *lead,
+            *more,
             ctypes.c_long(self.steps),
             bounds,
             weights,
             (ctypes.c_double * self.steps)(*rates),
-            arguments,
-            ctypes.c_void_p(None if order is None else order.data_ptr()),
-            ctypes.c_long(head),
-            ctypes.c_long(sequence),
-            results,
         )
-        if code:
-            raise MemoryError(f"no memory for the tiles of {module.name}")
-
-    def _leads(self, name: str) -> bool:
-        """Whether a tensor has an axis before its tile's that C++ walks: tokens, or steps."""
-        return name == "d_z" or self.module._is_token(name) or name.startswith("between_")
+        place = ctypes.c_void_p(None if order is None else order.data_ptr())
+        after = (place, ctypes.c_long(head), ctypes.c_long(sequence))
+        module.call(function, (self.heads, self.sequences), self.like.dtype, before, given, after, made)
 
 
 def readable(tensor: Tensor, walked: bool) -> Tensor:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nestloop.lowering.runtime.native import ITEMS, NativeLibrary, NativePlan, TensorArgument, argument, readable
-from nestloop.lowering.runtime.tiles import chunks, spacing
+from nestloop.lowering.runtime.native import NativeLibrary, NativePlan, groups_of
 
 if TYPE_CHECKING:
     from nestloop.lowering.runtime.streams import StreamSignature
@@ -53,7 +52,7 @@ class NativeStream(NativeLibrary):
         names = [*signature.inputs, *signature.saved, *[f"d_{n}" for n in signature.made]]
         values = dict(zip(names, tensors[:-1], strict=True))
         heads, sequences = self._lead(inputs)
-        groups = max(1, min(sequences, -(-ITEMS // max(heads, 1))))
+        groups = groups_of(heads, sequences)
         made = {}
         for name in self.plan.gradients:
             shared = name in signature.slow or (name.endswith("__initial") and signature.chunk)
@@ -69,37 +68,18 @@ class NativeStream(NativeLibrary):
     def _lead(inputs: Sequence[Tensor]) -> tuple[int, int]:
         return max(t.shape[0] for t in inputs), inputs[0].shape[1]  # the first is a view, which sequences never share
 
-    def _walked(self, name: str) -> bool:
-        """Whether a tensor has an axis of tokens, or of states kept."""
+    def walks(self, name: str) -> bool:
         return name in (*self.signature.tokens, "d_z", "d_losses") or name.startswith("between_")
 
     def _run(
         self, function: str, inputs: Sequence[Tensor], given: list[tuple[str, Tensor]], made: list[Tensor], groups: int
     ) -> None:
-        signature, (heads, sequences), tokens = self.signature, self._lead(inputs), self._tokens(inputs)
-        if not heads * sequences:
-            for tensor in made:
-                tensor.zero_()
-            return
-        kept = [(n, readable(t, self._walked(n))) for n, t in given]
-        arguments = (TensorArgument * len(kept))(
-            *[argument(t, self._walked(n), n.startswith("between_")) for n, t in kept]
-        )
-        results = (ctypes.c_void_p * len(made))(*[t.data_ptr() for t in made])
-        every = 1
-        if signature.chunk:
-            state = signature.carried(inputs)
-            every = spacing(len(chunks(tokens, signature.chunk)), *inputs[: len(signature.tokens)], state=state)
-        code = getattr(self.library(inputs[0].dtype), function)(
-            ctypes.c_long(heads),
-            ctypes.c_long(sequences),
+        tokens = self._tokens(inputs)
+        before = (
             ctypes.c_long(tokens),
-            ctypes.c_long(signature.chunk or tokens),
+            ctypes.c_long(self.signature.chunk or tokens),
             ctypes.c_int(torch.get_num_threads()),
-            ctypes.c_long(every),
+            ctypes.c_long(self.signature.spacing(inputs)),
             ctypes.c_long(groups),
-            arguments,
-            results,
         )
-        if code:
-            raise MemoryError(f"no memory for the tiles of {self.name}")
+        self.call(function, self._lead(inputs), inputs[0].dtype, before, given, (), made)

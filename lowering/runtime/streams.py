@@ -69,15 +69,18 @@ class StreamSignature(Signature):
             else:
                 found.append([heads, sequences, *self.tiles[name.removeprefix("end_")]])
         if self.chunk:
-            count = len(chunks(int(length), self.chunk))
-            every = spacing(count, *inputs[: len(self.tokens)], state=self.carried(inputs))
-            found += [[-(-count // every) - 1, heads, sequences, *self.tiles[n]] for n in self.kept]
+            states = -(-self._chunks(inputs) // self.spacing(inputs)) - 1
+            found += [[states, heads, sequences, *self.tiles[n]] for n in self.kept]
         return found
 
-    def carried(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The inputs that one chunk hands to the next."""
+    def _chunks(self, inputs: Sequence[Tensor]) -> int:
+        return -(-int(inputs[0].shape[2] - self.halo) // self.chunk) if self.chunk else 0
+
+    def spacing(self, inputs: Sequence[Tensor]) -> int:
+        """Chunks from one state that is kept for backward to the next."""
         named = zip(self.fast, inputs[len(self.tokens) :], strict=False)
-        return [t for n, t in named if not n.endswith("__initial")]
+        state = [t for n, t in named if not n.endswith("__initial")]  # what one chunk hands to the next
+        return spacing(self._chunks(inputs), *inputs[: len(self.tokens)], state=state)
 
 
 @dataclass(frozen=True)

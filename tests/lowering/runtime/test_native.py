@@ -44,6 +44,30 @@ class Recall(nl.Loop):
         return F.layer_norm(f(t.q), (self.e,))
 
 
+class Causally(nl.Loop):
+    """Keys and values of different widths, a rate, a decay and a momentum per token, chunks of 16."""
+
+    learner, schedule = Two, nl.Causal(16)
+    k, q, v = nl.view("a"), nl.view("a"), nl.view("e")
+    eta, keep, mu = nl.gate(), nl.gate(), nl.gate()
+    optimizer = nl.SGD(lr=eta, decay=keep, momentum=mu)
+
+    def loss(self, f, t):
+        return 0.5 * (f(t.k) - t.v).square().mean(-1)
+
+    def readout(self, f, t):
+        return F.layer_norm(f(t.q), (self.e,))
+
+
+def inputs_of(loop: type[nl.Loop], a: int, e: int, tokens: int, sequences: int = 2) -> Inputs:
+    """Inputs of either, with rates and keys small enough for a long sequence."""
+    scale = {"eta": 0.3, "mu": 0.5, "k": 1 / max(1, a / 16) ** 0.5}
+    return random_inputs(loop.spec, {"a": a, "e": e, "H": 2}, sequences=sequences, tokens=tokens, scale=scale)
+
+
+over_both = pytest.mark.parametrize("loop", [Recall, Causally])
+
+
 def single(inputs: Inputs) -> Inputs:
     """The same numbers in float32."""
 
@@ -87,11 +111,12 @@ def test_any_number_of_threads_gives_the_same_bits(loop: Any):
         assert all(torch.equal(value, other[name]) for other in found[1:]), name
 
 
-def test_views_are_read_where_they_lie():
-    inputs = random_inputs(Recall.spec, {"a": 6, "e": 4, "H": 2}, tokens=19)
-    op = nl.compile(Recall, backend="cpp")
+@over_both
+def test_views_are_read_where_they_lie(loop: type[nl.Loop]):
+    inputs = inputs_of(loop, 6, 4, 19)
+    op = nl.compile(loop, backend="cpp")
     plain = run(op, inputs)
-    for name in ("k", "q", "v"):
+    for name in ("k", "q", "v", "eta"):
         view = inputs.views[name].detach()
         projected = view.transpose(1, 2).contiguous().transpose(1, 2)  # as a layer's projection gives it
         spread = torch.zeros(*view.shape, 2, dtype=view.dtype)[..., 0].copy_(view)  # every second number
@@ -101,11 +126,11 @@ def test_views_are_read_where_they_lie():
             assert_equal(differences(run(op, inputs), plain), 0.0)
 
 
+@over_both
 @pytest.mark.parametrize(("sequences", "tokens"), [(0, 5), (2, 0)])
-def test_nothing_to_read(sequences: int, tokens: int):
-    inputs = random_inputs(Recall.spec, {"a": 6, "e": 4, "H": 2}, sequences=sequences, tokens=tokens)
-    op = nl.compile(Recall, backend="cpp")
-    z, end = op(inputs.views, inputs.weights, order=inputs.order)
+def test_nothing_to_read(loop: type[nl.Loop], sequences: int, tokens: int):
+    inputs = inputs_of(loop, 6, 4, tokens, sequences)
+    z, end = nl.compile(loop, backend="cpp")(inputs.views, inputs.weights, order=inputs.order)
     assert z.shape == (sequences, 2, tokens, 4)
     gradients = torch.autograd.grad(end["w1"].sum() + z.sum(), list(inputs.leaves().values()), allow_unused=True)
     assert all(g is None or bool(g.isfinite().all()) for g in gradients)
@@ -136,9 +161,35 @@ class Names(nl.Loop):
         return f(t.n_)
 
 
-def test_any_name_will_do():
-    inputs = random_inputs(Names.spec, {"a": 4, "H": 2}, tokens=7)
-    assert_equal(differences(*[run(nl.compile(Names, backend=b), inputs) for b in ("cpp", "reference")]), 1e-11)
+class PlainStream(nl.Learner):
+    """The same for what generated code of streams calls its own."""
+
+    new, chunks = nl.fast("a", "a"), nl.fast("a")
+
+    def forward(self, x):
+        return torch.tanh(x @ self.new + self.chunks)
+
+
+class StreamNames(nl.Loop):
+    """The same for their views, gates and slow weights."""
+
+    learner, schedule = PlainStream, nl.Chunked(3, "apply-update")
+    i, own, double = nl.view("a"), nl.view("a"), nl.view("a")
+    every, states = nl.slow("a"), nl.slow("a", shared=True)
+    index = nl.gate()
+    optimizer = nl.SGD(lr=0.1, momentum=index)
+
+    def loss(self, f, t):
+        return ((f(t.i) - t.double * self.every) * self.states).square().sum(-1)
+
+    def readout(self, f, t):
+        return f(t.own)
+
+
+@pytest.mark.parametrize("loop", [Names, StreamNames])
+def test_any_name_will_do(loop: type[nl.Loop]):
+    inputs = random_inputs(loop.spec, {"a": 4, "H": 2}, tokens=7)
+    assert_equal(differences(*[run(nl.compile(loop, backend=b), inputs) for b in ("cpp", "reference")]), 1e-11)
 
 
 def test_a_loop_without_a_plan_is_refused_where_it_was_asked_for():
@@ -197,10 +248,10 @@ def test_other_processors_get_the_same_numbers(march: str, tmp_path: Path, monke
     class There(Recall):
         schedule = nl.Shuffled(5 if march == "x86-64" else 4)  # what no other test has built
 
-    class Causally(Recall):
-        schedule: Any = nl.Causal(19 if march == "x86-64" else 18)
+    class Elsewhere(Causally):
+        schedule = nl.Causal(19 if march == "x86-64" else 18)
 
-    for loop in (There, Causally):
+    for loop in (There, Elsewhere):
         inputs = random_inputs(loop.spec, {"a": 21, "e": 34, "H": 2}, tokens=50, scale={"eta": 0.5})
         wanted = doubled(run(nl.compile(loop, backend="reference"), inputs))
         assert_equal(differences(doubled(run(nl.compile(loop, backend="cpp"), single(inputs))), wanted), 5e-6)

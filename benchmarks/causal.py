@@ -84,8 +84,7 @@ def time_once(function: Callable[[], Tensor], leaves: list[Tensor], device: str)
     """Milliseconds of one forward and backward."""
     machine.synchronize(device)
     start = time.perf_counter()
-    y = function()
-    torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+    values_of(function, leaves)
     machine.synchronize(device)
     return (time.perf_counter() - start) * 1e3
 
@@ -117,26 +116,53 @@ def measure(name: str, sizes: tuple[int, int, int, int], rounds: int, compiled: 
     """One loop beside its peers: their times, that they agree, and the ratios of the bars."""
     views, weights = problem(getattr(zoo, name), *sizes, device)
     peers = peers_of(name, views, weights, compiled)
-    outputs = {peer: function() for peer, function in peers.items()}
-    first = next(iter(outputs.values())).detach()
-    off = {p: float((y.detach() - first).abs().max() / first.abs().max()) for p, y in outputs.items()}
-    with FlopCounterMode(display=False) as counter:
+    leaves = [*views.values(), *weights.values()]
+    result = compared(name, sizes, peers, leaves, BARS[name], rounds, device)
+    with FlopCounterMode(display=False) as counter:  # knows the ops that there are when it is made
         peers["nestloop, torch"]()
-    times, gemm = against_gemm(
-        {p: partial(time_once, f, [*views.values(), *weights.values()], device) for p, f in peers.items()},
-        rounds,
-        device,
-    )
-    bound = RECOMPUTED * counter.get_total_flops() / gemm["best"] / 1e6
+    bound = RECOMPUTED * counter.get_total_flops() / result["gemm_gflops"]["best"] / 1e6
+    return {**result, "flop_bound_ms": bound}
+
+
+def compared(
+    name: str,
+    sizes: tuple[int, int, int, int],
+    peers: Mapping[str, Callable[[], Tensor]],
+    leaves: Mapping[str, list[Tensor]] | list[Tensor],
+    bars: list[tuple[str, str, float]],
+    rounds: int,
+    device: str,
+) -> dict[str, Any]:
+    """Peers side by side: how far their outputs and gradients are off the first one's, times, and ratios.
+
+    Args:
+        leaves: what gradients are taken of; by peer, where each has tensors of its own.
+    """
+    of = leaves if isinstance(leaves, Mapping) else dict.fromkeys(peers, leaves)
+    made = {peer: values_of(function, of[peer]) for peer, function in peers.items()}
+    first = next(iter(made.values()))
+    off = {peer: max(map(distance, values, first)) for peer, values in made.items()}
+    del made, first  # the gradients of every peer
+    times, gemm = against_gemm({p: partial(time_once, f, of[p], device) for p, f in peers.items()}, rounds, device)
     return {
         "loop": name,
         "sizes": sizes,
         "ms": times,
         "off_by": off,
-        "ratios": ratios_of(BARS[name], times),
+        "ratios": ratios_of(bars, times),
         "gemm_gflops": gemm,
-        "flop_bound_ms": bound,
     }
+
+
+def values_of(function: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor | None]:
+    """The output, and the gradient of each leaf for a cotangent of ones."""
+    y = function()
+    return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)]
+
+
+def distance(a: Tensor | None, b: Tensor | None) -> float:
+    """The largest difference relative to the largest element; 0 where a peer has no such gradient."""
+    return 0.0 if a is None or b is None else float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
 
 
 def against_gemm(
@@ -173,23 +199,15 @@ def measure_layer(name: str, sizes: tuple[int, int, int, int], rounds: int, devi
     """A whole layer, its projections included, in C++ and with its compiled step."""
     batch, tokens, heads, d = sizes
     x = torch.randn(batch, tokens, heads * d, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
-    runs = {}
+    peers: dict[str, Callable[[], Tensor]] = {}
+    leaves: dict[str, list[Tensor]] = {}
     for peer, settings in {"cpp": {"backend": "cpp"}, "inductor": {"backend": "torch", "inductor": True}}.items():
         torch.manual_seed(0)
         layer = nl.Layer(getattr(zoo, name), heads * d, heads, **settings).to(device)
-        leaves = [x, *layer.parameters()]
-        runs[f"nestloop, {peer}"] = partial(time_once, partial(layer, x), leaves, device)
-        runs[f"nestloop, {peer}"]()  # compiled before the clock starts
-    times, gemm = against_gemm(runs, rounds, device)
+        peers[f"nestloop, {peer}"] = partial(layer, x)
+        leaves[f"nestloop, {peer}"] = [x, *layer.parameters()]
     bars = [("nestloop, cpp", "nestloop, inductor", LAYERS[name])]
-    return {
-        "loop": f"{name} layer",
-        "sizes": sizes,
-        "ms": times,
-        "off_by": dict.fromkeys(times, 0.0),
-        "ratios": ratios_of(bars, times),
-        "gemm_gflops": gemm,
-    }
+    return compared(f"{name} layer", sizes, peers, leaves, bars, rounds, device)
 
 
 def print_loop(result: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from nestloop.lang.schedule import Program
 from nestloop.lowering import lower, names
 from nestloop.lowering.runtime.streams import StreamOp, run_stream
 
-BACKENDS = ("auto", "reference", "torch", "cpp")
+BACKENDS = ("auto", "reference", "torch", "cpp", "triton")
 
 
 def spec_of(loop: Any) -> LoopSpec:
@@ -275,14 +275,15 @@ def compile(loop: type[Loop], backend: str = "auto", inductor: bool = False, **d
 
     Args:
         loop: a subclass of `nl.Loop`.
-        backend: "reference" (brute force, the definition), "torch" (generated PyTorch), "cpp" (generated C++), or
-            "auto": cpp where the loop has a plan for it and a C++ compiler is there, else torch. Tensors on a GPU
-            always run generated PyTorch.
+        backend: "reference" (brute force, the definition), "torch" (generated PyTorch), "cpp" (generated C++),
+            "triton" (generated Triton, of streams; on a CPU it is interpreted, slowly), or "auto": cpp where the loop
+            has a plan for it and a C++ compiler is there, else torch. Tensors on a GPU run generated PyTorch unless
+            triton is asked for.
         inductor: compile the generated PyTorch with `torch.compile` (tens of seconds once, then faster).
         dims: sizes that no tensor gives.
 
     Raises:
-        NoPlanError: "cpp" was asked for and the loop has no C++ plan, when the sizes are known.
+        NoPlanError: "cpp" or "triton" was asked for and the loop has no such plan, when the sizes are known.
         UnknownBackendError, MissingPartError, InputError: here. A body that cannot be compiled raises its
             `CompileError` when the sizes are known: at the first call, or when a layer is made.
     """

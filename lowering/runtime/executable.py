@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import types
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ def build(
     """Make a plan runnable; its name in `EXECUTABLES`.
 
     Args:
-        backend: "torch"; "cpp"; or "auto", which is cpp where the plan has C++ and it can be built.
+        backend: "torch"; "cpp"; "triton"; or "auto", which is cpp where the plan has C++ and it can be built.
         double: whether it is float64 that will be computed in.
 
     Raises:
@@ -40,6 +41,8 @@ def build(
         name = f"softmax_attention_{plan.scale}"
         EXECUTABLES.setdefault(name, _attention(plan.scale))
         return name
+    if backend == "triton":
+        check_triton(spec, plan)
     reason = no_native_reason(plan, inductor, backend, double)
     if backend == "cpp" and reason:
         raise no_native(spec, reason)
@@ -63,7 +66,7 @@ def no_native_reason(plan: Plan, inductor: bool, backend: str, double: bool) -> 
     """Why a backend that may be C++ is not; "" where it is, or was not asked for."""
     if inductor:
         return "inductor compiles generated PyTorch"
-    return "" if backend == "torch" else not_native(plan, double)
+    return "" if backend in ("torch", "triton") else not_native(plan, double)
 
 
 def no_native(spec: LoopSpec, reason: str) -> NoPlanError:
@@ -75,6 +78,29 @@ def no_native(spec: LoopSpec, reason: str) -> NoPlanError:
         need="ops with a C++ spelling in lowering/ops, and a C++ compiler",
         fix='write backend="auto": generated PyTorch runs where there is no C++',
     )
+
+
+def check_triton(spec: LoopSpec, plan: Plan) -> None:
+    """Raise `NoPlanError` for a loop that has no Triton, or where Triton is not installed."""
+    reason = plan.not_triton
+    if plan.form != "stream":
+        reason = "loops of batches have no Triton yet"
+    if reason:
+        raise NoPlanError(
+            f"{spec.name} has no Triton plan for these sizes.",
+            where=spec.where,
+            given=reason,
+            need="ops with a Triton spelling in lowering/ops, and tiles that fit a program's registers",
+            fix='write backend="torch": generated PyTorch runs every loop, on a GPU too',
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise NoPlanError(
+            "The triton backend needs Triton.",
+            where=spec.where,
+            given="no module named triton",
+            need="Triton 3.6 or newer",
+            fix="pip install 'nestloop[triton]'",
+        )
 
 
 def not_native(plan: Plan, double: bool = False, build_now: bool = True) -> str:

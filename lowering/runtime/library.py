@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.tiles import like_lead
+from nestloop.lowering.runtime.triton import TritonStream, compute_dtype
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
 _LOW = (torch.bfloat16, torch.float16)
@@ -99,7 +100,8 @@ class NestedLoopOp:
         signature: its tensors.
         flops: (sequences, length) -> FLOPs of the products in (forward, backward).
         rows: tokens, of all sequences together, that are worked on at a time on a CPU.
-        native: the same two functions in C++, for tensors on a CPU; None where the generated module does for all.
+        native: the same two functions in C++, for tensors on a CPU, or in Triton, for all; None where the generated
+            module does for all.
     """
 
     def __init__(
@@ -109,7 +111,7 @@ class NestedLoopOp:
         signature: Signature,
         flops: Callable[[int, int], tuple[int, int]],
         rows: int,
-        native: NativeModule | NativeStream | None = None,
+        native: NativeModule | NativeStream | TritonStream | None = None,
     ) -> None:
         self.name, self.signature, self.rows, self.native = name, signature, rows, native
         inputs = [f"Tensor {n}" for n in signature.inputs]
@@ -147,17 +149,23 @@ class NestedLoopOp:
     def _forward_kernel(self, module: ModuleType) -> Callable[..., Any]:
         def kernel(*tensors: Tensor) -> Any:
             inputs, order = self._split(tensors)
-            computed, low = _prepare(inputs)
-            if self.native is not None and inputs[0].device.type == "cpu":
-                made: Sequence[Tensor] = self.native.forward(*computed, order)
-            else:
-                made = self._in_groups(module.forward, computed, order, low, inputs)
+            made = self._run("forward", module, inputs, order, inputs)
             owned = _owned(made, self.signature.shapes(inputs), inputs)
             if self.signature.results[0] == "z":
                 owned[0] = owned[0].to(self._output_dtype(inputs))
             return tuple(owned) if len(owned) > 1 else owned[0]
 
         return kernel
+
+    def _run(
+        self, function: str, module: ModuleType, tensors: list[Tensor], order: Tensor | None, inputs: list[Tensor]
+    ) -> Sequence[Tensor]:
+        if isinstance(self.native, TritonStream):  # reads tensors in the dtype that they have
+            return getattr(self.native, function)(*tensors, order)
+        computed, low = _prepare(tensors, inputs)
+        if self.native is not None and inputs[0].device.type == "cpu":
+            return getattr(self.native, function)(*computed, order)
+        return self._in_groups(getattr(module, function), computed, order, low, inputs)
 
     def _in_groups(
         self, function: Callable[..., Any], tensors: list[Tensor], order: Tensor | None, low: Any, inputs: list[Tensor]
@@ -190,7 +198,7 @@ class NestedLoopOp:
 
     def _forward_fake(self, *tensors: Tensor) -> Any:
         inputs, _ = self._split(tensors)
-        dtype = _compute_dtype(inputs)
+        dtype = compute_dtype(inputs)
         made = [inputs[0].new_empty(shape, dtype=dtype) for shape in self.signature.shapes(inputs)]
         if self.signature.results[0] == "z":
             made[0] = made[0].to(self._output_dtype(inputs))
@@ -199,18 +207,14 @@ class NestedLoopOp:
     def _output_dtype(self, inputs: Sequence[Tensor]) -> torch.dtype:
         """The views' dtype; the compute dtype where they have several."""
         dtypes = {t.dtype for t in inputs[: len(self.signature.tokens)]}
-        return dtypes.pop() if len(dtypes) == 1 else _compute_dtype(inputs)
+        return dtypes.pop() if len(dtypes) == 1 else compute_dtype(inputs)
 
     def _backward_kernel(self, module: ModuleType) -> Callable[..., Any]:
         count = len(self.signature.inputs)
 
         def kernel(*tensors: Tensor) -> Any:
             given, order = self._split(tensors)
-            computed, low = _prepare(given, given[:count])
-            if self.native is not None and given[0].device.type == "cpu":
-                made: Sequence[Tensor] = self.native.backward(*computed, order)
-            else:
-                made = self._in_groups(module.backward, computed, order, low, given[:count])
+            made = self._run("backward", module, given, order, given[:count])
             # where no step was taken, the cotangent of an initial fast weight is the end's, one per sequence
             made = [like_lead(g, t) for g, t in zip(made, given, strict=False)]
             owned = _owned(made, [list(t.shape) for t in given[:count]], given)
@@ -311,14 +315,9 @@ def _define(schema: str, kernel: Any, fake: Any, flops: Any) -> None:
     register_flop_formula(getattr(torch.ops.nestloop, name))(flops)
 
 
-def _compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Any]:
+def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
     """Inputs in the compute dtype, and the low precision of products, if the tokens come in one."""
-    deciding = tensors if deciding is None else deciding
-    dtype = _compute_dtype(deciding)
+    dtype = compute_dtype(deciding)
     low = deciding[0].dtype if deciding[0].dtype in _LOW and dtype is torch.float32 else None
     return [t.to(dtype) for t in tensors], low
 

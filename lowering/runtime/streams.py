@@ -20,11 +20,12 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Chunked, Program
 from nestloop.lang.state import Entry, State, counts_tokens, entries
 from nestloop.lowering.runtime import cache
-from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, no_native, no_native_reason
+from nestloop.lowering.runtime.executable import check_triton, compiled_pieces, heads_first, no_native, no_native_reason
 from nestloop.lowering.runtime.library import NestedLoopOp, Signature
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.tiles import chunks, join, spacing
+from nestloop.lowering.runtime.triton import TritonStream
 
 VALID = "window__valid"  # 1 for a row that holds a token, 0 before a sequence begins
 
@@ -105,14 +106,19 @@ def build_stream(
     spec: LoopSpec, plan: Plan, heads: int, inductor: bool, backend: str = "torch", double: bool = False
 ) -> str:
     """Make one op of a stream runnable; its name in `STREAM_OPS`. Arguments, and what it raises, as for `build`."""
+    if backend == "triton":
+        check_triton(spec, plan)
     reason = no_native_reason(plan, inductor, backend, double)
     if backend == "cpp" and reason:
         raise no_native(spec, reason)
     path = cache.write(plan.name, plan.source)
     name = f"{path.stem}_inductor" if inductor else path.stem
-    native = plan.native if backend != "torch" and not reason else None
+    native = plan.native if backend in ("auto", "cpp") and not reason else None
     if native is not None:
         name = f"{path.stem}_cpp_{cache.digest(native.text)}"
+    triton = plan.triton if backend == "triton" else None
+    if triton is not None:
+        name = f"{path.stem}_triton_{cache.digest(triton.text)}"
     if name not in STREAM_OPS:
         module = cache.load(path)
         halo = (spec.optimizer.window or 1) - 1
@@ -133,7 +139,11 @@ def build_stream(
             halo=halo,
         )
         _check_arguments(spec, signature)
-        library = None if native is None else NativeStream(plan.name, native, module, signature)
+        library: NativeStream | TritonStream | None = None
+        if native is not None:
+            library = NativeStream(plan.name, native, module, signature)
+        elif triton is not None:
+            library = TritonStream(plan.name, triton, module, signature)
         op = NestedLoopOp(name, module, signature, _flops(plan, heads), plan.rows, library)
         STREAM_OPS[name] = StreamOp(op, signature)
     return name

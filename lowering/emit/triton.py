@@ -139,7 +139,7 @@ class TritonFunction:
                 self._place(value)
             for view, space in self._views(value):
                 flips = self._turned_by(view)
-                if value.kind == "along" and value.node.target is torch.ops.aten.cumsum.default:
+                if value.node.target is torch.ops.aten.cumsum.default and not value.shape[value.axes[0]].is_one:
                     axis = self._domain_axis(value, value.axes[0])
                     if flips is not None and flips <= {axis} and not self.turned.get(view.base):
                         self.turned[value] = flips
@@ -434,6 +434,9 @@ class TritonFunction:
             view = view.flip([value.axes[0]])
         text, clean = self._tile(view, value.space)
         text = self._full(text, clean, value.space)
+        if value.shape[value.axes[0]].is_one:
+            self._set_clean(value, [name != "softmax" and c for c in clean])
+            return [f"{text} - {text} + 1" if name == "softmax" else text]
         rank = len(held(value))
         live = self._mask(axis, rank, held(value)[axis])
         zero = [bool(c) and d != axis and name != "softmax" for d, c in enumerate(clean)]

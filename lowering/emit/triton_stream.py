@@ -13,6 +13,7 @@ from torch import fx
 
 from nestloop.lowering.emit.scan import TITLES, Scan
 from nestloop.lowering.emit.triton import TritonFunction, padded
+from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 from nestloop.lowering.streams.step import VALID, identifier
 
@@ -43,6 +44,9 @@ class TritonStream(Scan):
         super().__post_init__()
         self.initial = [n for n in self.first.inputs if n.endswith("__initial")]
         self.rows = self.longest or self.first.longest
+        if not self.rows:
+            raise NoSpelling("a tile of all the tokens of a call is more than registers hold")
+        self.alone = self.form == "sequential"  # a tile is one token, and has no axis of them
         if not self.longest:  # one piece: all of its state comes from outside
             (piece,) = self.pieces.values()
             self.carried = [n for n in piece.inputs if n not in self.slow and n not in self.tokens]
@@ -221,7 +225,7 @@ class TritonStream(Scan):
     def load(self, name: str, start: str, to: str = "", under: str = "") -> str:
         """The line that reads a weight's tile, dense from `start`; `under`: a condition, zero where it fails."""
         places, masks = self._dense(self.shapes[self._plain(name)])
-        masks += [f"({under})"] if under and not places else [under] if under else []
+        masks += [f"({under})"] if under else []
         masked = f", mask={' & '.join(masks)}, other=0" if masks else ""
         return f"{to or name} = tl.load({' + '.join([start, *places])}{masked}).to(S)"
 
@@ -246,6 +250,9 @@ class TritonStream(Scan):
     def _rows(self, name: str, step: str, own: bool) -> tuple[str, str]:
         """Places and mask of the rows of a chunk; `own`: without the rows before it, which a window reaches."""
         shape = self.shapes[self._plain(name)]
+        if self.alone:
+            places, masks = self._dense(shape)
+            return " + ".join([f"start.to(tl.int64) * {step}", *places]), " & ".join(masks)
         height = padded(self.rows + self.halo)
         self.used.add(height)
         rank = len(shape) + 1
@@ -259,7 +266,7 @@ class TritonStream(Scan):
     def take(self, name: str) -> str:
         """The line that reads a chunk's rows."""
         places, mask = self._rows(name, f"{name}_n", name in ("d_z", "d_losses"))
-        return f"{name} = tl.load({self.at(name)} + {places}, mask={mask}, other=0).to(S)"
+        return f"{name} = tl.load({self.at(name)} + {places}{f', mask={mask}, other=0' if mask else ''}).to(S)"
 
     def put(self, name: str, value: str, add: bool = False) -> list[str]:
         """Lines that write a chunk's rows of z, losses or a token's cotangent."""
@@ -269,13 +276,14 @@ class TritonStream(Scan):
         places, mask = self._rows(name, str(width), own)
         place = f"{name}_made + item * {tokens} * {width} + {places}"
         if not add:
-            return [f"tl.store({place}, {value}, mask={mask})"]
+            return [f"tl.store({place}, {value}{f', mask={mask}' if mask else ''})"]
         there = f"tl.load({place}, mask={mask}, other=0)"
         return [f"tl.store({place}, {there} + {value}, mask={mask})", "tl.debug_barrier()"]
 
     def nothing(self, name: str) -> str:
         """A chunk's rows, all zero."""
-        return _zeros([padded(self.rows + self.halo), *map(padded, self.shapes[self._plain(name)])])
+        height = [] if self.alone else [padded(self.rows + self.halo)]
+        return _zeros([*height, *map(padded, self.shapes[self._plain(name)])])
 
     # ---- Calls -----------------------------------------------------------------------------------------------------
 

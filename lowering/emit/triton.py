@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from nestloop.lowering.emit.expressions import numbers, offset
 from nestloop.lowering.emit.padding import stays_zero
 from nestloop.lowering.ops.row import Element, System, Unsupported
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, product
+from nestloop.lowering.schedule.order import fewest_alive, most_alive
 from nestloop.lowering.schedule.values import SCALARS, Language, Value, fold, operands_of, read
 
 NARROWEST = 16  # what a product of tiles takes
@@ -58,9 +60,14 @@ class TritonFunction:
         doc: a sentence on what it computes.
         axes: the names of each value's axes, for the comments.
         longest: the most tokens that a tile has.
+        rows: of inputs and results that the function itself reads and writes, one row a token, where it needs them:
+            the first row that the tile holds in memory, and whether a result is added to what is there.
 
     Attributes:
-        inputs, results: names of what it takes and returns.
+        inputs, results: names of what it takes and makes; a tile, or for `rows` a place in memory, to which an input
+            adds the elements from one row to the next.
+        returned: the results that it returns.
+        alive: elements of the tiles that are alive at once, at most.
         tiles: name -> sizes of the axes of every input and result, those of size 1 left out.
         scratch: elements of memory that it works in.
         largest: elements of its largest tile.
@@ -78,8 +85,9 @@ class TritonFunction:
         doc: str,
         axes: Mapping[fx.Node, Axes],
         longest: int,
+        rows: Mapping[str, tuple[int, bool]] = MappingProxyType({}),
     ) -> None:
-        self.name, self.doc, self.axes, self.longest = name, doc, axes, longest
+        self.name, self.doc, self.axes, self.longest, self.rows = name, doc, axes, longest, rows
         values = read(module, results, [False] * len(results), per_token, language=TRITON)
         self.values = values.computed
         self.given = dict(values.inputs)
@@ -89,6 +97,8 @@ class TritonFunction:
         made = {v.result: v for v in self.values if v.result is not None}
         self.tiles = {name: held(value) for name, value in {**self.given, **made}.items()}
         for value in [*self.given.values(), *self.values]:
+            if ZERO in value.space or any(ZERO in operand.shape for operand in value.reads):
+                raise NoSpelling(f"a tile {self._named(value)} without elements")
             elements = math.prod(self.padded(size) for size in value.space if not size.is_one)
             if elements > MOST_ELEMENTS:
                 raise NoSpelling(f"a tile {self._named(value)} of {elements} elements is more than registers hold")
@@ -98,17 +108,24 @@ class TritonFunction:
         self.size = ZERO
         self.used: set[int] = set()
         self.masks: dict[Extent, str] = {}
+        self.returned = [r for r in self.results if r not in rows]
+        for result, value in made.items():
+            value.written = result in rows
+        alive = [value for name, value in self.given.items() if name not in rows]
+        self.values = fewest_alive(self.values, self._weight, alive)
+        self.alive = most_alive(self.values, self._weight, alive)
         self._allot()
-        self.body = [line for value in self.values for line in self._value(value)]
+        self.pending: list[str] = []
+        self.there = set(alive)
+        self.body = [line for value in alive if value in self.place for line in self._store(value)]
+        self.body += [line for value in self.values for line in self._value(value)]
 
     @property
     def scratch(self) -> int:
         return self.size.at(self.longest)
 
-    @property
-    def largest(self) -> int:
-        sizes = [math.prod(map(self.padded, held(v))) for v in [*self.given.values(), *self.values]]
-        return max(sizes, default=1)
+    def _weight(self, value: Value) -> int:
+        return math.prod(map(self.padded, held(value)))
 
     def padded(self, size: Extent) -> int:
         return padded(size.at(self.longest))
@@ -119,16 +136,66 @@ class TritonFunction:
 
     def write(self) -> str:
         """The source of the function."""
-        given = ["n", *self.inputs, "scratch", "S: tl.constexpr", "PRODUCT: tl.constexpr"]
-        stores = [line for value in self.given.values() if value in self.place for line in self._store(value)]
+        given = ["n", *self.parameters, "scratch", "S: tl.constexpr", "PRODUCT: tl.constexpr"]
         lines = [f"def {self.name}({', '.join(given)}):", f'    """{self.doc}"""']
         lines += [f"    i{size} = tl.arange(0, {size})" for size in sorted(self.used)]
         lines += [f"    {name} = i{self.padded(size)} < {size}" for size, name in self.masks.items()]
-        lines += [f"    {line}" for line in [*stores, *self.body]]
+        lines += [f"    {line}" for line in self.body]
         names = {v.result: v.name for v in self.values if v.result is not None}
-        made = ", ".join(names[r] for r in self.results)
-        lines.append(f"    return {made}{',' if len(self.results) == 1 else ''}")
+        if self.returned:
+            made = ", ".join(names[r] for r in self.returned)
+            lines.append(f"    return {made}{',' if len(self.returned) == 1 else ''}")
         return "@triton.jit\n" + "\n".join(lines)
+
+    @property
+    def parameters(self) -> list[str]:
+        """What it takes, in order, before what every function takes."""
+        given: list[str] = []
+        for name in self.inputs:
+            given += [f"{name}_at", f"{name}_n"] if name in self.rows else [name]
+        return given + [f"{name}_at" for name in self.results if name in self.rows]
+
+    # ---- Rows ------------------------------------------------------------------------------------------------------
+
+    def _fetch(self, value: Value) -> None:
+        """Read a tile of rows before the line that first needs it."""
+        if value.kind != "input" or value in self.there:
+            return
+        self.there.add(value)
+        places, mask = self._rows(value, value.name, f"{value.name}_n")
+        masked = f", mask={mask}, other=0" if mask else ""
+        self.pending.append(f"{value.name} = tl.load({value.name}_at + {places}{masked}).to(S)")
+        self.pending += self._store(value) if value in self.place else []
+
+    def _rows(self, value: Value, name: str, step: str) -> tuple[str, str]:
+        """Places and mask of a tile of rows, the first one at the start of the tensor's own."""
+        sizes, first = held(value), self.rows[name][0]
+        tall = bool(sizes) and sizes[0].has_tokens
+        rank, places = len(sizes), []
+        strides = [ONE, *dense(sizes[1:])] if tall else dense(sizes)
+        for d, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
+            index = self._index(d, rank, size)
+            if tall and not d:
+                row = f"({index} - {first})" if first else index
+                places.append(f"{row} * {step}")
+            else:
+                places.append(index if stride == ONE else f"{index} * {stride}")
+        mask = self._masks(sizes)
+        if first:
+            mask += f" & ({self._index(0, rank, sizes[0])} >= {first})"
+        return " + ".join(places) or "0", mask
+
+    def _put(self, value: Value) -> list[str]:
+        """Lines that write a result's rows."""
+        assert value.result is not None
+        sizes = held(value)
+        tall = bool(sizes) and sizes[0].has_tokens
+        step = product(sizes[1:] if tall else sizes)
+        places, mask = self._rows(value, value.result, str(step))
+        place, text = f"{value.result}_at + {places}", value.name
+        if self.rows[value.result][1]:
+            text = f"tl.load({place}{f', mask={mask}, other=0' if mask else ''}) + {text}"
+        return [f"tl.store({place}, {text}{f', mask={mask}' if mask else ''})"]
 
     # ---- Views -----------------------------------------------------------------------------------------------------
 
@@ -198,6 +265,7 @@ class TritonFunction:
         """A view as a tile that broadcasts to `space`; for each axis whether it is zero beyond its size, None where it
         has no such axis."""
         base = view.base
+        self._fetch(base)
         rank = sum(not size.is_one for size in space)
         flips, turn = self._turned_by(view), self._turn(view, space)
         if flips or flips is None or turn is None:
@@ -272,8 +340,15 @@ class TritonFunction:
         }[value.kind](value)
         *before, text = made
         where = value.node.meta.get("where")
-        lines = [*before, f"{value.name} = {text}  # {self._named(value)}{f' {where.short}' if where else ''}"]
-        if value.result is not None and not any(size.has_tokens for size in held(value)):
+        lines = [
+            *self.pending,
+            *before,
+            f"{value.name} = {text}  # {self._named(value)}{f' {where.short}' if where else ''}",
+        ]
+        self.pending = []
+        if value.written:
+            lines += self._put(value)
+        elif value.result is not None and not any(size.has_tokens for size in held(value)):
             dirty = [d for d, fine in enumerate(self.clean[value]) if not fine]
             if dirty:  # what the next step takes is zero beyond its size
                 mask = " & ".join(self._mask(d, len(held(value)), held(value)[d]) for d in dirty)

@@ -8,15 +8,19 @@ from nestloop.lowering.emit.triton_stream import ROWWISE, TritonStream
 class TritonPiece(TritonStream):
     """Writes the module of one piece."""
 
+    @property
+    def span(self) -> list[str]:
+        reach = f" + {self.halo}" if self.halo else ""
+        return ["start = tl.program_id(1)  # 0: a piece is one chunk", "own = N", f"n = N{reach}"]
+
     def _forward(self) -> list[str]:
         ((name, piece),) = self.pieces.items()
         function = self.functions[name]
-        body = ["index = 0", *self.span, *self.read_only("forward"), *self._state_tiles("forward")]
-        body += [*self.takes(name), self.call(name, {})]
+        body = [*self.span, *self.read_only("forward"), *self._state_tiles("forward"), self.call(name, {})]
         for result, made in zip(piece.results, self.made, strict=True):
             there = result in function.results
             if result in ROWWISE:
-                body += self.put(result, result if there else self.nothing(result))
+                body += [] if there else [self.clear(result)]
             else:
                 n = result.removesuffix("_new")
                 place = f"{made}_made + item * {self._elements(n)}"
@@ -30,16 +34,14 @@ class TritonPiece(TritonStream):
     def _backward(self) -> list[str]:
         ((name, piece),) = self.pieces.items()
         read = self.functions[f"{name}_vjp"].inputs
-        body = ["index = 0", *self.span, *self.read_only("backward"), *self._state_tiles("backward")]
+        body = [*self.span, *self.read_only("backward"), *self._state_tiles("backward")]
         for result in piece.results:
             plain = result.removesuffix("_new")
             if result.endswith("_new") and f"d_{result}" in read:
                 body.append(self.load(f"d_{plain}", self.at(f"d_end_{plain}"), to=f"d_{result}"))
         if self.halo:
-            for n in self.seen:
-                body += self.put(n, self.nothing(n))
-            body.append("tl.debug_barrier()")
-        body += [*self.takes(f"{name}_vjp"), self.call(f"{name}_vjp", {}, "c_")]
+            body += [*[self.clear(n) for n in self.seen], "tl.debug_barrier()"]
+        body.append(self.call(f"{name}_vjp", {}, "c_"))
         body += self.token_cotangents(name)
         for n in [*self.carried, *self.shared]:
             if n in self.gradients:

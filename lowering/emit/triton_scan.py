@@ -30,11 +30,11 @@ class TritonScan(TritonStream):
 
         def run(name: str) -> list[str]:
             function = self.functions[name]
-            lines = [*self.takes(name), self.call(name, {})]
+            lines = [self.call(name, {})]
             for result in self.pieces[name].results:
                 plain, there = result.removesuffix("_new"), result in function.results
                 if result in ROWWISE:
-                    lines += self.put(result, result if there else self.nothing(result))
+                    lines += [] if there else [self.clear(result)]
                 elif plain in self.carry:
                     lines.append(f"{plain} = {result if there else self.zeros(plain)}")
                 else:
@@ -91,7 +91,7 @@ class TritonScan(TritonStream):
             ahead, now, then = [*self.span], self._slots("index - first"), self._slots("index - first + 1")
             ahead += [self.load(n, now[n]) for n in self.carry]
             ahead += self._anchored()
-            ahead += [*self.takes("advance"), self.call("advance", {})]
+            ahead.append(self.call("advance", {}))
             made = self.functions["advance"].results
             left = [r for r in self.pieces["chunk"].results if r.removesuffix("_new") in self.carry]
             for r in left:
@@ -112,9 +112,7 @@ class TritonScan(TritonStream):
     def _clear(self) -> list[str]:
         """Lines that set the cotangents of tokens to zero, to which windows that overlap add."""
         lines = [f"for index in range(0, tl.cdiv(N, {self.rows})):"]
-        inner = [*self.span]
-        for n in self.seen:
-            inner += self.put(f"{n}", self.nothing(n))
+        inner = [*self.span, *[self.clear(n) for n in self.seen]]
         return [*lines, *indented(inner), "tl.debug_barrier()"]
 
     def _pull(self) -> list[str]:
@@ -138,7 +136,7 @@ class TritonScan(TritonStream):
                     after.append(f"d_{n} = {f'c_d_{n}' if n in nonzero else self.zeros(n)}")
             after += [f"d_{n} += c_d_{n}" for n in self.shared if n in nonzero]
             call = self.call(f"{name}_vjp", places, "c_")
-            return [line for line in [*self.takes(f"{name}_vjp"), call, *after] if line]
+            return [line for line in [call, *after] if line]
 
         lines += self.either(pull("chunk"), pull("partial") if "partial" in self.pieces else [])
         last = []

@@ -31,6 +31,7 @@ from nestloop.lowering.emit import tiles
 '''
 
 ROWWISE = ("z", "losses")
+REGISTERS = 128  # of a thread, that tiles may take; addresses, masks and what products shuffle take others
 
 
 class TritonStream(Scan):
@@ -84,8 +85,10 @@ class TritonStream(Scan):
 
     def _add(self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str) -> None:
         per_token = [*self.tokens, "d_z", "d_losses"]
-        rows = self.rows + self.halo
-        self.functions[name] = TritonFunction(name, module, results, per_token, doc, self._axes(module), rows)
+        rows = {n: (self.halo if self._plain(n) in ROWWISE else 0, False) for n in [*per_token, *ROWWISE]}
+        rows |= {f"d_{n}": (0, bool(self.halo)) for n in self.tokens}
+        height = self.rows + self.halo
+        self.functions[name] = TritonFunction(name, module, results, per_token, doc, self._axes(module), height, rows)
 
     # ---- Source ----------------------------------------------------------------------------------------------------
 
@@ -199,9 +202,9 @@ class TritonStream(Scan):
         return max((f.scratch for f in self._functions_of(which)), default=0)
 
     def _warps(self, which: str) -> int:
-        """As many as the largest tile fills with 32 elements a thread."""
-        largest = max((f.largest for f in self._functions_of(which)), default=1)
-        return min(8, max(4, largest // 1024 // 2))
+        """As many as hold the tiles that are alive at once in the registers of their threads."""
+        alive = max((f.alive for f in self._functions_of(which)), default=1)
+        return next((warps for warps in (4, 8) if alive <= warps * 32 * REGISTERS), 16)
 
     # ---- Tiles -----------------------------------------------------------------------------------------------------
 
@@ -247,38 +250,29 @@ class TritonStream(Scan):
         """Where a given tensor's tile of this head and sequence begins."""
         return f"{name}_p + head * {name}_h + sequence * {name}_b"
 
-    def _rows(self, name: str, step: str, own: bool) -> tuple[str, str]:
-        """Places and mask of the rows of a chunk; `own`: without the rows before it, which a window reaches."""
+    def place(self, name: str, made: bool = False) -> str:
+        """Where a chunk's first row lies: of a tensor that is given, or made."""
+        if not made:
+            return f"{self.at(name)} + tl.cast(start, tl.int64) * {name}_n"
+        width = self._elements(self._plain(name))
+        tokens = f"(N + {self.halo})" if self.halo and self._plain(name) not in ROWWISE else "N"
+        return f"{name}_made + (item * {tokens} + start) * {width}"
+
+    def clear(self, name: str) -> str:
+        """The line that sets a chunk's rows of a result to zero."""
         shape = self.shapes[self._plain(name)]
         if self.alone:
             places, masks = self._dense(shape)
-            return " + ".join([f"start.to(tl.int64) * {step}", *places]), " & ".join(masks)
-        height = padded(self.rows + self.halo)
-        self.used.add(height)
-        rank = len(shape) + 1
-        back = f" - {self.halo}" if own and self.halo else ""
-        row = self._axis(0, rank, f"(start + i{height}{back}).to(tl.int64)")
-        places, masks = self._dense(shape, 1)
-        inside = self._axis(0, rank, f"(i{height} < n)")
-        before = [self._axis(0, rank, f"(i{height} >= {self.halo})")] if back else []
-        return " + ".join([f"{row} * {step}", *places]), " & ".join([inside, *before, *masks])
-
-    def take(self, name: str) -> str:
-        """The line that reads a chunk's rows."""
-        places, mask = self._rows(name, f"{name}_n", name in ("d_z", "d_losses"))
-        return f"{name} = tl.load({self.at(name)} + {places}{f', mask={mask}, other=0' if mask else ''}).to(S)"
-
-    def put(self, name: str, value: str, add: bool = False) -> list[str]:
-        """Lines that write a chunk's rows of z, losses or a token's cotangent."""
-        own = self._plain(name) in ROWWISE
-        width = self._elements(self._plain(name))
-        tokens = f"(N + {self.halo})" if self.halo and not own else "N"
-        places, mask = self._rows(name, str(width), own)
-        place = f"{name}_made + item * {tokens} * {width} + {places}"
-        if not add:
-            return [f"tl.store({place}, {value}{f', mask={mask}' if mask else ''})"]
-        there = f"tl.load({place}, mask={mask}, other=0)"
-        return [f"tl.store({place}, {there} + {value}, mask={mask})", "tl.debug_barrier()"]
+        else:
+            height = padded(self.rows + self.halo)
+            self.used.add(height)
+            row = self._axis(0, len(shape) + 1, f"i{height}")
+            places, masks = self._dense(shape, 1)
+            places = [f"{row} * {self._elements(self._plain(name))}", *places]
+            rows = "own" if self._plain(name) in ROWWISE else "n"
+            masks = [self._axis(0, len(shape) + 1, f"(i{height} < {rows})"), *masks]
+        masked = f", mask={' & '.join(masks)}" if masks else ""
+        return f"tl.store({' + '.join([self.place(name, made=True), *places])}, {self.nothing(name)}{masked})"
 
     def nothing(self, name: str) -> str:
         """A chunk's rows, all zero."""
@@ -287,19 +281,25 @@ class TritonStream(Scan):
 
     # ---- Calls -----------------------------------------------------------------------------------------------------
 
-    def takes(self, name: str) -> list[str]:
-        """Lines that read what a piece takes of a chunk's tokens."""
-        read = self.functions[name].inputs
-        return [self.take(n) for n in [*self.tokens, "d_z", "d_losses"] if n in read]
-
     def call(self, name: str, places: Mapping[str, str], prefix: str = "") -> str:
-        """A piece on the tiles of this chunk; `places`: what its inputs are called, if not as it calls them."""
+        """A piece on this chunk, whose rows it reads and writes.
+
+        Args:
+            places: what other inputs are called, if not as the piece calls them.
+            prefix: of the names that what it returns is given.
+        """
         function = self.functions[name]
         if not function.results:
             return ""
-        given = ["n", *[places.get(n, n) for n in function.inputs], "scratch", "S", "PRODUCT"]
-        made = ", ".join(f"{prefix}{r}" for r in function.results) + ("," if len(function.results) == 1 else "")
-        return f"{made} = {name}({', '.join(given)})"
+        given: list[str] = ["n"]
+        for n in function.inputs:
+            given += [self.place(n), f"{n}_n"] if n in function.rows else [places.get(n, n)]
+        cotangents = name.endswith("_vjp")
+        for r in function.results:
+            if r in function.rows:
+                given.append(self.place(r.removeprefix("d_") if cotangents else r, made=True))
+        made = ", ".join(f"{prefix}{r}" for r in function.returned) + ("," if len(function.returned) == 1 else "")
+        return f"{made}{' = ' if made else ''}{name}({', '.join([*given, 'scratch', 'S', 'PRODUCT'])})"
 
     def either(self, chunk: list[str], partial: list[str]) -> list[str]:
         """Lines for a complete chunk, or one that is not."""
@@ -319,13 +319,10 @@ class TritonStream(Scan):
         return [self.load(n, self.at(n)) for n in names if n in read]
 
     def token_cotangents(self, name: str) -> list[str]:
-        """Lines that write a piece's cotangents of its tokens."""
-        lines = []
-        for n in self.seen:
-            made = n in self.nonzero(name)
-            if made or not self.halo:
-                lines += self.put(n, f"c_d_{n}" if made else self.nothing(n), add=bool(self.halo))
-        return lines
+        """Lines after a piece that writes cotangents of its tokens: those that it does not reach are zero."""
+        if self.halo:  # windows that overlap add to the same rows, which were zero
+            return ["tl.debug_barrier()"]
+        return [self.clear(n) for n in self.seen if n not in self.nonzero(name)]
 
 
 def _zeros(sizes: Sequence[int]) -> str:

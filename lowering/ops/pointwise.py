@@ -201,7 +201,7 @@ ROWS = [
         form("std::pow({0}, {1})"),
         lambda r: (r(5, 4).abs() + 0.5, r(4)),
         10,
-        Unsupported("Triton has no power of one tensor to another that holds for negative bases"),
+        Unsupported("Triton has no power of one tensor to another, of negative bases too"),
     ),
     pointwise(aten.pow.Scalar, infix("**"), form("std::pow({0}, {1})"), lambda r: (0.7, r(5, 4)), 10, _power_of_number),
     function(aten.sqrt.default, "sqrt", "std::sqrt", "tl.sqrt", positive, work=4),

@@ -107,7 +107,7 @@ class TritonStream:
             "every": every,
             **self.settings(dtype, inputs[0].dtype),
         }
-        self._launch(function, heads * sequences, arguments, inputs[0].device)
+        self._launch(function, (heads * sequences, 1), arguments, inputs[0].device)
 
     @staticmethod
     def settings(dtype: torch.dtype, given: torch.dtype) -> dict[str, Any]:
@@ -120,16 +120,16 @@ class TritonStream:
         exact = torch.get_float32_matmul_precision() == "highest"
         return {"S": tl.float32, "PRODUCT": _LOW.get(given, "tf32x3" if exact else "tf32")}
 
-    def _launch(self, function: str, programs: int, arguments: dict[str, Any], device: torch.device) -> None:
+    def _launch(self, function: str, grid: tuple[int, ...], arguments: dict[str, Any], device: torch.device) -> None:
         kernel = getattr(self.kernels, function)
         if device.type == "cpu":
             from nestloop.lowering.runtime.interpreter import interpreted
 
-            interpreted(kernel, (programs,), arguments)
+            interpreted(kernel, grid, arguments)
         else:
             warps = self.plan.warps[function == "backward"]
             with torch.cuda.device(device):
-                kernel[(programs,)](**arguments, num_warps=warps, num_stages=1)
+                kernel[grid](**arguments, num_warps=warps, num_stages=1)
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

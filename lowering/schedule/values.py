@@ -56,6 +56,7 @@ class Value:
         result: the result that is its memory, where it has no other.
         factors: a product's operands before they were copied or transposed.
         copies: whether it is its operand as it is, densely.
+        written: whether it is a result that is written to memory as soon as it is computed.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class Value:
     result: str | None = None
     factors: tuple[Strided, ...] = ()
     copies: bool = False
+    written: bool = False
 
     @property
     def reads(self) -> list[Strided]:

@@ -113,6 +113,7 @@ class TritonStream(Scan):
             scratch=(self._scratch("forward"), self._scratch("backward")),
             state=sum(self._elements(n) for n in self.kept),
             warps=(self._warps("forward"), self._warps("backward")),
+            wide=tuple(n for n in self.given("backward") if self._elements(self._plain(n)) % 16 == 0),
         )
 
     def _kernel(self, which: str) -> str:
@@ -202,9 +203,9 @@ class TritonStream(Scan):
         return max((f.scratch for f in self._functions_of(which)), default=0)
 
     def _warps(self, which: str) -> int:
-        """As many as hold the tiles that are alive at once in the registers of their threads."""
+        """As many as hold the tiles that are alive at once; with more than 8 a thread has too few registers."""
         alive = max((f.alive for f in self._functions_of(which)), default=1)
-        return next((warps for warps in (4, 8) if alive <= warps * 32 * REGISTERS), 16)
+        return 4 if alive <= 4 * 32 * REGISTERS else 8
 
     # ---- Tiles -----------------------------------------------------------------------------------------------------
 

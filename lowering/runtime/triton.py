@@ -127,9 +127,8 @@ class TritonStream:
 
             interpreted(kernel, grid, arguments)
         else:
-            warps = self.plan.warps[function == "backward"]
             with torch.cuda.device(device):
-                kernel[grid](**arguments, num_warps=warps, num_stages=1)
+                kernel[grid](**arguments, **self.plan.options(function, nvidia=torch.version.hip is None))
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class TritonPlan:
         scratch: elements of memory that a program of each kernel works in.
         state: elements of the state between two chunks.
         warps: warps of a program of each kernel.
+        wide: names of the tensors whose rows are a multiple of 16 elements long.
     """
 
     text: str
@@ -27,3 +29,13 @@ class TritonPlan:
     scratch: tuple[int, int]
     state: int
     warps: tuple[int, int]
+    wide: tuple[str, ...]
+
+    def options(self, kernel: str, nvidia: bool = True) -> dict[str, Any]:
+        """How a kernel is compiled.
+
+        A bound on registers is given to NVIDIA's assembler because without one it may, for large kernels, take 32.
+        """
+        warps = self.warps[kernel == "backward"]
+        bound = {"maxnreg": min(255, 65_536 // (32 * warps))} if nvidia else {}
+        return {"num_warps": warps, "num_stages": 1, **bound}

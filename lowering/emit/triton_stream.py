@@ -73,8 +73,10 @@ class TritonStream(Scan):
         for name, entry in self.entries.items():
             rows = [entry.rows] if entry.rows else []
             shapes[identifier(name)] = (*rows, *[e.size(sizes) for e in entry.like.dims])
-        for group in (spec.inputs, spec.slow):
-            shapes |= {n: tuple(e.size(sizes) for e in declared.dims) for n, declared in group.items()}
+        steps = getattr(spec.schedule, "micro", 1)
+        for n, view in spec.inputs.items():
+            shapes[n] = (*([steps] if view.micro else []), *[e.size(sizes) for e in view.dims])
+        shapes |= {n: tuple(e.size(sizes) for e in slow.dims) for n, slow in spec.slow.items()}
         shapes |= {f"{n}__initial": tuple(e.size(sizes) for e in fast.dims) for n, fast in spec.fast.items()}
         return {n: tuple(size for size in shape if size != 1) for n, shape in shapes.items()}
 

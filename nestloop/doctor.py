@@ -45,7 +45,7 @@ TESTED = {
     "numpy": Tested((2, 4), (2, 5), "2.4.6"),
     "torchvision": Tested((0, 26), (0, 28), "0.28.0", needed_for="training on images"),
     "timm": Tested((1, 0), (1, 0), "1.0.31", needed_for="timm.create_model and its augmentations"),
-    "triton": Tested((3, 6), (3, 7), "3.7.1", needed_for="torch.compile on a GPU"),
+    "triton": Tested((3, 6), (3, 7), "3.7.1", needed_for="backend='triton', and torch.compile on a GPU"),
 }
 PYTHON = Tested((3, 11), (3, 12), "3.12")
 

@@ -82,7 +82,7 @@ def test_a_distribution(monkeypatch: pytest.MonkeyPatch, name: str, version: str
             Check(
                 "triton",
                 "note",
-                "not installed; needed for torch.compile on a GPU",
+                "not installed; needed for backend='triton', and torch.compile on a GPU",
                 "pip install triton==3.7.1",
             ),
         ),

@@ -481,11 +481,11 @@ class TritonFunction:
         text = f"{left} * {right}"
         clean = [bool(x and (y or y is None)) or bool(y and x is None) for x, y in zip(clean_a, clean_b, strict=True)]
         absent = [x is None and y is None for x, y in zip(clean_a, clean_b, strict=True)]
-        inner = len(space) - 2
-        if not space[inner].is_one:
-            d = self._domain_of(space, inner)
-            if not self.whole(space[inner]) and not clean[d]:
-                text = f"tl.where({self._mask(d, len(axes), space[inner])}, {text}, 0)"
+        between = len(space) - 2  # the axis that the product sums over
+        if not space[between].is_one:
+            d = self._domain_of(space, between)
+            if not self.whole(space[between]) and not clean[d]:
+                text = f"tl.where({self._mask(d, len(axes), space[between])}, {text}, 0)"
             text = f"tl.sum({text}, {d})"
             del clean[d], absent[d]
         if any(absent):
@@ -503,7 +503,7 @@ class TritonFunction:
     def _along(self, value: Value) -> list[str]:
         (view,) = value.reads
         axis = self._domain_axis(value, value.axes[0])
-        name: str = ops.row(value.node.target).cpp.function  # type: ignore[union-attr]
+        name: str = ops.row(value.node.target).cpp.function
         if self.turned.get(value):
             name += "_reversed"
             view = view.flip([value.axes[0]])

@@ -217,7 +217,9 @@ class TritonStream(Scan):
 
     def _dense(self, shape: Sequence[int], first: int = 0) -> tuple[list[str], list[str]]:
         """Places and masks of the axes of a tile in memory, after `first` others."""
-        rank, places, masks, step = len(shape) + first, [], [], 1
+        rank, step = len(shape) + first, 1
+        places: list[str] = []
+        masks: list[str] = []
         for axis in reversed(range(len(shape))):
             size = shape[axis]
             self.used.add(padded(size))

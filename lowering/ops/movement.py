@@ -143,7 +143,7 @@ def _constant(position: int) -> Element:
     return Element(lambda o: str(o[position]))
 
 
-_ZERO, _ONE = (Element(lambda o, n=n: f"S({n})", lambda o, n=n: n) for n in "01")
+_ZERO, _ONE = Element(lambda o: "S(0)", lambda o: "0"), Element(lambda o: "S(1)", lambda o: "1")
 
 
 def _view(target, example, spell=_reshape, of=_reshaped) -> Op:

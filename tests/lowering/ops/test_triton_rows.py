@@ -52,7 +52,8 @@ def kernel({pointers}, scratch, S: tl.constexpr, PRODUCT: tl.constexpr):
 
 
 def graph_of(target: Any, arguments: Any, settings: dict[str, Any]) -> tuple[fx.GraphModule, list[Tensor]]:
-    graph, given = fx.Graph(), []
+    graph = fx.Graph()
+    given: list[Tensor] = []
 
     def placeholder(value: Any) -> Any:
         if not isinstance(value, Tensor):

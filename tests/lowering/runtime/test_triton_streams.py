@@ -1,0 +1,199 @@
+"""Streams in generated Triton: interpreted for what they compute, compiled for what they take.
+
+The interpreter sees no races and no layouts; the compiler runs nothing. Each kernel is put through both.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import nestloop as nl
+from nestloop import zoo
+from nestloop.errors import NoPlanError
+from nestloop.lowering import pipeline
+from nestloop.lowering.runtime import offline, tiles
+from nestloop.lowering.runtime.triton import TritonStream
+from tests.drawn import SIZES
+from tests.lowering.comparison import assert_equal, differences, run
+from tests.lowering.random_streams import FAMILIES, random_streams
+from tests.lowering.runtime.test_native import Causally, doubled, inputs_of, single
+from tests.lowering.runtime.test_native_streams import STREAMS, drawn
+from tests.lowering.test_random_streams import begun, each
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+# Loops without Triton, and why.
+UNPLANNED = {
+    zoo.Mesa: "a system that is no triangle",
+    zoo.LaCT: "a tile of all the tokens of a call is more than registers hold",
+    zoo.LaCTMuon: "a tile of all the tokens of a call is more than registers hold",
+}
+LOW = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half the distance from 1 to the next number
+
+
+@pytest.fixture(autouse=True)
+def few_states_kept(monkeypatch: pytest.MonkeyPatch):
+    """Most chunks are to be recomputed, from states one to three chunks apart."""
+    monkeypatch.setattr(tiles, "spacing_within", lambda count, budget, state: 1 + count % 3)
+
+
+@pytest.mark.parametrize("loop", STREAMS, ids=lambda loop: loop.__name__)
+def test_every_loop_of_the_zoo_is_what_generated_pytorch_gives(loop: type[nl.Loop]):
+    torch.manual_seed(0)
+    inputs, losses = drawn(loop, 19), not isinstance(loop.spec.schedule, nl.Program)
+    op = nl.compile(loop, backend="triton")
+    if loop in UNPLANNED:
+        with pytest.raises(NoPlanError) as refusal:
+            run(op, inputs, losses)
+        assert UNPLANNED[loop] in str(refusal.value)
+        return
+    assert_equal(differences(run(op, inputs, losses), run(nl.compile(loop, backend="torch"), inputs, losses)), 1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_streams_are_the_reference(family: str):
+    planned = []
+
+    def check(case, calls):
+        loop = case.declare()
+        before = case.period * calls.randrange(4)
+        inputs = begun(case, loop, calls.choice((1, 7, 17)), before, seed=calls.randrange(1000))
+        wanted = run(nl.compile(loop, backend="reference"), inputs)
+        if not all(bool(torch.isfinite(value).all()) for value in wanted.values()):
+            return
+        try:
+            made = run(nl.compile(loop, backend="triton"), inputs)
+        except NoPlanError as refusal:
+            assert "registers hold" in str(refusal) or "too many tensors" in str(refusal)
+            return
+        planned.append(case)
+        assert_equal(differences(made, wanted), 1e-9)
+
+    each(random_streams(family), 400 + FAMILIES.index(family), 4, check)
+    assert planned or family == "program"
+
+
+@pytest.mark.parametrize(("a", "e"), [(1, 5), (16, 5), (5, 33)], ids=str)
+def test_float32_is_the_reference_in_float64_to_rounding(a: int, e: int):
+    inputs = inputs_of(Causally, a, e, 21)
+    wanted = run(nl.compile(Causally, backend="reference"), inputs)
+    found = run(nl.compile(Causally, backend="triton"), single(inputs))
+    assert_equal(differences(doubled(found), doubled(wanted)), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_low_precision_is_close_to_float64(dtype: torch.dtype):
+    """Within 16 roundings of the largest element: of each view, of the factors of the products in a row, of z."""
+    torch.manual_seed(0)
+    inputs = drawn(zoo.DeltaNet, 21)
+    low = {n: t.detach().to(dtype).requires_grad_() for n, t in inputs.views.items()}
+    weights = {n: t.detach().float() for n, t in inputs.weights.items()}
+    z, _ = nl.compile(zoo.DeltaNet, backend="triton")(low, weights)
+    exact = {n: t.detach().double().requires_grad_() for n, t in low.items()}
+    wanted, _ = nl.compile(zoo.DeltaNet, backend="reference")(exact, {n: t.double() for n, t in weights.items()})
+    cotangent = torch.randn_like(z)
+    found = torch.autograd.grad((z * cotangent).sum(), list(low.values()))
+    gradients = torch.autograd.grad((wanted * cotangent.double()).sum(), list(exact.values()))
+    for made, right in zip([z, *found], [wanted, *gradients], strict=True):
+        assert made.dtype == dtype
+        assert (made.double() - right).abs().max() <= 16 * LOW[dtype] * right.abs().max()
+
+
+def test_strided_views_are_read_where_they_lie():
+    torch.manual_seed(0)
+    inputs = drawn(zoo.DeltaNet, 19)
+    spread = {n: t.detach().transpose(1, 2).contiguous().transpose(1, 2) for n, t in inputs.views.items()}
+    op = nl.compile(zoo.DeltaNet, backend="triton")
+    assert not spread["k"].is_contiguous()
+    assert torch.equal(op(spread, inputs.weights)[0], op(inputs.views, inputs.weights)[0])
+
+
+def test_a_state_goes_from_one_backend_to_the_other():
+    torch.manual_seed(0)
+    inputs, whole = drawn(zoo.TTTLinear, 32), nl.compile(zoo.TTTLinear, backend="torch")
+    first = {n: t[:, :, :16] for n, t in inputs.views.items()}
+    rest = {n: t[:, :, 16:] for n, t in inputs.views.items()}
+    wanted, _ = whole(inputs.views, inputs.weights)
+    for begins, goes_on in (("torch", "triton"), ("triton", "cpp")):
+        _, state = nl.compile(zoo.TTTLinear, backend=begins)(first, inputs.weights)
+        z, _ = nl.compile(zoo.TTTLinear, backend=goes_on)(rest, inputs.weights, state)
+        torch.testing.assert_close(z, wanted[:, :, 16:], rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_is_computed_of_no_sequences():
+    inputs = drawn(zoo.DeltaNet, 19)
+    none = {n: t[:0] for n, t in inputs.views.items()}
+    z, state = nl.compile(zoo.DeltaNet, backend="triton")(none, inputs.weights)
+    assert z.shape[0] == 0 and all(t.shape[0] == 0 for t in state.values())
+
+
+def test_the_op_is_an_op_of_pytorch():
+    torch.manual_seed(0)
+    inputs = drawn(zoo.CausalLinearAttention, 9)
+    op = nl.compile(zoo.CausalLinearAttention, backend="triton")
+    op(inputs.views, inputs.weights)
+    (name,) = [n for n in op._names.values() if "triton" in n]
+    made = pipeline_op(name)
+    tensors = made(op, inputs)
+    torch.library.opcheck(getattr(torch.ops.nestloop, name).default, tensors)
+
+
+def pipeline_op(name: str):
+    """How a registered op is called with a loop's inputs."""
+    from nestloop.lowering.lower import STREAM_OPS
+
+    signature = STREAM_OPS[name].signature
+
+    def tensors(op: nl.CompiledLoop, inputs) -> tuple[torch.Tensor, ...]:
+        given = {n: t.transpose(0, 1) for n, t in inputs.views.items()}
+        zero = {n: torch.zeros(2, 1, *signature.tiles[n], dtype=torch.float64) for n in signature.fast}
+        return tuple({**zero, **given}[n] for n in signature.inputs)
+
+    return tensors
+
+
+def test_products_follow_what_pytorch_is_told():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for told, taken in (("highest", "tf32x3"), ("high", "tf32")):
+            torch.set_float32_matmul_precision(told)
+            assert TritonStream.settings(torch.float32, torch.float32)["PRODUCT"] == taken
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert TritonStream.settings(torch.float32, torch.bfloat16)["PRODUCT"] == "bf16"
+
+
+def plan_of(loop: type[nl.Loop], **sizes: int):
+    given = {**SIZES, "H": 2, **loop.spec.default_dims, **sizes}
+    made = pipeline.stream_stages(loop.spec, given, None, losses=False, part="scan", triton=True)
+    assert made.triton is not None, made.not_triton
+    return made.triton
+
+
+@pytest.mark.parametrize("device", ["sm_90", "sm_80", "gfx942"])
+def test_kernels_compile_for_devices_that_are_not_there(device: str):
+    plan = plan_of(zoo.DeltaNet, dk=64, dv=64)
+    made = offline.compiled(plan, "forward", device)
+    assert made.shared <= offline.SHARED[device] and made.registers <= 512
+    assert made.spilled == (0, 0) or device != "sm_90"
+    assert "dot" in made.text["ttgir"] and ("mma" in made.text.get("ptx", made.text.get("amdgcn", "")))
+
+
+def test_what_does_not_compile_is_refused():
+    import dataclasses
+
+    plan = plan_of(zoo.CausalLinearAttention)
+    broken = dataclasses.replace(plan, text=plan.text.replace("tl.cdiv(", "tl.no_such_function("))
+    with pytest.raises(NoPlanError) as refusal:
+        offline.compiled(broken, "forward")
+    assert str(refusal.value).startswith("The forward kernel does not compile for sm_90.")
+
+
+def test_inspect_shows_every_stage_of_a_kernel():
+    text = nl.inspect(zoo.CausalLinearAttention, "triton")
+    assert "def forward(" in text and "decay.py" in text and "@triton.jit" in text
+    assert nl.inspect(zoo.Mesa, "triton") == "none: a system that is no triangle"
+    ttir = nl.inspect(zoo.CausalLinearAttention, "ttir")
+    assert ttir.startswith("// forward for sm_90, bf16: ") and "// backward for sm_90, bf16: " in ttir

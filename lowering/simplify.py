@@ -209,7 +209,8 @@ class _Rebuild:
     def _turned(self, value: fx.Node, order: list[int]) -> fx.Node:
         """A value with its last two axes exchanged."""
         if value.target is aten.permute.default and [d % len(order) for d in value.args[1]] == order:
-            return value.args[0]
+            (before,) = value.all_input_nodes
+            return before
         if is_gram(value):
             return value
         turned = result_like(ops.row(aten.permute.default), aten.permute.default, (value.meta["val"], order), {})

@@ -201,10 +201,11 @@ def stream_stages(
         )
     native, not_native = None, ""
     try:
+        own = scan
         if part == "scan" and form.in_cpp is not form:
-            made_cpp, states_cpp, steps_cpp = pieces_of(captured, tracer, form.in_cpp, False, losses)
-            scan = (captured, made_cpp, states_cpp, steps_cpp, form.longest_cpp, losses, form.name)
-        native = (CppScan if part == "scan" else CppPiece)(*scan).emit()
+            shorter = pieces_of(captured, tracer, form.in_cpp, False, losses)
+            own = (captured, *shorter, form.in_cpp.longest, losses, form.name)
+        native = (CppScan if part == "scan" else CppPiece)(*own).emit()
     except NoSpelling as reason:
         not_native = str(reason)
     kernels, not_triton = None, ""

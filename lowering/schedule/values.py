@@ -54,6 +54,7 @@ class Value:
         users: the values that read it.
         sinks: results it is added to: (result, factor).
         result: the result that is its memory, where it has no other.
+        factors: a product's operands, where tiles are not in memory.
         copies: whether it is its operand as it is, densely.
         written: whether it is a result that is written to memory as soon as it is computed.
     """
@@ -68,6 +69,7 @@ class Value:
     users: list[Value] = field(default_factory=list)
     sinks: list[tuple[str, float]] = field(default_factory=list)
     result: str | None = None
+    factors: tuple[Strided, ...] = ()
     copies: bool = False
     written: bool = False
 

@@ -170,7 +170,9 @@ def _flip(value: Tensor | None, flipped: bool, lead: int) -> Tensor | None:
 
 
 def _flip_mix(mix: Tensor | Halves, flipped: bool) -> Tensor | Halves:
-    return mix.mT if flipped and (isinstance(mix, Halves) or mix.ndim > 2) else mix
+    if isinstance(mix, Halves):
+        return mix.with_channels(lambda factor: factor.mT) if flipped else mix
+    return mix.mT if flipped and mix.ndim > 2 else mix
 
 
 def weighed(x: Tensor, factor: Tensor | None, weight: Tensor) -> Tensor:
@@ -189,11 +191,11 @@ def weighed(x: Tensor, factor: Tensor | None, weight: Tensor) -> Tensor:
 def mixed(x: Tensor, u: Tensor, delta: Tensor, mix: Tensor | Halves) -> Tensor:
     """sum_s mix[t, s] (x_t . u_s) delta_s: mix [m, r], [m, r, a, 1] or [m, r, 1, b]."""
     if isinstance(mix, Halves):
-        *_, rows, columns = mix.until.shape
+        *_, rows, columns = mix.tail.shape
         if columns == 1:
             return mix.scores(x, u) @ delta
         if rows == 1:
-            return mix.of_outputs().mixed(x @ u.mT, delta)
+            return mix.with_channels(lambda factor: factor.squeeze(-2)).mixed(x @ u.mT, delta)
         raise NotAffine("a coefficient for every element of a matrix")
     if mix.ndim == 2:
         return ((x @ u.mT) * mix) @ delta

@@ -5,7 +5,7 @@ The decays after row s up to row t factor into those up to a place between the t
 one l, s in its first half and t in its second, and the place is where the halves meet. (The secondary chunks of arXiv
 2312.06635, section 4.3, with blocks inside blocks down to single rows.)
 
-    C[t, s, c] = own[t, s] + sum_l pairs[l, t, s] since[l, t, c] until[l, s, c]
+    C[t, s, c] = own[t, s] + sum_l pairs_l[t, s] since_l[t, c] until_l[s, c]
 
 Each factor is a product of consecutive decays, as the recurrence itself makes it: at most 1 where they are, exactly 0
 where one of them is, and never a quotient. A decay above 1 can overflow here no earlier than in beta_t, which is such a
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,24 +26,38 @@ _FORGOTTEN = -1e30  # a logarithm whose factor is 0; sums of products with -inf 
 
 
 @dataclass(frozen=True)
-class Halves:
-    """C of a tile's rows, factored for each size of block.
+class Level:
+    """The pairs of rows whose blocks of 2^l rows are halves of one.
 
     Attributes:
-        since: [l, t, *c], the decays of row t and of those before it in its block of 2^l rows.
-        since_above: [l, t, *c], the same without that of row t.
-        until: [l, s, *c], the decays of the rows after s in its block.
-        pairs: [l, t, s], 1 where the two blocks are halves of one.
+        pairs: [t, s], 1 for such a pair.
+        since: [t, *c], the decays of row t and of those before it in its block.
+        since_above: [t, *c], the same without that of row t.
+        until: [s, *c], the decays of the rows after s in its block.
+    """
+
+    pairs: Tensor
+    since: Tensor
+    since_above: Tensor
+    until: Tensor
+
+
+@dataclass(frozen=True)
+class Halves:
+    """C of a tile's rows, factored.
+
+    Attributes:
+        levels: for each size of block.
         own: [t, s], 1 where t = s; None for weights without the row's own step.
         tail: [s, *c], the last row of C.
     """
 
-    since: Tensor
-    since_above: Tensor
-    until: Tensor
-    pairs: Tensor
+    levels: tuple[Level, ...]
     own: Tensor | None
     tail: Tensor
+
+    def _each(self, change: Callable[[Level], Level]) -> tuple[Level, ...]:
+        return tuple(map(change, self.levels))
 
     def strict(self) -> Halves:
         """C without its diagonal."""
@@ -50,48 +65,53 @@ class Halves:
 
     def above(self) -> Halves:
         """C of the weights before each row's step: row t - 1 of C as row t, 0 at the first."""
-        return replace(self, since=self.since_above, own=None)
+        return replace(self, levels=self._each(lambda one: replace(one, since=one.since_above)), own=None)
 
     def of_rows(self, chosen: Callable[[Tensor], Tensor]) -> Halves:
         """Some of the rows t; `chosen` takes them of [t, *]."""
 
-        def second(value: Tensor) -> Tensor:
-            return chosen(value.transpose(0, 1)).transpose(0, 1)
+        def few(one: Level) -> Level:
+            return Level(chosen(one.pairs), chosen(one.since), chosen(one.since_above), one.until)
 
-        own = None if self.own is None else chosen(self.own)
-        return replace(
-            self, since=second(self.since), since_above=second(self.since_above), pairs=second(self.pairs), own=own
-        )
+        return replace(self, levels=self._each(few), own=None if self.own is None else chosen(self.own))
 
-    @property
-    def mT(self) -> Halves:
-        """C of a transposed matrix: its two channel axes exchanged."""
-        return replace(
-            self, since=self.since.mT, since_above=self.since_above.mT, until=self.until.mT, tail=self.tail.mT
-        )
+    def with_channels(self, change: Callable[[Tensor], Tensor]) -> Halves:
+        """C with other channel axes; `change` makes them of [t, *c]."""
 
-    def of_outputs(self) -> Halves:
-        """Of channels [1, c], as [c]."""
-        since, above, until = (f.squeeze(-2) for f in (self.since, self.since_above, self.until))
-        return replace(self, since=since, since_above=above, until=until, tail=self.tail.squeeze(-2))
+        def changed(one: Level) -> Level:
+            return Level(one.pairs, change(one.since), change(one.since_above), change(one.until))
+
+        return replace(self, levels=self._each(changed), tail=change(self.tail))
 
     def scores(self, x: Tensor, u: Tensor) -> Tensor:
         """sum_c x[t, c] u[s, c] C[t, s, c] with channels [c, 1]: x [t, c], u [s, c] -> [t, s]."""
-        left, right = x.unsqueeze(0) * self.since.squeeze(-1), u.unsqueeze(0) * self.until.squeeze(-1)
-        made = ((left @ right.mT) * self.pairs).sum(0)
-        return made if self.own is None else made + (x @ u.mT) * self.own
+        terms = [] if self.own is None else [(x @ u.mT) * self.own]
+        for one in self.levels:
+            terms.append(((x * one.since.squeeze(-1)) @ (u * one.until.squeeze(-1)).mT) * one.pairs)
+        return _sum(terms)
 
     def mixed(self, scores: Tensor | None, values: Tensor) -> Tensor:
         """sum_s scores[t, s] C[t, s, *c] values[s, *c]: scores [t, s], or None for 1; values [s, *] -> [t, *]."""
-        spread = self.until * values.unsqueeze(0)
-        levels, rows, *rest = spread.shape
-        weights = self.pairs if scores is None else scores.unsqueeze(0) * self.pairs
-        summed = (weights @ spread.reshape(levels, rows, math.prod(rest))).reshape(levels, weights.shape[1], *rest)
-        made = (summed * self.since).sum(0)
-        if self.own is None:
-            return made
-        own = self.own if scores is None else scores * self.own
-        return made + (own @ values.reshape(rows, math.prod(rest))).reshape(made.shape)
+
+        def weighed(pairs: Tensor, rows: Tensor) -> Tensor:
+            weights = pairs if scores is None else scores * pairs
+            flat = rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))
+            return (weights @ flat).reshape(weights.shape[0], *rows.shape[1:])
+
+        terms = [] if self.own is None else [weighed(self.own, values)]
+        return _sum([*terms, *[weighed(one.pairs, one.until * values) * one.since for one in self.levels]])
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def exact(left: Tensor, right: Tensor) -> Tensor:
+    """A product that low precision leaves alone: a decay of 0.999 is 1 in bfloat16."""
+    return torch.bmm(left.unsqueeze(0), right.unsqueeze(0)).squeeze(0)
 
 
 def halves(value: Tensor, logarithm: bool, longest: int) -> tuple[Halves, Tensor]:
@@ -101,55 +121,44 @@ def halves(value: Tensor, logarithm: bool, longest: int) -> tuple[Halves, Tensor
     position = torch.arange(count, device=value.device)
     below = (position[:, None] > position[None, :]).to(value.dtype)
     own = (position[:, None] == position[None, :]).to(value.dtype)
-    levels = (longest - 1).bit_length()
-    sizes = torch.exp2(torch.arange(levels + 1, device=value.device).to(value.dtype))
-    # half a row off every border, so that no rounding of the quotient matters
-    block = ((position.to(value.dtype) + 0.5) / sizes[:, None]).floor()
-    within = (block[:, :, None] == block[:, None, :]).to(value.dtype)  # [l, t, s]
-    pairs, inside = (within[1:] - within[:-1]) * below, within[:-1]
+    middle = position.to(value.dtype) + 0.5  # off the borders of blocks, so that no rounding of a quotient matters
+    blocks = [(middle / 2**level).floor() for level in range((longest - 1).bit_length() + 1)]
+    within = [(block[:, None] == block[None, :]).to(value.dtype) for block in blocks]
+    pairs = [(outer - inner) * below for inner, outer in pairwise(within)]
     flat = value.reshape(count, math.prod(shape))
     if logarithm:
-        since, above, until, tail = _sums(flat, inside, below, own)
-        base = value.cumsum(0).exp()
+        factors, tail, base = _sums(flat, within[:-1], below, own)
     else:
-        since, above, until, tail, base = _products(flat, inside, pairs, below)
-
-    def shaped(factor: Tensor) -> Tensor:
-        return factor.reshape(levels, count, *shape)
-
-    factors = Halves(shaped(since), shaped(above), shaped(until), pairs, own, tail.reshape(count, *shape))
-    return factors, base.reshape(count, *shape)
+        factors, tail, base = _products(flat, within[:-1], pairs, below)
+    levels = [Level(one, *[f.reshape(count, *shape) for f in found]) for one, found in zip(pairs, factors, strict=True)]
+    return Halves(tuple(levels), own, tail.reshape(count, *shape)), base.reshape(count, *shape)
 
 
-def exact(left: Tensor, right: Tensor) -> Tensor:
-    """A product that low precision leaves alone: a decay of 0.999 is 1 in bfloat16."""
-    return torch.bmm(left.unsqueeze(0), right.unsqueeze(0)).squeeze(0)
+Factors = list[tuple[Tensor, Tensor, Tensor]]  # of each level `since`, `since_above` and `until` [r, c]
 
 
-def _sums(value: Tensor, inside: Tensor, below: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From logarithms [r, c]: `since`, `since_above` and `until` [l, r, c], and `tail` [r, c]."""
-    value = value.clamp_min(_FORGOTTEN)
-    levels, count = inside.shape[:2]
+def _sums(value: Tensor, within: list[Tensor], below: Tensor, own: Tensor) -> tuple[Factors, Tensor, Tensor]:
+    """From logarithms [r, c]: the factors, the last row of C, and the products over all rows."""
+    finite = value.clamp_min(_FORGOTTEN)
 
-    def total(members: Tensor) -> Tensor:
-        made = exact(members.reshape(levels * count, count), value)
-        return made.reshape(levels, count, value.shape[1]).exp()
+    def total(rows: Tensor) -> Tensor:
+        return exact(rows, finite).exp()
 
-    tail = exact(below.mT, value).exp()
-    return total(inside * (below + own)), total(inside * below), total(inside * below.mT), tail
+    factors = [(total(one * (below + own)), total(one * below), total(one * below.mT)) for one in within]
+    return factors, total(below.mT), value.cumsum(0).exp()
 
 
-def _products(value: Tensor, inside: Tensor, pairs: Tensor, below: Tensor) -> tuple[Tensor, ...]:
-    """From decays [r, c]: `since`, `since_above` and `until` [l, r, c], `tail` and `base` [r, c]; each block's from its
-    halves'."""
+def _products(
+    value: Tensor, within: list[Tensor], pairs: list[Tensor], below: Tensor
+) -> tuple[Factors, Tensor, Tensor]:
+    """From decays [r, c]: as `_sums`; a block's products are those of its halves."""
     since, above, until = value, torch.ones_like(value), torch.ones_like(value)
-    found: tuple[list[Tensor], ...] = ([], [], [])
-    for level in range(inside.shape[0]):
-        for kept, factor in zip(found, (since, above, until), strict=True):
-            kept.append(factor)
-        ends = ((inside[level] * below.mT).sum(1) == 0).to(value.dtype)  # [r]: rows with none after them in their block
-        first, second = pairs[level] * ends, pairs[level].mT * ends  # [r, r]: the end of the other half
+    factors = []
+    for one, pair in zip(within, pairs, strict=True):
+        factors.append((since, above, until))
+        ends = ((one * below.mT).sum(1) == 0).to(value.dtype)  # [r]: rows with none after them in their block
+        first, second = pair * ends, pair.mT * ends  # [r, r]: the end of the other half
         earlier = exact(first, since) + (1 - first.sum(1, keepdim=True))
         later = exact(second, since) + (1 - second.sum(1, keepdim=True))
         since, above, until = since * earlier, above * earlier, until * later
-    return (*[torch.cat([one.unsqueeze(0) for one in kept]) for kept in found], until, since)
+    return factors, until, since

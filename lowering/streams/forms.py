@@ -17,9 +17,11 @@ from nestloop.lang.declare import Gate, Slow
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Chunked, Program
 from nestloop.lowering.capture import Captured, Tracer
+from nestloop.lowering.collect import collect
 from nestloop.lowering.differentiate import Piece, make_piece
 from nestloop.lowering.recorder import graph_module
 from nestloop.lowering.rewrites.rule import Rewrite
+from nestloop.lowering.simplify import simplify
 from nestloop.lowering.streams.chunked import chunk_step, read, update_step
 from nestloop.lowering.streams.dual import dual_step
 from nestloop.lowering.streams.primal import primal_step
@@ -312,7 +314,7 @@ def _piece(
     def flat(*given: Tensor) -> tuple[Tensor, ...]:
         return function(step, dict(zip(names, given, strict=True)))
 
-    forward = traced or step.tracer.trace_on(flat, step.examples(), names)
+    forward = collect(simplify(traced or step.tracer.trace_on(flat, step.examples(), names)))
     return make_piece(name, forward, names, results, step.tracer, step.captured, losses, {}, step.examples)
 
 

@@ -49,7 +49,7 @@ def collect(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _is_sum(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in _SUMS and node.kwargs.get("alpha", 1) == 1
+    return node.target in _SUMS and bool(node.kwargs.get("alpha", 1) == 1)
 
 
 def _is_within(node: fx.Node) -> bool:

@@ -269,7 +269,8 @@ def peak_of_process(name: str, tokens: int, heads: int, d: int) -> None:
     z = op(views, weights)[0]
     z.backward(torch.ones_like(z))  # PyTorch imports sympy, 30 MiB, the first time
     sizes = {"d": d, "dk": d, "dv": d, "D": d, "H": heads}
-    chunk = lower.plan_for(loop.spec, sizes, None, False, False, part="scan").chunk
+    plan = lower.plan_for(loop.spec, sizes, None, False, False, part="scan")
+    chunk = plan.chunk if plan.native is None else plan.native.rows
     before = peak_mib()
     views, weights = problem(loop, 1, tokens, heads, d, "cpu")
     z, state = op(views, weights)

@@ -201,7 +201,11 @@ def stream_stages(
         )
     native, not_native = None, ""
     try:
-        native = (CppScan if part == "scan" else CppPiece)(*scan).emit()
+        own = scan
+        if part == "scan" and form.in_cpp is not form:
+            shorter = pieces_of(captured, tracer, form.in_cpp, False, losses)
+            own = (captured, *shorter, form.in_cpp.longest, losses, form.name)
+        native = (CppScan if part == "scan" else CppPiece)(*own).emit()
     except NoSpelling as reason:
         not_native = str(reason)
     kernels, not_triton = None, ""

@@ -17,7 +17,7 @@ from torch import fx
 
 from nestloop.lowering import ops
 from nestloop.lowering.ops import Kind
-from nestloop.lowering.ops.results import same_shape, same_size
+from nestloop.lowering.ops.results import result_like, same_shape, same_size
 from nestloop.lowering.recorder import graph_module
 
 aten = torch.ops.aten
@@ -183,6 +183,9 @@ class _Rebuild:
                 return source
             if order == [1, 0] and is_gram(source):
                 return source
+            flipped = self._flipped_product(node, source, order)
+            if flipped is not None:
+                return flipped
             if source.target is aten.permute.default:
                 inner = [d % len(shape) for d in source.args[1]]
                 if [inner[d] for d in order] == list(range(len(order))):
@@ -193,6 +196,25 @@ class _Rebuild:
             if node.target is aten.expand.default and not before:
                 return Fill(source)
         return None
+
+    def _flipped_product(self, node: fx.Node, source: fx.Node, order: list[int]) -> fx.Node | None:
+        """(a b)^T = b^T a^T, where nothing else reads a b."""
+        rank = len(order)
+        swap = [*range(rank - 2), rank - 1, rank - 2]
+        if source.target not in (aten.mm.default, aten.bmm.default) or order != swap or len(node.args[0].users) > 1:
+            return None
+        made = [self._turned(factor, swap) for factor in source.args[::-1]]
+        return self._emit(source.target, tuple(made), node)
+
+    def _turned(self, value: fx.Node, order: list[int]) -> fx.Node:
+        """A value with its last two axes exchanged."""
+        if value.target is aten.permute.default and [d % len(order) for d in value.args[1]] == order:
+            (before,) = value.all_input_nodes
+            return before
+        if is_gram(value):
+            return value
+        turned = result_like(ops.row(aten.permute.default), aten.permute.default, (value.meta["val"], order), {})
+        return self._emit(aten.permute.default, (value, order), value, turned)
 
     def _row_scaled(self, node: fx.Node, args: list[Any]) -> Any:
         """(r a) b = r (a b) for a number r per row, where a b is there already."""

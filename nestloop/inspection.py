@@ -498,7 +498,8 @@ def _what_streams(lowered: LoweredStream, op: CompiledLoop | None) -> list[str]:
         lines.append("  in parallel over heads and sequences; a chunk's tile and the state stay in a core's cache")
     if lowered.part != "scan":
         return [*lines, "  an op for each update and each read-out, joined by the state"]
-    lines.append(f"  a scan over chunks of {form.longest} tokens; each chunk's step takes the {form.name} form")
+    longest = form.in_cpp.longest if native else form.longest
+    lines.append(f"  a scan over chunks of {longest} tokens; each chunk's step takes the {form.name} form")
     for rule in lowered.rewrites:
         lines.append(f"  {rule.name}: {'' if rule.fired else 'no, '}{rule.why}")
     lines.append(

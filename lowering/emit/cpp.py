@@ -13,7 +13,7 @@ from torch import fx
 
 from nestloop.lowering import ops
 from nestloop.lowering.axes import Axes
-from nestloop.lowering.emit.expressions import numbers, offset, plus, rows, scaled
+from nestloop.lowering.emit.expressions import numbers, offset, rows, scaled
 from nestloop.lowering.ops.row import Along, Element, System
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense
 from nestloop.lowering.ops.strided import product as count
@@ -364,9 +364,10 @@ class CppFunction:
 
     def _transpose(self, value: Value) -> list[str]:
         (source,) = value.reads
-        rows, columns = source.shape
-        given = f"{rows}, {columns}, {self._memory(source.base)}{plus(source.offset)}, {source.strides[0]}"
-        return [f"    transpose({given}, {self._memory(value)});{self._comment(value)}"]
+        rows, columns = source.shape[-2:]
+        given = f"{rows}, {columns}, {self._batch(source)}, {source.strides[-2]}"
+        made = self._batch(Strided.of(value, value.shape))
+        return [f"    {self._over_batch(value)}transpose({given}, {made});{self._comment(value)}"]
 
     def _along(self, value: Value) -> list[str]:
         spelled = ops.row(value.node.target).cpp

@@ -167,6 +167,11 @@ class StreamEmitter(Scan):
             return [f"if _from % {self.anchor_period} == 0:", *lines] if self.anchor_period else []
         return [f"{n} = {n.removesuffix('__anchor')}" for n in self.extra if n.endswith("__anchor")]
 
+    @property
+    def _updates(self) -> list[str]:
+        """Entries of which only the last chunk's has a cotangent."""
+        return [n for n in self.extra if n.endswith("__update")]
+
     def _results_of(self, name: str) -> list[str]:
         """What a piece's results are called in the scan."""
         piece = self.pieces[name]
@@ -222,6 +227,7 @@ class StreamEmitter(Scan):
         lines += [f"d_{n} = zeros({n})" if self.halo else f"_tiles_{n} = []" for n in seen]
         none = [n if n in self.starts else n.removesuffix("__anchor") for n in carry]
         lines.append(f"_first = ({', '.join(none)}{',' if len(carry) == 1 else ''})")
+        lines += [f"_no_{n} = zeros(d_end_{n})" for n in self._updates]
         lines.append("for _group in reversed(range(0, len(_chunks), _spacing)):")
         group: list[str] = []
         kept = ", ".join(f"between_{n}[_group // _spacing - 1]" for n in carry) + ("," if len(carry) == 1 else "")
@@ -261,9 +267,7 @@ class StreamEmitter(Scan):
         lines.append(f"d_z_i = {self._padded('d_z[:, :, _from:_to]')}")
         if self.losses:
             lines.append(f"d_losses_i = {self._padded('d_losses[:, :, _from:_to]')}")
-        if any(n.endswith("__update") for n in self.extra):
-            updates = [n for n in self.extra if n.endswith("__update")]
-            lines += [f"_d_{n} = d_end_{n} if _index == len(_chunks) - 1 else zeros(d_end_{n})" for n in updates]
+        lines += [f"_d_{n} = d_end_{n} if _index == len(_chunks) - 1 else _no_{n}" for n in self._updates]
 
         def pull(name: str) -> list[str]:
             piece, complete = self.pieces[name], name == "chunk"

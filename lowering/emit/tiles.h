@@ -337,14 +337,11 @@ void softmax(long outer, long length, long inner, const S* x, S* y) {
 }
 
 void cumsum(long outer, long length, long inner, const S* x, S* y) {
-    for (long o = 0; o < outer; o++)
-        for (long i = 0; i < inner; i++) {
-            S total = 0;
-            for (long j = 0; j < length; j++) {
-                total += x[(o * length + j) * inner + i];
-                y[(o * length + j) * inner + i] = total;
-            }
-        }
+    for (long o = 0; o < outer; o++, x += length * inner, y += length * inner) {
+        for (long i = 0; i < inner && length; i++) y[i] = x[i];
+        for (long j = inner; j < length * inner; j += inner)  // a row at a time, in the order of memory
+            for (long i = j; i < j + inner; i++) y[i] = y[i - inner] + x[i];
+    }
 }
 
 // ---- Tokens in and out of tiles ------------------------------------------------------------------------------------

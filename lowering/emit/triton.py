@@ -471,7 +471,9 @@ class TritonFunction:
                 left = left if clean_a[1] else f"tl.where({self._mask(1, 2, inner)}, {left}, 0)"
                 right = right if clean_b[0] else f"tl.where({self._mask(0, 2, inner)}, {right}, 0)"
             self._set_clean(value, [clean_a[0], clean_b[1]])
-            return [f"tiles.dot({left}, {right}, S, PRODUCT)"]
+            # as in generated PyTorch, low precision is for mm alone
+            precision = "PRODUCT" if value.node.target is torch.ops.aten.mm.default else '"ieee"'
+            return [f"tiles.dot({left}, {right}, S, {precision})"]
         space = a.shape
         axes = [size for size in space if not size.is_one]
         elements = math.prod(map(self.padded, axes))

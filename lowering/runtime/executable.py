@@ -172,9 +172,9 @@ def compiled_pieces(module: types.ModuleType, plan: Plan) -> types.ModuleType:
     """A copy of a generated module whose pieces go through `torch.compile`: each compiles once for all steps."""
     copy = types.ModuleType(f"{module.__name__}_inductor")
     copy.__dict__.update(module.__dict__)
-    for piece in plan.pieces:
-        for name in (piece, f"{piece}_vjp"):
-            setattr(copy, name, torch.compile(getattr(module, name)))
+    pieces = [name for piece in plan.pieces for name in (piece, f"{piece}_vjp")]
+    for name in [*pieces, *(["advance"] if hasattr(module, "advance") else [])]:
+        setattr(copy, name, torch.compile(getattr(module, name)))
     for name in ("forward", "backward"):
         function = getattr(module, name)
         setattr(copy, name, types.FunctionType(function.__code__, copy.__dict__, name, function.__defaults__))

@@ -31,7 +31,7 @@ class NativePlan:
         gradients: names of the inputs that `backward` gives a cotangent of, in order; the others' are zero.
         common: names of what all steps share, which the PyTorch module makes.
         whole: whether a tile must hold all tokens.
-        rows: tokens of a tile, where it need not.
+        rows: tokens of a tile, where it need not; of a scan, of a chunk.
     """
 
     text: str

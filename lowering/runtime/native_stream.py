@@ -77,7 +77,7 @@ class NativeStream(NativeLibrary):
         tokens = self._tokens(inputs)
         before = (
             ctypes.c_long(tokens),
-            ctypes.c_long(self.signature.chunk or tokens),
+            ctypes.c_long(self.signature.chunk_on(inputs) or tokens),
             ctypes.c_int(torch.get_num_threads()),
             ctypes.c_long(self.signature.spacing(inputs)),
             ctypes.c_long(groups),

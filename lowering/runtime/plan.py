@@ -31,7 +31,7 @@ class Plan:
         rows: tokens worked on at a time, so that their tiles stay in a CPU's cache.
         results: of a stream, names of what `forward` returns before what it keeps for backward.
         kept: of a scan, the carried tensors that it keeps.
-        chunk: of a scan, tokens of a chunk; 0 for one piece.
+        chunk: of a scan, tokens of a chunk in generated PyTorch; 0 for one piece.
         why: of a stream, the form it takes and why.
         native: its C++; None where it has none.
         not_native: why it has none.

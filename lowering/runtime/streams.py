@@ -39,13 +39,15 @@ class StreamSignature(Signature):
     Attributes:
         made: names of the results before what is kept.
         kept: carried tensors that a scan keeps between chunks.
-        chunk: tokens of a chunk; 0 for one piece.
+        chunk: tokens of a chunk in generated PyTorch; 0 for one piece.
+        chunk_cpp: tokens of a chunk in generated C++, which runs on a CPU; 0 where there is none.
         halo: rows before a call's own tokens.
     """
 
     made: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     chunk: int = 0
+    chunk_cpp: int = 0
     halo: int = 0
 
     @property
@@ -75,7 +77,11 @@ class StreamSignature(Signature):
         return found
 
     def _chunks(self, inputs: Sequence[Tensor]) -> int:
-        return -(-int(inputs[0].shape[2] - self.halo) // self.chunk) if self.chunk else 0
+        return -(-int(inputs[0].shape[2] - self.halo) // self.chunk_on(inputs)) if self.chunk else 0
+
+    def chunk_on(self, inputs: Sequence[Tensor]) -> int:
+        """Tokens of a chunk of what runs on the inputs' device."""
+        return self.chunk_cpp if self.chunk_cpp and inputs[0].device.type == "cpu" else self.chunk
 
     def spacing(self, inputs: Sequence[Tensor]) -> int:
         """Chunks from one state that is kept for backward to the next."""
@@ -136,6 +142,7 @@ def build_stream(
             made=plan.results,
             kept=plan.kept,
             chunk=plan.chunk,
+            chunk_cpp=0 if native is None else native.rows,
             halo=halo,
         )
         _check_arguments(spec, signature)

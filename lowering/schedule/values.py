@@ -54,7 +54,7 @@ class Value:
         users: the values that read it.
         sinks: results it is added to: (result, factor).
         result: the result that is its memory, where it has no other.
-        factors: a product's operands before they were copied or transposed.
+        factors: a product's operands, where tiles are not in memory.
         copies: whether it is its operand as it is, densely.
         written: whether it is a result that is written to memory as soon as it is computed.
     """
@@ -267,15 +267,6 @@ class _Reader:
         source = given[0]
         if not isinstance(source, Strided):
             return self._make("element", node, _shape_tuple(node), [source])
-        transposes = node.target is aten.permute.default and list(node.args[1]) == [1, 0]
-        base = source.base
-        if transposes and base.kind == "product" and base.node is node.args[0] and len(base.node.users) == 1:
-            # (a b)^T = b^T a^T
-            self.computed.remove(base)
-            for operand in base.reads:
-                operand.base.users.remove(base)
-            a, b = base.factors
-            return self._product(node, b.permute([1, 0]), a.permute([1, 0]))
         raw = (node.args[0], *node.args[1:])
         rank = len(node.args[0].meta["val"].shape)
         view = spelled.of(source, operands_of(node, [], raw=raw, rank=rank))
@@ -311,11 +302,8 @@ class _Reader:
         if not (_unit(left, -1) or _unit(left, -2)):
             left = self._copied(left, node)
         if not _unit(right, -1):
-            plain = len(right.shape) == 2 and _unit(right, 0)
-            right = self._transposed(right, node) if plain else self._copied(right, node)
-        made = self._make("product", node, (*a.shape[:-1], b.shape[-1]), [left, right])
-        made.base.factors = (a, b)
-        return made
+            right = self._transposed(right, node) if _unit(right, -2) else self._copied(right, node)
+        return self._make("product", node, (*a.shape[:-1], b.shape[-1]), [left, right])
 
     def _system(self, node: fx.Node, spelled: System, a: Strided, b: Strided) -> Strided:
         """The x of a x = b; of x a = b its transpose, from a^T x^T = b^T."""
@@ -334,9 +322,11 @@ class _Reader:
 
     def _transposed(self, view: Strided, node: fx.Node) -> Strided:
         """A transposed right operand, written out once."""
-        key = (view.base, view.strides, view.offset)
+        key = (view.base, view.shape, view.strides, view.offset)
         if key not in self.made:
-            self.made[key] = self._make("transpose", node, view.shape, [view.permute([1, 0])]).base
+            axes = list(range(len(view.shape)))
+            swapped = view.permute([*axes[:-2], axes[-1], axes[-2]])
+            self.made[key] = self._make("transpose", node, view.shape, [swapped]).base
         return Strided.of(self.made[key], view.shape)
 
     def _sink(self, name: str, node: fx.Node, factor: float, summed: bool) -> None:

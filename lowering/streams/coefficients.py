@@ -17,6 +17,7 @@ from torch import Tensor
 from nestloop.lang import coefficient
 from nestloop.lang.declare import Declaration
 from nestloop.lang.optim import SGD
+from nestloop.lowering.streams.halves import Halves, exact, halves
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,14 @@ class Coefficients:
     Attributes:
         base: [r, *c], c being empty, or the fast weight's axes with 1 where it does not vary; None is 1.
         momenta: for each order [r, *c].
-        mix: [r, r, *c], 0 above the diagonal.
+        mix: [r, r, *c], 0 above the diagonal, or its factors.
         kept: for each momentum its own (momenta [r, *c] of the orders up to it, mix [r, r, *c]).
         plain: whether `mix` is 1 on and below the diagonal.
     """
 
     base: Tensor | None
     momenta: tuple[Tensor, ...]
-    mix: Tensor
+    mix: Tensor | Halves
     kept: tuple[tuple[tuple[Tensor, ...], Tensor], ...]
     plain: bool = False
 
@@ -77,7 +78,7 @@ def coefficients(optimizer: SGD, weight: Declaration, rows: Rows, first_only: Te
     mix = lower
     starts: tuple[Tensor, ...] = ()
     for order, eta in enumerate(optimizer.momentum or ()):
-        one, start = running(rows, weight, coefficient.of(eta, weight.name), False, None)
+        one, start = running(rows, _per_row(rows, weight, coefficient.of(eta, weight.name), False, None), False)
         mix = one if order == 0 else combine(one, mix)
         starts = (*[applied(one, s) for s in starts], start)
         mixes.append(mix)
@@ -88,32 +89,45 @@ def coefficients(optimizer: SGD, weight: Declaration, rows: Rows, first_only: Te
         if not mixes:
             return Coefficients(None, (), lower, (), plain=True)
         return Coefficients(None, tuple(applied(lower, s) for s in starts), combine(lower, mix), kept)
-    faded, base = running(rows, weight, decay, optimizer.log_decay is not None, first_only)
+    logarithm = optimizer.log_decay is not None
+    value = _per_row(rows, weight, decay, logarithm, first_only)
+    alone = not mixes and (optimizer.window or 1) == 1  # not to be multiplied with other coefficients
+    if isinstance(value, Tensor) and value.ndim > 1 and alone and rows.longest > 1:
+        factors, base = halves(value, logarithm, rows.longest)
+        return Coefficients(base, (), factors, ())
+    faded, base = running(rows, value, logarithm)
     if not mixes:
         return Coefficients(base, (), faded, ())
     return Coefficients(base, tuple(applied(faded, s) for s in starts), combine(faded, mix), kept)
 
 
-def running(
-    rows: Rows, weight: Declaration, part: Any, logarithm: bool, first_only: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Running products of one coefficient a_q: [r, r, *c] of prod_{s < q <= t} a_q (0 for s > t), and [r, *c] of
-    prod_{q <= t} a_q.
+def _per_row(rows: Rows, weight: Declaration, part: Any, logarithm: bool, first_only: Tensor | None) -> float | Tensor:
+    """One coefficient of every row: [r], or [r, *c] of channels; a number, where it is one for all rows.
 
     first_only: 0 at rows whose factor is 1.
     """
     value = rows.value(weight, part)
     if not isinstance(value, Tensor):
-        if first_only is None and (logarithm or value > 0):
-            return _constant(rows, float(value) if logarithm else math.log(value))
+        if first_only is None:
+            return float(value)
         value = rows.like.new_full((rows.count,), float(value))
     elif not rows.per_row(part):
         value = value.unsqueeze(0).expand(rows.count, *value.shape)
     if all(size == 1 for size in value.shape[1:]):
         value = value.reshape(value.shape[0])
-    if first_only is not None:
-        mask = first_only.reshape(-1, *[1] * (value.ndim - 1))
-        value = value * mask if logarithm else value * mask + (1 - mask)
+    if first_only is None:
+        return value
+    first = (first_only > 0).reshape(-1, *[1] * (value.ndim - 1))
+    return torch.where(first, value, torch.zeros_like(value) if logarithm else torch.ones_like(value))
+
+
+def running(rows: Rows, value: float | Tensor, logarithm: bool) -> tuple[Tensor, Tensor]:
+    """Running products of coefficients a_q [r, *c], or one number: [r, r, *c] of prod_{s < q <= t} a_q (0 for s > t),
+    and [r, *c] of prod_{q <= t} a_q."""
+    if not isinstance(value, Tensor):
+        if logarithm or value > 0:
+            return _constant(rows, value if logarithm else math.log(value))
+        value = rows.like.new_full((rows.count,), value)
     after = rows.position()[:, None] > rows.position()[None, :]  # [q, s]: s < q
     shape = (*after.shape, *[1] * (value.ndim - 1))
     after = after.reshape(shape)
@@ -142,11 +156,6 @@ def _constant(rows: Rows, log: float) -> tuple[Tensor, Tensor]:
     position = rows.position().to(rows.like.dtype)
     distance = (position[:, None] - position[None, :]).tril()
     return (distance * log).exp().tril(), ((position + 1) * log).exp()
-
-
-def exact(left: Tensor, right: Tensor) -> Tensor:
-    """A product that low precision leaves alone: a decay of 0.999 is 1 in bfloat16."""
-    return torch.bmm(left.unsqueeze(0), right.unsqueeze(0)).squeeze(0)
 
 
 def combine(left: Tensor, right: Tensor) -> Tensor:
@@ -182,7 +191,28 @@ def before(rows: Rows, c: Coefficients) -> Coefficients:
         moved = applied(shift, base)
         base = moved + first.reshape(-1, *[1] * (base.ndim - 1))
     momenta = tuple(applied(shift, m) for m in c.momenta)
-    return Coefficients(base, momenta, combine(shift, c.mix), ())
+    mix = c.mix.above() if isinstance(c.mix, Halves) else combine(shift, c.mix)
+    return Coefficients(base, momenta, mix, ())
+
+
+def strict(rows: Rows, c: Coefficients) -> Coefficients:
+    """The coefficients of the weights that a row's decay, but not its step, has reached."""
+    if isinstance(c.mix, Halves):
+        return Coefficients(c.base, c.momenta, c.mix.strict(), ())
+    below = rows.lower(strictly=True)
+    return Coefficients(c.base, c.momenta, c.mix * below.reshape(*below.shape, *[1] * (c.mix.ndim - 2)), ())
+
+
+def of_rows(c: Coefficients, chosen: Callable[[Tensor], Tensor]) -> Coefficients:
+    """The coefficients of some rows; `chosen` takes them of [r, *]."""
+    base = None if c.base is None else chosen(c.base)
+    mix = c.mix.of_rows(chosen) if isinstance(c.mix, Halves) else chosen(c.mix)
+    return Coefficients(base, tuple(map(chosen, c.momenta)), mix, ())
+
+
+def last_row(mix: Tensor | Halves) -> Tensor:
+    """The last row of a mix: [r, *c]."""
+    return mix.tail if isinstance(mix, Halves) else last(mix)
 
 
 def last(value: Tensor) -> Tensor:

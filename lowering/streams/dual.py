@@ -16,7 +16,8 @@ from torch import Tensor, fx
 from nestloop.lang.declare import Gate
 from nestloop.lowering.axes import type_axes
 from nestloop.lowering.derivative import grad
-from nestloop.lowering.streams.coefficients import Coefficients, before, coefficients, last
+from nestloop.lowering.streams.coefficients import Coefficients, before, coefficients, last, last_row, of_rows
+from nestloop.lowering.streams.halves import Halves
 from nestloop.lowering.streams.step import VALID, Step, Tensors, call, causal, momentum_names
 from nestloop.lowering.streams.uses import Matrix, NotAffine, Uses, Vector, is_matrix, weight_users
 
@@ -147,7 +148,7 @@ def product(x: Tensor, read: Read, pairs: list[tuple[Tensor, Tensor]], flipped: 
         made = made - weighed(x, _flip(factor, flipped, 1), _required(turned(momentum)))
     taken: Tensor | None = None
     for u, delta in pairs:
-        one = mixed(x, delta if flipped else u, u if flipped else delta, _required(_flip(c.mix, flipped, 2)))
+        one = mixed(x, delta if flipped else u, u if flipped else delta, _flip_mix(c.mix, flipped))
         taken = one if taken is None else taken + one
     if read.update is not None:
         waiting = x @ _required(turned(read.update))
@@ -168,6 +169,12 @@ def _flip(value: Tensor | None, flipped: bool, lead: int) -> Tensor | None:
     return value.mT if value is not None and flipped and value.ndim > lead else value
 
 
+def _flip_mix(mix: Tensor | Halves, flipped: bool) -> Tensor | Halves:
+    if isinstance(mix, Halves):
+        return mix.with_channels(lambda factor: factor.mT) if flipped else mix
+    return mix.mT if flipped and mix.ndim > 2 else mix
+
+
 def weighed(x: Tensor, factor: Tensor | None, weight: Tensor) -> Tensor:
     """x_t (factor_t W): factor [m], [m, a, 1] or [m, 1, b]."""
     if factor is None:
@@ -181,8 +188,15 @@ def weighed(x: Tensor, factor: Tensor | None, weight: Tensor) -> Tensor:
     raise NotAffine("a coefficient for every element of a matrix")
 
 
-def mixed(x: Tensor, u: Tensor, delta: Tensor, mix: Tensor) -> Tensor:
+def mixed(x: Tensor, u: Tensor, delta: Tensor, mix: Tensor | Halves) -> Tensor:
     """sum_s mix[t, s] (x_t . u_s) delta_s: mix [m, r], [m, r, a, 1] or [m, r, 1, b]."""
+    if isinstance(mix, Halves):
+        *_, rows, columns = mix.tail.shape
+        if columns == 1:
+            return mix.scores(x, u) @ delta
+        if rows == 1:
+            return mix.with_channels(lambda factor: factor.squeeze(-2)).mixed(x @ u.mT, delta)
+        raise NotAffine("a coefficient for every element of a matrix")
     if mix.ndim == 2:
         return ((x @ u.mT) * mix) @ delta
     if mix.shape[-1] == 1:
@@ -192,8 +206,10 @@ def mixed(x: Tensor, u: Tensor, delta: Tensor, mix: Tensor) -> Tensor:
     raise NotAffine("a coefficient for every element of a matrix")
 
 
-def scores(x: Tensor, u: Tensor, mix: Tensor) -> Tensor:
+def scores(x: Tensor, u: Tensor, mix: Tensor | Halves) -> Tensor:
     """[m, r] of x_t . u_s, weighed by mix: [m, r] or, along the contracted axis, [m, r, a, 1]."""
+    if isinstance(mix, Halves):
+        return mix.scores(x, u)
     if mix.ndim == 2:
         return (x @ u.mT) * mix
     return (x.unsqueeze(1) * mix.squeeze(-1) * u.unsqueeze(0)).sum(-1)
@@ -218,8 +234,10 @@ def vector(read: Read, rows: Tensor, count: Any) -> Tensor:
     return made - taken
 
 
-def summed(mix: Tensor, rows: Tensor) -> Tensor:
+def summed(mix: Tensor | Halves, rows: Tensor) -> Tensor:
     """sum_s mix[t, s] G_s."""
+    if isinstance(mix, Halves):
+        return mix.mixed(None, rows)
     if mix.ndim == 2:
         return (mix @ rows.reshape(rows.shape[0], math.prod(rows.shape[1:]))).reshape(mix.shape[0], *rows.shape[1:])
     return (mix * rows.unsqueeze(0)).sum(1)
@@ -291,8 +309,7 @@ def _of_tokens(step: Step, c: Coefficients) -> Coefficients:
     """Of rows for micro-steps, those after each token's last."""
     if step.micro == 1:
         return c
-    base = None if c.base is None else step.read_rows(c.base)
-    return Coefficients(base, tuple(step.read_rows(m) for m in c.momenta), step.read_rows(c.mix), ())
+    return of_rows(c, step.read_rows)
 
 
 def _first_of_token(step: Step, c: Coefficients) -> Coefficients:
@@ -303,7 +320,7 @@ def _first_of_token(step: Step, c: Coefficients) -> Coefficients:
     def first(value: Tensor) -> Tensor:
         return value.reshape(-1, step.micro, *value.shape[1:]).select(1, 0)
 
-    return Coefficients(None if c.base is None else first(c.base), tuple(map(first, c.momenta)), first(c.mix), ())
+    return of_rows(c, first)
 
 
 def _ends(
@@ -313,8 +330,8 @@ def _ends(
     spec = step.spec
     matrix = is_matrix(spec, name)
 
-    def mixed_rows(mix: Tensor) -> Tensor:
-        row = None if mix is c.mix and c.plain else last(mix)
+    def mixed_rows(mix: Tensor | Halves) -> Tensor:
+        row = None if mix is c.mix and c.plain else last_row(mix)
         if matrix:
             return gathered(row, found.pairs[name])
         rows = found.vectors[name]

@@ -17,9 +17,11 @@ from nestloop.lang.declare import Gate, Slow
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Chunked, Program
 from nestloop.lowering.capture import Captured, Tracer
+from nestloop.lowering.collect import collect
 from nestloop.lowering.differentiate import Piece, make_piece
 from nestloop.lowering.recorder import graph_module
 from nestloop.lowering.rewrites.rule import Rewrite
+from nestloop.lowering.simplify import simplify
 from nestloop.lowering.streams.chunked import chunk_step, read, update_step
 from nestloop.lowering.streams.dual import dual_step
 from nestloop.lowering.streams.primal import primal_step
@@ -29,9 +31,11 @@ from nestloop.lowering.streams.uses import NotAffine
 
 Function = Callable[[Step, Tensors], tuple[Tensor, ...]]
 
-# What one chunk costs beside its arithmetic, in FLOPs of one head: the launches of its operations, shared by the heads
-# and sequences that run together. Tried on two CPU cores at d = 64, where 32 and 64 tokens are alike.
-OVERHEAD = 500_000
+# What one chunk costs beside its arithmetic, in FLOPs of one head: in PyTorch the launches of its operations, shared by
+# the heads and sequences that run together; in C++ the passes over the state. Tried on two CPU cores at d = 64, on
+# linear attention, RetNet, Mamba-2's core, GLA, DeltaNet and Gated DeltaNet: PyTorch is fastest with 64 tokens, or 32
+# where channels decay apart (GLA); C++ with 32, or 16.
+OVERHEAD = {"torch": 1_000_000, "cpp": 250_000}
 _LENGTHS = (16, 32, 64, 128)
 
 
@@ -44,12 +48,21 @@ class Form:
         longest: tokens of a tile; 0 for as many as a call has.
         function: the step.
         traced: the step's graph, where choosing the form has traced it.
+        longest_cpp: tokens of a tile in C++, where any number is legal; 0 for as many as in PyTorch.
     """
 
     name: str
     longest: int
     function: Function
     traced: fx.GraphModule | None = None
+    longest_cpp: int = 0
+
+    @property
+    def in_cpp(self) -> Form:
+        """The form with C++'s tiles."""
+        if self.longest_cpp in (0, self.longest):
+            return self
+        return replace(self, longest=self.longest_cpp, traced=None)
 
 
 def choose(captured: Captured, tracer: Tracer) -> tuple[Form, list[Rewrite]]:
@@ -69,16 +82,18 @@ def choose(captured: Captured, tracer: Tracer) -> tuple[Form, list[Rewrite]]:
         return _sequential(captured, tracer, str(reason))
     if spec.optimizer.scale is not None:
         return _sequential(captured, tracer, "a scale is of the token's own step alone")
-    length = free_length(spec, captured.sizes, response)
+    lengths = [free_length(spec, captured.sizes, response, overhead) for overhead in OVERHEAD.values()]
     if not response.free:
         try:
             check_solvable(step, response)
         except NotAffine as reason:
             return _sequential(captured, tracer, str(reason))
-    return _one_tile(captured, tracer, response, length)
+    return _one_tile(captured, tracer, response, *lengths)
 
 
-def _one_tile(captured: Captured, tracer: Tracer, response: Response, length: int) -> tuple[Form, list[Rewrite]]:
+def _one_tile(
+    captured: Captured, tracer: Tracer, response: Response, length: int, length_cpp: int
+) -> tuple[Form, list[Rewrite]]:
     """Gradients that a tile's tokens have at once: read out by the dual form, or with every token's weights."""
     name = "parallel" if response.free else "solved"
     solved = Rewrite(
@@ -93,13 +108,13 @@ def _one_tile(captured: Captured, tracer: Tracer, response: Response, length: in
             "delta_t = rate_t (a_t y_t + c_t)     y_t = x_t W'_t, W'_t the weights that token t's gradient is taken at",
             "        = rate_t (a_t (beta'_t x_t W_0 - sum_{s < t} C'[t, s] (x_t . u_s) delta_s) + c_t)",
             "so (1 + rate a tril(C' * x u^T, -1)) delta = rate (a beta' x W_0 + c): forward substitution, "
-            f"{length} tokens a tile",
+            f"{_lengths(length, length_cpp)} a tile",
         ),
     )
     free = Rewrite(
         "free chunk length",
         response.free,
-        f"no gradient depends on the fast weights: any chunk is legal, and {length} tokens cost least"
+        f"no gradient depends on the fast weights: any chunk is legal, and {_lengths(length, length_cpp)} cost least"
         if response.free
         else "gradients depend on the fast weights",
     )
@@ -113,10 +128,14 @@ def _one_tile(captured: Captured, tracer: Tracer, response: Response, length: in
         if not response.free:
             return _sequential(captured, tracer, f"the read-out: {reason}")
         return (
-            Form(name, length, lambda step, given: primal_step(step, given, anchored=False)),
+            Form(name, length, lambda step, given: primal_step(step, given, anchored=False), None, length_cpp),
             [solved, free, Rewrite("dual form", False, str(reason)), _primal(captured, length)],
         )
-    return Form(name, length, by_products, traced), [solved, free, _dual(captured, length)]
+    return Form(name, length, by_products, traced, length_cpp), [solved, free, _dual(captured, length)]
+
+
+def _lengths(length: int, length_cpp: int) -> str:
+    return f"{length} tokens" if length == length_cpp else f"{length} tokens in PyTorch, {length_cpp} in C++,"
 
 
 def _anchored(captured: Captured, tracer: Tracer, chunk: int) -> tuple[Form, list[Rewrite]]:
@@ -231,20 +250,21 @@ def primal_is_cheaper(spec: LoopSpec, sizes: dict[str, int], chunk: int) -> str:
     return f"{primal:,} against {dual:,} FLOPs a chunk" if primal < dual else ""
 
 
-def free_length(spec: LoopSpec, sizes: dict[str, int], response: Response) -> int:
-    """Tokens of a tile where any number is legal: the least cost per token."""
+def free_length(spec: LoopSpec, sizes: dict[str, int], response: Response, overhead: int) -> int:
+    """Tokens of a tile where any number is legal: the least cost per token. `overhead` is a chunk's, of `OVERHEAD`."""
     channel = any(
         isinstance(part, (Gate, Slow)) and part.dims
         for part in coefficient.parts([spec.optimizer.decays, spec.optimizer.momentum])
     )
 
     def per_token(length: int) -> float:
-        total = OVERHEAD / length
+        total = overhead / length
         for weight in spec.fast.values():
             shape = [expr.size(sizes) for expr in weight.dims]
             wide = sum(shape) if len(shape) > 1 else math.prod(shape)
             total += 4 * math.prod(shape) + 2 * length * wide * (1 if response.free else 1.5)
-            total += 24 * length * max(shape, default=1) if channel else 0  # a decay for each pair and channel
+            # products of factors for each size of block; their many rows make them cheaper than others
+            total += 3 * length * math.log2(length) * max(shape, default=1) if channel else 0
         return total
 
     return min(_LENGTHS, key=per_token)
@@ -294,7 +314,7 @@ def _piece(
     def flat(*given: Tensor) -> tuple[Tensor, ...]:
         return function(step, dict(zip(names, given, strict=True)))
 
-    forward = traced or step.tracer.trace_on(flat, step.examples(), names)
+    forward = collect(simplify(traced or step.tracer.trace_on(flat, step.examples(), names)))
     return make_piece(name, forward, names, results, step.tracer, step.captured, losses, {}, step.examples)
 
 

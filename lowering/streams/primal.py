@@ -12,8 +12,9 @@ from torch.func import vmap
 from nestloop.lang.declare import Gate
 from nestloop.lowering.derivative import grad
 from nestloop.lowering.differentiate import Located
-from nestloop.lowering.streams.coefficients import Coefficients, Rows, before, coefficients, last
+from nestloop.lowering.streams.coefficients import Coefficients, Rows, before, coefficients, last, last_row, strict
 from nestloop.lowering.streams.dual import summed
+from nestloop.lowering.streams.halves import Halves
 from nestloop.lowering.streams.step import VALID, Step, Tensors, causal, momentum_names, placeholders
 
 aten = torch.ops.aten
@@ -148,9 +149,7 @@ def _losses(
     for name in spec.fast:
         c = every[name]
         if decays_first:
-            strict = rows.lower(strictly=True)
-            mix = c.mix * strict.reshape(*strict.shape, *[1] * (c.mix.ndim - 2))
-            c = Coefficients(c.base, c.momenta, mix, ())
+            c = strict(rows, c)
         else:
             c = before(rows, c)
         weights[name] = _built(step, name, carried, found[name], c, slow, keys)
@@ -169,8 +168,8 @@ def _ends(
     spec = step.spec
     momenta = momentum_names(spec, name)
 
-    def total(mix: Tensor) -> Tensor:
-        row = last(mix)
+    def total(mix: Tensor | Halves) -> Tensor:
+        row = last_row(mix)
         return (row.reshape(-1, *[1] * (found.ndim - 1)) * found if row.ndim == 1 else row * found).sum(0)
 
     made: Tensors = {}

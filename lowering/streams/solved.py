@@ -26,7 +26,7 @@ from nestloop.lowering.differentiate import Located
 from nestloop.lowering.ops import Kind
 from nestloop.lowering.rewrites.reach import ancestors
 from nestloop.lowering.simplify import simplify
-from nestloop.lowering.streams.coefficients import Coefficients, before, coefficients
+from nestloop.lowering.streams.coefficients import Coefficients, before, coefficients, strict
 from nestloop.lowering.streams.dual import (
     Gradients,
     Read,
@@ -347,7 +347,5 @@ def _taken(step: Step, rows: Any, after: Coefficients) -> Coefficients:
     """The coefficients of the weights that each row's gradient is taken at."""
     optimizer = step.spec.optimizer
     if optimizer.decays is not None and optimizer.decay_order == "before":
-        strict = rows.lower(strictly=True)
-        mix = after.mix * strict.reshape(*strict.shape, *[1] * (after.mix.ndim - 2))
-        return Coefficients(after.base, after.momenta, mix, ())
+        return strict(rows, after)
     return before(rows, after)

@@ -179,6 +179,7 @@ class Step:
         band = (every[None, :] >= first[:, None]) & (every[None, :] <= first[:, None] + self.halo)
         window = band.to(rows.like.dtype)
         kept = tuple((starts, combine(mix, window)) for starts, mix in c.kept)
+        assert isinstance(c.mix, Tensor)  # with a window it is not factored
         return Coefficients(c.base, c.momenta, combine(c.mix, window), kept)
 
     def rows(self, keys: Tensors, slow: Tensors) -> Rows:

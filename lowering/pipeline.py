@@ -200,17 +200,17 @@ def stream_stages(
             fix='write nl.compile(..., backend="reference"), or a body that holds for every self.n',
         )
     native, not_native = None, ""
+    own = scan
+    if part == "scan" and form.in_cpp is not form:  # what keeps a chunk's tiles close takes shorter chunks
+        shorter = pieces_of(captured, tracer, form.in_cpp, False, losses)
+        own = (captured, *shorter, form.in_cpp.longest, losses, form.name)
     try:
-        own = scan
-        if part == "scan" and form.in_cpp is not form:
-            shorter = pieces_of(captured, tracer, form.in_cpp, False, losses)
-            own = (captured, *shorter, form.in_cpp.longest, losses, form.name)
         native = (CppScan if part == "scan" else CppPiece)(*own).emit()
     except NoSpelling as reason:
         not_native = str(reason)
     kernels, not_triton = None, ""
     try:
-        kernels = (TritonScan if part == "scan" else TritonPiece)(*scan).emit() if triton else None
+        kernels = (TritonScan if part == "scan" else TritonPiece)(*own).emit() if triton else None
     except NoSpelling as reason:
         not_triton = str(reason)
     captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)

@@ -141,7 +141,7 @@ def build_stream(
             heads=heads,
             made=plan.results,
             kept=plan.kept,
-            chunk=plan.chunk,
+            chunk=plan.chunk if triton is None or not plan.chunk else triton.rows,
             chunk_cpp=0 if native is None else native.rows,
             halo=halo,
         )

@@ -184,7 +184,7 @@ class _Reader:
             return isinstance(value, fx.Node) and _shape(value) == shape
 
         if len(node.users) == 1 and shape:
-            parts: list[tuple[float, fx.Node]] = []
+            parts: list[tuple[float, Any]] = []
             if node.target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs.get("alpha", 1) == 1:
                 a, b = node.args[:2]
                 if same(a) and same(b):

@@ -85,3 +85,16 @@ def test_every_op_says_its_shape_and_line():
     assert [line for line in operations if not re.search(r"# \[.*\]", line)] == []
     unplaced = [line for line in operations if not re.search(r"\w+\.py:\d+", line)]
     assert len(unplaced) <= len(operations) // 10, unplaced
+
+
+def test_what_only_the_inner_losses_read_is_made_only_for_them():
+    def projected(losses: bool) -> list[str]:
+        lowered = stages(zoo.MTTTMLP.spec, {"d": 4, "D": 16, "H": 2}, None, losses, False)
+        assert lowered.source is not None and lowered.native is not None
+        names = [n for n in lowered.native.common if n.startswith("projected_")]
+        assert f"Returns {', '.join(names)}." in lowered.source.text
+        return names
+
+    # The Gram form's square loss has a term of the token alone, which no gradient sees.
+    assert projected(True) == ["projected_0", "projected_1", "projected_2"]
+    assert projected(False) == ["projected_0", "projected_1"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nestloop.lowering.runtime import compiler
 
-_ITEMS = 48  # heads times groups of sequences: enough to share out to as many cores
+_ITEMS = 16  # heads times sequences times ranges of tokens: enough to share out to as many cores
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,10 @@ class NativeLibrary:
             raise MemoryError(f"no memory for the tiles of {self.name}")
 
 
-def groups_of(heads: int, sequences: int) -> int:
-    """Groups of sequences whose cotangents of shared tensors are summed apart: enough to share out to the cores."""
-    return max(1, min(sequences, -(-_ITEMS // max(heads, 1))))
+def ranges_of(items: int, tiles: int) -> int:
+    """Ranges of tokens that are worked on apart: one where there are items enough to share out to the cores, and else
+    as many as make enough, each of one tile or more. It depends on sizes alone, and so do the sums over ranges."""
+    return 1 if items >= _ITEMS else max(1, min(tiles, -(-_ITEMS // max(items, 1))))
 
 
 class NativeModule(NativeLibrary):
@@ -170,7 +171,7 @@ class NativeModule(NativeLibrary):
         made += [call.new(call.steps + 1)] if self.losses else []
         between = max(call.steps - 1, 0)
         made += [call.new(*self.tiles[n], lead=(between,)) for n in self.ends]
-        call.run("forward", [(n, values[n]) for n in self.plan.forward], made, ())
+        call.run("forward", [(n, values[n]) for n in self.plan.forward], made)
         return made
 
     def backward(self, *tensors: Tensor) -> list[Tensor]:
@@ -183,17 +184,16 @@ class NativeModule(NativeLibrary):
         values.update(zip(names, rest, strict=True))
         call = _Call(self, inputs, values, order)
         separate = any(values[n].shape[1] > 1 for n in self.fast)
-        groups = groups_of(call.heads, call.sequences)
         made = {}
         for name in self.plan.gradients:
             row = values[name].shape[3:] if self._is_token(name) else values[name].shape[2:]
             if self._is_token(name):
                 made[name] = call.new(call.length, *row)
             else:
-                sequences = call.sequences if separate and name in self.fast else groups
+                sequences = call.sequences if separate and name in self.fast else 1
                 made[name] = inputs[0].new_empty(call.heads, sequences, *row)
-        more = (ctypes.c_long(groups), ctypes.c_bool(separate))
-        call.run("backward", [(n, values[n]) for n in self.plan.backward], list(made.values()), more)
+        given = [(n, values[n]) for n in self.plan.backward]
+        call.run("backward", given, list(made.values()), ctypes.c_bool(separate))
         found = [made.get(n) for n in self.inputs]
         if self.common is not None:
             d_common = [_summed(made[n], values[n]) if n in made else torch.zeros_like(values[n]) for n in self.shared]
@@ -228,7 +228,7 @@ class _Call:
     def new(self, *shape: int, lead: tuple[int, ...] = ()) -> Tensor:
         return self.like.new_empty(*lead, self.heads, self.sequences, *shape)
 
-    def run(self, function: str, given: list[tuple[str, Tensor]], made: list[Tensor], more: tuple[Any, ...]) -> None:
+    def run(self, function: str, given: list[tuple[str, Tensor]], made: list[Tensor], *more: Any) -> None:
         module, plan = self.module, self.module.plan
         bounds = (ctypes.c_int64 * (2 * self.steps))(*[edge for batch in self.batches for edge in batch])
         sizes = [stop - start for start, stop in self.batches]
@@ -245,6 +245,7 @@ class _Call:
             ctypes.c_long(self.length),
             ctypes.c_long(longest),
             ctypes.c_int(torch.get_num_threads()),
+            ctypes.c_long(1 if plan.whole else ranges_of(self.heads * self.sequences, -(-self.length // plan.rows))),
             *more,
             ctypes.c_long(self.steps),
             bounds,

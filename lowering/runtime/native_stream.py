@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nestloop.lowering.runtime.native import NativeLibrary, NativePlan, groups_of
+from nestloop.lowering.runtime.native import NativeLibrary, NativePlan
 
 if TYPE_CHECKING:
     from nestloop.lowering.runtime.streams import StreamSignature
+
+
+_ITEMS = 48  # heads times groups of sequences: enough to share out to as many cores
+
+
+def groups_of(heads: int, sequences: int) -> int:
+    """Groups of sequences whose cotangents of shared tensors are summed apart: enough to share out to the cores."""
+    return max(1, min(sequences, -(-_ITEMS // max(heads, 1))))
 
 
 class NativeStream(NativeLibrary):

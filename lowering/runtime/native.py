@@ -161,10 +161,13 @@ class NativeModule(NativeLibrary):
         self.common = getattr(module, "common", None)
         self.shared = plan.common
 
-    def forward(self, *tensors: Tensor) -> list[Tensor]:
-        """Inputs [H, B, ..] and the order -> results, as the PyTorch module's `forward`."""
+    def forward(self, *tensors: Tensor, low: torch.dtype | None) -> list[Tensor]:
+        """Inputs [H, B, ..] and the order -> results, as the PyTorch module's `forward`.
+
+        low: the precision of the operands of what all steps share, if that is lower; steps are in the compute dtype.
+        """
         inputs, order = list(tensors[:-1]), tensors[-1]
-        values = self._values(inputs)
+        values = self._values(inputs, low)
         call = _Call(self, inputs, values, order)
         made = [call.new(call.length, *self.tiles["z"])]
         made += [call.new(*self.tiles[n]) for n in self.ends]
@@ -174,11 +177,11 @@ class NativeModule(NativeLibrary):
         call.run("forward", [(n, values[n]) for n in self.plan.forward], made)
         return made
 
-    def backward(self, *tensors: Tensor) -> list[Tensor]:
+    def backward(self, *tensors: Tensor, low: torch.dtype | None) -> list[Tensor]:
         """Inputs, the states and cotangents of the results, and the order -> cotangents of the inputs."""
         count = len(self.inputs)
         inputs, rest, order = list(tensors[:count]), list(tensors[count:-1]), tensors[-1]
-        values = self._values(inputs)
+        values = self._values(inputs, low)
         states = [f"end_{n}" for n in self.ends] + [f"between_{n}" for n in self.ends]
         names = [*states, "d_z", *[f"d_{n}" for n in self.ends], *(["d_losses"] if self.losses else [])]
         values.update(zip(names, rest, strict=True))
@@ -197,7 +200,7 @@ class NativeModule(NativeLibrary):
         found = [made.get(n) for n in self.inputs]
         if self.common is not None:
             d_common = [_summed(made[n], values[n]) if n in made else torch.zeros_like(values[n]) for n in self.shared]
-            more = self.module.common_vjp(*inputs, *[values[n] for n in self.shared], *d_common, None)
+            more = self.module.common_vjp(*inputs, *[values[n] for n in self.shared], *d_common, low)
             found = [_add(a, b, t) for a, b, t in zip(found, more, inputs, strict=True)]
         return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
 
@@ -207,10 +210,10 @@ class NativeModule(NativeLibrary):
     def _is_token(self, name: str) -> bool:
         return name in self.tokens or name.startswith("projected_")
 
-    def _values(self, inputs: list[Tensor]) -> dict[str, Tensor]:
+    def _values(self, inputs: list[Tensor], low: torch.dtype | None) -> dict[str, Tensor]:
         values = dict(zip(self.inputs, inputs, strict=True))
         if self.common is not None:
-            values.update(zip(self.shared, self.common(*inputs, None), strict=True))
+            values.update(zip(self.shared, self.common(*inputs, low), strict=True))
         return values
 
 

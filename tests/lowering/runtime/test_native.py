@@ -144,6 +144,21 @@ def test_tokens_of_few_sequences_are_shared_out_in_ranges(loop: Any, carried: bo
     assert_equal(differences(found[0], run(nl.compile(loop, backend="reference"), inputs)), 1e-10)
 
 
+def test_autocast_changes_no_type_that_the_library_reads():
+    torch.manual_seed(0)
+    layer = nl.Layer(zoo.MTTTMLP, 32, 4, backend="cpp")  # the Gram form: large products of x come from PyTorch
+    x = torch.randn(2, 20, 32, requires_grad=True)
+
+    def run_under(enabled: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = layer(x).float()
+            return [y, *torch.autograd.grad(y.square().sum(), [x, layer.slow["g"], layer.fast["w1"]])]
+
+    for low, exact in zip(run_under(True), run_under(False), strict=True):
+        # bfloat16 keeps 8 bits: operands are off by 2^-9 at most, and a loop is a few products deep.
+        assert (low - exact).norm() < 40 * 2**-9 * exact.norm()
+
+
 @over_both
 def test_views_are_read_where_they_lie(loop: type[nl.Loop]):
     inputs = inputs_of(loop, 6, 4, 19)

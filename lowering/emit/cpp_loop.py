@@ -322,8 +322,9 @@ class CppEmitter(CppPieces):
         """The phases of backward as functions; `again`: whether the gradient of a step is summed up once more."""
         fast = self.fast
         finals = ["final_loss_vjp"] if self.losses else []
+        first = {n: "sequence * N * H + head" if self._side_by_side(n) else "head * B + sequence" for n in self.tokens}
         places = [
-            f"S* d_{n}_rows = {made[n]} + (head * B + sequence) * N * {self.widths[n]}; (void)d_{n}_rows;"
+            f"S* d_{n}_rows = {made[n]} + ({first[n]}) * {'' if self._side_by_side(n) else 'N * '}{self.widths[n]};"
             for n in self.tokens
             if n in made
         ]
@@ -368,6 +369,14 @@ class CppEmitter(CppPieces):
             *local_function("pull_gradient", _AT_STEP + ", long range", gradient),
         ]
 
+    def _side_by_side(self, name: str) -> bool:
+        """Whether a token's cotangents of all heads lie in one row, as the products that read them take them."""
+        return name in self.captured.projected
+
+    def _apart(self, name: str) -> str:
+        """How far apart the rows of a token input's cotangent are."""
+        return f"{'H * ' if self._side_by_side(name) else ''}{self.widths[name]}"
+
     def _pull(self, piece: str, bounds: tuple[str, str], order: str, written: list[str], again: str) -> list[str]:
         """Lines that run a piece's backward over tiles; token cotangents go to their rows, set where nothing was.
 
@@ -379,13 +388,13 @@ class CppEmitter(CppPieces):
         lines = [self._call(name, "n", {f"d_{n}": f"d_{n}_tile" for n in seen})]
         for n in seen:
             add = "true" if n in written else again
-            lines.append(f"put(d_{n}_tile, {order}, from, n, {self.widths[n]}, d_{n}_rows, {add});")
+            lines.append(f"put(d_{n}_tile, {order}, from, n, {self.widths[n]}, d_{n}_rows, {self._apart(n)}, {add});")
         written += seen
         # A token input that only other steps' gradients depend on is zero here.
         others = {n for v in self.variants for n in self._nonzero(f"{v}gradient_vjp")} if "gradient" in piece else set()
         for n in self.tokens:
             if n in others and n not in seen and n not in written:
-                lines.append(f"clear({order}, from, n, {self.widths[n]}, d_{n}_rows, {again});")
+                lines.append(f"clear({order}, from, n, {self.widths[n]}, d_{n}_rows, {self._apart(n)}, {again});")
         return [*self._once(name), *self._over_tiles(name, bounds, order, lines)]
 
 

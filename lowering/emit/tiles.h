@@ -379,10 +379,10 @@ void take(const S* tokens, long distance, const std::int64_t* order, long start,
         std::memcpy(tile + i * width, tokens + (order ? order[start + i] : start + i) * distance, width * sizeof(S));
 }
 
-// A tile's rows back at their tokens [N, width], or added to what is there.
-void put(const S* tile, const std::int64_t* order, long start, long n, long width, S* tokens, bool add) {
+// A tile's rows back at their tokens, whose rows are so far apart, or added to what is there.
+void put(const S* tile, const std::int64_t* order, long start, long n, long width, S* tokens, long distance, bool add) {
     for (long i = 0; i < n; i++) {
-        S* to = tokens + (order ? order[start + i] : start + i) * width;
+        S* to = tokens + (order ? order[start + i] : start + i) * distance;
         const S* from = tile + i * width;
         if (add)
             for (long j = 0; j < width; j++) to[j] += from[j];
@@ -392,9 +392,9 @@ void put(const S* tile, const std::int64_t* order, long start, long n, long widt
 }
 
 // Rows of zeros, unless an earlier run has been there.
-void clear(const std::int64_t* order, long start, long n, long width, S* tokens, bool done) {
+void clear(const std::int64_t* order, long start, long n, long width, S* tokens, long distance, bool done) {
     for (long i = 0; i < n && !done; i++)
-        std::memset(tokens + (order ? order[start + i] : start + i) * width, 0, width * sizeof(S));
+        std::memset(tokens + (order ? order[start + i] : start + i) * distance, 0, width * sizeof(S));
 }
 
 void copy(const S* from, long count, S* to) { std::memcpy(to, from, count * sizeof(S)); }

@@ -190,7 +190,10 @@ class NativeModule(NativeLibrary):
         made = {}
         for name in self.plan.gradients:
             row = values[name].shape[3:] if self._is_token(name) else values[name].shape[2:]
-            if self._is_token(name):
+            if name in self.shared and self._is_token(name):  # heads side by side
+                whole = inputs[0].new_empty(call.sequences, call.length, call.heads, *row)
+                made[name] = whole.movedim(2, 0)
+            elif self._is_token(name):
                 made[name] = call.new(call.length, *row)
             else:
                 sequences = call.sequences if separate and name in self.fast else 1

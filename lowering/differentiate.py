@@ -7,8 +7,8 @@ in two: the gradient, a sum over tokens that tiles of them can share, and the up
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,13 +119,52 @@ def pieces(captured: Captured, tracer: Tracer, losses: bool) -> dict[str, Piece]
 
         final = tracer.trace_on(last, _examples(captured, tracer, inputs), inputs)
         made["final_loss"] = make_piece("final_loss", final, inputs, ["loss_after"], tracer, captured, True, {})
-    if captured.prepare is not None:
-        slow, prepared = list(spec.slow), list(captured.hoisted)
-        made["prepare"] = make_piece("prepare", captured.prepare, slow, prepared, tracer, captured, True, {})
-    if captured.project is not None:
-        given, projected = [*spec.slow, *captured.hoisted, *spec.inputs], list(captured.projected)
-        made["project"] = make_piece("project", captured.project, given, projected, tracer, captured, True, {})
     return made
+
+
+def shared_pieces(captured: Captured, steps: dict[str, Piece], tracer: Tracer) -> tuple[Captured, dict[str, Piece]]:
+    """What all steps share as pieces, less what no step reads: of a loss that is not wanted, say, the constant term.
+
+    Args:
+        steps: the pieces of the steps and the read-out.
+
+    Returns:
+        The loop with only the hoisted and projected values that are read, and the pieces that make them.
+    """
+    spec = captured.spec
+    slow, given = list(spec.slow), [*spec.slow, *captured.hoisted, *spec.inputs]
+    made: dict[str, Piece] = {}
+    project, projected = _read_by(steps, captured.project, captured.projected, given, captured, tracer)
+    if project is not None:
+        made["project"] = make_piece("project", project, given, list(projected), tracer, captured, True, {})
+    prepare, hoisted = _read_by({**steps, **made}, captured.prepare, captured.hoisted, slow, captured, tracer)
+    if prepare is not None:
+        made["prepare"] = make_piece("prepare", prepare, slow, list(hoisted), tracer, captured, True, {})
+    return replace(captured, prepare=prepare, hoisted=hoisted, project=project, projected=projected), made
+
+
+def _read_by(
+    pieces: dict[str, Piece],
+    module: fx.GraphModule | None,
+    values: Mapping[str, Tensor],
+    given: list[str],
+    captured: Captured,
+    tracer: Tracer,
+) -> tuple[fx.GraphModule | None, dict[str, Tensor]]:
+    """A graph that makes `values` of `given`, and those values, less those that no piece reads; None for none."""
+    graphs = [module.graph for piece in pieces.values() for module in (piece.forward, piece.backward)]
+    read = {node.name for graph in graphs for node in graph.find_nodes(op="placeholder") if node.users}
+    kept = {name: value for name, value in values.items() if name in read}
+    if module is None or len(kept) == len(values):
+        return module, dict(values)
+    if not kept:
+        return None, {}
+    run = _call(module)
+
+    def chosen(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(made for name, made in zip(values, run(*tensors), strict=True) if name in kept)
+
+    return tracer.trace_on(chosen, _examples(captured, tracer, given), given), kept
 
 
 def _given(captured: Captured) -> list[str]:

@@ -16,7 +16,7 @@ from nestloop.lang.schedule import Program
 from nestloop.lang.state import entries
 from nestloop.lowering.axes import Typing, check_tokens, type_axes
 from nestloop.lowering.capture import Captured, Tracer, capture_with
-from nestloop.lowering.differentiate import Piece, pieces
+from nestloop.lowering.differentiate import Piece, pieces, shared_pieces
 from nestloop.lowering.emit.cpp_loop import CppEmitter
 from nestloop.lowering.emit.cpp_piece import CppPiece
 from nestloop.lowering.emit.cpp_scan import CppScan
@@ -90,6 +90,8 @@ def stages(
     hoisted, hoisting = hoist(narrowed, tracer)
     projected, projection = project(hoisted, tracer)
     differentiated = pieces(projected, tracer, losses)
+    projected, shared = shared_pieces(projected, differentiated, tracer)
+    differentiated |= shared
     captured = replace(
         captured, tokens=tracer.fixed_tokens(), reads_dtype=tracer.reads_dtype
     )  # derivatives may have decided on n too

@@ -513,7 +513,8 @@ def _tiles(lowered: Lowered) -> str:
     assert lowered.native is not None
     if lowered.native.whole:
         return "in parallel over heads and sequences; a tile holds all tokens, which mix"
-    return f"in parallel over heads and sequences; tiles of at most {lowered.native.rows} tokens"
+    rows = lowered.native.rows
+    return f"in parallel over heads and sequences, and tokens where those are few; tiles of at most {rows} tokens"
 
 
 def _backend(plan: Plan, op: CompiledLoop | None) -> tuple[list[str], bool]:

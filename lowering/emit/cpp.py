@@ -19,6 +19,7 @@ from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided
 from nestloop.lowering.ops.strided import product as count
 from nestloop.lowering.schedule import memory
 from nestloop.lowering.schedule.nests import Unit, units
+from nestloop.lowering.schedule.recompute import recompute
 from nestloop.lowering.schedule.values import SCALARS, Value, fold, operands_of, read
 
 aten = torch.ops.aten
@@ -62,6 +63,7 @@ class CppFunction:
         self.inputs = [name for name, n in names if name in values.inputs or (name in SCALARS and n.users)]
         self.results = values.results
         every = units(values)
+        recompute(every)
         sunk = [unit for unit in every if not unit.per_tile and any(v.sinks or v.result for v in unit.values)]
         self.tile_units = [unit for unit in every if unit.per_tile or unit in sunk]
         self.once_units = [unit for unit in every if not unit.per_tile and unit not in sunk]

@@ -1,19 +1,32 @@
 """The C++ emitter: a loop as one translation unit, which walks the schedule for each head and sequence.
 
-The unit holds a function per piece, and `forward` and `backward`. Both run one parallel loop over heads and (groups
-of) sequences; in it, the state and the tile stay in the core's cache. The cotangent of what sequences share is summed
-within a group, and over groups outside: how many groups there are does not depend on the threads, nor does any result.
+The unit holds a function per piece, and `forward` and `backward`. Where there are heads and sequences enough for the
+cores, both run one parallel loop over them, in which the state and the tile stay in the core's cache. Where there are
+few, tokens are shared out too, in ranges: each phase of a step (a gradient, the update, the read-out) is a loop of its
+own, over ranges where it goes over tokens, and what ranges sum up is added in their order. How many ranges there are
+depends on sizes alone, and what sequences share is summed in their order, so no result depends on the threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from textwrap import indent
 from types import MappingProxyType
 
 from nestloop.lowering.emit.cpp_pieces import CppPieces
 from nestloop.lowering.emit.expressions import rows
-from nestloop.lowering.emit.unit import CLOSE, flat, header, indented, open_parallel, shared_out, tensors
+from nestloop.lowering.emit.unit import (
+    CLOSE_THREADS,
+    header,
+    indented,
+    inside,
+    local_function,
+    loop_over,
+    open_threads,
+    shared_out,
+    tensors,
+)
+from nestloop.lowering.ops.strided import Extent
 from nestloop.lowering.runtime.native import NativePlan
 
 
@@ -73,7 +86,7 @@ class CppEmitter(CppPieces):
         return [
             "{",
             f"    const long tiles = tile_count({stop} - {start}, rows);",
-            "    for (long tile = 0; tile < tiles; tile++) {",
+            "    for (long tile = tiles * range / ranges; tile < tiles * (range + 1) / ranges; tile++) {",
             *[f"        {line}" for line in body],
             "    }",
             "}",
@@ -89,7 +102,7 @@ class CppEmitter(CppPieces):
         """Lines that sum a step's gradient over tiles."""
         lines = [f"zero(gradient_{n}, {self.widths[n]});" for n in self.fast]
         if self.losses:
-            lines.append("S total = 0;")
+            lines.append("total = 0;")
 
         def one(variant: str) -> list[str]:
             name = f"{variant}gradient"
@@ -104,61 +117,111 @@ class CppEmitter(CppPieces):
 
     # ---- Forward and backward --------------------------------------------------------------------------------------
 
-    def _weights(self) -> list[str]:
-        names = [*self.slow, *self.hoisted]
-        read = {n for f in self.functions.values() for n in f.inputs}
-        return [f"const S* {n} = {n}_all.at(head, sequence); (void){n};" for n in names if n in read]
+    def _given_lines(self, *pieces: str) -> list[str]:
+        """Lines that find what pieces are given for a head and sequence, tokens and state aside."""
+        read = {n for piece in pieces for v in self.variants for n in self._inputs_of(v, piece)}
+        weights = [f"const S* {n} = {n}_all.at(head, sequence);" for n in [*self.slow, *self.hoisted] if n in read]
+        ordered = self.spec.schedule.needs_order and any(piece.startswith("gradient") for piece in pieces)
+        return [*(_ORDER if ordered else ()), *weights]
 
-    def _open(self, which: str, items: str) -> list[str]:
+    def _inputs_of(self, variant: str, piece: str) -> list[str]:
+        name = f"{variant}{piece}"
+        return self.functions[name if name in self.functions else piece].inputs
+
+    def _unit(self, which: str, doc: str, more: str, item: int, part: int, lines: list[str]) -> str:
+        """A function of the library. `item`, `part`: elements that a head and sequence, and a range of one, have to
+        themselves where tokens are shared out."""
         kept = {*self.tokens, "d_z", "d_losses", *[f"{p}_{n}" for n in self.fast for p in ("end", "between")]}
         buffers, size = shared_out(self._layout(which))
+        declared = [
+            *tensors({n: n not in kept for n in self._given(which)}),
+            f"constexpr long STATE = {self._state.constant}, ITEM = {item}, PART = {part};",
+            "const long apart = H * B * (ITEM + ranges * PART);",
+            "S* items = ranges > 1 ? (S*)std::aligned_alloc(64, (apart * sizeof(S) + 63) / 64 * 64) : nullptr;",
+            "S* parts = items + H * B * ITEM; (void)STATE, (void)parts;",
+            "if (ranges > 1 && !items) return 1;",
+        ]
         room = "longest < 1 ? 16 : (longest + 15) / 16 * 16"
-        return open_parallel(tensors({n: n not in kept for n in self._given(which)}), room, rows(size), buffers, items)
+        free, *close = CLOSE_THREADS
+        body = [
+            *open_threads(declared, room, rows(size), buffers),
+            *inside(["S total = 0; (void)total;", *lines]),
+            *[free, close[0], "std::free(items);", *close[1:]],
+        ]
+        return _SIGNATURE.format(name=which, doc=doc, more=more) + indented(body) + "}"
+
+    @property
+    def _state(self) -> Extent:
+        """Elements of the fast weights of one head and sequence."""
+        return shared_out([(n, Extent(0, self.widths[n])) for n in self.fast])[1]
+
+    def _at(self, place: str, names: list[str]) -> list[str]:
+        """Lines that move a thread's pointers to a state's memory."""
+        fast = dict(zip(names, self.fast, strict=True))
+        return shared_out([(n, Extent(0, self.widths[fast[n]])) for n in names], place)[0]
 
     def _forward(self) -> str:
-        fast = self.fast
-        body = [
-            "const long head = item / B, sequence = item % B;",
-            *_ORDER,
-            *self._weights(),
-        ]
-        for n in fast:
-            start = f"{n}_all.at(head, sequence)" if n in self.starts else "nullptr"
-            body.append(f"const S* {n} = {start};")
-            body.append(f"S* end_{n} = made[{1 + fast.index(n)}] + (head * B + sequence) * {self.widths[n]};")
-        at = 1 + len(fast)
-        if self.losses:
-            body.append(f"S* losses = made[{at}] + (head * B + sequence) * (steps + 1);")
-            at += 1
-        step = [
-            "const long start = bounds[2 * step], stop = bounds[2 * step + 1];",
-            "const S weight = (S)weights[step], rate = (S)rates[step]; (void)weight, (void)rate;",
-        ]
+        fast, at, one = self.fast, 1 + len(self.fast) + self.losses, "(head * B + sequence)"
+        step, begin, new = list(_STEP), [], []
+        end = [f"S* end_{n} = made[{1 + i}] + {one} * {self.widths[n]}; (void)end_{n};" for i, n in enumerate(fast)]
+        losses = [f"S* losses = made[{1 + len(fast)}] + {one} * (steps + 1);"] if self.losses else []
         for i, n in enumerate(fast):
-            where = f"made[{at + i}] + ((step * H + head) * B + sequence) * {self.widths[n]}"
-            step.append(f"S* {n}_new = step + 1 < steps ? {where} : end_{n};")
-        step += self._gradient()
-        step += ["losses[step] = total / S(stop - start);"] if self.losses else []
-        step += self._each_variant(lambda v: self._update(f"{v}update"))
-        step += [f"{n} = {n}_new;" for n in fast]
-        body += ["for (long step = 0; step < steps; step++) {", *[f"    {line}" for line in step], "}"]
-        body.append("if (steps == 0) {")
-        for n in fast:
-            size = self.widths[n]
-            body.append(
-                f"    if ({n}) copy({n}, {size}, end_{n});\n    else zero(end_{n}, {size});\n    {n} = end_{n};"
+            width, first = self.widths[n], f"{n}_all.at(head, sequence)" if n in self.starts else "nullptr"
+            step.append(
+                f"const S* {n} = step ? made[{at + i}] + (((step - 1) * H + head) * B + sequence) * {width} : {first};"
             )
-        body.append("}")
-        width = self.widths["z"]
-        call = self._call("readout", "n", {"z": f"made[0] + ((head * B + sequence) * N + from) * {width}"})
-        body += [*self._once("readout"), *self._over_tiles("readout", ("0L", "N"), "nullptr", [call])]
+            step.append(f"(void){n};")
+            where = f"made[{at + i}] + ((step * H + head) * B + sequence) * {width}"
+            new.append(f"S* {n}_new = step + 1 < steps ? {where} : end_{n};")
+            begin.append(f"copy({first}, {width}, end_{n});" if n in self.starts else f"zero(end_{n}, {width});")
+        update = [*self._given_lines("update"), *step, *end, *new, *losses]
+        update += ["losses[step] = total / S(stop - start);"] if self.losses else []
+        update += self._each_variant(lambda v: self._update(f"{v}update"))
+        call = self._call("readout", "n", {"z": f"made[0] + ({one} * N + from) * {self.widths['z']}"})
+        given = self._given_lines("readout", *(["final_loss"] if self.losses else []))
+        read = [*given, *end, *[f"const S* {n} = end_{n}; (void){n};" for n in fast]]
+        read += [*self._once("readout"), *self._over_tiles("readout", ("0L", "N"), "nullptr", [call])]
         if self.losses:
             call = self._call("final_loss", "n", {"loss_after": "&total"})
-            body += ["S total = 0;", *self._once("final_loss")]
-            body += self._over_tiles("final_loss", ("0L", "N"), "nullptr", [call])
-            body.append("losses[steps] = total / S(N);")
-        lines = [*self._open("forward", "H * B"), *[f"        {line}" for line in flat(body)], *CLOSE]
-        return _SIGNATURE.format(name="forward", doc=_FORWARD, more="") + indented(lines) + "}"
+            read += ["total = 0;", *self._once("final_loss")]
+            read += self._over_tiles("final_loss", ("0L", "N"), "nullptr", [call])
+        after = [*losses, "losses[steps] = total / S(N);"] if self.losses else []
+        # A range sums up gradients, and the loss behind them.
+        loss = ["parts[part * PART + STATE] = total;"] if self.losses else []
+        total = ["total = 0;", f"{_EACH_PART} total += parts[part * PART + STATE];"] if self.losses else []
+        add = f"{_EACH_PART} if (part % ranges) add_to(parts + part * PART, STATE, parts + item * ranges * PART);"
+        gradients = [f"gradient_{n}" for n in fast]
+        whole = [
+            "if (steps == 0) begin(head, sequence);",
+            "for (long step = 0; step < steps; step++) {",
+            "    descend(head, sequence, step, 0);",
+            "    end_step(head, sequence, step);",
+            "}",
+            "read(head, sequence, 0);",
+            *after,
+        ]
+        shared = [
+            "if (steps == 0) {",
+            *inside(_over_items(["begin(head, sequence);"])),
+            "}",
+            "for (long step = 0; step < steps; step++) {",
+            *inside(_over_parts(["at_part(part);", "descend(head, sequence, step, range);", *loss])),
+            *inside(_over_items([add, *total, "at_part(item * ranges);", "end_step(head, sequence, step);"])),
+            "}",
+            *_over_parts(["read(head, sequence, range);", *loss]),
+            *(_over_items([*total, *after]) if self.losses else []),
+        ]
+        lines = [
+            *local_function("begin", "long head, long sequence", [*end, *begin]),
+            *local_function(
+                "descend", _AT_STEP + ", long range", [*self._given_lines("gradient"), *step, *self._gradient()]
+            ),
+            *local_function("end_step", _AT_STEP, update),
+            *local_function("read", "long head, long sequence, long range", read),
+            *local_function("at_part", "long part", self._at("parts + part * PART", gradients)),
+            *_whole_or_shared(_over_items(whole), shared),
+        ]
+        return self._unit("forward", _FORWARD, "", 0, self._state.constant + 16, lines)
 
     def _update(self, name: str) -> list[str]:
         """A step of the optimizer; a fast weight that stays zero is set to it."""
@@ -167,45 +230,118 @@ class CppEmitter(CppPieces):
         return [*self._once(name), self._call(name, "0L"), *lines]
 
     def _backward(self) -> str:
-        fast, gradients = self.fast, self._gradients()
-        shuffled = self.spec.schedule.needs_order
-        made = {n: f"made[{i}]" for i, n in enumerate(gradients)}
-        per_token = [n for n in self.tokens if n in gradients]
-        item = ["const long head = item / groups, group = item % groups;"]
-        for n in [*self.slow, *self.hoisted]:
-            if n in gradients:
-                item.append(f"S* d_{n} = {made[n]} + (head * groups + group) * {self.widths[n]};")
-                item.append(f"zero(d_{n}, {self.widths[n]});")
-        for n in self.starts:
-            item.append(
-                f"if (!separate) zero({made[n]} + (head * groups + group) * {self.widths[n]}, {self.widths[n]});"
-            )
-        body = [
-            *_ORDER,
-            *self._weights(),
-            *[f"S* d_{n}_rows = {made[n]} + (head * B + sequence) * N * {self.widths[n]};" for n in per_token],
+        fast, shared, one = self.fast, self._shared, "(head * B + sequence)"
+        made = {n: f"made[{i}]" for i, n in enumerate(self._gradients())}
+        again = any(f"gradient_{n}" in self.functions[f"{v}update_vjp"].inputs for v in self.variants for n in fast)
+        ends = [f"copy(d_{n}_all.at(head, sequence), {self.widths[n]}, d_{n});" for n in fast]
+        zeros = [f"zero(d_{n}, {self.widths[n]});" for n in shared]
+        # Sums over sequences, and over ranges of one, in their order.
+        sums = [
+            f"(sequence || range ? add_to : copy)(d_{n}, {self.widths[n]}, {made[n]} + head * {self.widths[n]});"
+            for n in shared
         ]
-        for n in fast:
-            body += [f"const S* {n} = end_{n}.at(head, sequence);", f"S *d_{n} = now_{n}, *d_{n}_before = before_{n};"]
-            body.append(f"copy(d_{n}_all.at(head, sequence), {self.widths[n]}, d_{n});")
-        if self.losses:
-            body.append("const S* d_loss = d_losses.at(head, sequence);")
-        written: list[str] = []
-        body += self._pull("readout", ("0L", "N"), "nullptr", written, "false")
-        if self.losses:
-            body += ["{", "    const S after = d_loss[steps] / S(N), *d_loss_after = &after;"]
-            body += [f"    {line}" for line in self._pull("final_loss", ("0L", "N"), "nullptr", written, "false")]
-            body.append("}")
-        step = [
-            "const long start = bounds[2 * step], stop = bounds[2 * step + 1];",
-            "const S weight = (S)weights[step], rate = (S)rates[step]; (void)weight, (void)rate;",
+        starts = [
+            f"if (separate) copy(d_{n}, {self.widths[n]}, {made[n]} + {one} * {self.widths[n]});\n"
+            f"else (sequence ? add_to : copy)(d_{n}, {self.widths[n]}, {made[n]} + head * {self.widths[n]});"
+            for n in self.starts
         ]
+        whole = [
+            *zeros,
+            *ends,
+            "pull_read(head, sequence, 0);",
+            "for (long step = steps - 1; step >= 0; step--) {",
+            *(["    descend(head, sequence, step, 0);"] if again else []),
+            "    pull_update(head, sequence, step);",
+            *[f"    std::swap(d_{n}, d_{n}_before);" for n in fast],
+            "    pull_gradient(head, sequence, step, 0);",
+            "}",
+            "const long range = 0; (void)range;",
+            *(["#pragma omp ordered", "{", *inside([*starts, *sums]), "}"] if starts or sums else []),
+        ]
+        state = f"{_EACH_PART} add_to(parts + part * PART, STATE, items + item * ITEM + slot * STATE);"
+        summed = [
+            "zero(items + item * ITEM + 3 * STATE, STATE);",
+            f"{_EACH_PART} add_to(parts + part * PART + STATE, STATE, items + item * ITEM + 3 * STATE);",
+        ]
+        update = [state, *(summed if again else []), "at_part(item * ranges);", "at_item(item, slot);"]
+        cleared = ["zero(parts + part * PART, STATE);"]
+        last = [
+            "for (long sequence = 0; sequence < B; sequence++) {",
+            "    const long item = head * B + sequence;",
+            f"    {state}",
+            "    at_item(item, slot);",
+            *inside(starts),
+            "    for (long range = 0; range < ranges; range++) {",
+            "        at_part(item * ranges + range);",
+            *inside(inside(sums)),
+            "    }",
+            "}",
+        ]
+        in_ranges = [
+            "long slot = 0;  // of an item's two cotangents of its state",
+            *_over_items(["at_item(item, slot);", *ends]),
+            *_over_parts(["zero(parts + part * PART, PART);", "at_part(part);", "pull_read(head, sequence, range);"]),
+            "for (long step = steps - 1; step >= 0; step--) {",
+            *inside(_over_parts(["at_part(part);", "descend(head, sequence, step, range);"]) if again else []),
+            *inside(_over_items([*update, "pull_update(head, sequence, step);"])),
+            "    slot = 1 - slot;",
+            *inside(
+                _over_parts(
+                    ["at_item(item, slot);", *cleared, "at_part(part);", "pull_gradient(head, sequence, step, range);"]
+                )
+            ),
+            "}",
+            *loop_over("head", "H", last),
+        ]
+        state_names = [f"d_{n}" for n in fast]
+        item = "items + item * ITEM"
+        at_item = [
+            *self._at(f"{item} + slot * STATE", state_names),
+            *self._at(f"{item} + (1 - slot) * STATE", [f"{n}_before" for n in state_names]),
+            *self._at(f"{item} + 2 * STATE", [f"d_gradient_{n}" for n in fast]),
+            *(self._at(f"{item} + 3 * STATE", [f"gradient_{n}" for n in fast]) if again else []),
+        ]
+        at_shared, size = shared_out(
+            [(f"d_{n}", Extent(0, self.widths[n])) for n in shared], "parts + part * PART + 2 * STATE"
+        )
+        at_part = [
+            *self._at("parts + part * PART", state_names),
+            *(self._at("parts + part * PART + STATE", [f"gradient_{n}" for n in fast]) if again else []),
+            *at_shared,
+        ]
+        lines = [
+            *self._pulls(made, again),
+            *local_function("at_item", "long item, long slot", at_item),
+            *local_function("at_part", "long part", at_part),
+            *_whole_or_shared(_over_items(whole, ordered=bool(starts or sums)), in_ranges),
+        ]
+        part = 2 * self._state.constant + size.constant
+        return self._unit("backward", _BACKWARD, "bool separate, ", 4 * self._state.constant, part, lines)
+
+    def _pulls(self, made: dict[str, str], again: bool) -> list[str]:
+        """The phases of backward as functions; `again`: whether the gradient of a step is summed up once more."""
+        fast = self.fast
+        finals = ["final_loss_vjp"] if self.losses else []
+        first = {n: "sequence * N * H + head" if self._side_by_side(n) else "head * B + sequence" for n in self.tokens}
+        places = [
+            f"S* d_{n}_rows = {made[n]} + ({first[n]}) * {'' if self._side_by_side(n) else 'N * '}{self.widths[n]};"
+            for n in self.tokens
+            if n in made
+        ]
+        places += ["const S* d_loss = d_losses.at(head, sequence);"] if self.losses else []
+        step = list(_STEP)
         for n in fast:
             start = f"{n}_all.at(head, sequence)" if n in self.starts else "nullptr"
-            step.append(f"{n} = step ? between_{n}.at(head, sequence) + (step - 1) * between_{n}.token : {start};")
-        updates = [f"{v}update_vjp" for v in self.variants]
-        if any(f"gradient_{n}" in self.functions[u].inputs for u in updates for n in fast):
-            step += ["{", *[f"    {line}" for line in self._gradient()], "}"]
+            between = f"between_{n}.at(head, sequence) + (step - 1) * between_{n}.token"
+            step.append(f"const S* {n} = step ? {between} : {start}; (void){n};")
+        written: list[str] = []
+        read = [*self._given_lines("readout_vjp", *finals), *places]
+        read += [f"const S* {n} = end_{n}.at(head, sequence); (void){n};" for n in fast]
+        read += self._pull("readout", ("0L", "N"), "nullptr", written, "false")
+        if self.losses:
+            read += ["{", "    const S after = d_loss[steps] / S(N), *d_loss_after = &after;"]
+            read += [f"    {line}" for line in self._pull("final_loss", ("0L", "N"), "nullptr", written, "false")]
+            read.append("}")
 
         def pull_update(variant: str) -> list[str]:
             name = f"{variant}update_vjp"
@@ -218,31 +354,28 @@ class CppEmitter(CppPieces):
             renamed = {**to, **{f"d_{n}_new": f"d_{n}" for n in fast}}
             return [*lines, *self._once(name, renamed), self._call(name, "0L", renamed)]
 
-        step += self._each_variant(pull_update)
-        step += [f"std::swap(d_{n}, d_{n}_before);" for n in fast]
-        if self.losses:
-            step.append("const S sum = d_loss[step] / S(stop - start), *d_loss_sum = &sum; (void)d_loss_sum;")
-        last = "false" if shuffled else "step + 1 < steps"
-
-        def pull_gradient(variant: str) -> list[str]:
-            return self._pull(f"{variant}gradient", ("start", "stop"), self._order, list(written), last)
-
-        step += self._each_variant(pull_gradient)
-        body.append("for (long step = steps - 1; step >= 0; step--) {")
-        body += [*[f"    {line}" for line in flat(step)], "}"]
-        for n in self.starts:
-            size = self.widths[n]
-            body.append(f"if (separate) copy(d_{n}, {size}, {made[n]} + (head * B + sequence) * {size});")
-            body.append(f"else add_to(d_{n}, {size}, {made[n]} + (head * groups + group) * {size});")
-        lines = [
-            *self._open("backward", "H * groups"),
-            *[f"        {line}" for line in flat(item)],
-            "        for (long sequence = group * B / groups; sequence < (group + 1) * B / groups; sequence++) {",
-            *[f"            {line}" for line in flat(body)],
-            "        }",
-            *CLOSE,
+        last = "false" if self.spec.schedule.needs_order else "step + 1 < steps"
+        sum_line = "const S sum = d_loss[step] / S(stop - start), *d_loss_sum = &sum; (void)d_loss_sum;"
+        gradient = [*self._given_lines("gradient_vjp"), *places, *step, *([sum_line] if self.losses else [])]
+        gradient += self._each_variant(
+            lambda v: self._pull(f"{v}gradient", ("start", "stop"), self._order, list(written), last)
+        )
+        descend = [*self._given_lines("gradient"), *step, *self._gradient()]
+        update = [*self._given_lines("update_vjp"), *step, *self._each_variant(pull_update)]
+        return [
+            *local_function("pull_read", "long head, long sequence, long range", read),
+            *(local_function("descend", _AT_STEP + ", long range", descend) if again else []),
+            *local_function("pull_update", _AT_STEP, update),
+            *local_function("pull_gradient", _AT_STEP + ", long range", gradient),
         ]
-        return _SIGNATURE.format(name="backward", doc=_BACKWARD, more=_GROUPS) + indented(lines) + "}"
+
+    def _side_by_side(self, name: str) -> bool:
+        """Whether a token's cotangents of all heads lie in one row, as the products that read them take them."""
+        return name in self.captured.projected
+
+    def _apart(self, name: str) -> str:
+        """How far apart the rows of a token input's cotangent are."""
+        return f"{'H * ' if self._side_by_side(name) else ''}{self.widths[name]}"
 
     def _pull(self, piece: str, bounds: tuple[str, str], order: str, written: list[str], again: str) -> list[str]:
         """Lines that run a piece's backward over tiles; token cotangents go to their rows, set where nothing was.
@@ -255,25 +388,46 @@ class CppEmitter(CppPieces):
         lines = [self._call(name, "n", {f"d_{n}": f"d_{n}_tile" for n in seen})]
         for n in seen:
             add = "true" if n in written else again
-            lines.append(f"put(d_{n}_tile, {order}, from, n, {self.widths[n]}, d_{n}_rows, {add});")
+            lines.append(f"put(d_{n}_tile, {order}, from, n, {self.widths[n]}, d_{n}_rows, {self._apart(n)}, {add});")
         written += seen
         # A token input that only other steps' gradients depend on is zero here.
         others = {n for v in self.variants for n in self._nonzero(f"{v}gradient_vjp")} if "gradient" in piece else set()
         for n in self.tokens:
             if n in others and n not in seen and n not in written:
-                lines.append(f"clear({order}, from, n, {self.widths[n]}, d_{n}_rows, {again});")
+                lines.append(f"clear({order}, from, n, {self.widths[n]}, d_{n}_rows, {self._apart(n)}, {again});")
         return [*self._once(name), *self._over_tiles(name, bounds, order, lines)]
 
 
+def _over_items(lines: Sequence[str], ordered: bool = False) -> list[str]:
+    """A loop over heads and sequences."""
+    return loop_over("item", "H * B", ["const long head = item / B, sequence = item % B;", *lines], ordered)
+
+
+def _over_parts(lines: Sequence[str]) -> list[str]:
+    """A loop over ranges of tokens of all heads and sequences."""
+    first = "const long item = part / ranges, range = part % ranges, head = item / B, sequence = item % B;"
+    return loop_over("part", "H * B * ranges", [first, *lines])
+
+
+def _whole_or_shared(whole: Sequence[str], shared: Sequence[str]) -> list[str]:
+    """Sequence by sequence, or range by range where there are several."""
+    return ["if (ranges == 1) {", *inside(whole), "} else {", *inside(shared), "}"]
+
+
+_EACH_PART = "for (long part = item * ranges; part < (item + 1) * ranges; part++)"
+_AT_STEP = "long head, long sequence, long step"
+_STEP = (
+    "const long start = bounds[2 * step], stop = bounds[2 * step + 1]; (void)start, (void)stop;",
+    "const S weight = (S)weights[step], rate = (S)rates[step]; (void)weight, (void)rate;",
+)
 _ORDER = (
     "const std::int64_t* order = orders ? orders + head * order_head + sequence * order_sequence : nullptr;",
     "(void)order;",
 )
 _FORWARD = "z, the fast weights at the end, inner losses, the states between steps. Returns 1 where memory is short."
 _BACKWARD = "Cotangents of forward's inputs, each step recomputed from the state it started from."
-_GROUPS = "long groups, bool separate, "
 _SIGNATURE = """// {doc}
-extern "C" int {name}(long H, long B, long N, long longest, int threads, {more}long steps,
+extern "C" int {name}(long H, long B, long N, long longest, int threads, long ranges, {more}long steps,
     const std::int64_t* bounds, const double* weights, const double* rates, const Tensor* given,
     const std::int64_t* orders, long order_head, long order_sequence, S* const* made) {{
 """

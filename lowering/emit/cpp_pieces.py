@@ -108,6 +108,11 @@ class CppPieces:
         reached = {n for name in self.functions if name.endswith("_vjp") for n in self._nonzero(name)}
         return [n for n in [*self.tokens, *self.slow, *self.hoisted] if n in reached] + self.starts
 
+    @property
+    def _shared(self) -> list[str]:
+        """Inputs with a cotangent that all sequences share, and are no state."""
+        return [n for n in self._gradients() if n in (*self.slow, *self.hoisted)]
+
     def _layout(self, which: str) -> list[tuple[str, Extent]]:
         """Buffers of one thread: tiles of tokens, sums, what runs once for all tiles, then the pieces' own."""
         names = [n for n in self.functions if which == "backward" or not n.endswith("_vjp")]
@@ -117,8 +122,9 @@ class CppPieces:
         if which == "backward":
             made = {n for name in names if name.endswith("_vjp") for n in self._nonzero(name)}
             layout += [(f"d_{n}_tile", Extent(self.widths[n], 0)) for n in self.tokens if n in made]
-            layout += [(f"{p}_{n}", Extent(0, self.widths[n])) for n in self.fast for p in ("now", "before")]
+            layout += [(f"d_{n}{state}", Extent(0, self.widths[n])) for n in self.fast for state in ("", "_before")]
             layout += [(f"d_gradient_{n}", Extent(0, self.widths[n])) for n in self.fast]
+            layout += [(f"d_{n}", Extent(0, self.widths[n])) for n in self._shared]
         return layout + worked_in([self.functions[n] for n in names])
 
 

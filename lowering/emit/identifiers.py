@@ -10,10 +10,13 @@ namespace new noexcept not nullptr operator or private protected public register
 struct switch template this throw true try typedef typeid typename union unsigned using virtual void volatile while xor
 std S H B N INLINE Tensor Vector Anywhere LANES SCALAR block column_block product transpose softmax cumsum take put
 clear copy add_to zero tile_count tile_start sigmoid sign rsqrt maximum minimum gelu gelu_tanh softplus
-softplus_backward elu elu_backward exp_ tanh_ erf_ from_bits
+softplus_backward elu elu_backward exp_ tanh_ erf_ from_bits to_bits
+exp_near_zero
 i j l m o s e n rows once scratch memory raw need enough item head sequence group groups separate threads longest given
 made order orders order_head order_sequence bounds weights rates step steps start stop from tile tiles total losses
 d_loss after sum weight rate forward backward
+part parts ranges range items apart slot begin read descend end_step pull_read pull_update pull_gradient at_item
+at_part STATE ITEM PART
 index own chunks every first last states nothing exchange exchanges solve solve_triangular Lane Lanes""".split()  # noqa: SIM905
 )
 

@@ -236,19 +236,29 @@ INLINE float from_bits(std::int32_t bits) {
     return value;
 }
 
-INLINE float exp_(float x) {
-    const float low = x < -104.0f ? -104.0f : x;
-    const float y = low > 89.0f ? 89.0f : low;
-    const float shifted = y * 1.44269504f + 12582912.0f;  // rounds to a whole number in the lowest bits
-    const float whole = shifted - 12582912.0f;
-    const float r = (y - whole * 0.693359375f) - whole * -2.12194440e-4f;
+INLINE std::uint32_t to_bits(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+INLINE float exp_near_zero(float r) {  // |r| <= log(2) / 2
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    return p * (r * r) + r + 1.0f;
+}
+
+INLINE float exp_(float x) {
+    const float low = x < -104.0f ? -104.0f : x;
+    const float y = low > 89.0f ? 89.0f : low;
+    const float shifted = y * 1.44269504f + 12582912.0f;  // rounds to a whole number in the lowest bits
+    const float whole = shifted - 12582912.0f;
+    const float r = (y - whole * 0.693359375f) - whole * -2.12194440e-4f;
+    const float p = exp_near_zero(r);
     const std::int32_t n = (std::int32_t)whole;
     const std::int32_t half = n >> 1;  // 2^n in two factors: a result below the normal numbers stays right
     const float result = p * from_bits((half + 127) << 23) * from_bits((n - half + 127) << 23);
@@ -258,7 +268,13 @@ INLINE double exp_(double x) { return std::exp(x); }
 
 INLINE float tanh_(float x) {
     const float size = __builtin_fabsf(x);
-    const float far = 1.0f - 2.0f / (exp_(2.0f * (size > 10.0f ? 10.0f : size)) + 1.0f);
+    // Far from zero 1 - 2 / (e^2y + 1). With y within 0 and 10, e^2y needs none of exp_'s care for the ends.
+    const float y = size > 10.0f ? 10.0f : size;
+    const float shifted = y * 2.88539008f + 12582912.0f;  // as in exp_
+    const float whole = shifted - 12582912.0f;
+    const float r = (2.0f * y - whole * 0.693359375f) - whole * -2.12194440e-4f;
+    const float power = from_bits((std::int32_t)((to_bits(shifted) << 23) + (127u << 23)));  // 2^whole
+    const float far = 1.0f - 2.0f / (exp_near_zero(r) * power + 1.0f);
     const float z = x * x;
     float p = -5.70498872745e-3f;
     p = p * z + 2.06390887954e-2f;
@@ -266,7 +282,7 @@ INLINE float tanh_(float x) {
     p = p * z + 1.33314422036e-1f;
     p = p * z + -3.33332819422e-1f;
     const float near = p * z * x + x;
-    const float signed_far = x < 0.0f ? -far : far;
+    const float signed_far = __builtin_copysignf(far, x);
     return size > 0.625f ? signed_far : near;  // NaN is not above: near, which is NaN too
 }
 INLINE double tanh_(double x) { return std::tanh(x); }
@@ -360,10 +376,10 @@ void take(const S* tokens, long distance, const std::int64_t* order, long start,
         std::memcpy(tile + i * width, tokens + (order ? order[start + i] : start + i) * distance, width * sizeof(S));
 }
 
-// A tile's rows back at their tokens [N, width], or added to what is there.
-void put(const S* tile, const std::int64_t* order, long start, long n, long width, S* tokens, bool add) {
+// A tile's rows back at their tokens, whose rows are so far apart, or added to what is there.
+void put(const S* tile, const std::int64_t* order, long start, long n, long width, S* tokens, long distance, bool add) {
     for (long i = 0; i < n; i++) {
-        S* to = tokens + (order ? order[start + i] : start + i) * width;
+        S* to = tokens + (order ? order[start + i] : start + i) * distance;
         const S* from = tile + i * width;
         if (add)
             for (long j = 0; j < width; j++) to[j] += from[j];
@@ -373,9 +389,9 @@ void put(const S* tile, const std::int64_t* order, long start, long n, long widt
 }
 
 // Rows of zeros, unless an earlier run has been there.
-void clear(const std::int64_t* order, long start, long n, long width, S* tokens, bool done) {
+void clear(const std::int64_t* order, long start, long n, long width, S* tokens, long distance, bool done) {
     for (long i = 0; i < n && !done; i++)
-        std::memset(tokens + (order ? order[start + i] : start + i) * width, 0, width * sizeof(S));
+        std::memset(tokens + (order ? order[start + i] : start + i) * distance, 0, width * sizeof(S));
 }
 
 void copy(const S* from, long count, S* to) { std::memcpy(to, from, count * sizeof(S)); }

@@ -37,11 +37,15 @@ def worked_in(functions: Sequence[CppFunction]) -> list[tuple[str, Extent]]:
     return [("once", Extent(0, once)), ("scratch", reduce(Extent.at_least, [f.scratch.size for f in functions]))]
 
 
-def shared_out(layout: Sequence[tuple[str, Extent]]) -> tuple[list[str], Extent]:
-    """Lines that lay buffers out in a thread's memory, fixed parts in whole cache lines; their size."""
+def shared_out(layout: Sequence[tuple[str, Extent]], memory: str = "") -> tuple[list[str], Extent]:
+    """Lines that lay buffers out in a thread's memory, fixed parts in whole cache lines; their size.
+
+    memory: other memory, to which pointers that a thread has are moved.
+    """
     lines, size = [], Extent(0, 0)
     for name, part in layout:
-        lines.append(f"S* {name} = memory + {rows(size)}; (void){name};")
+        place = f"{memory or 'memory'} + {rows(size)};"
+        lines.append(f"{name} = {place}" if memory else f"S* {name} = {place} (void){name};")
         size = size + part + Extent(0, -part.constant % 16)
     return lines, size
 
@@ -61,15 +65,14 @@ def identified(name: str, declared: Container[str], affixes: Sequence[tuple[str,
     return name
 
 
-def open_parallel(declared: Sequence[str], room: str, need: str, buffers: Sequence[str], items: str) -> list[str]:
-    """Lines that open the loop over `items`, each thread with memory of its own; `CLOSE` closes it.
+def open_threads(declared: Sequence[str], room: str, need: str, buffers: Sequence[str]) -> list[str]:
+    """Lines that open a parallel region, each thread with memory of its own; `CLOSE_THREADS` closes it.
 
     Args:
         declared: lines before it.
         room: tokens that a tile has memory for, as C++.
         need: elements that one thread works on.
         buffers: lines that share them out.
-        items: how many turns the loop has.
     """
     return [
         *declared,
@@ -86,18 +89,45 @@ def open_parallel(declared: Sequence[str], room: str, need: str, buffers: Sequen
         "        enough = false;",
         "    }",
         *[f"    {line}" for line in buffers],
-        "#pragma omp for schedule(dynamic, 1)",
-        f"    for (long item = 0; item < {items}; item++) {{",
-        "        if (!memory) continue;",
     ]
 
 
-CLOSE = ("    }", "    std::free(raw);", "}", "return enough ? 0 : 1;")
+CLOSE_THREADS = ("    std::free(raw);", "}", "return enough ? 0 : 1;")
 
 
-def flat(lines: list[str]) -> list[str]:
+def loop_over(name: str, count: str, lines: Sequence[str], ordered: bool = False) -> list[str]:
+    """A loop whose turns the threads of a region share out; `ordered`: a block in it runs in the order of the turns."""
+    return [
+        f"#pragma omp for {'ordered ' if ordered else ''}schedule(dynamic, 1)",
+        f"for (long {name} = 0; {name} < {count}; {name}++) {{",
+        "    if (!memory) continue;",
+        *[f"    {line}" for line in flat(lines)],
+        "}",
+    ]
+
+
+def open_parallel(declared: Sequence[str], room: str, need: str, buffers: Sequence[str], items: str) -> list[str]:
+    """Lines that open a region (`open_threads`) and a loop over `items` in it; `CLOSE` closes both."""
+    turns = ["#pragma omp for schedule(dynamic, 1)", f"    for (long item = 0; item < {items}; item++) {{"]
+    return [*open_threads(declared, room, need, buffers), *turns, "        if (!memory) continue;"]
+
+
+CLOSE = ("    }", *CLOSE_THREADS)
+
+
+def flat(lines: Sequence[str]) -> list[str]:
     return [line for text in lines for line in text.splitlines()]
 
 
 def indented(lines: list[str]) -> str:
-    return "".join(f"{line}\n" if line.startswith("#") else f"    {line}\n" for line in lines)
+    return "".join(f"{line.lstrip()}\n" if line.lstrip().startswith("#") else f"    {line}\n" for line in lines)
+
+
+def inside(lines: Sequence[str]) -> list[str]:
+    """Lines of a block."""
+    return [f"    {line}" for line in flat(lines)]
+
+
+def local_function(name: str, parameters: str, lines: Sequence[str]) -> list[str]:
+    """A function inside another, which sees its variables."""
+    return [f"const auto {name} = [&]({parameters}) {{", *inside(lines), "};", f"(void){name};"]

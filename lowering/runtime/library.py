@@ -8,6 +8,7 @@ ordinary op.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -163,9 +164,11 @@ class NestedLoopOp:
         if isinstance(self.native, TritonStream):  # reads tensors in the dtype that they have
             return getattr(self.native, function)(*tensors, order)
         computed, low = _prepare(tensors, inputs)
-        if self.native is not None and inputs[0].device.type == "cpu":
-            return getattr(self.native, function)(*computed, order)
-        return self._in_groups(getattr(module, function), computed, order, low, inputs)
+        kind = inputs[0].device.type
+        with _as_it_says(kind):
+            if self.native is not None and kind == "cpu":
+                return getattr(self.native, function)(*computed, order, low=low)
+            return self._in_groups(getattr(module, function), computed, order, low, inputs)
 
     def _in_groups(
         self, function: Callable[..., Any], tensors: list[Tensor], order: Tensor | None, low: Any, inputs: list[Tensor]
@@ -320,6 +323,11 @@ def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor]) -> tuple[lis
     dtype = compute_dtype(deciding)
     low = deciding[0].dtype if deciding[0].dtype in _LOW and dtype is torch.float32 else None
     return [t.to(dtype) for t in tensors], low
+
+
+def _as_it_says(device: str) -> AbstractContextManager[Any]:
+    """Inside an op every product says its precision, and C++ reads memory in the compute dtype: no autocast."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _owned(made: Sequence[Tensor], shapes: Sequence[Sequence[int]], inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nestloop.lowering.runtime import compiler
 
-_ITEMS = 48  # heads times groups of sequences: enough to share out to as many cores
+_ITEMS = 16  # heads times sequences times ranges of tokens: enough to share out to as many cores
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,10 @@ class NativeLibrary:
             raise MemoryError(f"no memory for the tiles of {self.name}")
 
 
-def groups_of(heads: int, sequences: int) -> int:
-    """Groups of sequences whose cotangents of shared tensors are summed apart: enough to share out to the cores."""
-    return max(1, min(sequences, -(-_ITEMS // max(heads, 1))))
+def ranges_of(items: int, tiles: int) -> int:
+    """Ranges of tokens that are worked on apart: one where there are items enough to share out to the cores, and else
+    as many as make enough, each of one tile or more. It depends on sizes alone, and so do the sums over ranges."""
+    return 1 if items >= _ITEMS else max(1, min(tiles, -(-_ITEMS // max(items, 1))))
 
 
 class NativeModule(NativeLibrary):
@@ -160,44 +161,49 @@ class NativeModule(NativeLibrary):
         self.common = getattr(module, "common", None)
         self.shared = plan.common
 
-    def forward(self, *tensors: Tensor) -> list[Tensor]:
-        """Inputs [H, B, ..] and the order -> results, as the PyTorch module's `forward`."""
+    def forward(self, *tensors: Tensor, low: torch.dtype | None) -> list[Tensor]:
+        """Inputs [H, B, ..] and the order -> results, as the PyTorch module's `forward`.
+
+        low: the precision of the operands of what all steps share, if that is lower; steps are in the compute dtype.
+        """
         inputs, order = list(tensors[:-1]), tensors[-1]
-        values = self._values(inputs)
+        values = self._values(inputs, low)
         call = _Call(self, inputs, values, order)
         made = [call.new(call.length, *self.tiles["z"])]
         made += [call.new(*self.tiles[n]) for n in self.ends]
         made += [call.new(call.steps + 1)] if self.losses else []
         between = max(call.steps - 1, 0)
         made += [call.new(*self.tiles[n], lead=(between,)) for n in self.ends]
-        call.run("forward", [(n, values[n]) for n in self.plan.forward], made, ())
+        call.run("forward", [(n, values[n]) for n in self.plan.forward], made)
         return made
 
-    def backward(self, *tensors: Tensor) -> list[Tensor]:
+    def backward(self, *tensors: Tensor, low: torch.dtype | None) -> list[Tensor]:
         """Inputs, the states and cotangents of the results, and the order -> cotangents of the inputs."""
         count = len(self.inputs)
         inputs, rest, order = list(tensors[:count]), list(tensors[count:-1]), tensors[-1]
-        values = self._values(inputs)
+        values = self._values(inputs, low)
         states = [f"end_{n}" for n in self.ends] + [f"between_{n}" for n in self.ends]
         names = [*states, "d_z", *[f"d_{n}" for n in self.ends], *(["d_losses"] if self.losses else [])]
         values.update(zip(names, rest, strict=True))
         call = _Call(self, inputs, values, order)
         separate = any(values[n].shape[1] > 1 for n in self.fast)
-        groups = groups_of(call.heads, call.sequences)
         made = {}
         for name in self.plan.gradients:
             row = values[name].shape[3:] if self._is_token(name) else values[name].shape[2:]
-            if self._is_token(name):
+            if name in self.shared and self._is_token(name):  # heads side by side
+                whole = inputs[0].new_empty(call.sequences, call.length, call.heads, *row)
+                made[name] = whole.movedim(2, 0)
+            elif self._is_token(name):
                 made[name] = call.new(call.length, *row)
             else:
-                sequences = call.sequences if separate and name in self.fast else groups
+                sequences = call.sequences if separate and name in self.fast else 1
                 made[name] = inputs[0].new_empty(call.heads, sequences, *row)
-        more = (ctypes.c_long(groups), ctypes.c_bool(separate))
-        call.run("backward", [(n, values[n]) for n in self.plan.backward], list(made.values()), more)
+        given = [(n, values[n]) for n in self.plan.backward]
+        call.run("backward", given, list(made.values()), ctypes.c_bool(separate))
         found = [made.get(n) for n in self.inputs]
         if self.common is not None:
             d_common = [_summed(made[n], values[n]) if n in made else torch.zeros_like(values[n]) for n in self.shared]
-            more = self.module.common_vjp(*inputs, *[values[n] for n in self.shared], *d_common, None)
+            more = self.module.common_vjp(*inputs, *[values[n] for n in self.shared], *d_common, low)
             found = [_add(a, b, t) for a, b, t in zip(found, more, inputs, strict=True)]
         return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
 
@@ -207,10 +213,10 @@ class NativeModule(NativeLibrary):
     def _is_token(self, name: str) -> bool:
         return name in self.tokens or name.startswith("projected_")
 
-    def _values(self, inputs: list[Tensor]) -> dict[str, Tensor]:
+    def _values(self, inputs: list[Tensor], low: torch.dtype | None) -> dict[str, Tensor]:
         values = dict(zip(self.inputs, inputs, strict=True))
         if self.common is not None:
-            values.update(zip(self.shared, self.common(*inputs, None), strict=True))
+            values.update(zip(self.shared, self.common(*inputs, low), strict=True))
         return values
 
 
@@ -228,7 +234,7 @@ class _Call:
     def new(self, *shape: int, lead: tuple[int, ...] = ()) -> Tensor:
         return self.like.new_empty(*lead, self.heads, self.sequences, *shape)
 
-    def run(self, function: str, given: list[tuple[str, Tensor]], made: list[Tensor], more: tuple[Any, ...]) -> None:
+    def run(self, function: str, given: list[tuple[str, Tensor]], made: list[Tensor], *more: Any) -> None:
         module, plan = self.module, self.module.plan
         bounds = (ctypes.c_int64 * (2 * self.steps))(*[edge for batch in self.batches for edge in batch])
         sizes = [stop - start for start, stop in self.batches]
@@ -245,6 +251,7 @@ class _Call:
             ctypes.c_long(self.length),
             ctypes.c_long(longest),
             ctypes.c_int(torch.get_num_threads()),
+            ctypes.c_long(1 if plan.whole else ranges_of(self.heads * self.sequences, -(-self.length // plan.rows))),
             *more,
             ctypes.c_long(self.steps),
             bounds,

@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nestloop.lowering.runtime.native import NativeLibrary, NativePlan, groups_of
+from nestloop.lowering.runtime.native import NativeLibrary, NativePlan
 
 if TYPE_CHECKING:
     from nestloop.lowering.runtime.streams import StreamSignature
+
+
+_ITEMS = 48  # heads times groups of sequences: enough to share out to as many cores
+
+
+def groups_of(heads: int, sequences: int) -> int:
+    """Groups of sequences whose cotangents of shared tensors are summed apart: enough to share out to the cores."""
+    return max(1, min(sequences, -(-_ITEMS // max(heads, 1))))
 
 
 class NativeStream(NativeLibrary):
@@ -33,8 +41,8 @@ class NativeStream(NativeLibrary):
         super().__init__(name, plan)
         self.module, self.signature = module, signature
 
-    def forward(self, *tensors: Tensor) -> Sequence[Tensor]:
-        """Inputs [H, B, ..] and no order -> results, as the PyTorch module's `forward`."""
+    def forward(self, *tensors: Tensor, low: torch.dtype | None) -> Sequence[Tensor]:
+        """Inputs [H, B, ..] and no order -> results, as the PyTorch module's `forward`, but in the compute dtype."""
         inputs = list(tensors[:-1])
         if not self._tokens(inputs):
             return self.module.forward(*tensors, None, 1)
@@ -43,7 +51,7 @@ class NativeStream(NativeLibrary):
         self._run("forward", inputs, [(n, values[n]) for n in self.plan.forward], made, 1)
         return made
 
-    def backward(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def backward(self, *tensors: Tensor, low: torch.dtype | None) -> Sequence[Tensor]:
         """Inputs, what forward kept, cotangents of its results and no order -> cotangents of the inputs."""
         signature = self.signature
         inputs = list(tensors[: len(signature.inputs)])

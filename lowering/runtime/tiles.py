@@ -43,6 +43,9 @@ def mm_like(a: Tensor, b: Tensor, like: Tensor, low: torch.dtype | None) -> Tens
     if like.shape[1] == 1 and a.shape[1] > 1 and b.shape[1] > 1:
         if low is not None:
             return mm_like(a.to(low), b.to(low), like, None).to(torch.float32)
+        if a.shape[0] == 1 < b.shape[0]:  # heads side by side
+            wide = a[0].mT.flatten(0, 1).mT @ b.permute(1, 2, 0, 3).flatten(0, 1).flatten(1, 2)
+            return like_lead(wide.unflatten(1, (b.shape[0], b.shape[3])).transpose(0, 1).unsqueeze(1), like)
         return like_lead(torch.matmul(a.mT.flatten(1, 2).mT, b.flatten(1, 2)).unsqueeze(1), like)
     return like_lead(mm(a, b, low), like)
 

@@ -156,17 +156,19 @@ class _Reader:
         self.computed: list[Value] = []
         self.counts: dict[str, int] = {}
         self.made: dict[Any, Value] = {}
+        self.split: set[fx.Node] = set()  # sums that only their terms are computed of
 
     def run(self, results: Sequence[str | None], summed: Sequence[bool]) -> Values:
         (outputs,) = next(node for node in self.module.graph.nodes if node.op == "output").args
         self.leaves = {}
         for name, node, adds in zip(results, outputs, summed, strict=True):
             if node is not None and name is not None:
-                self.leaves[name] = self._terms(node, 1.0, True) if adds else [(1.0, node)]
+                split = adds and outputs.count(node) == 1
+                self.leaves[name] = self._terms(node, 1.0) if split else [(1.0, node)]
         for node in self.module.graph.nodes:
             if node.op == "placeholder":
                 self._input(node)
-            elif node.op == "call_function" and not ops.is_size_op(node.target):
+            elif node.op == "call_function" and not ops.is_size_op(node.target) and node not in self.split:
                 self.env[node] = self._call(node)
         for name, terms in self.leaves.items():
             for factor, node in terms:
@@ -174,7 +176,7 @@ class _Reader:
         self._drop_unread()
         return Values({n: v for n, v in self.inputs.items() if v.users}, self.computed, list(self.leaves))
 
-    def _terms(self, node: fx.Node, factor: float, top: bool) -> list[tuple[float, fx.Node]]:
+    def _terms(self, node: fx.Node, factor: float) -> list[tuple[float, fx.Node]]:
         """A sum as its terms with their factors, as far as nothing else reads the sums on the way."""
         shape = [extent(s) for s in node.meta["val"].shape]
 
@@ -182,15 +184,18 @@ class _Reader:
             return isinstance(value, fx.Node) and _shape(value) == shape
 
         if len(node.users) == 1 and shape:
+            parts: list[tuple[float, Any]] = []
             if node.target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs.get("alpha", 1) == 1:
                 a, b = node.args[:2]
                 if same(a) and same(b):
-                    sign = -1.0 if node.target is aten.sub.Tensor else 1.0
-                    return [*self._terms(a, factor, False), *self._terms(b, sign * factor, False)]
-            if node.target is aten.neg.default:
-                return self._terms(node.args[0], -factor, False)
-            if node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)) and same(node.args[0]):
-                return self._terms(node.args[0], factor * node.args[1], False)
+                    parts = [(factor, a), (-factor if node.target is aten.sub.Tensor else factor, b)]
+            elif node.target is aten.neg.default:
+                parts = [(-factor, node.args[0])]
+            elif node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)) and same(node.args[0]):
+                parts = [(factor * node.args[1], node.args[0])]
+            if parts:
+                self.split.add(node)
+                return [term for part in parts for term in self._terms(part[1], part[0])]
         return [(factor, node)]
 
     def _input(self, node: fx.Node) -> None:

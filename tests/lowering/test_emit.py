@@ -85,3 +85,26 @@ def test_every_op_says_its_shape_and_line():
     assert [line for line in operations if not re.search(r"# \[.*\]", line)] == []
     unplaced = [line for line in operations if not re.search(r"\w+\.py:\d+", line)]
     assert len(unplaced) <= len(operations) // 10, unplaced
+
+
+def test_what_only_the_inner_losses_read_is_made_only_for_them():
+    def projected(losses: bool) -> list[str]:
+        lowered = stages(zoo.MTTTMLP.spec, {"d": 4, "D": 16, "H": 2}, None, losses, False)
+        assert lowered.source is not None and lowered.native is not None
+        names = [n for n in lowered.native.common if n.startswith("projected_")]
+        assert f"Returns {', '.join(names)}." in lowered.source.text
+        return names
+
+    # The Gram form's square loss has a term of the token alone, which no gradient sees.
+    assert projected(True) == ["projected_0", "projected_1", "projected_2"]
+    assert projected(False) == ["projected_0", "projected_1"]
+
+
+def test_cplusplus_computes_again_what_is_cheap_and_keeps_what_is_dear():
+    native = stages(zoo.MTTTMLP.spec, {"d": 4, "D": 16, "H": 2}, None, False, False).native
+    assert native is not None
+    body = native.text.split("static void gradient_vjp(")[1].split("\n}")[0]
+    stored = re.findall(r"(\w+)_tile\[i \* 16 \+ j\] = \1;", body)  # of the tiles [n,4*d]
+    # x, GELU(x), its tanh and two cotangents for the nest that reads them, two more for products; not 1 - tanh^2, ..
+    assert len(stored) == 7 and [name for name in stored if name.startswith("tanh")] == ["tanh_1"]
+    assert len(re.findall(r"\btanh_\(", body)) == 1 and len(re.findall(r"const S sub_1 = ", body)) == 2

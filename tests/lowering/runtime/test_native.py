@@ -17,6 +17,7 @@ import nestloop as nl
 from nestloop import zoo
 from nestloop.errors import NoPlanError
 from nestloop.lowering.runtime import compiler, executable
+from nestloop.lowering.runtime.native import ranges_of
 from tests.lowering.comparison import Inputs, assert_equal, differences, random_inputs, run
 
 
@@ -109,6 +110,53 @@ def test_any_number_of_threads_gives_the_same_bits(loop: Any):
         torch.set_num_threads(before)
     for name, value in found[0].items():
         assert all(torch.equal(value, other[name]) for other in found[1:]), name
+
+
+class Rated(Recall):
+    """A learned rate, whose derivative is the gradient itself; two steps of all tokens."""
+
+    schedule, rate_of_all = nl.FullBatch(steps=2), nl.slow()
+    optimizer = nl.SGD(lr=rate_of_all)
+
+
+@pytest.mark.parametrize("carried", [False, True])
+@pytest.mark.parametrize("loop", [Recall, Rated])
+def test_tokens_of_few_sequences_are_shared_out_in_ranges(loop: Any, carried: bool):
+    # 250 tokens are three tiles, and 2 sequences of one head too few for 16 cores.
+    assert ranges_of(2, 3) == 3 and ranges_of(16, 3) == 1 and ranges_of(3, 100) == 6
+    inputs = random_inputs(
+        loop.spec,
+        {"a": 6, "e": 4, "H": 1},
+        heads=1,
+        tokens=250,
+        carried=carried,
+        scale={"eta": 0.5, "rate_of_all": 0.2},
+    )
+    op, before, found = nl.compile(loop, backend="cpp"), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            found.append(run(op, inputs))
+    finally:
+        torch.set_num_threads(before)
+    for name, value in found[0].items():
+        assert all(torch.equal(value, other[name]) for other in found[1:]), name
+    assert_equal(differences(found[0], run(nl.compile(loop, backend="reference"), inputs)), 1e-10)
+
+
+def test_autocast_changes_no_type_that_the_library_reads():
+    torch.manual_seed(0)
+    layer = nl.Layer(zoo.MTTTMLP, 32, 4, backend="cpp")  # the Gram form: large products of x come from PyTorch
+    x = torch.randn(2, 20, 32, requires_grad=True)
+
+    def run_under(enabled: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = layer(x).float()
+            return [y, *torch.autograd.grad(y.square().sum(), [x, layer.slow["g"], layer.fast["w1"]])]
+
+    for low, exact in zip(run_under(True), run_under(False), strict=True):
+        # bfloat16 keeps 8 bits: operands are off by 2^-9 at most, and a loop is a few products deep.
+        assert (low - exact).norm() < 40 * 2**-9 * exact.norm()
 
 
 @over_both
@@ -263,9 +311,10 @@ import nestloop as nl
 from nestloop import zoo
 torch.manual_seed(0)
 layer = nl.Layer(zoo.MTTTLinear, 20, 2, backend="cpp")
-x = torch.ones(1, 7, 20, requires_grad=True)
-layer(x).sum().backward()
-print(x.grad.sum().item())
+for tokens in (7, 250):
+    x = torch.ones(1, tokens, 20, requires_grad=True)
+    layer(x).sum().backward()
+    print(x.grad.sum().item())
 """
 
 

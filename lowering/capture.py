@@ -59,6 +59,8 @@ class Captured:
         hoisted: those values, by name, traced; more inputs of the loss.
         project: tokens and slow weights -> what the loss reads of both (`lowering.rewrites.project`), or None.
         projected: those values, one row per token, by name, traced; more inputs of the loss.
+        grams: slow weights -> the Gram matrices whose conditioning says whether the loss is as precise as it was before
+            `lowering.rewrites.gram` rewrote it; None where it did not.
         reads_dtype: whether a body uses a constant of the dtype (RMSNorm's default eps).
     """
 
@@ -72,6 +74,7 @@ class Captured:
     hoisted: Mapping[str, Tensor] = field(default_factory=dict)
     project: fx.GraphModule | None = None
     projected: Mapping[str, Tensor] = field(default_factory=dict)
+    grams: fx.GraphModule | None = None
     reads_dtype: bool = False
 
     @property

@@ -53,7 +53,8 @@ def plan_for(
         losses: whether the inner losses are wanted.
         carried: whether fast weights come from a state even where they are frozen at zero.
         double: whether it computes in float64, for the rare body that depends on the dtype.
-        part: of a stream, which of its ops (`lowering.pipeline.stream_stages`).
+        part: of a stream, which of its ops (`lowering.pipeline.stream_stages`); of a loop in batches "wide", for its
+            plan without the Gram form.
 
     Raises:
         CompileError: a body cannot be compiled.
@@ -89,7 +90,7 @@ def _plan(
     dtype = {"dtype": torch.float64} if double else {}
     if spec.streams:
         return pipeline.stream_plan(pipeline.stream_stages(spec, sizes, tokens, losses, part, **dtype))
-    return pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried, **dtype))
+    return pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried, **dtype, wide=part == "wide"))
 
 
 def lower(
@@ -115,4 +116,8 @@ def lower(
         plan = plan_for(spec, sizes, tokens, losses, carried, double, part)
     if spec.streams:
         return build_stream(spec, plan, sizes["H"], inductor, backend, double)
-    return build(spec, plan, sizes["H"], losses, inductor, backend, double)
+
+    def wide() -> Plan:
+        return plan_for(spec, sizes, tokens, losses, carried, double and plan.reads_dtype, "wide")
+
+    return build(spec, plan, sizes["H"], losses, inductor, backend, double, wide)

@@ -65,6 +65,7 @@ def stages(
     losses: bool,
     carried: bool,
     dtype: torch.dtype = torch.float32,
+    wide: bool = False,
 ) -> Lowered:
     """Run the compiler up to source.
 
@@ -74,6 +75,7 @@ def stages(
         losses: whether the inner losses are wanted.
         carried: whether fast weights come from a state even where they are frozen at zero.
         dtype: the compute dtype, for the rare body that depends on it.
+        wide: without the Gram form, for decoders that it would lose precision on.
 
     Raises:
         CompileError: a body cannot be compiled.
@@ -83,7 +85,7 @@ def stages(
     typing = None if captured.loss is None else type_axes(spec, captured.loss)
     if typing is not None:
         check_tokens(spec, typing, type_axes(spec, captured.readout))
-    narrowed, gram = gram_form(captured, tracer)
+    narrowed, gram = gram_form(captured, tracer, not wide)
     hoisted, hoisting = hoist(narrowed, tracer)
     projected, projection = project(hoisted, tracer)
     differentiated = pieces(projected, tracer, losses)

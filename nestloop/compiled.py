@@ -16,6 +16,7 @@ from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.schedule import Program
 from nestloop.lowering import lower, names
+from nestloop.lowering.runtime.executable import OPS
 from nestloop.lowering.runtime.streams import StreamOp, run_stream
 
 BACKENDS = ("auto", "reference", "torch", "cpp")
@@ -63,6 +64,12 @@ class CompiledLoop:
         if self.requested != "auto":
             return self.requested
         return "torch" if self.inductor else "cpp"
+
+    @property
+    def ran(self) -> list[str]:
+        """What the last call of each op that has two forms took: "the Gram form" or "the wide form"."""
+        called = [OPS[name].ran for name in self._names.values() if name in OPS]
+        return sorted({form for form in called if form})
 
     @property
     def _walks(self) -> bool:

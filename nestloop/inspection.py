@@ -21,12 +21,13 @@ from nestloop.lowering import names, pipeline
 from nestloop.lowering.axes import is_token, readout_axes, type_axes
 from nestloop.lowering.emit.tile import size_text
 from nestloop.lowering.pipeline import Lowered, LoweredStream
+from nestloop.lowering.rewrites.gram import NAME as GRAM_FORM
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.compiler import find
 from nestloop.lowering.runtime.executable import build, not_native
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.streams import build_stream
-from nestloop.lowering.runtime.tiles import spacing_within
+from nestloop.lowering.runtime.tiles import LOST_BITS, spacing_within
 from nestloop.lowering.schedule.cost import cost
 
 AnyLowered = Lowered | LoweredStream
@@ -489,6 +490,15 @@ def _backend(plan: Plan, op: CompiledLoop | None) -> tuple[list[str], bool]:
     return [*lines, f"  (backend 'torch': {why})"], False
 
 
+def _gram(op: CompiledLoop | None) -> list[str]:
+    """Which of its two forms a loop with a Gram form runs in."""
+    lines = [
+        "  the Gram form where the decoder is well conditioned: correlations of its rows (and its bias) with no",
+        f"  eigenvalue below 2^{LOST_BITS} eps. Else the wide form; the weights of each call decide",
+    ]
+    return [*lines, f"  the last call: {', '.join(op.ran)}"] if op is not None and op.ran else lines
+
+
 def _what_runs(lowered: AnyLowered, op: CompiledLoop | None) -> list[str]:
     fired = [rule for rule in lowered.rewrites if rule.fired]
     if op is not None and op.backend == "reference":
@@ -500,6 +510,7 @@ def _what_runs(lowered: AnyLowered, op: CompiledLoop | None) -> list[str]:
     lines, native = _backend(pipeline.plan(lowered), op)
     lines += [f"  {_tiles(lowered)}"] if native else []
     lines += [f"  rewritten: {rule.name}, because {rule.why}" for rule in fired]
+    lines += _gram(op) if any(rule.name == GRAM_FORM for rule in fired) else []
     if lowered.typing is not None and lowered.typing.mixing:
         lines.append(f"  the learner mixes tokens ({lowered.typing.mixing[0]}): only whole sequences are legal batches")
     return lines

@@ -15,23 +15,32 @@ from nestloop.errors import NoPlanError
 from nestloop.lang.dims import parse
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import cache, compiler
-from nestloop.lowering.runtime.library import NestedLoopOp, Signature
+from nestloop.lowering.runtime.library import Code, NestedLoopOp, Signature
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.plan import Plan
 
 Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
 
 EXECUTABLES: dict[str, Executable] = {}
+OPS: dict[str, NestedLoopOp] = {}  # what those of them call that are no attention
 
 
 def build(
-    spec: LoopSpec, plan: Plan, heads: int, losses: bool, inductor: bool, backend: str = "torch", double: bool = False
+    spec: LoopSpec,
+    plan: Plan,
+    heads: int,
+    losses: bool,
+    inductor: bool,
+    backend: str = "torch",
+    double: bool = False,
+    wide: Callable[[], Plan] | None = None,
 ) -> str:
     """Make a plan runnable; its name in `EXECUTABLES`.
 
     Args:
         backend: "torch"; "cpp"; or "auto", which is cpp where the plan has C++ and it can be built.
         double: whether it is float64 that will be computed in.
+        wide: gives the plan for weights that this one is not precise with (`rewrites.gram`), when they come.
 
     Raises:
         NoPlanError: "cpp" was asked for, and the loop has no C++ or it cannot be built.
@@ -41,22 +50,30 @@ def build(
         EXECUTABLES.setdefault(name, _attention(plan.scale))
         return name
     reason = no_native_reason(plan, inductor, backend, double)
-    if backend == "cpp" and reason:
-        raise no_native(spec, reason)
     native = backend != "torch" and not reason
     path = cache.write(plan.name, plan.source)
     name = f"{path.stem}_inductor" if inductor else path.stem
     if native and plan.native is not None:
         name = f"{path.stem}_cpp_{cache.digest(plan.native.text)}"  # one module of PyTorch may go with several of C++
     if name not in EXECUTABLES:
-        module = cache.load(path)
-        if inductor:
-            module = compiled_pieces(module, plan)
         signature = _signature(spec, plan, heads, losses)
-        library = _native(spec, plan, module, signature) if native else None
-        op = NestedLoopOp(name, module, signature, _flops(spec, plan, heads), plan.rows, library)
-        EXECUTABLES[name] = _loop(op, spec)
+        settings = (inductor, backend, double)
+        code = _code(spec, plan, signature, *settings)
+        other = None if wide is None else lambda: _code(spec, wide(), signature, *settings)
+        OPS[name] = NestedLoopOp(name, code, signature, _flops(spec, plan, heads), other)
+        EXECUTABLES[name] = _loop(OPS[name], spec)
     return name
+
+
+def _code(spec: LoopSpec, plan: Plan, signature: Signature, inductor: bool, backend: str, double: bool) -> Code:
+    """A plan's generated code, loaded. Raises `NoPlanError` as `build` does."""
+    reason = no_native_reason(plan, inductor, backend, double)
+    if backend == "cpp" and reason:
+        raise no_native(spec, reason)
+    module = cache.load(cache.write(plan.name, plan.source))
+    module = compiled_pieces(module, plan) if inductor else module
+    native = backend != "torch" and not reason
+    return Code(module, plan.rows, _native(spec, plan, module, signature) if native else None)
 
 
 def no_native_reason(plan: Plan, inductor: bool, backend: str, double: bool) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -90,28 +91,51 @@ def _count_attention_on_cpu() -> None:
 _count_attention_on_cpu()
 
 
+@dataclass(frozen=True)
+class Code:
+    """What an op runs.
+
+    Attributes:
+        module: the generated module, with `forward` and `backward`; with `conditioned` where there are weights that it
+            is not precise with.
+        rows: tokens, of all sequences together, that are worked on at a time on a CPU.
+        native: the same two functions in C++, for tensors on a CPU; None where the generated module does for all.
+    """
+
+    module: ModuleType
+    rows: int
+    native: NativeModule | NativeStream | None = None
+
+
+GRAM, WIDE = "the Gram form", "the wide form"
+
+
 class NestedLoopOp:
     """The op of one generated module.
 
     Args:
         name: a valid identifier, unique per content.
-        module: the generated module, with `forward` and `backward`.
+        code: what it runs.
         signature: its tensors.
         flops: (sequences, length) -> FLOPs of the products in (forward, backward).
-        rows: tokens, of all sequences together, that are worked on at a time on a CPU.
-        native: the same two functions in C++, for tensors on a CPU; None where the generated module does for all.
+        wide: makes the code for weights that `code` is not precise with. The weights of a call decide, inside the op:
+            to `torch.compile` and the like it is one op all the same. Backward decides anew: both start each step from
+            the states that forward kept, so they go together.
+
+    Attributes:
+        ran: which of the two the last call took, if there are two: GRAM or WIDE.
     """
 
     def __init__(
         self,
         name: str,
-        module: ModuleType,
+        code: Code,
         signature: Signature,
         flops: Callable[[int, int], tuple[int, int]],
-        rows: int,
-        native: NativeModule | NativeStream | None = None,
+        wide: Callable[[], Code] | None = None,
     ) -> None:
-        self.name, self.signature, self.rows, self.native = name, signature, rows, native
+        self.name, self.signature, self.code, self.ran = name, signature, code, ""
+        self._make_wide = wide
         inputs = [f"Tensor {n}" for n in signature.inputs]
         order = ["Tensor order"] if signature.ordered else []
         results = signature.results
@@ -126,8 +150,8 @@ class NestedLoopOp:
             forward = forward.replace("(Tensor)", "Tensor")
         if len(inputs) == 1:
             backward = backward.replace("(Tensor)", "Tensor")
-        _define(forward, self._forward_kernel(module), self._forward_fake, self._forward_flops(flops))
-        _define(backward, self._backward_kernel(module), self._backward_fake, self._backward_flops(flops))
+        _define(forward, self._forward_kernel(), self._forward_fake, self._forward_flops(flops))
+        _define(backward, self._backward_kernel(), self._backward_fake, self._backward_flops(flops))
         self.forward_op = getattr(torch.ops.nestloop, name).default
         self.backward_op = getattr(torch.ops.nestloop, f"{name}_backward").default
         for op in (self.forward_op, self.backward_op):
@@ -144,14 +168,28 @@ class NestedLoopOp:
             return list(tensors[:-1]), tensors[-1]
         return list(tensors), None
 
-    def _forward_kernel(self, module: ModuleType) -> Callable[..., Any]:
+    @cached_property
+    def _wide(self) -> Code:
+        assert self._make_wide is not None
+        return self._make_wide()
+
+    def _code_for(self, inputs: Sequence[Tensor]) -> Code:
+        """The code for a call with these inputs, in the compute dtype."""
+        conditioned = getattr(self.code.module, "conditioned", None)
+        if conditioned is None or self._make_wide is None:
+            return self.code
+        self.ran = GRAM if conditioned(*inputs) else WIDE
+        return self.code if self.ran is GRAM else self._wide
+
+    def _forward_kernel(self) -> Callable[..., Any]:
         def kernel(*tensors: Tensor) -> Any:
             inputs, order = self._split(tensors)
             computed, low = _prepare(inputs)
-            if self.native is not None and inputs[0].device.type == "cpu":
-                made: Sequence[Tensor] = self.native.forward(*computed, order)
+            code = self._code_for(computed)
+            if code.native is not None and inputs[0].device.type == "cpu":
+                made: Sequence[Tensor] = code.native.forward(*computed, order)
             else:
-                made = self._in_groups(module.forward, computed, order, low, inputs)
+                made = self._in_groups(code, "forward", computed, order, low, inputs)
             owned = _owned(made, self.signature.shapes(inputs), inputs)
             if self.signature.results[0] == "z":
                 owned[0] = owned[0].to(self._output_dtype(inputs))
@@ -160,24 +198,25 @@ class NestedLoopOp:
         return kernel
 
     def _in_groups(
-        self, function: Callable[..., Any], tensors: list[Tensor], order: Tensor | None, low: Any, inputs: list[Tensor]
+        self, code: Code, name: str, tensors: list[Tensor], order: Tensor | None, low: Any, inputs: list[Tensor]
     ) -> Sequence[Tensor]:
         """Run generated code on groups of sequences whose tiles stay in cache, and put the results together.
 
         A result that has one row per sequence is joined; the cotangent of what sequences share is summed.
         """
+        function = getattr(code.module, name)
         sequences, length = max(t.shape[1] for t in inputs), inputs[0].shape[2]
-        rows = self.rows if inputs[0].device.type == "cpu" else self.rows * _DEVICE_ROWS
+        rows = code.rows if inputs[0].device.type == "cpu" else code.rows * _DEVICE_ROWS
         size = max(1, rows // max(length, 1))
         if size >= sequences:
             return function(*tensors, order, low, rows)
-        axes = [2 if n.startswith("between_") else 1 for n in self._names(function.__name__)]
+        axes = [2 if n.startswith("between_") else 1 for n in self._names(name)]
         parts = []
         for start in range(0, sequences, size):
             stop = min(start + size, sequences)
             group = [_narrow(t, axis, start, stop) for t, axis in zip(tensors, axes, strict=True)]
             parts.append(function(*group, None if order is None else _narrow(order, 1, start, stop), low, rows))
-        if function.__name__ == "forward":
+        if name == "forward":
             joined = [2 if n.startswith("between_") else 1 for n in self.signature.results]
             sizes = [min(start + size, sequences) - start for start in range(0, sequences, size)]
             return [_join(p, axis, sizes) for p, axis in zip(zip(*parts, strict=True), joined, strict=True)]
@@ -201,16 +240,17 @@ class NestedLoopOp:
         dtypes = {t.dtype for t in inputs[: len(self.signature.tokens)]}
         return dtypes.pop() if len(dtypes) == 1 else _compute_dtype(inputs)
 
-    def _backward_kernel(self, module: ModuleType) -> Callable[..., Any]:
+    def _backward_kernel(self) -> Callable[..., Any]:
         count = len(self.signature.inputs)
 
         def kernel(*tensors: Tensor) -> Any:
             given, order = self._split(tensors)
             computed, low = _prepare(given, given[:count])
-            if self.native is not None and given[0].device.type == "cpu":
-                made: Sequence[Tensor] = self.native.backward(*computed, order)
+            code = self._code_for(computed[:count])
+            if code.native is not None and given[0].device.type == "cpu":
+                made: Sequence[Tensor] = code.native.backward(*computed, order)
             else:
-                made = self._in_groups(module.backward, computed, order, low, given[:count])
+                made = self._in_groups(code, "backward", computed, order, low, given[:count])
             # where no step was taken, the cotangent of an initial fast weight is the end's, one per sequence
             made = [like_lead(g, t) for g, t in zip(made, given, strict=False)]
             owned = _owned(made, [list(t.shape) for t in given[:count]], given)

@@ -21,7 +21,7 @@ from nestloop.lang.schedule import Causal, Chunked, Program
 from nestloop.lang.state import Entry, State, counts_tokens, entries
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, no_native, no_native_reason
-from nestloop.lowering.runtime.library import NestedLoopOp, Signature
+from nestloop.lowering.runtime.library import Code, NestedLoopOp, Signature
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.tiles import chunks, join, spacing
@@ -134,7 +134,7 @@ def build_stream(
         )
         _check_arguments(spec, signature)
         library = None if native is None else NativeStream(plan.name, native, module, signature)
-        op = NestedLoopOp(name, module, signature, _flops(plan, heads), plan.rows, library)
+        op = NestedLoopOp(name, Code(module, plan.rows, library), signature, _flops(plan, heads))
         STREAM_OPS[name] = StreamOp(op, signature)
     return name
 

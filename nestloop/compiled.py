@@ -17,6 +17,7 @@ from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.schedule import Program
 from nestloop.lowering import lower, names
 from nestloop.lowering.runtime.executable import OPS
+from nestloop.lowering.runtime.refusals import singular_system
 from nestloop.lowering.runtime.streams import StreamOp, run_stream
 
 BACKENDS = ("auto", "reference", "torch", "cpp")
@@ -114,6 +115,7 @@ class CompiledLoop:
 
         Raises:
             InputError, OrderError, UnresolvedDimError: the tensors do not fit the declaration.
+            SingularSystemError: a body solves a linear system that has no solution with these numbers.
         """
         if cu_seqlens is None:
             z, end, losses = self.run(views, weights, state, order, return_losses, dims)
@@ -167,7 +169,12 @@ class CompiledLoop:
         walks = self._walks or (self.spec.streams and binding.tokens == 0)  # no tokens, no step
         if walks or self._walks:
             start = None if state is None else dict(state)
-            return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
+            try:
+                return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
+            except torch.linalg.LinAlgError as error:
+                from nestloop.lowering.capture import line_in_traceback  # all of tracing, which a call may do without
+
+                raise singular_system(self.spec, line_in_traceback(self.spec, error)) from None
         views, weights = names.inward(self.renamed, views), names.inward(self.renamed, weights)
         state = None if state is None else names.inward(self.renamed, state)
         if self.spec.streams:

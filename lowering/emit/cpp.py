@@ -63,6 +63,8 @@ class CppFunction:
         self.results = values.results
         every = units(values)
         sunk = [unit for unit in every if not unit.per_tile and any(v.sinks or v.result for v in unit.values)]
+        self.systems = [v for unit in every for v in unit.values if v.kind == "system"]
+        self.first_system = 1
         self.tile_units = [unit for unit in every if unit.per_tile or unit in sunk]
         self.once_units = [unit for unit in every if not unit.per_tile and unit not in sunk]
         self._keep_together(every)
@@ -360,7 +362,8 @@ class CppFunction:
             upper = settings["upper"] == settings.get("left", True)  # of a transpose, the other triangle
             flags = [upper, settings.get("unitriangular", False)]
             function = f"solve_triangular<{', '.join('true' if flag else 'false' for flag in flags)}>"
-        return [f"    {self._over_batch(value)}{function}({given}, {made});{self._comment(value)}"]
+        number = self.first_system + self.systems.index(value)
+        return [f"    {self._over_batch(value)}{function}({given}, {made}, {number});{self._comment(value)}"]
 
     def _transpose(self, value: Value) -> list[str]:
         (source,) = value.reads

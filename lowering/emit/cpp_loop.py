@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from nestloop.lowering.emit.cpp_pieces import CppPieces
 from nestloop.lowering.emit.expressions import rows
-from nestloop.lowering.emit.unit import CLOSE, flat, header, indented, open_parallel, shared_out, tensors
+from nestloop.lowering.emit.unit import CLOSE, flat, header, indented, numbered, open_parallel, shared_out, tensors
 from nestloop.lowering.runtime.native import NativePlan
 
 
@@ -22,6 +22,7 @@ class CppEmitter(CppPieces):
 
     def emit(self, rows: int) -> NativePlan:
         """The translation unit, for tiles of about `rows` tokens."""
+        systems = numbered(self.functions.values())
         plan = "A tile holds all tokens: they mix." if self.whole else f"The cost model takes {rows}."
         parts = [function.write() for function in self.functions.values()]
         parts += [self._forward(), self._backward()]
@@ -33,6 +34,7 @@ class CppEmitter(CppPieces):
             (*self.hoisted, *self.captured.projected),
             self.whole,
             rows,
+            systems,
         )
 
     # ---- Calls -----------------------------------------------------------------------------------------------------
@@ -269,7 +271,8 @@ _ORDER = (
     "const std::int64_t* order = orders ? orders + head * order_head + sequence * order_sequence : nullptr;",
     "(void)order;",
 )
-_FORWARD = "z, the fast weights at the end, inner losses, the states between steps. Returns 1 where memory is short."
+_FORWARD = """z, the fast weights at the end, inner losses, the states between steps. Returns 1 where memory is short,
+// 1 + k for system k, which is singular."""
 _BACKWARD = "Cotangents of forward's inputs, each step recomputed from the state it started from."
 _GROUPS = "long groups, bool separate, "
 _SIGNATURE = """// {doc}

@@ -18,6 +18,7 @@ from nestloop.lowering.emit.unit import (
     header,
     identified,
     indented,
+    numbered,
     open_parallel,
     shared_out,
     tensors,
@@ -99,6 +100,7 @@ class CppStream(Scan):
     def emit(self) -> NativePlan:
         """The translation unit."""
         what = f"A scan over chunks of {self.longest} tokens" if self.longest else "One piece"
+        systems = numbered(self.functions.values())
         parts = [function.write() for function in self.functions.values()]
         parts += [self._forward(), self._backward()]
         return NativePlan(
@@ -109,6 +111,7 @@ class CppStream(Scan):
             common=(),
             whole=not self.longest,
             rows=self.longest,
+            systems=systems,
         )
 
     def _forward(self) -> str:

@@ -14,7 +14,8 @@ softplus_backward elu elu_backward exp_ tanh_ erf_ from_bits
 i j l m o s e n rows once scratch memory raw need enough item head sequence group groups separate threads longest given
 made order orders order_head order_sequence bounds weights rates step steps start stop from tile tiles total losses
 d_loss after sum weight rate forward backward
-index own chunks every first last states nothing exchange exchanges solve solve_triangular Lane Lanes""".split()  # noqa: SIM905
+index own chunks every first last states nothing exchange exchanges solve solve_triangular Lane Lanes
+singular unsolved""".split()  # noqa: SIM905
 )
 
 

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestloop.errors import NoPlanError
 from nestloop.lang.dims import parse
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import cache, compiler
 from nestloop.lowering.runtime.library import Code, NestedLoopOp, Signature
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.refusals import no_native
 
 Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
 
@@ -60,7 +60,7 @@ def build(
         settings = (inductor, backend, double)
         code = _code(spec, plan, signature, *settings)
         other = None if wide is None else lambda: _code(spec, wide(), signature, *settings)
-        OPS[name] = NestedLoopOp(name, code, signature, _flops(spec, plan, heads), other)
+        OPS[name] = NestedLoopOp(name, code, signature, _flops(spec, plan, heads), spec, other)
         EXECUTABLES[name] = _loop(OPS[name], spec)
     return name
 
@@ -81,17 +81,6 @@ def no_native_reason(plan: Plan, inductor: bool, backend: str, double: bool) -> 
     if inductor:
         return "inductor compiles generated PyTorch"
     return "" if backend == "torch" else not_native(plan, double)
-
-
-def no_native(spec: LoopSpec, reason: str) -> NoPlanError:
-    """The refusal of a loop without C++, where that was asked for by name."""
-    return NoPlanError(
-        f"{spec.name} has no C++ plan for these sizes.",
-        where=spec.where,
-        given=reason,
-        need="ops with a C++ spelling in lowering/ops, and a C++ compiler",
-        fix='write backend="auto": generated PyTorch runs where there is no C++',
-    )
 
 
 def not_native(plan: Plan, double: bool = False, build_now: bool = True) -> str:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
+from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
-from nestloop.lowering.runtime.tiles import like_lead
+from nestloop.lowering.runtime.refusals import singular_system
+from nestloop.lowering.runtime.tiles import Singular, like_lead
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
 _LOW = (torch.bfloat16, torch.float16)
@@ -118,6 +120,7 @@ class NestedLoopOp:
         code: what it runs.
         signature: its tensors.
         flops: (sequences, length) -> FLOPs of the products in (forward, backward).
+        spec: the loop, for its errors.
         wide: makes the code for weights that `code` is not precise with. The weights of a call decide, inside the op:
             to `torch.compile` and the like it is one op all the same. Backward decides anew: both start each step from
             the states that forward kept, so they go together.
@@ -132,10 +135,11 @@ class NestedLoopOp:
         code: Code,
         signature: Signature,
         flops: Callable[[int, int], tuple[int, int]],
+        spec: LoopSpec,
         wide: Callable[[], Code] | None = None,
     ) -> None:
         self.name, self.signature, self.code, self.ran = name, signature, code, ""
-        self._make_wide = wide
+        self.spec, self._make_wide = spec, wide
         inputs = [f"Tensor {n}" for n in signature.inputs]
         order = ["Tensor order"] if signature.ordered else []
         results = signature.results
@@ -185,17 +189,24 @@ class NestedLoopOp:
         def kernel(*tensors: Tensor) -> Any:
             inputs, order = self._split(tensors)
             computed, low = _prepare(inputs)
-            code = self._code_for(computed)
-            if code.native is not None and inputs[0].device.type == "cpu":
-                made: Sequence[Tensor] = code.native.forward(*computed, order)
-            else:
-                made = self._in_groups(code, "forward", computed, order, low, inputs)
+            made = self._made("forward", self._code_for(computed), computed, order, low, inputs)
             owned = _owned(made, self.signature.shapes(inputs), inputs)
             if self.signature.results[0] == "z":
                 owned[0] = owned[0].to(self._output_dtype(inputs))
             return tuple(owned) if len(owned) > 1 else owned[0]
 
         return kernel
+
+    def _made(
+        self, name: str, code: Code, tensors: list[Tensor], order: Tensor | None, low: Any, inputs: list[Tensor]
+    ) -> Sequence[Tensor]:
+        """The results of `forward` or `backward` of some code. Raises `SingularSystemError`."""
+        try:
+            if code.native is not None and inputs[0].device.type == "cpu":
+                return getattr(code.native, name)(*tensors, order)
+            return self._in_groups(code, name, tensors, order, low, inputs)
+        except Singular as met:
+            raise singular_system(self.spec, str(met)) from None
 
     def _in_groups(
         self, code: Code, name: str, tensors: list[Tensor], order: Tensor | None, low: Any, inputs: list[Tensor]
@@ -246,11 +257,7 @@ class NestedLoopOp:
         def kernel(*tensors: Tensor) -> Any:
             given, order = self._split(tensors)
             computed, low = _prepare(given, given[:count])
-            code = self._code_for(computed[:count])
-            if code.native is not None and given[0].device.type == "cpu":
-                made: Sequence[Tensor] = code.native.backward(*computed, order)
-            else:
-                made = self._in_groups(code, "backward", computed, order, low, given[:count])
+            made = self._made("backward", self._code_for(computed[:count]), computed, order, low, given[:count])
             # where no step was taken, the cotangent of an initial fast weight is the end's, one per sequence
             made = [like_lead(g, t) for g, t in zip(made, given, strict=False)]
             owned = _owned(made, [list(t.shape) for t in given[:count]], given)

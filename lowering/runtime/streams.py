@@ -20,10 +20,11 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Chunked, Program
 from nestloop.lang.state import Entry, State, counts_tokens, entries
 from nestloop.lowering.runtime import cache
-from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, no_native, no_native_reason
+from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, no_native_reason
 from nestloop.lowering.runtime.library import Code, NestedLoopOp, Signature
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.refusals import no_native
 from nestloop.lowering.runtime.tiles import chunks, join, spacing
 
 VALID = "window__valid"  # 1 for a row that holds a token, 0 before a sequence begins
@@ -134,7 +135,7 @@ def build_stream(
         )
         _check_arguments(spec, signature)
         library = None if native is None else NativeStream(plan.name, native, module, signature)
-        op = NestedLoopOp(name, Code(module, plan.rows, library), signature, _flops(plan, heads))
+        op = NestedLoopOp(name, Code(module, plan.rows, library), signature, _flops(plan, heads), spec)
         STREAM_OPS[name] = StreamOp(op, signature)
     return name
 

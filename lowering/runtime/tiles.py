@@ -106,6 +106,26 @@ def filled(value: float, *tile: int, dtype: torch.dtype, device: torch.device) -
     return torch.full((1, 1, *tile), value, dtype=dtype, device=device)
 
 
+class Singular(Exception):
+    """A linear system has no solution, or many; its text is the user's line, if there is one."""
+
+
+def solve(a: Tensor, b: Tensor, where: str) -> Tensor:
+    """x of a x = b."""
+    x, failed = torch.linalg.solve_ex(a, b)
+    if bool(failed.any()):
+        raise Singular(where)
+    return x
+
+
+def solve_triangle(a: Tensor, b: Tensor, where: str, *, upper: bool, left: bool) -> Tensor:
+    """x of a x = b, or x a = b, for a triangle whose diagonal is in a. Unchecked while a CUDA graph is captured."""
+    captured = a.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not captured and bool((a.diagonal(dim1=-2, dim2=-1) == 0).any()):
+        raise Singular(where)
+    return torch.linalg.solve_triangular(a, b, upper=upper, left=left)
+
+
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """Sum of two cotangents, None being zero."""
     if a is None or b is None:

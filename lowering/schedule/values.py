@@ -299,6 +299,7 @@ class _Reader:
             a = a.permute(swap)
         if not (spelled.triangular and _unit(a, -1)):  # elimination works in a copy of its own
             a = self._copied(a, node)
+            a.base.per_tile = a.base.per_tile or b.base.per_tile  # and leaves its factors there
         made = self._make("system", node, b.shape, [a, self._dense(b, node)])
         return made if left else made.permute(swap)
 

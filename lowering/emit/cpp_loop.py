@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from nestloop.lowering.emit.cpp_pieces import CppPieces
 from nestloop.lowering.emit.expressions import rows
+from nestloop.lowering.emit.repeats import written
 from nestloop.lowering.emit.unit import CLOSE, flat, header, indented, numbered, open_parallel, shared_out, tensors
 from nestloop.lowering.runtime.native import NativePlan
 
@@ -24,7 +25,7 @@ class CppEmitter(CppPieces):
         """The translation unit, for tiles of about `rows` tokens."""
         systems = numbered(self.functions.values())
         plan = "A tile holds all tokens: they mix." if self.whole else f"The cost model takes {rows}."
-        parts = [function.write() for function in self.functions.values()]
+        parts = written(list(self.functions.values()))
         parts += [self._forward(), self._backward()]
         return NativePlan(
             header(self.captured, plan) + "\n\n".join(parts) + "\n",

@@ -11,6 +11,7 @@ from nestloop.lowering.emit.cpp import CppFunction
 from nestloop.lowering.emit.cpp_pieces import elements
 from nestloop.lowering.emit.expressions import rows
 from nestloop.lowering.emit.identifiers import identifier as safe
+from nestloop.lowering.emit.repeats import written
 from nestloop.lowering.emit.scan import TITLES, Scan
 from nestloop.lowering.emit.unit import (
     CLOSE,
@@ -101,7 +102,7 @@ class CppStream(Scan):
         """The translation unit."""
         what = f"A scan over chunks of {self.longest} tokens" if self.longest else "One piece"
         systems = numbered(self.functions.values())
-        parts = [function.write() for function in self.functions.values()]
+        parts = written(list(self.functions.values()))
         parts += [self._forward(), self._backward()]
         return NativePlan(
             text=header(self.captured, f"{what}: the {self.form} form.") + "\n\n".join(parts) + "\n",

@@ -79,7 +79,7 @@ def processor() -> str:
 
 def flags(scalar: str, compiler: Compiler) -> list[str]:
     """A compiler's flags for a compute type, "float" or "double". `NESTLOOP_CXXFLAGS` adds to them: the last of two
-    that exclude each other counts (`-march=x86-64-v3`, or `-fno-openmp` for one thread where its library is missing)."""
+    that exclude each other counts (`-march=x86-64-v3`; `-fno-openmp`, for one thread, where its library is missing)."""
     wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
     gcc = () if "clang" in compiler.version else GCC_FLAGS
     return [*FLAGS, *gcc, *wide, f"-DSCALAR={scalar}", *os.environ.get("NESTLOOP_CXXFLAGS", "").split()]

@@ -200,6 +200,13 @@ def stream_stages(
     return LoweredStream(captured, typing, form, made, applied, source, native, not_native, part)
 
 
+def _numbers(piece: Piece) -> tuple[str, str, str, str]:
+    """What `Plan.pieces` says of a piece."""
+    forward, backward = cost(piece.forward), cost(piece.backward)
+    written, operations = forward.traffic + backward.traffic, forward.operations + backward.operations
+    return str(forward.products), str(backward.products), str(written), str(operations)
+
+
 def stream_plan(lowered: LoweredStream) -> Plan:
     """What is kept of a stream's lowering, and all that running it takes."""
     spec, captured, source = lowered.spec, lowered.captured, lowered.source
@@ -215,10 +222,7 @@ def stream_plan(lowered: LoweredStream) -> Plan:
         tiles=tiles,
         output=captured.output,
         tokens=captured.tokens,
-        pieces={
-            name: (str(cost(piece.forward).products), str(cost(piece.backward).products))
-            for name, piece in lowered.pieces.items()
-        },
+        pieces={name: _numbers(piece) for name, piece in lowered.pieces.items()},
         rows=1 << 40,
         reads_dtype=captured.reads_dtype,
         results=source.results,
@@ -245,10 +249,7 @@ def plan(lowered: Lowered) -> Plan:
         output=captured.output,
         tokens=captured.tokens,
         reads_dtype=captured.reads_dtype,
-        pieces={
-            name: (str(cost(piece.forward).products), str(cost(piece.backward).products))
-            for name, piece in lowered.pieces.items()
-        },
+        pieces={name: _numbers(piece) for name, piece in lowered.pieces.items()},
         rows=rows_in_cache([module for p in lowered.pieces.values() for module in (p.forward, p.backward)], heads),
         scale=dot_product_scale(captured) if form == "attention" else None,
         native=lowered.native,

@@ -61,7 +61,8 @@ class CompiledLoop:
 
     @property
     def backend(self) -> str:
-        """The backend that is tried first: "auto" is C++ on a CPU, unless inductor compiles the generated PyTorch."""
+        """The backend that is tried first: "auto" is C++ on a CPU, unless inductor compiles the generated PyTorch. The
+        sizes of a call may still say that generated PyTorch is faster."""
         if self.requested != "auto":
             return self.requested
         return "torch" if self.inductor else "cpp"
@@ -290,8 +291,8 @@ def compile(loop: type[Loop], backend: str = "auto", inductor: bool = False, **d
     Args:
         loop: a subclass of `nl.Loop`.
         backend: "reference" (brute force, the definition), "torch" (generated PyTorch), "cpp" (generated C++), or
-            "auto": cpp where the loop has a plan for it and a C++ compiler is there, else torch. Tensors on a GPU
-            always run generated PyTorch.
+            "auto": cpp where the loop has a plan for it, a C++ compiler is there, and it is expected to be as fast at
+            the sizes of the call (`lowering.runtime.work`); else torch. Tensors on a GPU always run generated PyTorch.
         inductor: compile the generated PyTorch with `torch.compile` (tens of seconds once, then faster).
         dims: sizes that no tensor gives.
 

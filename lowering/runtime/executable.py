@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestloop.lang.dims import parse
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import cache, compiler
 from nestloop.lowering.runtime.library import Code, NestedLoopOp, Signature
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.refusals import no_native
+from nestloop.lowering.runtime.work import flops, pays
 
 Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
 
@@ -38,7 +38,7 @@ def build(
     """Make a plan runnable; its name in `EXECUTABLES`.
 
     Args:
-        backend: "torch"; "cpp"; or "auto", which is cpp where the plan has C++ and it can be built.
+        backend: "torch"; "cpp"; or "auto": where the plan has C++ and it can be built, either, by the sizes of a call.
         double: whether it is float64 that will be computed in.
         wide: gives the plan for weights that this one is not precise with (`rewrites.gram`), when they come.
 
@@ -54,13 +54,13 @@ def build(
     path = cache.write(plan.name, plan.source)
     name = f"{path.stem}_inductor" if inductor else path.stem
     if native and plan.native is not None:
-        name = f"{path.stem}_cpp_{cache.digest(plan.native.text)}"  # one module of PyTorch may go with several of C++
+        name = f"{path.stem}_{backend}_{cache.digest(plan.native.text)}"  # a module of PyTorch goes with several of C++
     if name not in EXECUTABLES:
         signature = _signature(spec, plan, heads, losses)
         settings = (inductor, backend, double)
         code = _code(spec, plan, signature, *settings)
         other = None if wide is None else lambda: _code(spec, wide(), signature, *settings)
-        OPS[name] = NestedLoopOp(name, code, signature, _flops(spec, plan, heads), spec, other)
+        OPS[name] = NestedLoopOp(name, code, signature, flops(spec, plan, heads), spec, other)
         EXECUTABLES[name] = _loop(OPS[name], spec)
     return name
 
@@ -73,7 +73,8 @@ def _code(spec: LoopSpec, plan: Plan, signature: Signature, inductor: bool, back
     module = cache.load(cache.write(plan.name, plan.source))
     module = compiled_pieces(module, plan) if inductor else module
     native = backend != "torch" and not reason
-    return Code(module, plan.rows, _native(spec, plan, module, signature) if native else None)
+    library = _native(spec, plan, module, signature) if native else None
+    return Code(module, plan.rows, library, pays(spec, plan) if backend == "auto" else None)
 
 
 def no_native_reason(plan: Plan, inductor: bool, backend: str, double: bool) -> str:
@@ -174,22 +175,6 @@ def _signature(spec: LoopSpec, plan: Plan, heads: int, losses: bool) -> Signatur
         ordered=spec.schedule.needs_order and learns,
         heads=heads,
     )
-
-
-def _flops(spec: LoopSpec, plan: Plan, heads: int) -> Callable[[int, int], tuple[int, int]]:
-    """(sequences, length) -> FLOPs of the products of the whole loop, forward and backward."""
-    costs = {name: [parse(text) for text in texts] for name, texts in plan.pieces.items()}
-
-    def total(sequences: int, length: int) -> tuple[int, int]:
-        runs = [(name, length) for name in ("prepare", "readout", "final_loss", "fit")]
-        for index, (start, stop) in enumerate(spec.schedule.batches(length) if plan.form == "loop" else []):
-            first = "first_" if index == 0 and "first_gradient" in costs else ""
-            runs += [(f"{first}gradient", stop - start), (f"{first}update", stop - start)]
-        spent = [[int(cost.evaluate({"n": n})) for cost in costs[name]] for name, n in runs if name in costs]
-        forward, backward = (sum(one) * sequences * heads for one in zip(*spent, strict=True))
-        return forward, backward
-
-    return total
 
 
 def _loop(op: NestedLoopOp, spec: LoopSpec) -> Executable:

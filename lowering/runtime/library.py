@@ -102,11 +102,21 @@ class Code:
             is not precise with.
         rows: tokens, of all sequences together, that are worked on at a time on a CPU.
         native: the same two functions in C++, for tensors on a CPU; None where the generated module does for all.
+        pays: (heads, sequences, tokens) -> whether C++ is to run there; None for always. Both keep the same states, so
+            that either can go back from what the other one kept.
     """
 
     module: ModuleType
     rows: int
     native: NativeModule | NativeStream | None = None
+    pays: Callable[[int, int, int], bool] | None = None
+
+    def runs_native(self, inputs: Sequence[Tensor], halo: int) -> bool:
+        """Whether a call with these inputs, `halo` rows before their tokens, runs in C++."""
+        if self.native is None or inputs[0].device.type != "cpu":
+            return False
+        sequences, rows = inputs[0].shape[1:3]
+        return self.pays is None or self.pays(max(t.shape[0] for t in inputs), sequences, rows - halo)
 
 
 GRAM, WIDE = "the Gram form", "the wide form"
@@ -202,7 +212,7 @@ class NestedLoopOp:
     ) -> Sequence[Tensor]:
         """The results of `forward` or `backward` of some code. Raises `SingularSystemError`."""
         try:
-            if code.native is not None and inputs[0].device.type == "cpu":
+            if code.runs_native(inputs, getattr(self.signature, "halo", 0)):
                 return getattr(code.native, name)(*tensors, order)
             return self._in_groups(code, name, tensors, order, low, inputs)
         except Singular as met:

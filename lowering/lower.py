@@ -44,6 +44,7 @@ def plan_for(
     carried: bool,
     double: bool = False,
     part: str = "",
+    triton: bool = False,
 ) -> Plan:
     """The plan of a loop for one set of sizes.
 
@@ -55,16 +56,17 @@ def plan_for(
         double: whether it computes in float64, for the rare body that depends on the dtype.
         part: of a stream, which of its ops (`lowering.pipeline.stream_stages`); of a loop in batches "wide", for its
             plan without the Gram form.
+        triton: whether it is to have Triton too.
 
     Raises:
         CompileError: a body cannot be compiled.
     """
-    key = fingerprint(spec, sorted(sizes.items()), tokens, losses, carried, double, part)
+    key = fingerprint(spec, sorted(sizes.items()), tokens, losses, carried, double, part, triton)
     if key is not None and key in _PLANS:
         return _PLANS[key]
     found = plans.read(key)
     if found is None:
-        found = _apart(_plan, spec, sizes, tokens, losses, carried, double, part)
+        found = _apart(_plan, spec, sizes, tokens, losses, carried, double, part, triton)
         plans.keep(key, found)
     if key is not None:
         _PLANS[key] = found
@@ -83,13 +85,20 @@ def _apart(function: Callable[..., Plan], *arguments: Any) -> Plan:
 
 
 def _plan(
-    spec: LoopSpec, sizes: dict[str, int], tokens: int | None, losses: bool, carried: bool, double: bool, part: str
+    spec: LoopSpec,
+    sizes: dict[str, int],
+    tokens: int | None,
+    losses: bool,
+    carried: bool,
+    double: bool,
+    part: str,
+    triton: bool,
 ) -> Plan:
     from nestloop.lowering import pipeline
 
     dtype = {"dtype": torch.float64} if double else {}
     if spec.streams:
-        return pipeline.stream_plan(pipeline.stream_stages(spec, sizes, tokens, losses, part, **dtype))
+        return pipeline.stream_plan(pipeline.stream_stages(spec, sizes, tokens, losses, part, **dtype, triton=triton))
     return pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried, **dtype, wide=part == "wide"))
 
 
@@ -107,13 +116,14 @@ def lower(
     """The name in `EXECUTABLES` (of a stream, in `STREAM_OPS`) of the op for one set of sizes; "" where a body holds
     for one length only and `tokens` does not say which.
 
-    backend: "torch", "cpp" or "auto" (`runtime.executable.build`).
+    backend: "torch", "cpp", "triton" or "auto" (`runtime.executable.build`).
     """
-    plan = plan_for(spec, sizes, tokens, losses, carried, part=part)
+    triton = backend == "triton"
+    plan = plan_for(spec, sizes, tokens, losses, carried, part=part, triton=triton)
     if tokens is None and plan.tokens is not None:
         return ""
     if double and plan.reads_dtype:
-        plan = plan_for(spec, sizes, tokens, losses, carried, double, part)
+        plan = plan_for(spec, sizes, tokens, losses, carried, double, part, triton)
     if spec.streams:
         return build_stream(spec, plan, sizes["H"], inductor, backend, double)
 

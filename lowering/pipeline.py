@@ -22,10 +22,13 @@ from nestloop.lowering.emit.cpp_piece import CppPiece
 from nestloop.lowering.emit.cpp_scan import CppScan
 from nestloop.lowering.emit.stream import StreamEmitter, StreamSource
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
+from nestloop.lowering.emit.triton_piece import TritonPiece
+from nestloop.lowering.emit.triton_scan import TritonScan
 from nestloop.lowering.ops import NoSpelling
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites
 from nestloop.lowering.runtime.native import NativePlan
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.triton_plan import TritonPlan
 from nestloop.lowering.schedule.cost import cost, rows_in_cache, tile_rows
 from nestloop.lowering.streams.forms import Form, choose, pieces_of
 from nestloop.lowering.streams.step import identifier
@@ -131,6 +134,8 @@ class LoweredStream:
         source: the generated module.
         native: the generated C++; None where the op has none.
         not_native: why it has none.
+        triton: the generated Triton; None where the op has none, or where it was not asked for.
+        not_triton: why it has none.
         part: which op: "scan" over whole chunks from a chunk's first token; "inside" a chunk that began in an earlier
             call, to its end, or "inside partial", not to its end; of a `Program`, "update" and "read".
     """
@@ -143,6 +148,8 @@ class LoweredStream:
     source: StreamSource
     native: NativePlan | None
     not_native: str
+    triton: TritonPlan | None
+    not_triton: str
     part: str
 
     @property
@@ -157,8 +164,11 @@ def stream_stages(
     losses: bool,
     part: str,
     dtype: torch.dtype = torch.float32,
+    triton: bool = False,
 ) -> LoweredStream:
     """Run the compiler up to source for one op of a stream; arguments as for `stages`, `part` one of `PARTS`.
+
+    triton: whether Triton is wanted too.
 
     Raises:
         CompileError: a body cannot be compiled.
@@ -196,8 +206,13 @@ def stream_stages(
         native = (CppScan if part == "scan" else CppPiece)(*scan).emit()
     except NoSpelling as reason:
         not_native = str(reason)
+    kernels, not_triton = None, ""
+    try:
+        kernels = (TritonScan if part == "scan" else TritonPiece)(*scan).emit() if triton else None
+    except NoSpelling as reason:
+        not_triton = str(reason)
     captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)
-    return LoweredStream(captured, typing, form, made, applied, source, native, not_native, part)
+    return LoweredStream(captured, typing, form, made, applied, source, native, not_native, kernels, not_triton, part)
 
 
 def _numbers(piece: Piece) -> tuple[str, str, str, str]:
@@ -231,6 +246,8 @@ def stream_plan(lowered: LoweredStream) -> Plan:
         why="\n".join(str(rule) for rule in lowered.rewrites),
         native=lowered.native,
         not_native=lowered.not_native,
+        triton=lowered.triton,
+        not_triton=lowered.not_triton,
     )
 
 

@@ -71,7 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = command("inspect", run_inspect, "print the stages a loop goes through on its way to a kernel")
     inspect.add_argument("target", help=TARGET)
-    inspect.add_argument("--stage", help="print this stage alone (default: every one)")
+    inspect.add_argument("--stage", help="print this stage alone (default: every one that needs no compiler)")
+    inspect.add_argument(
+        "--device", default="sm_90", help="of the stages ttir, ttgir, ptx, sass and amdgcn: sm_80, sm_90, ..."
+    )
     explain = command("explain", run_explain, "say what is fast, what is slow, where gradients flow and what runs")
     explain.add_argument("target", help=TARGET)
     for added in (inspect, explain):
@@ -89,11 +92,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_inspect(target: str, stage: str | None, shape: str, trace: bool) -> int:
+def run_inspect(target: str, stage: str | None, device: str, shape: str, trace: bool) -> int:
     loop, dims = load_target(target), parse_shape(shape)
     from nestloop import inspection
 
-    print(inspection.inspect_text(loop, stage, dims))
+    print(inspection.inspect_text(loop, stage, dims, device))
     return 0
 
 

@@ -20,7 +20,7 @@ from nestloop.lowering.runtime.executable import OPS
 from nestloop.lowering.runtime.refusals import singular_system
 from nestloop.lowering.runtime.streams import StreamOp, run_stream
 
-BACKENDS = ("auto", "reference", "torch", "cpp")
+BACKENDS = ("auto", "reference", "torch", "cpp", "triton")
 
 
 def spec_of(loop: Any) -> LoopSpec:
@@ -290,14 +290,15 @@ def compile(loop: type[Loop], backend: str = "auto", inductor: bool = False, **d
 
     Args:
         loop: a subclass of `nl.Loop`.
-        backend: "reference" (brute force, the definition), "torch" (generated PyTorch), "cpp" (generated C++), or
-            "auto": cpp where the loop has a plan for it, a C++ compiler is there, and it is expected to be as fast at
-            the sizes of the call (`lowering.runtime.work`); else torch. Tensors on a GPU always run generated PyTorch.
+        backend: "reference" (brute force, the definition), "torch" (generated PyTorch), "cpp" (generated C++),
+            "triton" (generated Triton, of streams; on a CPU it is interpreted, slowly), or "auto": cpp where the loop
+            has a plan for it, a C++ compiler is there, and it is expected to be as fast at the sizes of the call
+            (`lowering.runtime.work`); else torch. Tensors on a GPU run generated PyTorch unless triton is asked for.
         inductor: compile the generated PyTorch with `torch.compile` (tens of seconds once, then faster).
         dims: sizes that no tensor gives.
 
     Raises:
-        NoPlanError: "cpp" was asked for and the loop has no C++ plan, when the sizes are known.
+        NoPlanError: "cpp" or "triton" was asked for and the loop has no such plan, when the sizes are known.
         UnknownBackendError, MissingPartError, InputError: here. A body that cannot be compiled raises its
             `CompileError` when the sizes are known: at the first call, or when a layer is made.
     """

@@ -22,10 +22,11 @@ from nestloop.lowering.axes import is_token, readout_axes, type_axes
 from nestloop.lowering.emit.tile import size_text
 from nestloop.lowering.pipeline import Lowered, LoweredStream
 from nestloop.lowering.rewrites.gram import NAME as GRAM_FORM
-from nestloop.lowering.runtime import cache
+from nestloop.lowering.runtime import cache, offline
 from nestloop.lowering.runtime.compiler import find
 from nestloop.lowering.runtime.executable import build, not_native
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.refusals import check_triton
 from nestloop.lowering.runtime.streams import build_stream
 from nestloop.lowering.runtime.tiles import LOST_BITS, spacing_within
 from nestloop.lowering.runtime.work import expected
@@ -36,20 +37,23 @@ AnyLowered = Lowered | LoweredStream
 _TRIAL = {"d": 16, "H": 2, "B": 2, "N": 16}
 
 
-def inspect(loop: Any, stage: str | None = None, **dims: int) -> str:
+def inspect(loop: Any, stage: str | None = None, device: str = "sm_90", **dims: int) -> str:
     """The stages of a loop's lowering as text.
 
     Args:
         loop: a declared loop, `nl.compile(...)` of one, or a layer.
         stage: one of "declare", "capture", "check", "differentiate", "rewrite", "schedule", "emit" (generated
-            PyTorch), "cpp" (generated C++), "run"; None for all.
+            PyTorch), "cpp" (generated C++), "triton" (generated Triton), "run"; None for all of these. Then, compiled
+            for `device` whether there is one or not: "ttir", "ttgir", "ptx", "sass" (AMD: "amdgcn").
+        device: "sm_80", "sm_90", "sm_100" or "gfx942".
         dims: sizes; those not given are small ones (d = 16, H = 2, N = 16).
 
     Raises:
         UnknownStageError: no such stage.
+        NoPlanError: the loop has no Triton, or Triton is not installed, for a compiled stage.
         CompileError: a body cannot be compiled.
     """
-    return "\n\n".join(inspect_text(spec.cls, stage, {**sizes, **dims}) for spec, sizes, _ in _loops(loop))
+    return "\n\n".join(inspect_text(spec.cls, stage, {**sizes, **dims}, device) for spec, sizes, _ in _loops(loop))
 
 
 def explain(loop: Any, **dims: int) -> str:
@@ -74,21 +78,23 @@ def _loops(loop: Any) -> list[tuple[LoopSpec, dict[str, int], CompiledLoop | Non
     return [(spec_of(part), {}, None) for part in several]
 
 
-def inspect_text(loop: Any, stage: str | None, dims: Mapping[str, int]) -> str:
+def inspect_text(loop: Any, stage: str | None, dims: Mapping[str, int], device: str = "sm_90") -> str:
     """`inspect` of one loop class (or several, as a tuple)."""
     if isinstance(loop, (tuple, list)):
-        return "\n\n".join(inspect_text(part, stage, dims) for part in loop)
-    if stage is not None and stage not in _STAGES:
+        return "\n\n".join(inspect_text(part, stage, dims, device) for part in loop)
+    if stage is not None and stage not in (*_STAGES, *offline.STAGES):
         raise UnknownStageError(
             "There is no such stage.",
             where=caller(),
             given=repr(stage),
-            need=", ".join(_STAGES),
+            need=", ".join([*_STAGES, *offline.STAGES]),
             fix='write stage="emit"',
         )
     spec = names.safe(spec_of(loop))
     sizes = trial_sizes(spec, dims)
-    lowered = _lower(spec, sizes)
+    lowered = _lower(spec, sizes, triton=True)
+    if stage in offline.STAGES:
+        return _compiled(lowered, stage, device)
     parts = [f"== {name} ==\n{_STAGES[name](lowered, sizes)}" for name in _STAGES if stage in (None, name)]
     return "\n\n".join(parts) if stage is None else parts[0].split("\n", 1)[1]
 
@@ -119,11 +125,11 @@ def trial_sizes(spec: LoopSpec, dims: Mapping[str, int]) -> dict[str, int]:
     return sizes
 
 
-def _lower(spec: LoopSpec, sizes: dict[str, int]) -> AnyLowered:
+def _lower(spec: LoopSpec, sizes: dict[str, int], triton: bool = False) -> AnyLowered:
     plain = {name: size for name, size in sizes.items() if name not in ("B", "N", "n")}
     if spec.streams:
         part = "update" if isinstance(spec.schedule, Program) else "scan"
-        return pipeline.stream_stages(spec, plain, None, losses=False, part=part)
+        return pipeline.stream_stages(spec, plain, None, losses=False, part=part, triton=triton)
     return pipeline.stages(spec, plain, sizes["N"] if spec.grid else None, losses=False, carried=False)
 
 
@@ -300,6 +306,40 @@ def _cpp(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     return f"none: {lowered.not_native}" if lowered.native is None else lowered.native.text.rstrip()
 
 
+def _triton(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
+    if not isinstance(lowered, LoweredStream):
+        return "none: loops of batches have no Triton yet"
+    return f"none: {lowered.not_triton}" if lowered.triton is None else lowered.triton.text.rstrip()
+
+
+def _compiled(lowered: AnyLowered, stage: str, device: str) -> str:
+    """Both kernels at one stage, with what they take."""
+    if device not in offline.TARGETS:
+        raise UnknownStageError(
+            "There is no such device to compile for.",
+            where=caller(),
+            given=repr(device),
+            need=", ".join(offline.TARGETS),
+            fix='write device="sm_90"',
+        )
+    plan = pipeline.stream_plan(lowered) if isinstance(lowered, LoweredStream) else pipeline.plan(lowered)
+    check_triton(lowered.spec, plan)
+    assert plan.triton is not None
+    parts = []
+    for kernel in ("forward", "backward"):
+        made = offline.compiled(plan.triton, kernel, device)
+        if stage not in made.text:
+            raise UnknownStageError(
+                f"{device} has no stage {stage}.",
+                where=caller(),
+                given=repr(stage),
+                need=", ".join(made.text),
+                fix=f'write stage="{list(made.text)[-1]}"',
+            )
+        parts.append(f"// {made.summary}\n{made.text[stage].rstrip()}")
+    return "\n\n".join(parts)
+
+
 def _run(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     if lowered.source is None:
         return "PyTorch's scaled_dot_product_attention, called as it is"
@@ -327,6 +367,7 @@ _STAGES: dict[str, Callable[[AnyLowered, Mapping[str, int]], str]] = {
     "schedule": _cost,
     "emit": _emit,
     "cpp": _cpp,
+    "triton": _triton,
     "run": _run,
 }
 

@@ -1,4 +1,4 @@
-"""Places and numbers in generated C++, as text."""
+"""Places and numbers in generated code, as text."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import fx
 
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, extent
-from nestloop.lowering.schedule.values import number
+from nestloop.lowering.schedule.values import CPP, Language
 
 
-def numbers(node: fx.Node) -> list[str]:
+def numbers(node: fx.Node, language: Language = CPP) -> list[str]:
     """The arguments of an op that reads no tensor."""
 
     def text(value: object) -> str:
         if isinstance(value, fx.Node):
-            return "" if isinstance(value.meta["val"], torch.Tensor) else f"S({extent(value)})"
-        return "" if isinstance(value, (list, tuple)) else number(value)
+            return "" if isinstance(value.meta["val"], torch.Tensor) else language.size(extent(value))
+        return "" if isinstance(value, (list, tuple)) else language.number(value)
 
     return [text(a) for a in node.args]
 

@@ -123,7 +123,11 @@ def _triangle(sign: str) -> Element:
         diagonal = o.raw[1] if len(o.raw) > 1 else 0
         return f"{o.index[-1]} - {o.index[-2]} {sign} {diagonal} ? {o[0]} : S(0)"
 
-    return Element(spell)
+    def triton(o: Operands) -> str:
+        diagonal = o.raw[1] if len(o.raw) > 1 else 0
+        return f"tl.where({o.index[-1]} - {o.index[-2]} {sign} {diagonal}, {o[0]}, 0)"
+
+    return Element(spell, triton)
 
 
 def _counted(o: Operands) -> str:
@@ -131,8 +135,15 @@ def _counted(o: Operands) -> str:
     return f"{o[0]} + S({o.index[0]}) * {step}"
 
 
+def _counted_triton(o: Operands) -> str:
+    return f"{o[0]} + {o.index[0]} * {o[2] if len(o.text) > 2 else 1}"
+
+
 def _constant(position: int) -> Element:
     return Element(lambda o: str(o[position]))
+
+
+_ZERO, _ONE = (Element(lambda o, n=n: f"S({n})", lambda o, n=n: n) for n in "01")
 
 
 def _view(target, example, spell=_reshape, of=_reshaped) -> Op:
@@ -180,16 +191,16 @@ ROWS = [
         0,
         lambda r: (r(5, 5), 1),
     ),
-    Op(aten.arange.start_step, Kind.CREATE, _arange, Element(_counted), 0, lambda r: (0, 5, 1)),
+    Op(aten.arange.start_step, Kind.CREATE, _arange, Element(_counted, _counted_triton), 0, lambda r: (0, 5, 1)),
     Op(aten.full.default, Kind.CREATE, lambda o: _filled(o, o[1]), _constant(1), 0, lambda r: ([5, 4], 0.5)),
-    Op(aten.zeros.default, Kind.CREATE, lambda o: _filled(o, "0"), Element(lambda o: "S(0)"), 0, lambda r: ([5, 4],)),
-    Op(aten.ones.default, Kind.CREATE, lambda o: _filled(o, "1"), Element(lambda o: "S(1)"), 0, lambda r: ([5, 4],)),
+    Op(aten.zeros.default, Kind.CREATE, lambda o: _filled(o, "0"), _ZERO, 0, lambda r: ([5, 4],)),
+    Op(aten.ones.default, Kind.CREATE, lambda o: _filled(o, "1"), _ONE, 0, lambda r: ([5, 4],)),
     Op(aten.full_like.default, Kind.CREATE, lambda o: _filled(o, o[1]), _constant(1), 0, lambda r: (r(5, 4), 0.5)),
     Op(
         aten.zeros_like.default,
         Kind.CREATE,
         lambda o: _filled(o, "0"),
-        Element(lambda o: "S(0)"),
+        _ZERO,
         0,
         lambda r: (r(5, 4),),
     ),
@@ -197,7 +208,7 @@ ROWS = [
         aten.ones_like.default,
         Kind.CREATE,
         lambda o: _filled(o, "1"),
-        Element(lambda o: "S(1)"),
+        _ONE,
         0,
         lambda r: (r(5, 4),),
     ),
@@ -205,7 +216,7 @@ ROWS = [
         aten.new_zeros.default,
         Kind.CREATE,
         lambda o: _filled(o, "0"),
-        Element(lambda o: "S(0)"),
+        _ZERO,
         0,
         lambda r: (r(3), [5, 4]),
     ),
@@ -213,7 +224,7 @@ ROWS = [
         aten.new_ones.default,
         Kind.CREATE,
         lambda o: _filled(o, "1"),
-        Element(lambda o: "S(1)"),
+        _ONE,
         0,
         lambda r: (r(3), [5, 4]),
     ),

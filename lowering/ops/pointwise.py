@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
+import struct
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from nestloop.lowering.ops.row import Element, Kind, Op, Operands, Spell, call, infix
+from nestloop.lowering.ops.row import Element, Kind, Op, Operands, Spell, Unsupported, call, infix
+from nestloop.lowering.ops.strided import NoSpelling
 
 aten = torch.ops.aten
 
@@ -38,13 +42,22 @@ def two_bools(r: Callable[..., Any]) -> tuple[Any, ...]:
     return (r(5, 4) > 0, r(5, 4) > 0)
 
 
-def pointwise(target: Any, spell: Spell, cpp: Spell, example: Example, work: int = 1) -> Op:
-    return Op(target, Kind.POINTWISE, spell, Element(cpp), work, example)
+def pointwise(
+    target: Any, spell: Spell, cpp: Spell, example: Example, work: int = 1, triton: Spell | Unsupported | None = None
+) -> Op:
+    return Op(target, Kind.POINTWISE, spell, Element(cpp, triton), work, example)
 
 
-def cpp(form: str) -> Spell:
+def function(target: Any, method: str, cpp: str, triton: str, example: Example = one, work: int = 1) -> Op:
+    """A function of one operand: a method of PyTorch's tensors, and its names in C++ and Triton."""
+    return pointwise(
+        target, lambda o: f"{o[0]}.{method}()", form(f"{cpp}({{0}})"), example, work, form(f"{triton}({{0}})")
+    )
+
+
+def form(text: str) -> Spell:
     """Spelled by putting the operands into a form."""
-    return lambda o: form.format(*o.text)
+    return lambda o: text.format(*o.text)
 
 
 def _scaled(symbol: str) -> Spell:
@@ -84,6 +97,31 @@ def _gelu_cpp(o: Operands) -> str:
     return f"{'gelu_tanh' if o.kwargs.get('approximate', 'none') == 'tanh' else 'gelu'}({o[0]})"
 
 
+def exact(o: Operands, position: int) -> str:
+    """An operand in Triton, where a function takes a number as float32 whatever the compute dtype is."""
+    text = o[position]
+    if position >= len(o.numbers) or not o.numbers[position] or text in ("None", "True", "False"):
+        return text
+    value = float(text) if re.fullmatch(r"[-+.\de]+", text) else 0.0
+    return text if struct.unpack("f", struct.pack("f", value))[0] == value else f"tl.full((), {text}, S)"
+
+
+def tiles(name: str, *defaults: str) -> Spell:
+    """A call of a function of `emit/tiles.py`."""
+
+    def spell(o: Operands) -> str:
+        given = [exact(o, i) for i in range(len(o.text))]
+        return f"tiles.{name}({', '.join([*given, *defaults[len(given) - 1 :]])})"
+
+    return spell
+
+
+def _clamp_triton(o: Operands) -> str:
+    low, high = [*[exact(o, i) for i in range(1, len(o.text))], "None"][:2]
+    inside = o[0] if low == "None" else f"tiles.maximum({o[0]}, {low})"
+    return inside if high == "None" else f"tiles.minimum({inside}, {high})"
+
+
 def _clamp_cpp(o: Operands) -> str:
     low, high = [*o.text[1:], "None"][:2]
     inside = o[0] if low == "None" else f"maximum({o[0]}, {low})"
@@ -94,12 +132,44 @@ def _converted(o: Operands) -> str:
     return f"{o[0]} != 0" if o.dtype is torch.bool else f"S({o[0]})"
 
 
+def _converted_triton(o: Operands) -> str:
+    return f"{o[0]} != 0" if o.dtype is torch.bool else f"tl.cast({o[0]}, S)"
+
+
+def _gelu_triton(o: Operands) -> str:
+    return f"tiles.gelu{'_tanh' if o.kwargs.get('approximate', 'none') == 'tanh' else ''}({o[0]})"
+
+
+def _where_triton(o: Operands) -> str:
+    # Triton makes two numbers a tile of float32, whatever the compute dtype is.
+    first = f"tl.full((), {o[1]}, S)" if o.numbers[1] and o.numbers[2] else exact(o, 1)
+    return f"tl.where({o[0]}, {first}, {exact(o, 2)})"
+
+
 def _power(o: Operands) -> str:
     x, exponent = o[0], o.raw[1]
     if exponent in (2, 3, 4):
         return " * ".join([x] * int(exponent))
     short = {0.5: f"std::sqrt({x})", -0.5: f"rsqrt({x})", -1: f"S(1) / {x}", -2: f"S(1) / ({x} * {x})"}
     return short.get(exponent, f"std::pow({x}, {o[1]})")
+
+
+def _power_triton(o: Operands) -> str:
+    x, exponent = o[0], o.raw[1]
+    if exponent == int(exponent) and 2 <= exponent <= 8:
+        return " * ".join([x] * int(exponent))
+    short = {0.5: f"tl.sqrt({x})", -0.5: f"tl.rsqrt({x})", -1: f"1 / {x}", -2: f"1 / ({x} * {x})"}
+    if exponent in short:
+        return short[exponent]
+    if exponent == int(exponent):
+        raise NoSpelling(f"the power {exponent:g} in Triton")
+    return f"tl.exp({o[1]} * tl.log({x}))"
+
+
+def _power_of_number(o: Operands) -> str:
+    if o.raw[0] <= 0:
+        raise NoSpelling(f"powers of {o.raw[0]:g} in Triton")
+    return f"tl.exp({math.log(o.raw[0])!r} * {o[1]})"
 
 
 def _with_defaults(name: str, *defaults: str) -> Spell:
@@ -119,58 +189,122 @@ ROWS = [
     pointwise(aten.sub.Scalar, _scaled("-"), _scaled("-"), scalar),
     pointwise(aten.mul.Scalar, infix("*"), infix("*"), scalar),
     pointwise(aten.div.Scalar, infix("/"), infix("/"), scalar),
-    pointwise(aten.neg.default, lambda o: f"-{o[0]}", cpp("-{0}"), one),
-    pointwise(aten.abs.default, lambda o: f"{o[0]}.abs()", cpp("std::abs({0})"), one),
-    pointwise(aten.sign.default, lambda o: f"{o[0]}.sign()", cpp("sign({0})"), one),
-    pointwise(aten.sgn.default, lambda o: f"{o[0]}.sign()", cpp("sign({0})"), one),
-    pointwise(aten.reciprocal.default, lambda o: f"1 / {o[0]}", cpp("S(1) / {0}"), positive),
-    pointwise(aten.pow.Tensor_Scalar, infix("**"), _power, lambda r: (r(5, 4), 3)),
+    pointwise(aten.neg.default, lambda o: f"-{o[0]}", form("-{0}"), one),
+    function(aten.abs.default, "abs", "std::abs", "tl.abs"),
+    function(aten.sign.default, "sign", "sign", "tiles.sign"),
+    function(aten.sgn.default, "sign", "sign", "tiles.sign"),
+    pointwise(aten.reciprocal.default, lambda o: f"1 / {o[0]}", form("S(1) / {0}"), positive, triton=form("1 / {0}")),
+    pointwise(aten.pow.Tensor_Scalar, infix("**"), _power, lambda r: (r(5, 4), 3), triton=_power_triton),
     pointwise(
-        aten.pow.Tensor_Tensor, infix("**"), cpp("std::pow({0}, {1})"), lambda r: (r(5, 4).abs() + 0.5, r(4)), 10
+        aten.pow.Tensor_Tensor,
+        infix("**"),
+        form("std::pow({0}, {1})"),
+        lambda r: (r(5, 4).abs() + 0.5, r(4)),
+        10,
+        Unsupported("Triton has no power of one tensor to another, of negative bases too"),
     ),
-    pointwise(aten.pow.Scalar, infix("**"), cpp("std::pow({0}, {1})"), lambda r: (0.7, r(5, 4)), 10),
-    pointwise(aten.sqrt.default, lambda o: f"{o[0]}.sqrt()", cpp("std::sqrt({0})"), positive, 4),
-    pointwise(aten.rsqrt.default, lambda o: f"{o[0]}.rsqrt()", cpp("rsqrt({0})"), positive, 4),
-    pointwise(aten.exp.default, lambda o: f"{o[0]}.exp()", cpp("exp_({0})"), one, 8),
-    pointwise(aten.exp2.default, lambda o: f"{o[0]}.exp2()", cpp("std::exp2({0})"), one, 8),
-    pointwise(aten.expm1.default, lambda o: f"{o[0]}.expm1()", cpp("std::expm1({0})"), one, 8),
-    pointwise(aten.log.default, lambda o: f"{o[0]}.log()", cpp("std::log({0})"), positive, 8),
-    pointwise(aten.log1p.default, lambda o: f"{o[0]}.log1p()", cpp("std::log1p({0})"), positive, 8),
-    pointwise(aten.log2.default, lambda o: f"{o[0]}.log2()", cpp("std::log2({0})"), positive, 8),
-    pointwise(aten.tanh.default, lambda o: f"{o[0]}.tanh()", cpp("tanh_({0})"), one, 10),
-    pointwise(aten.sigmoid.default, lambda o: f"{o[0]}.sigmoid()", cpp("sigmoid({0})"), one, 10),
-    pointwise(aten.erf.default, lambda o: f"{o[0]}.erf()", cpp("erf_({0})"), one, 10),
-    pointwise(aten.sin.default, lambda o: f"{o[0]}.sin()", cpp("std::sin({0})"), one, 10),
-    pointwise(aten.cos.default, lambda o: f"{o[0]}.cos()", cpp("std::cos({0})"), one, 10),
-    pointwise(aten.tan.default, lambda o: f"{o[0]}.tan()", cpp("std::tan({0})"), one, 10),
-    pointwise(aten.sinh.default, lambda o: f"{o[0]}.sinh()", cpp("std::sinh({0})"), one, 10),
-    pointwise(aten.cosh.default, lambda o: f"{o[0]}.cosh()", cpp("std::cosh({0})"), one, 10),
-    pointwise(aten.atan.default, lambda o: f"{o[0]}.atan()", cpp("std::atan({0})"), one, 10),
-    pointwise(aten.floor.default, lambda o: f"{o[0]}.floor()", cpp("std::floor({0})"), one),
-    pointwise(aten.relu.default, lambda o: f"F.relu({o[0]})", cpp("maximum({0}, S(0))"), one),
-    pointwise(aten.gelu.default, _gelu, _gelu_cpp, one, 16),
-    pointwise(aten.softplus.default, call("aten.softplus"), _softplus, one, 16),
+    pointwise(aten.pow.Scalar, infix("**"), form("std::pow({0}, {1})"), lambda r: (0.7, r(5, 4)), 10, _power_of_number),
+    function(aten.sqrt.default, "sqrt", "std::sqrt", "tl.sqrt", positive, work=4),
+    function(aten.rsqrt.default, "rsqrt", "rsqrt", "tl.rsqrt", positive, work=4),
+    function(aten.exp.default, "exp", "exp_", "tl.exp", work=8),
+    function(aten.exp2.default, "exp2", "std::exp2", "tl.exp2", work=8),
+    function(aten.expm1.default, "expm1", "std::expm1", "tiles.expm1", work=8),
+    function(aten.log.default, "log", "std::log", "tl.log", positive, work=8),
+    function(aten.log1p.default, "log1p", "std::log1p", "tiles.log1p", positive, work=8),
+    function(aten.log2.default, "log2", "std::log2", "tl.log2", positive, work=8),
+    function(aten.tanh.default, "tanh", "tanh_", "tiles.tanh", work=10),
+    function(aten.sigmoid.default, "sigmoid", "sigmoid", "tl.sigmoid", work=10),
+    function(aten.erf.default, "erf", "erf_", "tl.erf", work=10),
+    function(aten.sin.default, "sin", "std::sin", "tl.sin", work=10),
+    function(aten.cos.default, "cos", "std::cos", "tl.cos", work=10),
+    pointwise(
+        aten.tan.default,
+        lambda o: f"{o[0]}.tan()",
+        form("std::tan({0})"),
+        one,
+        10,
+        triton=form("tl.sin({0}) / tl.cos({0})"),
+    ),
+    function(aten.sinh.default, "sinh", "std::sinh", "tiles.sinh", work=10),
+    pointwise(
+        aten.cosh.default,
+        lambda o: f"{o[0]}.cosh()",
+        form("std::cosh({0})"),
+        one,
+        10,
+        triton=form("0.5 * (tl.exp({0}) + tl.exp(-{0}))"),
+    ),
+    pointwise(
+        aten.atan.default,
+        lambda o: f"{o[0]}.atan()",
+        form("std::atan({0})"),
+        one,
+        10,
+        triton=Unsupported("Triton has no arctangent"),
+    ),
+    function(aten.floor.default, "floor", "std::floor", "tl.floor"),
+    pointwise(
+        aten.relu.default,
+        lambda o: f"F.relu({o[0]})",
+        form("maximum({0}, S(0))"),
+        one,
+        triton=form("tiles.maximum({0}, 0.0)"),
+    ),
+    pointwise(aten.gelu.default, _gelu, _gelu_cpp, one, 16, _gelu_triton),
+    pointwise(aten.softplus.default, call("aten.softplus"), _softplus, one, 16, tiles("softplus", "1.0", "20.0")),
     pointwise(
         aten.softplus_backward.default,
         call("aten.softplus_backward"),
-        cpp("softplus_backward({0}, {1}, {2}, {3})"),
+        form("softplus_backward({0}, {1}, {2}, {3})"),
         lambda r: (r(5, 4), r(5, 4), 1, 20),
         16,
+        tiles("softplus_backward"),
     ),
-    pointwise(aten.elu.default, call("aten.elu"), _elu, one, 10),
+    pointwise(aten.elu.default, call("aten.elu"), _elu, one, 10, tiles("elu", "1.0", "1.0", "1.0")),
     pointwise(
         aten.elu_backward.default,
         call("aten.elu_backward"),
-        cpp("elu_backward({0}, {1}, {2}, {3}, {4}, {5})"),
+        form("elu_backward({0}, {1}, {2}, {3}, {4}, {5})"),
         lambda r: (r(5, 4), 1, 1, 1, False, r(5, 4)),
         10,
+        tiles("elu_backward"),
     ),
-    pointwise(aten.maximum.default, call("torch.maximum"), cpp("maximum({0}, {1})"), two),
-    pointwise(aten.minimum.default, call("torch.minimum"), cpp("minimum({0}, {1})"), two),
-    pointwise(aten.clamp.default, _clamp, _clamp_cpp, lambda r: (r(5, 4), -0.5, 0.5)),
-    pointwise(aten.clamp_min.default, _where_clamped("min"), cpp("maximum({0}, {1})"), scalar),
-    pointwise(aten.clamp_max.default, _where_clamped("max"), cpp("minimum({0}, {1})"), scalar),
-    pointwise(aten.where.self, _where, cpp("{0} ? {1} : {2}"), lambda r: (r(5, 4) > 0, r(5, 4), r(4))),
+    pointwise(
+        aten.maximum.default,
+        call("torch.maximum"),
+        form("maximum({0}, {1})"),
+        two,
+        triton=tiles("maximum"),
+    ),
+    pointwise(
+        aten.minimum.default,
+        call("torch.minimum"),
+        form("minimum({0}, {1})"),
+        two,
+        triton=tiles("minimum"),
+    ),
+    pointwise(aten.clamp.default, _clamp, _clamp_cpp, lambda r: (r(5, 4), -0.5, 0.5), triton=_clamp_triton),
+    pointwise(
+        aten.clamp_min.default,
+        _where_clamped("min"),
+        form("maximum({0}, {1})"),
+        scalar,
+        triton=tiles("maximum"),
+    ),
+    pointwise(
+        aten.clamp_max.default,
+        _where_clamped("max"),
+        form("minimum({0}, {1})"),
+        scalar,
+        triton=tiles("minimum"),
+    ),
+    pointwise(
+        aten.where.self,
+        _where,
+        form("{0} ? {1} : {2}"),
+        lambda r: (r(5, 4) > 0, r(5, 4), r(4)),
+        triton=_where_triton,
+    ),
     pointwise(aten.eq.Scalar, infix("=="), infix("=="), scalar),
     pointwise(aten.ne.Scalar, infix("!="), infix("!="), scalar),
     pointwise(aten.lt.Scalar, infix("<"), infix("<"), scalar),
@@ -183,11 +317,15 @@ ROWS = [
     pointwise(aten.le.Tensor, infix("<="), infix("<="), two),
     pointwise(aten.gt.Tensor, infix(">"), infix(">"), two),
     pointwise(aten.ge.Tensor, infix(">="), infix(">="), two),
-    pointwise(aten.logical_and.default, infix("&"), cpp("{0} && {1}"), two_bools),
-    pointwise(aten.logical_or.default, infix("|"), cpp("{0} || {1}"), two_bools),
-    pointwise(aten.logical_not.default, lambda o: f"~{o[0]}", cpp("!{0}"), lambda r: (r(5, 4) > 0,)),
-    pointwise(aten.bitwise_and.Tensor, infix("&"), cpp("{0} && {1}"), two_bools),
-    pointwise(aten.bitwise_or.Tensor, infix("|"), cpp("{0} || {1}"), two_bools),
-    pointwise(aten.bitwise_not.default, lambda o: f"~{o[0]}", cpp("!{0}"), lambda r: (r(5, 4) > 0,)),
-    pointwise(aten._to_copy.default, _to_copy, _converted, lambda r: (r(5, 4) > 0,)),
+    pointwise(aten.logical_and.default, infix("&"), form("{0} && {1}"), two_bools, triton=form("{0} & {1}")),
+    pointwise(aten.logical_or.default, infix("|"), form("{0} || {1}"), two_bools, triton=form("{0} | {1}")),
+    pointwise(
+        aten.logical_not.default, lambda o: f"~{o[0]}", form("!{0}"), lambda r: (r(5, 4) > 0,), triton=form("{0} == 0")
+    ),
+    pointwise(aten.bitwise_and.Tensor, infix("&"), form("{0} && {1}"), two_bools, triton=form("{0} & {1}")),
+    pointwise(aten.bitwise_or.Tensor, infix("|"), form("{0} || {1}"), two_bools, triton=form("{0} | {1}")),
+    pointwise(
+        aten.bitwise_not.default, lambda o: f"~{o[0]}", form("!{0}"), lambda r: (r(5, 4) > 0,), triton=form("{0} == 0")
+    ),
+    pointwise(aten._to_copy.default, _to_copy, _converted, lambda r: (r(5, 4) > 0,), triton=_converted_triton),
 ]

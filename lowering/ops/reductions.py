@@ -46,18 +46,24 @@ def _mean_fold(o: Operands) -> Fold:
     return Fold("0", lambda running, x: f"{running} + {x}", lambda running, count: f"{running} / S({count})", True)
 
 
-def _extreme(function: str, start: str):
-    return lambda o: Fold(start, lambda running, x: f"{function}({x}, {running})")
+def _extreme(by: str, start: str):
+    return lambda o: Fold(start, lambda running, x: f"{by}imum({x}, {running})", by=by)
 
 
 def _norm_fold(o: Operands) -> Fold:
     order = float(o.raw[1] if len(o.raw) > 1 else 2)
     if order == 2:
-        return Fold("0", lambda running, x: f"{running} + {x} * {x}", lambda running, _: f"std::sqrt({running})", True)
+        return Fold(
+            "0",
+            lambda running, x: f"{running} + {x} * {x}",
+            lambda running, _: f"std::sqrt({running})",
+            True,
+            of=lambda x: f"{x} * {x}",
+        )
     if order == 1:
-        return Fold("0", lambda running, x: f"{running} + std::abs({x})", adds=True)
+        return Fold("0", lambda running, x: f"{running} + std::abs({x})", adds=True, of=lambda x: f"tl.abs({x})")
     if order == math.inf:
-        return Fold("0", lambda running, x: f"maximum(std::abs({x}), {running})")
+        return Fold("0", lambda running, x: f"maximum(std::abs({x}), {running})", by="max", of=lambda x: f"tl.abs({x})")
     raise NoSpelling(f"a vector norm of order {order:g}")
 
 
@@ -70,7 +76,7 @@ ROWS = [
         aten.amax.default,
         Kind.REDUCTION,
         _over("amax"),
-        _extreme("maximum", "-std::numeric_limits<S>::infinity()"),
+        _extreme("max", "-std::numeric_limits<S>::infinity()"),
         1,
         lambda r: (r(5, 4), [1], True),
     ),
@@ -78,7 +84,7 @@ ROWS = [
         aten.amin.default,
         Kind.REDUCTION,
         _over("amin"),
-        _extreme("minimum", "std::numeric_limits<S>::infinity()"),
+        _extreme("min", "std::numeric_limits<S>::infinity()"),
         1,
         lambda r: (r(5, 4), [1]),
     ),

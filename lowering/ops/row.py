@@ -1,7 +1,7 @@
 """One op, one row: all that the compiler knows of an ATen op stands in one block.
 
-A row gives an op's kind (from which its axis rule follows), its work, its spellings in generated PyTorch and C++ and an
-example. The tests are parametrised over the rows: a new op is tested the moment its row exists.
+A row gives an op's kind (from which its axis rule follows), its work, its spellings in generated PyTorch, C++ and
+Triton and an example. The tests are parametrised over the rows: a new op is tested the moment its row exists.
 """
 
 from __future__ import annotations
@@ -28,9 +28,15 @@ class Unsupported:
 
 @dataclass(frozen=True)
 class Element:
-    """One element of the result, as an expression of the operands' elements (`Operands.text`)."""
+    """One element of the result, as an expression of the operands' elements (`Operands.text`).
+
+    Attributes:
+        spell: in C++.
+        triton: in Triton, where the operands are whole tiles that broadcast; None where C++ and Triton read the same.
+    """
 
     spell: Spell
+    triton: Spell | Unsupported | None = None
 
 
 @dataclass(frozen=True)
@@ -42,17 +48,21 @@ class Fold:
         enter: (running value, element) -> the new running value.
         finish: (running value, how many elements entered) -> the result.
         adds: whether elements are added up, which a vector may do in any order.
+        by: the same in Triton, of a whole axis: "sum", "max" or "min".
+        of: what is reduced there, of an element.
     """
 
     start: str
     enter: Callable[[str, str], str]
     finish: Callable[[str, str], str] = lambda running, count: running
     adds: bool = False
+    by: str = "sum"
+    of: Callable[[str], str] = lambda x: x
 
 
 @dataclass(frozen=True)
 class Along:
-    """A function of `emit/tiles.h` over one axis: (outer, length, inner, from, to)."""
+    """A function over one axis: of `emit/tiles.h`, (outer, length, inner, from, to), and of `emit/tiles.py`."""
 
     function: str
 
@@ -111,7 +121,7 @@ class Operands:
         numbers: for each argument whether it is a Python number where the code runs.
         sizes: the result's traced shape.
         where: the user's line, "" where there is none.
-        index: in C++, the loop variable of each axis of the result ("0" for an axis of size 1).
+        index: in C++ and Triton, the position along each axis of the result ("0" for an axis of size 1).
     """
 
     text: list[Any]
@@ -150,7 +160,7 @@ class Op:
         target: the ATen overload.
         kind: see `Kind`.
         spell: its spelling in generated PyTorch, on tiles with leading batch axes [H, B, *tile].
-        cpp: its spelling in generated C++, on the tile of one head and sequence, or why there is none.
+        cpp: what it is on the tile of one head and sequence, spelled in C++ and Triton, or why there is no spelling.
         work: FLOPs per element of the result (per multiply-add of the contraction: 2, for products).
         example: small arguments to try it on, made by a function of (normal tensors by shape).
     """

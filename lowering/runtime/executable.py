@@ -16,7 +16,7 @@ from nestloop.lowering.runtime import cache, compiler
 from nestloop.lowering.runtime.library import Code, NestedLoopOp, Signature
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.plan import Plan
-from nestloop.lowering.runtime.refusals import no_native
+from nestloop.lowering.runtime.refusals import check_triton, no_native
 from nestloop.lowering.runtime.work import flops, pays
 
 Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
@@ -38,7 +38,8 @@ def build(
     """Make a plan runnable; its name in `EXECUTABLES`.
 
     Args:
-        backend: "torch"; "cpp"; or "auto": where the plan has C++ and it can be built, either, by the sizes of a call.
+        backend: "torch"; "cpp"; "triton"; or "auto": where the plan has C++ and it can be built, C++ or PyTorch by the
+            sizes of a call; else PyTorch.
         double: whether it is float64 that will be computed in.
         wide: gives the plan for weights that this one is not precise with (`rewrites.gram`), when they come.
 
@@ -49,6 +50,8 @@ def build(
         name = f"softmax_attention_{plan.scale}"
         EXECUTABLES.setdefault(name, _attention(plan.scale))
         return name
+    if backend == "triton":
+        check_triton(spec, plan)
     reason = no_native_reason(plan, inductor, backend, double)
     native = backend != "torch" and not reason
     path = cache.write(plan.name, plan.source)
@@ -81,7 +84,7 @@ def no_native_reason(plan: Plan, inductor: bool, backend: str, double: bool) -> 
     """Why a backend that may be C++ is not; "" where it is, or was not asked for."""
     if inductor:
         return "inductor compiles generated PyTorch"
-    return "" if backend == "torch" else not_native(plan, double)
+    return "" if backend in ("torch", "triton") else not_native(plan, double)
 
 
 def not_native(plan: Plan, double: bool = False, build_now: bool = True) -> str:

@@ -22,6 +22,7 @@ from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.refusals import singular_system
 from nestloop.lowering.runtime.tiles import Singular, like_lead
+from nestloop.lowering.runtime.triton import TritonStream, compute_dtype
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
 _LOW = (torch.bfloat16, torch.float16)
@@ -101,14 +102,15 @@ class Code:
         module: the generated module, with `forward` and `backward`; with `conditioned` where there are weights that it
             is not precise with.
         rows: tokens, of all sequences together, that are worked on at a time on a CPU.
-        native: the same two functions in C++, for tensors on a CPU; None where the generated module does for all.
+        native: the same two functions in C++, for tensors on a CPU, or in Triton, for all; None where the generated
+            module does for all.
         pays: (heads, sequences, tokens) -> whether C++ is to run there; None for always. Both keep the same states, so
             that either can go back from what the other one kept.
     """
 
     module: ModuleType
     rows: int
-    native: NativeModule | NativeStream | None = None
+    native: NativeModule | NativeStream | TritonStream | None = None
     pays: Callable[[int, int, int], bool] | None = None
 
     def runs_native(self, inputs: Sequence[Tensor], halo: int) -> bool:
@@ -198,8 +200,7 @@ class NestedLoopOp:
     def _forward_kernel(self) -> Callable[..., Any]:
         def kernel(*tensors: Tensor) -> Any:
             inputs, order = self._split(tensors)
-            computed, low = _prepare(inputs)
-            made = self._made("forward", self._code_for(computed), computed, order, low, inputs)
+            made = self._made("forward", inputs, order, inputs)
             owned = _owned(made, self.signature.shapes(inputs), inputs)
             if self.signature.results[0] == "z":
                 owned[0] = owned[0].to(self._output_dtype(inputs))
@@ -207,14 +208,16 @@ class NestedLoopOp:
 
         return kernel
 
-    def _made(
-        self, name: str, code: Code, tensors: list[Tensor], order: Tensor | None, low: Any, inputs: list[Tensor]
-    ) -> Sequence[Tensor]:
-        """The results of `forward` or `backward` of some code. Raises `SingularSystemError`."""
+    def _made(self, name: str, tensors: list[Tensor], order: Tensor | None, inputs: list[Tensor]) -> Sequence[Tensor]:
+        """The results of `forward` or `backward`. Raises `SingularSystemError`."""
+        if isinstance(self.code.native, TritonStream):  # reads tensors in the dtype that they have
+            return getattr(self.code.native, name)(*tensors, order)
+        computed, low = _prepare(tensors, inputs)
+        code = self._code_for(computed[: len(inputs)])
         try:
             if code.runs_native(inputs, getattr(self.signature, "halo", 0)):
-                return getattr(code.native, name)(*tensors, order)
-            return self._in_groups(code, name, tensors, order, low, inputs)
+                return getattr(code.native, name)(*computed, order)
+            return self._in_groups(code, name, computed, order, low, inputs)
         except Singular as met:
             raise singular_system(self.spec, str(met)) from None
 
@@ -250,7 +253,7 @@ class NestedLoopOp:
 
     def _forward_fake(self, *tensors: Tensor) -> Any:
         inputs, _ = self._split(tensors)
-        dtype = _compute_dtype(inputs)
+        dtype = compute_dtype(inputs)
         made = [inputs[0].new_empty(shape, dtype=dtype) for shape in self.signature.shapes(inputs)]
         if self.signature.results[0] == "z":
             made[0] = made[0].to(self._output_dtype(inputs))
@@ -259,15 +262,14 @@ class NestedLoopOp:
     def _output_dtype(self, inputs: Sequence[Tensor]) -> torch.dtype:
         """The views' dtype; the compute dtype where they have several."""
         dtypes = {t.dtype for t in inputs[: len(self.signature.tokens)]}
-        return dtypes.pop() if len(dtypes) == 1 else _compute_dtype(inputs)
+        return dtypes.pop() if len(dtypes) == 1 else compute_dtype(inputs)
 
     def _backward_kernel(self) -> Callable[..., Any]:
         count = len(self.signature.inputs)
 
         def kernel(*tensors: Tensor) -> Any:
             given, order = self._split(tensors)
-            computed, low = _prepare(given, given[:count])
-            made = self._made("backward", self._code_for(computed[:count]), computed, order, low, given[:count])
+            made = self._made("backward", given, order, given[:count])
             # where no step was taken, the cotangent of an initial fast weight is the end's, one per sequence
             made = [like_lead(g, t) for g, t in zip(made, given, strict=False)]
             owned = _owned(made, [list(t.shape) for t in given[:count]], given)
@@ -368,14 +370,9 @@ def _define(schema: str, kernel: Any, fake: Any, flops: Any) -> None:
     register_flop_formula(getattr(torch.ops.nestloop, name))(flops)
 
 
-def _compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor] | None = None) -> tuple[list[Tensor], Any]:
+def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
     """Inputs in the compute dtype, and the low precision of products, if the tokens come in one."""
-    deciding = tensors if deciding is None else deciding
-    dtype = _compute_dtype(deciding)
+    dtype = compute_dtype(deciding)
     low = deciding[0].dtype if deciding[0].dtype in _LOW and dtype is torch.float32 else None
     return [t.to(dtype) for t in tensors], low
 

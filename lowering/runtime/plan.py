@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.native import NativePlan
+from nestloop.lowering.runtime.triton_plan import TritonPlan
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Plan:
         why: of a stream, the form it takes and why.
         native: its C++; None where it has none.
         not_native: why it has none.
+        triton: its Triton; None where it has none, or where it was not asked for.
+        not_triton: why it has none.
     """
 
     form: str
@@ -52,6 +56,8 @@ class Plan:
     why: str = ""
     native: NativePlan | None = None
     not_native: str = ""
+    triton: TritonPlan | None = None
+    not_triton: str = ""
 
 
 def _path(fingerprint: str) -> Path:
@@ -66,14 +72,20 @@ def read(fingerprint: str | None) -> Plan | None:
         kept = json.loads(_path(fingerprint).read_text())
         tiles = {name: tuple(shape) for name, shape in kept.pop("tiles").items()}
         pieces = {name: tuple(flops) for name, flops in kept.pop("pieces").items()}
-        native = kept.pop("native")
-        if native is not None:
-            native = NativePlan(**{k: tuple(v) if isinstance(v, list) else v for k, v in native.items()})
+        native = _remade(NativePlan, kept.pop("native"))
+        triton = _remade(TritonPlan, kept.pop("triton"))
         for name in ("inputs", "output", "results", "kept"):
             kept[name] = tuple(kept[name])
-        return Plan(**kept, tiles=tiles, pieces=pieces, native=native)
+        return Plan(**kept, tiles=tiles, pieces=pieces, native=native, triton=triton)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # absent, or written by another version: lowered again and written again
+
+
+def _remade(kind: Any, kept: dict[str, Any] | None) -> Any:
+    """Generated code and how it is called, from its JSON."""
+    if kept is None:
+        return None
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
 
 
 def keep(fingerprint: str | None, plan: Plan) -> None:

@@ -23,8 +23,9 @@ from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, n
 from nestloop.lowering.runtime.library import Code, NestedLoopOp, Signature
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan
-from nestloop.lowering.runtime.refusals import no_native
+from nestloop.lowering.runtime.refusals import check_triton, no_native
 from nestloop.lowering.runtime.tiles import join, spacing
+from nestloop.lowering.runtime.triton import TritonStream
 from nestloop.lowering.runtime.work import flops, pays
 
 VALID = "window__valid"  # 1 for a row that holds a token, 0 before a sequence begins
@@ -106,14 +107,19 @@ def build_stream(
     spec: LoopSpec, plan: Plan, heads: int, inductor: bool, backend: str = "torch", double: bool = False
 ) -> str:
     """Make one op of a stream runnable; its name in `STREAM_OPS`. Arguments, and what it raises, as for `build`."""
+    if backend == "triton":
+        check_triton(spec, plan)
     reason = no_native_reason(plan, inductor, backend, double)
     if backend == "cpp" and reason:
         raise no_native(spec, reason)
     path = cache.write(plan.name, plan.source)
     name = f"{path.stem}_inductor" if inductor else path.stem
-    native = plan.native if backend != "torch" and not reason else None
+    native = plan.native if backend in ("auto", "cpp") and not reason else None
     if native is not None:
         name = f"{path.stem}_{backend}_{cache.digest(native.text)}"
+    triton = plan.triton if backend == "triton" else None
+    if triton is not None:
+        name = f"{path.stem}_triton_{cache.digest(triton.text)}"
     if name not in STREAM_OPS:
         module = cache.load(path)
         halo = (spec.optimizer.window or 1) - 1
@@ -134,7 +140,11 @@ def build_stream(
             halo=halo,
         )
         _check_arguments(spec, signature)
-        library = None if native is None else NativeStream(plan.name, native, module, signature)
+        library: NativeStream | TritonStream | None = None
+        if native is not None:
+            library = NativeStream(plan.name, native, module, signature)
+        elif triton is not None:
+            library = TritonStream(plan.name, triton, module, signature)
         code = Code(module, plan.rows, library, pays(spec, plan) if backend == "auto" else None)
         op = NestedLoopOp(name, code, signature, flops(spec, plan, heads), spec)
         STREAM_OPS[name] = StreamOp(op, signature)

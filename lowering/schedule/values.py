@@ -23,6 +23,22 @@ aten = torch.ops.aten
 SCALARS = ("weight", "rate")  # inputs that are numbers
 
 
+@dataclass(frozen=True)
+class Language:
+    """What a language asks of values.
+
+    Attributes:
+        number: a Python number as its text.
+        size: a size as a number of the compute dtype.
+        in_memory: whether tiles are arrays, which products and functions over an axis read element after element; else
+            they are values, which are turned for nothing.
+    """
+
+    number: Callable[[Any], str]
+    size: Callable[[Extent], str]
+    in_memory: bool
+
+
 @dataclass(eq=False)
 class Value:
     """One value of a tile graph.
@@ -40,6 +56,7 @@ class Value:
         result: the result that is its memory, where it has no other.
         factors: a product's operands before they were copied or transposed.
         copies: whether it is its operand as it is, densely.
+        written: whether it is a result that is written to memory as soon as it is computed.
     """
 
     kind: str
@@ -54,6 +71,7 @@ class Value:
     result: str | None = None
     factors: tuple[Strided, ...] = ()
     copies: bool = False
+    written: bool = False
 
     @property
     def reads(self) -> list[Strided]:
@@ -110,6 +128,7 @@ def read(
     summed: Sequence[bool],
     per_token: Sequence[str],
     identifier: Callable[[str], str] = str,
+    language: Language | None = None,
 ) -> Values:
     """The values of a simplified tile graph.
 
@@ -117,17 +136,21 @@ def read(
         results: a name for each result; None for one that is not wanted.
         summed: for each result, whether it is added to what is there.
         per_token: inputs that are tiles of tokens (or their cotangents), as identifiers.
-        identifier: an input's name -> its name in C++.
+        identifier: an input's name -> its name in generated code.
+        language: that code's; C++ where none is given.
 
     Raises:
-        NoSpelling: some op, or some use of one, has no C++.
+        NoSpelling: some op, or some use of one, has no spelling.
     """
-    return _Reader(module, per_token, identifier).run(results, summed)
+    return _Reader(module, per_token, identifier, language or CPP).run(results, summed)
 
 
 class _Reader:
-    def __init__(self, module: fx.GraphModule, per_token: Sequence[str], identifier: Callable[[str], str]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, per_token: Sequence[str], identifier: Callable[[str], str], language: Language
+    ) -> None:
         self.module, self.per_token, self.identifier = module, set(per_token), identifier
+        self.language = language
         self.env: dict[fx.Node, Strided | str] = {}
         self.inputs: dict[str, Value] = {}
         self.computed: list[Value] = []
@@ -208,10 +231,11 @@ class _Reader:
         if isinstance(value, fx.Node):
             if value in self.env:
                 return self.env[value]
-            return f"S({extent(value)})" if isinstance(value.meta["val"], (int, torch.SymInt)) else self._refuse(value)
+            sized = isinstance(value.meta["val"], (int, torch.SymInt))
+            return self.language.size(extent(value)) if sized else self._refuse(value)
         if isinstance(value, (list, tuple)):
             return [self._operand(v) for v in value]
-        return number(value)
+        return self.language.number(value)
 
     def _refuse(self, node: fx.Node) -> Any:
         raise NoSpelling(f"a number computed from sizes: {node.meta['val']}")
@@ -269,16 +293,21 @@ class _Reader:
         axes = tuple(sorted(d % rank for d in dims)) if dims and rank else tuple(range(rank))
         kept = [d for d in range(rank) if d not in axes and not source.shape[d].is_one]
         last = tuple(d for d in axes if not kept or d > kept[-1])
-        if last and len(last) < len(axes):  # the innermost axes first: a sum of sums, a norm of norms
+        # The innermost axes first: a sum of sums, a norm of norms.
+        if self.language.in_memory and last and len(last) < len(axes):
             inner = [ONE if d in last else size for d, size in enumerate(source.shape)]
             source, axes = self._make("fold", node, inner, [source], axes=last), axes[: -len(last)]
         return self._make("fold", node, shape, [source], axes=axes)
 
     def _dense(self, view: Strided, node: fx.Node) -> Strided:
-        return view if view.is_dense else self._copied(view, node)
+        return view if view.is_dense or not self.language.in_memory else self._copied(view, node)
 
     def _product(self, node: fx.Node, a: Strided, b: Strided) -> Strided:
         left, right = a, b
+        if not self.language.in_memory:
+            made = self._make("product", node, (*a.shape[:-1], b.shape[-1]), [a, b])
+            made.base.factors = (a, b)
+            return made
         if not (_unit(left, -1) or _unit(left, -2)):
             left = self._copied(left, node)
         if not _unit(right, -1):
@@ -297,7 +326,8 @@ class _Reader:
             a, b = a.permute(swap), b.permute(swap)
         if not spelled.triangular and node.args[2]:
             a = a.permute(swap)
-        if not (spelled.triangular and _unit(a, -1)):  # elimination works in a copy of its own
+        # Elimination works in a copy of its own.
+        if self.language.in_memory and not (spelled.triangular and _unit(a, -1)):
             a = self._copied(a, node)
             a.base.per_tile = a.base.per_tile or b.base.per_tile  # and leaves its factors there
         made = self._make("system", node, b.shape, [a, self._dense(b, node)])
@@ -356,10 +386,18 @@ def number(value: Any) -> str:
     return f"S({value!r})" if isinstance(value, (int, float)) else str(value)
 
 
+CPP = Language(number, lambda size: f"S({size})", in_memory=True)
+
+
 def operands_of(
-    node: fx.Node, text: list[Any], raw: tuple[Any, ...] | None = None, rank: int = 0, index: tuple[str, ...] = ()
+    node: fx.Node,
+    text: list[Any],
+    raw: tuple[Any, ...] | None = None,
+    rank: int = 0,
+    index: tuple[str, ...] = (),
+    numbers: Sequence[bool] = (),
 ) -> Operands:
-    """What a row's C++ spelling sees of a node."""
+    """What a row's spelling on one head's tile sees of a node."""
     value = node.meta["val"]
     return Operands(
         text=text,
@@ -368,7 +406,7 @@ def operands_of(
         rank=rank,
         shape=[],
         dtype=value.dtype,
-        numbers=[],
+        numbers=list(numbers),
         sizes=tuple(value.shape),
         index=index,
     )

@@ -1,0 +1,139 @@
+"""What generated Triton calls on tiles: the counterpart of tiles.h. Imported by generated modules only."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, S: tl.constexpr, PRODUCT: tl.constexpr):
+    """a [M, K] b [K, N] in the compute dtype S; factors in `PRODUCT`: "bf16", "fp16", or a precision of `tl.dot`."""
+    if PRODUCT == "bf16":
+        product = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), out_dtype=tl.float32)
+    elif PRODUCT == "fp16":
+        product = tl.dot(a.to(tl.float16), b.to(tl.float16), out_dtype=tl.float32)
+    else:
+        product = tl.dot(a, b, input_precision=PRODUCT, out_dtype=S)
+    return product
+
+
+@triton.jit
+def maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def minimum(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+
+
+@triton.jit
+def tanh(x):
+    # Of a large |x| the exponential overflows to infinity, and the quotient is 0.
+    e = tl.exp(2 * tl.abs(x))
+    far = 1 - 2 / (e + 1)
+    y = x * x  # near 0 the difference above cancels
+    near = x * (1 - y * (1.0 / 3 - y * (2.0 / 15 - y * (17.0 / 315 - y * (62.0 / 2835 - y * (1382.0 / 155925))))))
+    return tl.where(tl.abs(x) < 0.04, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def expm1(x):
+    # Kahan: the error of u cancels in the quotient.
+    u = tl.exp(x)
+    below = u - 1
+    exact = below * x / tl.log(u)
+    return tl.where(u == 1, x, tl.where((below == -1) | (u == float("inf")), below, exact))
+
+
+@triton.jit
+def log1p(x):
+    # Kahan: the error of u cancels in the quotient.
+    u = 1 + x
+    return tl.where((u == 1) | (u == float("inf")), x, tl.log(u) * x / (u - 1))
+
+
+@triton.jit
+def sinh(x):
+    up = expm1(x)
+    return tl.where(up == float("inf"), up, 0.5 * (up + up / (up + 1)))
+
+
+@triton.jit
+def gelu(x):
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_tanh(x):
+    return x * tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
+
+
+@triton.jit
+def softplus(x, beta, threshold):
+    return tl.where(x * beta > threshold, x, log1p(tl.exp(tl.where(x * beta > threshold, 0.0, x * beta))) / beta)
+
+
+@triton.jit
+def softplus_backward(d, x, beta, threshold):
+    return tl.where(x * beta > threshold, d, d * tl.sigmoid(x * beta))
+
+
+@triton.jit
+def elu(x, alpha, scale, input_scale):
+    return tl.where(x > 0, x * scale, expm1(tl.where(x > 0, 0.0, x * input_scale)) * (alpha * scale))
+
+
+@triton.jit
+def elu_backward(d, alpha, scale, input_scale, is_result: tl.constexpr, x):
+    if is_result:
+        slope = input_scale * (x + alpha * scale)
+    else:
+        slope = input_scale * alpha * scale * tl.exp(tl.where(x > 0, 0.0, x * input_scale))
+    return tl.where(x > 0, d * scale, d * slope)
+
+
+@triton.jit
+def softmax(x, axis: tl.constexpr, live):
+    """Over one axis, of which `live` holds."""
+    x = tl.where(live, x, float("-inf"))
+    e = tl.exp(x - tl.expand_dims(tl.max(x, axis), axis))
+    return e / tl.expand_dims(tl.sum(e, axis), axis)
+
+
+@triton.jit
+def cumsum(x, axis: tl.constexpr, live):
+    return tl.cumsum(x, axis)
+
+
+@triton.jit
+def cumsum_reversed(x, axis: tl.constexpr, live):
+    return tl.cumsum(tl.where(live, x, 0.0), axis, reverse=True)
+
+
+@triton.jit
+def solve_triangular(a, b, live, UPPER: tl.constexpr, UNIT: tl.constexpr):
+    """x [T, N] with a x = b by substitution, one row after the other; rows that are not `live` [T] are left out.
+
+    No product of powers of a: they cancel where keys are correlated.
+    """
+    T: tl.constexpr = a.shape[0]
+    i = tl.arange(0, T)
+    x = tl.where(live[:, None], b, 0.0)
+    for turn in range(0, T):
+        r = T - 1 - turn if UPPER else turn
+        here = (i == r)[:, None]
+        row = tl.sum(tl.where(here, a, 0.0), 0)
+        beside = (i > r) & live if UPPER else (i < r) & live
+        known = tl.sum(tl.where(beside, row, 0.0)[:, None] * x, 0)
+        left = tl.sum(tl.where(here, x, 0.0), 0) - known
+        if not UNIT:
+            pivot = tl.sum(tl.where(i == r, row, 0.0), 0)
+            alive = tl.sum(tl.where(i == r, live.to(tl.int32), 0), 0) > 0
+            left = left / tl.where(alive, pivot, 1.0)
+        x = tl.where(here, left[None, :], x)
+    return x

@@ -1,0 +1,558 @@
+"""From a tile graph to a Triton function on one tile of one head and sequence.
+
+A value is a tile in registers, each axis as long as the next power of two and no less than 16. What lies beyond a
+value's own size is kept out of sums, products and memory by masks, which are left out where it is known to be zero. A
+view that no turn or broadcast gives (a slice, tiles side by side) goes through the program's scratch memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import fx
+
+from nestloop.lowering import ops
+from nestloop.lowering.axes import Axes
+from nestloop.lowering.emit.expressions import numbers, offset
+from nestloop.lowering.emit.padding import stays_zero
+from nestloop.lowering.ops.row import Element, System, Unsupported
+from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, product
+from nestloop.lowering.schedule.order import fewest_alive, most_alive
+from nestloop.lowering.schedule.values import SCALARS, Language, Value, fold, operands_of, read
+
+NARROWEST = 16  # what a product of tiles takes
+MOST_ELEMENTS = 1 << 16  # of one tile: more never fits the registers of a program
+
+
+def number(value: Any) -> str:
+    """A Python number as Triton."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    return repr(value)
+
+
+TRITON = Language(number, lambda size: f"tl.cast({size}, S)" if size.has_tokens else f"{size}.0", in_memory=False)
+
+
+def held(value: Value) -> tuple[Extent, ...]:
+    """The axes of a value's tile: those of size 1 are left out."""
+    return tuple(size for size in value.shape if not size.is_one)
+
+
+def padded(size: int) -> int:
+    """The length of a tile's axis."""
+    return max(NARROWEST, 1 << (size - 1).bit_length())
+
+
+class TritonFunction:
+    """Writes one graph as a Triton function, which returns its results as tiles.
+
+    Args:
+        name: the function's name.
+        module: a simplified tile graph.
+        results: a name for each result, None for one that is not wanted; those of value None are absent too.
+        per_token: inputs that are tiles of tokens.
+        doc: a sentence on what it computes.
+        axes: the names of each value's axes, for the comments.
+        longest: the most tokens that a tile has.
+        rows: of inputs and results that the function itself reads and writes, one row a token, where it needs them:
+            the first row that the tile holds in memory, and whether a result is added to what is there.
+
+    Attributes:
+        inputs, results: names of what it takes and makes; a tile, or for `rows` a place in memory, to which an input
+            adds the elements from one row to the next.
+        returned: the results that it returns.
+        alive: elements of the tiles that are alive at once, at most.
+        tiles: name -> sizes of the axes of every input and result, those of size 1 left out.
+        scratch: elements of memory that it works in.
+        largest: elements of its largest tile.
+
+    Raises:
+        NoSpelling: some op, or some use of one, has no Triton.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: fx.GraphModule,
+        results: Sequence[str | None],
+        per_token: Sequence[str],
+        doc: str,
+        axes: Mapping[fx.Node, Axes],
+        longest: int,
+        rows: Mapping[str, tuple[int, bool]] = MappingProxyType({}),
+    ) -> None:
+        self.name, self.doc, self.axes, self.longest, self.rows = name, doc, axes, longest, rows
+        values = read(module, results, [False] * len(results), per_token, language=TRITON)
+        self.values = values.computed
+        self.given = dict(values.inputs)
+        scalars = [n.name for n in module.graph.find_nodes(op="placeholder") if n.name in SCALARS and n.users]
+        self.inputs = [*values.inputs, *scalars]
+        self.results = values.results
+        made = {v.result: v for v in self.values if v.result is not None}
+        self.tiles = {name: held(value) for name, value in {**self.given, **made}.items()}
+        for value in [*self.given.values(), *self.values]:
+            if ZERO in value.space or any(ZERO in operand.shape for operand in value.reads):
+                raise NoSpelling(f"a tile {self._named(value)} without elements")
+            elements = math.prod(self.padded(size) for size in value.space if not size.is_one)
+            if elements > MOST_ELEMENTS:
+                raise NoSpelling(f"a tile {self._named(value)} of {elements} elements is more than registers hold")
+        self.clean: dict[Value, list[bool]] = {v: [True] * len(held(v)) for v in self.given.values()}
+        self.turned: dict[Value, frozenset[int]] = {}  # axes along which a tile is held from its end
+        self.place: dict[Value, Extent] = {}  # what scratch memory holds
+        self.size = ZERO
+        self.used: set[int] = set()
+        self.masks: dict[Extent, str] = {}
+        self.returned = [r for r in self.results if r not in rows]
+        for result, value in made.items():
+            value.written = result in rows
+        alive = [value for name, value in self.given.items() if name not in rows]
+        self.values = fewest_alive(self.values, self._weight, alive)
+        self.alive = most_alive(self.values, self._weight, alive)
+        self._allot()
+        self.pending: list[str] = []
+        self.there = set(alive)
+        self.body = [line for value in alive if value in self.place for line in self._store(value)]
+        self.body += [line for value in self.values for line in self._value(value)]
+
+    @property
+    def scratch(self) -> int:
+        return self.size.at(self.longest)
+
+    def _weight(self, value: Value) -> int:
+        return math.prod(map(self.padded, held(value)))
+
+    def padded(self, size: Extent) -> int:
+        return padded(size.at(self.longest))
+
+    def whole(self, size: Extent) -> bool:
+        """Whether a tile's axis holds nothing beyond a value's own size."""
+        return not size.has_tokens and size.constant == self.padded(size)
+
+    def write(self) -> str:
+        """The source of the function."""
+        given = ["n", *self.parameters, "scratch", "S: tl.constexpr", "PRODUCT: tl.constexpr"]
+        lines = [f"def {self.name}({', '.join(given)}):", f'    """{self.doc}"""']
+        lines += [f"    i{size} = tl.arange(0, {size})" for size in sorted(self.used)]
+        lines += [f"    {name} = i{self.padded(size)} < {size}" for size, name in self.masks.items()]
+        lines += [f"    {line}" for line in self.body]
+        names = {v.result: v.name for v in self.values if v.result is not None}
+        if self.returned:
+            made = ", ".join(names[r] for r in self.returned)
+            lines.append(f"    return {made}{',' if len(self.returned) == 1 else ''}")
+        return "@triton.jit\n" + "\n".join(lines)
+
+    @property
+    def parameters(self) -> list[str]:
+        """What it takes, in order, before what every function takes."""
+        given: list[str] = []
+        for name in self.inputs:
+            given += [f"{name}_at", f"{name}_n"] if name in self.rows else [name]
+        return given + [f"{name}_at" for name in self.results if name in self.rows]
+
+    # ---- Rows ------------------------------------------------------------------------------------------------------
+
+    def _fetch(self, value: Value) -> None:
+        """Read a tile of rows before the line that first needs it."""
+        if value.kind != "input" or value in self.there:
+            return
+        self.there.add(value)
+        places, mask = self._rows(value, value.name, f"{value.name}_n")
+        masked = f", mask={mask}, other=0" if mask else ""
+        self.pending.append(f"{value.name} = tl.load({value.name}_at + {places}{masked}).to(S)")
+        self.pending += self._store(value) if value in self.place else []
+
+    def _rows(self, value: Value, name: str, step: str) -> tuple[str, str]:
+        """Places and mask of a tile of rows, the first one at the start of the tensor's own."""
+        sizes, first = held(value), self.rows[name][0]
+        tall = bool(sizes) and sizes[0].has_tokens
+        rank, places = len(sizes), []
+        strides = [ONE, *dense(sizes[1:])] if tall else dense(sizes)
+        for d, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
+            index = self._index(d, rank, size)
+            if tall and not d:
+                row = f"({index} - {first})" if first else index
+                places.append(f"{row} * {step}")
+            else:
+                places.append(index if stride == ONE else f"{index} * {stride}")
+        mask = self._masks(sizes)
+        if first:
+            mask += f" & ({self._index(0, rank, sizes[0])} >= {first})"
+        return " + ".join(places) or "0", mask
+
+    def _put(self, value: Value) -> list[str]:
+        """Lines that write a result's rows."""
+        assert value.result is not None
+        sizes = held(value)
+        tall = bool(sizes) and sizes[0].has_tokens
+        step = product(sizes[1:] if tall else sizes)
+        places, mask = self._rows(value, value.result, str(step))
+        place, text = f"{value.result}_at + {places}", value.name
+        if self.rows[value.result][1]:
+            text = f"tl.load({place}{f', mask={mask}, other=0' if mask else ''}) + {text}"
+        return [f"tl.store({place}, {text}{f', mask={mask}' if mask else ''})"]
+
+    # ---- Views -----------------------------------------------------------------------------------------------------
+
+    def _allot(self) -> None:
+        """Give scratch memory to what some reader can have from memory only."""
+        for value in self.values:
+            if value.kind == "join":
+                self._place(value)
+            for view, space in self._views(value):
+                flips = self._turned_by(view)
+                if value.node.target is torch.ops.aten.cumsum.default and not value.shape[value.axes[0]].is_one:
+                    axis = self._domain_axis(value, value.axes[0])
+                    if flips is not None and flips <= {axis} and not self.turned.get(view.base):
+                        self.turned[value] = flips
+                        continue
+                if value.kind == "join" or flips or flips is None or self._turn(view, space) is None:
+                    self._place(view.base)
+
+    def _place(self, value: Value) -> None:
+        if value not in self.place:
+            self.place[value] = self.size
+            self.size = self.size + product(value.shape)
+
+    @staticmethod
+    def _domain_axis(value: Value, axis: int) -> int:
+        return sum(not size.is_one for size in value.shape[:axis])
+
+    def _views(self, value: Value) -> list[tuple[Strided, tuple[Extent, ...]]]:
+        """The operands of a value, with the axes over which it reads each."""
+        if value.kind == "product":
+            return [(view, view.shape) for view in self._factors(value)]
+        if value.kind in ("system", "join"):
+            return [(view, view.shape) for view in value.reads]
+        return [(view, value.space) for view in value.reads]
+
+    def _turned_by(self, view: Strided) -> frozenset[int] | None:
+        """The axes along which a view reads a held tile from its end; None where it starts elsewhere."""
+        base, sizes = view.base, held(view.base)
+        strides = dense(sizes)
+        flips = {j for j, s in enumerate(strides) if s * -1 in view.strides}
+        start = ZERO
+        for j in flips:
+            start = start + strides[j] * (sizes[j] + Extent(0, -1))
+        return None if view.offset != start else frozenset(flips) ^ self.turned.get(base, frozenset())
+
+    def _turn(self, view: Strided, space: Sequence[Extent]) -> tuple[list[int], list[int]] | None:
+        """Which axis of the held tile each axis of `space` is, as (axes of the space, axes of the tile)."""
+        sizes = held(view.base)
+        strides = dense(sizes)
+        wanted = view.expand(space)
+        axes: list[int] = []
+        order: list[int] = []
+        index = 0
+        for size, stride in zip(wanted.shape, wanted.strides, strict=True):
+            if size.is_one:
+                continue
+            if stride != ZERO:
+                found = [j for j, s in enumerate(strides) if stride in (s, s * -1) and sizes[j] == size]
+                if not found or found[0] in order:
+                    return None
+                axes.append(index)
+                order.append(found[0])
+            index += 1
+        return (axes, order) if len(order) == len(sizes) else None
+
+    def _tile(self, view: Strided, space: Sequence[Extent]) -> tuple[str, list[bool | None]]:
+        """A view as a tile that broadcasts to `space`; for each axis whether it is zero beyond its size, None where it
+        has no such axis."""
+        base = view.base
+        self._fetch(base)
+        rank = sum(not size.is_one for size in space)
+        flips, turn = self._turned_by(view), self._turn(view, space)
+        if flips or flips is None or turn is None:
+            return self._load(view, space)
+        axes, order = turn
+        text = base.name
+        if order != sorted(order):
+            text = f"tl.trans({text})" if len(order) == 2 else f"tl.permute({text}, {tuple(order)})"
+        if axes and len(axes) < rank:
+            text = f"{text}[{', '.join(':' if d in axes else 'None' for d in range(rank))}]"
+        clean: list[bool | None] = [None] * rank
+        for axis, place in zip(axes, order, strict=True):
+            clean[axis] = self.clean[base][place] or self.whole(held(base)[place])
+        return text, clean
+
+    def _index(self, axis: int, rank: int, size: Extent) -> str:
+        self.used.add(self.padded(size))
+        beside = ", ".join(":" if d == axis else "None" for d in range(rank))
+        return f"i{self.padded(size)}" + (f"[{beside}]" if rank > 1 else "")
+
+    def _mask(self, axis: int, rank: int, size: Extent) -> str:
+        """Where an axis holds a value's own elements."""
+        self.used.add(self.padded(size))
+        if size not in self.masks:
+            self.masks[size] = f"in_{'n' if size == Extent(1, 0) else len(self.masks)}"
+        beside = ", ".join(":" if d == axis else "None" for d in range(rank))
+        return self.masks[size] + (f"[{beside}]" if rank > 1 else "")
+
+    def _masks(self, sizes: Sequence[Extent], strides: Sequence[Extent] | None = None) -> str:
+        """The same for all axes of a tile, as the last argument of a load or store."""
+        rank = len(sizes)
+        found = [
+            self._mask(d, rank, size)
+            for d, size in enumerate(sizes)
+            if not self.whole(size) and (strides is None or strides[d] != ZERO)
+        ]
+        return " & ".join(found)
+
+    def _load(self, view: Strided, space: Sequence[Extent]) -> tuple[str, list[bool | None]]:
+        wanted = view.expand(space)
+        axes = [(size, stride) for size, stride in zip(wanted.shape, wanted.strides, strict=True) if not size.is_one]
+        sizes, strides = [size for size, _ in axes], [stride for _, stride in axes]
+        index = [self._index(d, len(sizes), size) if s != ZERO else "0" for d, (size, s) in enumerate(axes)]
+        place = offset(self.place[view.base] + view.offset, index, strides)
+        mask = self._masks(sizes, strides)
+        text = f"tl.load(scratch + {place}{f', mask={mask}, other=0' if mask else ''})"
+        clean: list[bool | None] = [None if stride == ZERO else True for stride in strides]
+        return (f"({text} != 0)" if view.base.is_bool else text), clean
+
+    def _store(self, value: Value) -> list[str]:
+        if value.kind == "join":
+            return []
+        domain = held(value)
+        index = [self._index(d, len(domain), size) for d, size in enumerate(domain)]
+        place = offset(self.place[value], index, dense(domain))
+        mask = self._masks(domain)
+        text = f"tl.cast({value.name}, S)" if value.is_bool else value.name
+        if self.turned.get(value):
+            raise NoSpelling("a cumulative sum from the end that is read from its start")
+        return [f"tl.store(scratch + {place}, {text}{f', mask={mask}' if mask else ''})", "tl.debug_barrier()"]
+
+    # ---- Values ----------------------------------------------------------------------------------------------------
+
+    def _value(self, value: Value) -> list[str]:
+        made = {
+            "element": self._element,
+            "fold": self._fold,
+            "product": self._product,
+            "along": self._along,
+            "system": self._system,
+            "join": self._join,
+        }[value.kind](value)
+        *before, text = made
+        where = value.node.meta.get("where")
+        lines = [
+            *self.pending,
+            *before,
+            f"{value.name} = {text}  # {self._named(value)}{f' {where.short}' if where else ''}",
+        ]
+        self.pending = []
+        if value.written:
+            lines += self._put(value)
+        elif value.result is not None and not any(size.has_tokens for size in held(value)):
+            dirty = [d for d, fine in enumerate(self.clean[value]) if not fine]
+            if dirty:  # what the next step takes is zero beyond its size
+                mask = " & ".join(self._mask(d, len(held(value)), held(value)[d]) for d in dirty)
+                lines.append(f"{value.name} = tl.where({mask}, {value.name}, 0)")
+        return [*lines, *(self._store(value) if value in self.place else [])]
+
+    def _named(self, value: Value) -> str:
+        return f"[{', '.join(self.axes.get(value.node, ())).replace(' ', '')}]"
+
+    def _set_clean(self, value: Value, clean: Sequence[bool | None]) -> None:
+        self.clean[value] = [bool(c) or self.whole(size) for c, size in zip(clean, held(value), strict=True)]
+
+    def _element(self, value: Value) -> list[str]:
+        domain = held(value)
+        rank = len(domain)
+        texts, cleans = [], []
+        for operand in value.operands:
+            text, clean = (operand, [None] * rank) if isinstance(operand, str) else self._tile(operand, value.space)
+            texts.append(text)
+            cleans.append(clean)
+        axes = iter(range(rank))
+        index = tuple("0" if size.is_one else self._index(next(axes), rank, size) for size in value.shape)
+        numeric = [isinstance(operand, str) for operand in value.operands]
+        if value.copies:
+            text = texts[0]
+        else:
+            if not value.operands and value.node.args:
+                texts = numbers(value.node, TRITON)
+            text = self._spelled(value.node, texts, index, numeric)
+        covered = [any(c[d] is not None for c in cleans) or self._at_all(index, d, text) for d in range(rank)]
+        if not all(covered):
+            shape = f"({', '.join(str(self.padded(size)) for size in domain)}{',' if rank == 1 else ''})"
+            tile = any(covered) or any(isinstance(o, Strided) and held(o.base) for o in value.operands)
+            text = f"tl.broadcast_to({text}, {shape})" if tile else f"tl.full({shape}, {text}, S)"
+        elif not rank and all(numeric):
+            text = f"tl.full((), {text}, {'tl.int1' if value.is_bool else 'S'})"
+        arguments = list(zip(numeric, cleans, strict=True))
+        self._set_clean(value, [stays_zero(value, d, arguments) for d in range(rank)])
+        return [text]
+
+    @staticmethod
+    def _at_all(index: tuple[str, ...], axis: int, text: str) -> bool:
+        """Whether an expression reads the position along an axis."""
+        positions = [i for i in index if i != "0"]
+        return positions[axis] in text
+
+    @staticmethod
+    def _spelled(node: fx.Node, texts: list[Any], index: tuple[str, ...], numeric: Sequence[bool]) -> str:
+        element: Any = ops.row(node.target).cpp
+        assert isinstance(element, Element)
+        spelling: Callable[..., str] | Unsupported = element.spell if element.triton is None else element.triton
+        if isinstance(spelling, Unsupported):
+            raise NoSpelling(f"{ops.row(node.target).name}: {spelling.reason}")
+        return spelling(operands_of(node, texts, index=index, numbers=numeric))
+
+    def _fold(self, value: Value) -> list[str]:
+        how, (view,) = fold(value.node), value.reads
+        space = [size for size in value.space if not size.is_one]
+        reduced = [self._domain_of(value.space, axis) for axis in value.axes if not value.space[axis].is_one]
+        text, clean = self._tile(view, value.space)
+        missing = [d for d in reduced if clean[d] is None]
+        if missing:
+            text = f"tl.broadcast_to({text}, ({', '.join(str(self.padded(size)) for size in space)},))"
+            clean = [False if d in missing else c for d, c in enumerate(clean)]
+        element = how.of(text)
+        fill = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}[how.by]
+        dirty = [d for d in reduced if not self.whole(space[d]) and (not clean[d] or how.by != "sum")]
+        if dirty:
+            mask = " & ".join(self._mask(d, len(space), space[d]) for d in dirty)
+            element = f"tl.where({mask}, {element}, {fill})"
+        for d in sorted(reduced, reverse=True):
+            element = f"tl.{how.by}({element}, {d})"
+        count = product([value.space[axis] for axis in value.axes])
+        ended = how.finish(element, "{count}")
+        ended = ended.replace("S({count})", f"tl.cast({count}, S)").replace("std::sqrt", "tl.sqrt")
+        self._set_clean(value, [c for d, c in enumerate(clean) if d not in reduced])
+        left = [d for d in range(len(space)) if d not in reduced]
+        if any(clean[d] is None for d in left):
+            shape = ", ".join(str(self.padded(space[d])) for d in left)
+            ended = f"tl.broadcast_to({ended}, ({shape},))"
+        return [ended]
+
+    @staticmethod
+    def _domain_of(space: Sequence[Extent], axis: int) -> int:
+        return sum(not size.is_one for size in space[:axis])
+
+    def _factors(self, value: Value) -> tuple[Strided, Strided]:
+        """A product's operands: as they are where it is one of tiles, else over all of its axes, to be summed."""
+        a, b = value.factors
+        if self._is_dot(value):
+            return a, b
+        return self._beside(a.unsqueeze(len(a.shape)), b.unsqueeze(len(b.shape) - 2))
+
+    @staticmethod
+    def _is_dot(value: Value) -> bool:
+        a, b = value.factors
+        sizes = [a.shape[-2], a.shape[-1], b.shape[-1]]
+        batch = [size for size in value.shape[:-2] if not size.is_one]
+        return not any(size.is_one for size in sizes) and not batch
+
+    @staticmethod
+    def _beside(a: Strided, b: Strided) -> tuple[Strided, Strided]:
+        rank = max(len(a.shape), len(b.shape))
+        a, b = (
+            replace(
+                v, shape=(ONE,) * (rank - len(v.shape)) + v.shape, strides=(ZERO,) * (rank - len(v.shape)) + v.strides
+            )
+            for v in (a, b)
+        )
+        shape = [n if m.is_one else m for m, n in zip(a.shape, b.shape, strict=True)]
+        return a.expand(shape), b.expand(shape)
+
+    def _product(self, value: Value) -> list[str]:
+        a, b = self._factors(value)
+        if self._is_dot(value):
+            (left, clean_a), (right, clean_b) = self._tile(a, a.shape), self._tile(b, b.shape)
+            left, right = self._full(left, clean_a, a.shape), self._full(right, clean_b, b.shape)
+            inner = a.shape[-1]
+            if not self.whole(inner):
+                left = left if clean_a[1] else f"tl.where({self._mask(1, 2, inner)}, {left}, 0)"
+                right = right if clean_b[0] else f"tl.where({self._mask(0, 2, inner)}, {right}, 0)"
+            self._set_clean(value, [clean_a[0], clean_b[1]])
+            return [f"tiles.dot({left}, {right}, S, PRODUCT)"]
+        space = a.shape
+        axes = [size for size in space if not size.is_one]
+        elements = math.prod(map(self.padded, axes))
+        if elements > MOST_ELEMENTS:
+            raise NoSpelling(f"a product of {elements} terms is more than registers hold")
+        (left, clean_a), (right, clean_b) = self._tile(a, space), self._tile(b, space)
+        text = f"{left} * {right}"
+        clean = [bool(x and (y or y is None)) or bool(y and x is None) for x, y in zip(clean_a, clean_b, strict=True)]
+        absent = [x is None and y is None for x, y in zip(clean_a, clean_b, strict=True)]
+        inner = len(space) - 2
+        if not space[inner].is_one:
+            d = self._domain_of(space, inner)
+            if not self.whole(space[inner]) and not clean[d]:
+                text = f"tl.where({self._mask(d, len(axes), space[inner])}, {text}, 0)"
+            text = f"tl.sum({text}, {d})"
+            del clean[d], absent[d]
+        if any(absent):
+            text = f"tl.broadcast_to({text}, ({', '.join(str(self.padded(s)) for s in held(value))},))"
+        self._set_clean(value, clean)
+        return [text]
+
+    def _full(self, text: str, clean: list[bool | None], shape: Sequence[Extent]) -> str:
+        """A factor with every axis it has."""
+        if None not in clean:
+            return text
+        sizes = ", ".join(str(self.padded(size)) for size in shape if not size.is_one)
+        return f"tl.broadcast_to({text}, ({sizes}))"
+
+    def _along(self, value: Value) -> list[str]:
+        (view,) = value.reads
+        axis = self._domain_axis(value, value.axes[0])
+        name: str = ops.row(value.node.target).cpp.function  # type: ignore[union-attr]
+        if self.turned.get(value):
+            name += "_reversed"
+            view = view.flip([value.axes[0]])
+        text, clean = self._tile(view, value.space)
+        text = self._full(text, clean, value.space)
+        if value.shape[value.axes[0]].is_one:
+            self._set_clean(value, [name != "softmax" and c for c in clean])
+            return [f"{text} - {text} + 1" if name == "softmax" else text]
+        rank = len(held(value))
+        live = self._mask(axis, rank, held(value)[axis])
+        zero = [bool(c) and d != axis and name != "softmax" for d, c in enumerate(clean)]
+        self._set_clean(value, zero)
+        return [f"tiles.{name}({text}, {axis}, {live})"]
+
+    def _system(self, value: Value) -> list[str]:
+        spelled = ops.row(value.node.target).cpp
+        a, b = value.reads
+        if not isinstance(spelled, System) or not spelled.triangular:
+            raise NoSpelling("a system that is no triangle")
+        if len([s for s in value.shape[:-2] if not s.is_one]) or a.shape[-1].is_one:
+            raise NoSpelling("a batch of triangles")
+        settings = {"upper": False, "left": True, "unitriangular": False, **value.node.kwargs}
+        upper = settings["upper"] if settings["left"] else not settings["upper"]
+        (left, clean_a), (right, clean_b) = self._tile(a, a.shape), self._tile(b, b.shape)
+        left = self._full(left, clean_a, a.shape)
+        vector = b.shape[-1].is_one
+        right = f"{self._full(right, clean_b, b.shape)}[:, None]" if vector else self._full(right, clean_b, b.shape)
+        live = self._mask(0, 1, a.shape[-1])
+        text = f"tiles.solve_triangular({left}, {right}, {live}, {upper}, {settings['unitriangular']})"
+        self._set_clean(value, [True, *([] if vector else [clean_b[1]])])
+        return [f"tl.sum({text}, 1)" if vector else text]
+
+    def _join(self, value: Value) -> list[str]:
+        """Parts go to memory side by side, from which the whole is read."""
+        lines, start = [], ZERO
+        axis = value.axes[0]
+        strides = dense(value.shape)
+        for part in value.operands:
+            if isinstance(part, str):
+                raise NoSpelling("a number beside tiles")
+            text, clean = self._tile(part, part.shape)
+            text = self._full(text, clean, part.shape)
+            sizes = [size for size in part.shape if not size.is_one]
+            steps = [s for size, s in zip(part.shape, strides, strict=True) if not size.is_one]
+            index = [self._index(d, len(sizes), size) for d, size in enumerate(sizes)]
+            place = offset(self.place[value] + strides[axis] * start, index, steps)
+            mask = self._masks(sizes)
+            lines.append(f"tl.store(scratch + {place}, {text}{f', mask={mask}' if mask else ''})")
+            start = start + part.shape[axis]
+        whole, clean = self._load(Strided.of(value, value.shape), value.shape)
+        self._set_clean(value, clean)
+        return [*lines, "tl.debug_barrier()", whole]

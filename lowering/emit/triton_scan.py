@@ -1,0 +1,154 @@
+"""A scan over chunks in Triton: the state stays in registers while the chunks go by.
+
+`backward` walks them in reverse, each from the state it started with, which it recomputes from the last one kept.
+"""
+
+from __future__ import annotations
+
+from nestloop.lowering.emit.triton_stream import ROWWISE, TritonStream, indented
+
+
+class TritonScan(TritonStream):
+    """Writes the module of a scan."""
+
+    def _forward(self) -> list[str]:
+        body = self.read_only("forward")
+        for n in self.carry:
+            body.append(self.load(n, self.at(n)) if n in self.starts else f"{n} = {self.zeros(n)}")
+        for n in self.extra:
+            if n.endswith("__pending"):
+                body.append(self.store(n, self._end(n), self.zeros(n)))
+        loop = [*self.span, "if (index > 0) & (index % every == 0):"]
+        kept = [self.store(n, f"{self._between(n, 'index // every - 1')}", n) for n in self.carry]
+        kept = [line.replace(f"between_{n}_p", f"between_{n}_made") for n, line in zip(self.carry, kept, strict=True)]
+        loop += indented(kept)
+        loop += self._anchored()
+        for n in self.extra:
+            if n.endswith("__anchor"):
+                weight = n.removesuffix("__anchor")
+                loop += ["if start + own == N:", *indented([self.store(n, self._end(n), weight)])]
+
+        def run(name: str) -> list[str]:
+            function = self.functions[name]
+            lines = [self.call(name, {})]
+            for result in self.pieces[name].results:
+                plain, there = result.removesuffix("_new"), result in function.results
+                if result in ROWWISE:
+                    lines += [] if there else [self.clear(result)]
+                elif plain in self.carry:
+                    lines.append(f"{plain} = {result if there else self.zeros(plain)}")
+                else:
+                    lines.append(self.store(plain, self._end(plain), result if there else self.zeros(plain)))
+            return [line for line in lines if line]
+
+        loop += self.either(run("chunk"), run("partial") if "partial" in self.pieces else [])
+        body += [f"for index in range(0, tl.cdiv(N, {self.longest})):", *indented(loop)]
+        return body + [self.store(n, self._end(n), n) for n in self.carry]
+
+    def _end(self, name: str) -> str:
+        return f"end_{name}_made + item * {self._elements(name)}"
+
+    def _between(self, name: str, index: str) -> str:
+        return f"between_{name}_p + (({index}) * H * B + item) * {self._elements(name)}"
+
+    def _anchored(self) -> list[str]:
+        """Lines that set an anchor where its period begins."""
+        if not self.anchor_period:
+            return []
+        moved = [f"{n} = {n.removesuffix('__anchor')}" for n in self.anchors]
+        return [f"if start % {self.anchor_period} == 0:", *indented(moved)]
+
+    def _slots(self, index: str) -> dict[str, str]:
+        """Where the states of a group lie in the program's memory."""
+        places, offset = {}, 0
+        for n in self.carry:
+            places[n] = f"states + ({index}) * {self._state}" + (f" + {offset}" if offset else "")
+            offset += self._elements(n)
+        return places
+
+    def _backward(self) -> list[str]:
+        gradients = self.gradients
+        body = self.read_only("backward")
+        body += [f"d_{n} = {self.zeros(n)}" for n in self.shared if n in gradients]
+        body += [self.load(f"d_{n}", self.at(f"d_end_{n}")) for n in self.carry]
+        if self.halo:
+            body += self._clear()
+        body += [f"chunks = tl.cdiv(N, {self.longest})", "groups = tl.cdiv(chunks, every)"]
+        here = self._slots("0")
+        first = [self.load(n, self.at(n)) if n in self.starts else f"{n} = {self.zeros(n)}" for n in self.carry]
+        later = [self.load(n, self._between(n, "first // every - 1")) for n in self.carry]
+        group = [
+            "first = (groups - 1 - turn) * every",
+            "last = tl.minimum(first + every, chunks)",
+            "tl.debug_barrier()",  # the states of the group before are read
+            "if first == 0:",
+            *indented([*first, *[self.store(n, here[n], n) for n in self.carry]]),
+            "else:",
+            *indented([*later, *[self.store(n, here[n], n) for n in self.carry]]),
+            "tl.debug_barrier()",
+        ]
+        if self.carry:
+            ahead, now, then = [*self.span], self._slots("index - first"), self._slots("index - first + 1")
+            ahead += [self.load(n, now[n]) for n in self.carry]
+            ahead += self._anchored()
+            ahead.append(self.call("advance", {}))
+            made = self.functions["advance"].results
+            left = [r for r in self.pieces["chunk"].results if r.removesuffix("_new") in self.carry]
+            for r in left:
+                n = r.removesuffix("_new")
+                ahead.append(self.store(n, then[n], r if r in made else self.zeros(n)))
+            ahead += [self.store(n, then[n], n) for n in self.anchors]
+            ahead.append("tl.debug_barrier()")
+            group += ["for index in range(first, last - 1):", *indented([line for line in ahead if line])]
+        group += ["for back in range(first, last):", *indented(["index = last - 1 - (back - first)", *self._pull()])]
+        body += ["for turn in range(0, groups):", *indented(group)]
+        for n in self.starts:
+            body.append(self.store(n, f"{n}_made + item * {self._elements(n)}", f"d_{n}"))
+        for n in self.shared:
+            if n in gradients:
+                body.append(self.store(n, f"{n}_made + item * {self._elements(n)}", f"d_{n}"))
+        return body
+
+    def _clear(self) -> list[str]:
+        """Lines that set the cotangents of tokens to zero, to which windows that overlap add."""
+        lines = [f"for index in range(0, tl.cdiv(N, {self.rows})):"]
+        inner = [*self.span, *[self.clear(n) for n in self.seen]]
+        return [*lines, *indented(inner), "tl.debug_barrier()"]
+
+    def _pull(self) -> list[str]:
+        """Lines of one chunk's backward."""
+        now = self._slots("index - first")
+        lines = [*self.span, *[self.load(n, now[n]) for n in self.carry], *self._anchored()]
+        for n in self.extra:
+            if n.endswith("__update"):
+                lines.append(self.load(n, self.at(f"d_end_{n}"), f"d_{n}_new", "index + 1 == chunks"))
+            elif n.endswith("__pending"):
+                lines.append(self.load(n, self.at(f"d_end_{n}"), f"d_{n}_new"))
+
+        def pull(name: str) -> list[str]:
+            complete, nonzero = name == "chunk", self.nonzero(name)
+            places = {f"d_{n}_new": f"d_{n}" for n in self.carry}
+            after = self.token_cotangents(name)
+            for n in self.carry:
+                if n.endswith("__anchor") or not complete:  # what the chunk does not change passes by
+                    after += [f"d_{n} += c_d_{n}"] if n in nonzero else []
+                else:
+                    after.append(f"d_{n} = {f'c_d_{n}' if n in nonzero else self.zeros(n)}")
+            after += [f"d_{n} += c_d_{n}" for n in self.shared if n in nonzero]
+            call = self.call(f"{name}_vjp", places, "c_")
+            return [line for line in [call, *after] if line]
+
+        lines += self.either(pull("chunk"), pull("partial") if "partial" in self.pieces else [])
+        last = []
+        for n in self.extra:
+            if n.endswith("__anchor"):  # the last chunk's first weights are its anchor
+                weight = n.removesuffix("__anchor")
+                last += [self.load(f"d_{n}", self.at(f"d_end_{n}")), f"d_{weight} += d_{n}"]
+        if last:
+            lines += ["if index + 1 == chunks:", *indented(last)]
+        if self.anchor_period:
+            inner = []
+            for n in self.anchors:
+                inner += [f"d_{n.removesuffix('__anchor')} += d_{n}", f"d_{n} = {self.zeros(n)}"]
+            lines += [f"if start % {self.anchor_period} == 0:", *indented(inner)]
+        return lines

@@ -1,0 +1,41 @@
+"""What is kept of generated Triton; nothing here imports Triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TritonPlan:
+    """Generated Triton and how it is called.
+
+    Attributes:
+        text: the module, with kernels `forward` and `backward`.
+        forward, backward: names of the tensors each takes, in order.
+        gradients: names of the inputs that `backward` gives a cotangent of, in order; the others' are zero.
+        rows: tokens of a chunk of a scan, or the most that a piece takes.
+        scratch: elements of memory that a program of each kernel works in.
+        state: elements of the state between two chunks.
+        warps: warps of a program of each kernel.
+        wide: names of the tensors whose rows are a multiple of 16 elements long.
+    """
+
+    text: str
+    forward: tuple[str, ...]
+    backward: tuple[str, ...]
+    gradients: tuple[str, ...]
+    rows: int
+    scratch: tuple[int, int]
+    state: int
+    warps: tuple[int, int]
+    wide: tuple[str, ...]
+
+    def options(self, kernel: str, nvidia: bool = True) -> dict[str, Any]:
+        """How a kernel is compiled.
+
+        A bound on registers is given to NVIDIA's assembler because without one it may, for large kernels, take 32.
+        """
+        warps = self.warps[kernel == "backward"]
+        bound = {"maxnreg": min(255, 65_536 // (32 * warps))} if nvidia else {}
+        return {"num_warps": warps, "num_stages": 1, **bound}

@@ -1,0 +1,137 @@
+"""Every row of `lowering.ops` in Triton, interpreted: what its spelling computes is what the op computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+from nestloop.lowering import ops
+from nestloop.lowering.emit.triton import TritonFunction
+from nestloop.lowering.ops.row import Element, Unsupported
+from nestloop.lowering.runtime import cache
+from tests.lowering.ops.test_cpp_rows import MORE, SPELLED
+from tests.lowering.ops.test_rows import kwargs
+
+pytest.importorskip("triton")
+from nestloop.lowering.runtime.interpreter import interpreted
+
+CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    **{row.name: (row.target, row.example, kwargs(row)) for row in SPELLED},
+    **MORE,
+}
+# What Triton has no spelling for, and why.
+REFUSED = {
+    "pow.Tensor_Tensor": "pow.Tensor_Tensor: Triton has no power of one tensor to another, of negative bases too",
+    "atan.default": "atan.default: Triton has no arctangent",
+    "solve.default": "a system that is no triangle",
+    "nestloop.solve.default": "a system that is no triangle",
+    "a system with rows out of order": "a system that is no triangle",
+    "a batch of triangles": "a batch of triangles",
+    "product 4 x 0 x 3": "a tile [] without elements",
+}
+
+KERNEL = """
+import triton
+import triton.language as tl
+
+from nestloop.lowering.emit import tiles
+
+
+{function}
+
+
+@triton.jit
+def kernel({pointers}, scratch, S: tl.constexpr, PRODUCT: tl.constexpr):
+    n = 16
+{body}
+"""
+
+
+def graph_of(target: Any, arguments: Any, settings: dict[str, Any]) -> tuple[fx.GraphModule, list[Tensor]]:
+    graph, given = fx.Graph(), []
+
+    def placeholder(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        node = graph.placeholder(f"x{len(given)}")
+        node.meta["val"] = value
+        given.append(value)
+        return node
+
+    node = graph.call_function(target, tree_map(placeholder, tuple(arguments)), settings)
+    node.meta["val"] = target(*arguments, **settings)
+    graph.output(((node,),)).meta["val"] = None
+    graph.output_node().args = ((node,),)
+    return fx.GraphModule({}, graph), given
+
+
+def in_memory(name: str, function: TritonFunction) -> tuple[str, str]:
+    """Places and mask of a tile that lies densely in memory."""
+    sizes = [size.at(16) for size in function.tiles[name]]
+    rank, index, masks = len(sizes), [], []
+    for axis, size in enumerate(sizes):
+        beside = f"[{', '.join(':' if d == axis else 'None' for d in range(rank))}]" if rank > 1 else ""
+        position = f"tl.arange(0, {function.padded(function.tiles[name][axis])}){beside}"
+        step = 1
+        for later in sizes[axis + 1 :]:
+            step *= later
+        index.append(f"{position} * {step}")
+        masks.append(f"({position} < {size})")
+    return " + ".join(index) or "0", " & ".join(masks)
+
+
+def run(target: Any, arguments: Any, settings: dict[str, Any]) -> Tensor:
+    module, given = graph_of(target, arguments, settings)
+    function = TritonFunction("op", module, ["y"], (), "The op.", {}, 16)
+    body = []
+    for name in function.inputs:
+        places, mask = in_memory(name, function)
+        masked = f", mask={mask}, other=0" if mask else ""
+        loaded = f"tl.load({name}_p + {places}{masked})"
+        body.append(f"    {name} = {loaded}")
+    body.append(f"    (y,) = op({', '.join(['n', *function.inputs, 'scratch', 'S', 'PRODUCT'])})")
+    places, mask = in_memory("y", function)
+    body.append(f"    tl.store(y_p + {places}, y{f', mask={mask}' if mask else ''})")
+    pointers = ", ".join([*[f"{n}_p" for n in function.inputs], "y_p"])
+    text = KERNEL.format(function=function.write(), pointers=pointers, body="\n".join(body))
+    kernel = cache.load(cache.write("op", text)).kernel
+    expected = target(*arguments, **settings)
+    made = torch.full(expected.shape, float("nan")).to(expected.dtype)
+    import triton.language as tl
+
+    tensors = {f"x{i}_p": t.contiguous() for i, t in enumerate(given) if f"x{i}" in function.inputs}
+    scratch = torch.full((max(function.scratch, 1),), float("nan"), dtype=torch.float64)
+    settings_of = {"S": tl.float64, "PRODUCT": "ieee"}
+    interpreted(kernel, (1,), {**tensors, "y_p": made, "scratch": scratch, **settings_of})
+    return made
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_what_is_spelled_is_what_the_op_computes(name: str) -> None:
+    target, build, settings = CASES[name]
+    generator = torch.Generator().manual_seed(0)
+    arguments = build(lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64))
+    double = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, arguments)
+    if name in REFUSED:
+        with pytest.raises(ops.NoSpelling) as refusal:
+            run(target, double, settings)
+        assert str(refusal.value) == REFUSED[name]
+        return
+    expected = target(*double, **settings)
+    if not tree_leaves([x for x in double if isinstance(x, Tensor)]) and expected.is_floating_point():
+        expected = expected.double()
+    made = run(target, double, settings)
+    torch.testing.assert_close(made.to(expected.dtype), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_what_triton_cannot_spell_is_written_in_the_rows() -> None:
+    unspelled = {
+        row.name
+        for row in ops.ROWS.values()
+        if isinstance(row.cpp, Element) and isinstance(row.cpp.triton, Unsupported)
+    }
+    assert unspelled == {"pow.Tensor_Tensor", "atan.default"}

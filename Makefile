@@ -54,7 +54,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    echo "creating $(VENV) with $$usable"; \
 	    $$usable -m venv $(VENV) || exit 1; \
 	fi
-	@echo 'installing nestloop and its dependencies (about 2 GB on disk, some minutes the first time)'
+	@echo 'installing nestloop and its dependencies (about 2.5 GB on disk, some minutes the first time)'
 	$(PY) -m pip install -qq -c constraints.txt setuptools
 	$(PY) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@

@@ -32,7 +32,7 @@ from nestloop.errors import (
     UnadmittedOpError,
     UnusedFastWeightError,
 )
-from nestloop.lang.loop import LoopSpec, body_line
+from nestloop.lang.loop import LoopSpec, body_line, user_files
 from nestloop.lowering import ops
 from nestloop.lowering.length import HINT, Length
 from nestloop.lowering.mismatch import OpFailed, about_shapes, operands, shape_mismatch, trial_sizes
@@ -59,6 +59,8 @@ class Captured:
         hoisted: those values, by name, traced; more inputs of the loss.
         project: tokens and slow weights -> what the loss reads of both (`lowering.rewrites.project`), or None.
         projected: those values, one row per token, by name, traced; more inputs of the loss.
+        grams: slow weights -> the Gram matrices whose conditioning says whether the loss is as precise as it was before
+            `lowering.rewrites.gram` rewrote it; None where it did not.
         reads_dtype: whether a body uses a constant of the dtype (RMSNorm's default eps).
     """
 
@@ -72,6 +74,7 @@ class Captured:
     hoisted: Mapping[str, Tensor] = field(default_factory=dict)
     project: fx.GraphModule | None = None
     projected: Mapping[str, Tensor] = field(default_factory=dict)
+    grams: fx.GraphModule | None = None
     reads_dtype: bool = False
 
     @property
@@ -284,7 +287,7 @@ class _Calls(TorchFunctionMode):
         plain_inplace = name.endswith("_") and not name.startswith("_") and not name.endswith("__")
         writes = plain_inplace or name in _WRITES or kwargs.get("out") is not None
         # PyTorch's own Python functions write into what they have just made; only the user's own writes count.
-        writes = writes and sys._getframe(1).f_code.co_filename in _user_files(self.spec)
+        writes = writes and sys._getframe(1).f_code.co_filename in user_files(self.spec)
         if writes or kwargs.get("inplace"):
             written = ops.named_shape(args[0].shape) if args and isinstance(args[0], Tensor) else "a tensor"
             raise InPlaceError(
@@ -357,33 +360,16 @@ def _as_compile_error(spec: LoopSpec, user_body: str | None) -> Iterator[None]:
             raise
         raise CompileError(
             f"The {user_body} of {spec.name} cannot be traced: {type(error).__name__}.",
-            where=_line_in_traceback(spec, error),
+            where=line_in_traceback(spec, error),
             given=str(error).splitlines()[0] if str(error) else type(error).__name__,
             need="plain PyTorch on tensors, numbers and the declared names",
             fix="run the body by hand on small tensors; backend='reference' calls it unchanged",
         ) from error
 
 
-def _user_files(spec: LoopSpec) -> set[str]:
-    files = set()
-    for cls in (*spec.cls.__mro__, *spec.learner.__mro__):
-        module = sys.modules.get(cls.__module__)
-        inside = cls.__module__.startswith(("nestloop.lang", "builtins", "torch"))
-        for value in () if inside else vars(cls).values():
-            code = getattr(value, "__code__", None)
-            if code is not None:
-                files.add(code.co_filename)
-        if not inside and module is not None and getattr(module, "__file__", None):
-            files.add(module.__file__)
-    transform = getattr(spec.optimizer.transform, "__code__", None)
-    if transform is not None and not getattr(spec.optimizer.transform, "__module__", "").startswith("nestloop.lang"):
-        files.add(transform.co_filename)
-    return files
-
-
 def user_frame(spec: LoopSpec) -> FrameType | None:
     """The innermost frame of the user's own files on the stack."""
-    files = _user_files(spec)
+    files = user_files(spec)
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename not in files:
         frame = frame.f_back
@@ -396,8 +382,9 @@ def user_line(spec: LoopSpec) -> Location | None:
     return None if frame is None else Location(frame.f_code.co_filename, frame.f_lineno)
 
 
-def _line_in_traceback(spec: LoopSpec, error: BaseException) -> Location:
-    files, found = _user_files(spec), spec.where
+def line_in_traceback(spec: LoopSpec, error: BaseException) -> Location:
+    """The innermost line of the user's own files that an error went through."""
+    files, found = user_files(spec), spec.where
     traceback = error.__traceback__
     while traceback is not None:
         if traceback.tb_frame.f_code.co_filename in files:

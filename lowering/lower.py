@@ -54,7 +54,8 @@ def plan_for(
         losses: whether the inner losses are wanted.
         carried: whether fast weights come from a state even where they are frozen at zero.
         double: whether it computes in float64, for the rare body that depends on the dtype.
-        part: of a stream, which of its ops (`lowering.pipeline.stream_stages`).
+        part: of a stream, which of its ops (`lowering.pipeline.stream_stages`); of a loop in batches "wide", for its
+            plan without the Gram form.
         triton: whether it is to have Triton too.
 
     Raises:
@@ -98,7 +99,7 @@ def _plan(
     dtype = {"dtype": torch.float64} if double else {}
     if spec.streams:
         return pipeline.stream_plan(pipeline.stream_stages(spec, sizes, tokens, losses, part, **dtype, triton=triton))
-    return pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried, **dtype))
+    return pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried, **dtype, wide=part == "wide"))
 
 
 def lower(
@@ -125,4 +126,8 @@ def lower(
         plan = plan_for(spec, sizes, tokens, losses, carried, double, part, triton)
     if spec.streams:
         return build_stream(spec, plan, sizes["H"], inductor, backend, double)
-    return build(spec, plan, sizes["H"], losses, inductor, backend, double)
+
+    def wide() -> Plan:
+        return plan_for(spec, sizes, tokens, losses, carried, double and plan.reads_dtype, "wide")
+
+    return build(spec, plan, sizes["H"], losses, inductor, backend, double, wide)

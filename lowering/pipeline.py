@@ -68,6 +68,7 @@ def stages(
     losses: bool,
     carried: bool,
     dtype: torch.dtype = torch.float32,
+    wide: bool = False,
 ) -> Lowered:
     """Run the compiler up to source.
 
@@ -77,6 +78,7 @@ def stages(
         losses: whether the inner losses are wanted.
         carried: whether fast weights come from a state even where they are frozen at zero.
         dtype: the compute dtype, for the rare body that depends on it.
+        wide: without the Gram form, for decoders that it would lose precision on.
 
     Raises:
         CompileError: a body cannot be compiled.
@@ -86,7 +88,7 @@ def stages(
     typing = None if captured.loss is None else type_axes(spec, captured.loss)
     if typing is not None:
         check_tokens(spec, typing, type_axes(spec, captured.readout))
-    narrowed, gram = gram_form(captured, tracer)
+    narrowed, gram = gram_form(captured, tracer, not wide)
     hoisted, hoisting = hoist(narrowed, tracer)
     projected, projection = project(hoisted, tracer)
     differentiated = pieces(projected, tracer, losses)
@@ -219,6 +221,13 @@ def stream_stages(
     return LoweredStream(captured, typing, form, made, applied, source, native, not_native, kernels, not_triton, part)
 
 
+def _numbers(piece: Piece) -> tuple[str, str, str, str]:
+    """What `Plan.pieces` says of a piece."""
+    forward, backward = cost(piece.forward), cost(piece.backward)
+    written, operations = forward.traffic + backward.traffic, forward.operations + backward.operations
+    return str(forward.products), str(backward.products), str(written), str(operations)
+
+
 def stream_plan(lowered: LoweredStream) -> Plan:
     """What is kept of a stream's lowering, and all that running it takes."""
     spec, captured, source = lowered.spec, lowered.captured, lowered.source
@@ -234,10 +243,7 @@ def stream_plan(lowered: LoweredStream) -> Plan:
         tiles=tiles,
         output=captured.output,
         tokens=captured.tokens,
-        pieces={
-            name: (str(cost(piece.forward).products), str(cost(piece.backward).products))
-            for name, piece in lowered.pieces.items()
-        },
+        pieces={name: _numbers(piece) for name, piece in lowered.pieces.items()},
         rows=1 << 40,
         reads_dtype=captured.reads_dtype,
         results=source.results,
@@ -266,10 +272,7 @@ def plan(lowered: Lowered) -> Plan:
         output=captured.output,
         tokens=captured.tokens,
         reads_dtype=captured.reads_dtype,
-        pieces={
-            name: (str(cost(piece.forward).products), str(cost(piece.backward).products))
-            for name, piece in lowered.pieces.items()
-        },
+        pieces={name: _numbers(piece) for name, piece in lowered.pieces.items()},
         rows=rows_in_cache([module for p in lowered.pieces.values() for module in (p.forward, p.backward)], heads),
         scale=dot_product_scale(captured) if form == "attention" else None,
         native=lowered.native,

@@ -16,6 +16,8 @@ from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.schedule import Program
 from nestloop.lowering import lower, names
+from nestloop.lowering.runtime.executable import OPS
+from nestloop.lowering.runtime.refusals import singular_system
 from nestloop.lowering.runtime.streams import StreamOp, run_stream
 
 BACKENDS = ("auto", "reference", "torch", "cpp", "triton")
@@ -59,10 +61,17 @@ class CompiledLoop:
 
     @property
     def backend(self) -> str:
-        """The backend that is tried first: "auto" is C++ on a CPU, unless inductor compiles the generated PyTorch."""
+        """The backend that is tried first: "auto" is C++ on a CPU, unless inductor compiles the generated PyTorch. The
+        sizes of a call may still say that generated PyTorch is faster."""
         if self.requested != "auto":
             return self.requested
         return "torch" if self.inductor else "cpp"
+
+    @property
+    def ran(self) -> list[str]:
+        """What the last call of each op that has two forms took: "the Gram form" or "the wide form"."""
+        called = [OPS[name].ran for name in self._names.values() if name in OPS]
+        return sorted({form for form in called if form})
 
     @property
     def _walks(self) -> bool:
@@ -107,6 +116,7 @@ class CompiledLoop:
 
         Raises:
             InputError, OrderError, UnresolvedDimError: the tensors do not fit the declaration.
+            SingularSystemError: a body solves a linear system that has no solution with these numbers.
         """
         if cu_seqlens is None:
             z, end, losses = self.run(views, weights, state, order, return_losses, dims)
@@ -160,7 +170,12 @@ class CompiledLoop:
         walks = self._walks or (self.spec.streams and binding.tokens == 0)  # no tokens, no step
         if walks or self._walks:
             start = None if state is None else dict(state)
-            return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
+            try:
+                return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
+            except torch.linalg.LinAlgError as error:
+                from nestloop.lowering.capture import line_in_traceback  # all of tracing, which a call may do without
+
+                raise singular_system(self.spec, line_in_traceback(self.spec, error)) from None
         views, weights = names.inward(self.renamed, views), names.inward(self.renamed, weights)
         state = None if state is None else names.inward(self.renamed, state)
         if self.spec.streams:
@@ -277,8 +292,8 @@ def compile(loop: type[Loop], backend: str = "auto", inductor: bool = False, **d
         loop: a subclass of `nl.Loop`.
         backend: "reference" (brute force, the definition), "torch" (generated PyTorch), "cpp" (generated C++),
             "triton" (generated Triton, of streams; on a CPU it is interpreted, slowly), or "auto": cpp where the loop
-            has a plan for it and a C++ compiler is there, else torch. Tensors on a GPU run generated PyTorch unless
-            triton is asked for.
+            has a plan for it, a C++ compiler is there, and it is expected to be as fast at the sizes of the call
+            (`lowering.runtime.work`); else torch. Tensors on a GPU run generated PyTorch unless triton is asked for.
         inductor: compile the generated PyTorch with `torch.compile` (tens of seconds once, then faster).
         dims: sizes that no tensor gives.
 

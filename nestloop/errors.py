@@ -195,6 +195,10 @@ class OrderError(InputError):
     """A token order that is missing, superfluous or not a permutation's shape."""
 
 
+class SingularSystemError(NestloopError):
+    """A linear system of a body that has no solution, or many: raised by the call that meets it."""
+
+
 class UnresolvedDimError(InputError):
     """A dim with no size."""
 

@@ -21,12 +21,15 @@ from nestloop.lowering import names, pipeline
 from nestloop.lowering.axes import is_token, readout_axes, type_axes
 from nestloop.lowering.emit.tile import size_text
 from nestloop.lowering.pipeline import Lowered, LoweredStream
+from nestloop.lowering.rewrites.gram import NAME as GRAM_FORM
 from nestloop.lowering.runtime import cache, offline
 from nestloop.lowering.runtime.compiler import find
-from nestloop.lowering.runtime.executable import build, check_triton, not_native
+from nestloop.lowering.runtime.executable import build, not_native
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.refusals import check_triton
 from nestloop.lowering.runtime.streams import build_stream
-from nestloop.lowering.runtime.tiles import spacing_within
+from nestloop.lowering.runtime.tiles import LOST_BITS, spacing_within
+from nestloop.lowering.runtime.work import expected
 from nestloop.lowering.schedule.cost import cost
 
 AnyLowered = Lowered | LoweredStream
@@ -419,7 +422,7 @@ def _explain(lowered: AnyLowered, sizes: Mapping[str, int], op: CompiledLoop | N
         lines.append("gates: " + ", ".join(spec.gates))
     if not spec.is_kernel_estimator:
         lines += ["", *_inner_loop(spec)]
-    lines += ["", *_gradients(lowered), "", *_what_runs(lowered, op)]
+    lines += ["", *_gradients(lowered), "", *_what_runs(lowered, op, sizes)]
     return [line for i, line in enumerate(lines) if line or (i and lines[i - 1])]
 
 
@@ -491,11 +494,12 @@ def _gradients(lowered: AnyLowered) -> list[str]:
     return lines
 
 
-def _what_streams(lowered: LoweredStream, op: CompiledLoop | None) -> list[str]:
+def _what_streams(lowered: LoweredStream, op: CompiledLoop | None, sizes: Mapping[str, int]) -> list[str]:
     form = lowered.form
-    lines, native = _backend(pipeline.stream_plan(lowered), op)
+    lines, native, chosen = _backend(lowered.spec, pipeline.stream_plan(lowered), op, sizes)
     if native:
         lines.append("  in parallel over heads and sequences; a chunk's tile and the state stay in a core's cache")
+    lines += chosen
     if lowered.part != "scan":
         return [*lines, "  an op for each update and each read-out, joined by the state"]
     longest = form.in_cpp.longest if native else form.longest
@@ -517,31 +521,53 @@ def _tiles(lowered: Lowered) -> str:
     return f"in parallel over heads and sequences, and tokens where those are few; tiles of at most {rows} tokens"
 
 
-def _backend(plan: Plan, op: CompiledLoop | None) -> tuple[list[str], bool]:
-    """What runs, with why; whether it is C++."""
+def _backend(
+    spec: LoopSpec, plan: Plan, op: CompiledLoop | None, sizes: Mapping[str, int]
+) -> tuple[list[str], bool, list[str]]:
+    """What runs, with why; whether it is C++; and what was chosen by cost."""
     inductor = op is not None and op.inductor
     requested = "auto" if op is None else op.requested
     missing = not_native(plan, build_now=False)
-    if requested != "torch" and not inductor and not missing:
+    chosen: list[str] = []
+    native = requested != "torch" and not inductor and not missing
+    if native and requested == "auto":
+        threads = torch.get_num_threads()
+        call = expected(spec, plan)(sizes["H"], sizes["B"], sizes["N"], threads)
+        native = call.is_native
+        chosen = [f"  for H = {sizes['H']}, B = {sizes['B']}, N = {sizes['N']} on {threads} threads {call.why};"]
+        chosen.append("  the sizes of each call decide, on a CPU")
+    if native:
         compiler = find()
         lines = [f"runs: generated C++, built by {compiler.version or compiler.command}, for tensors on a CPU"]
-        return [*lines, "  (backend 'cpp'; tensors on a GPU run generated PyTorch)"], True
+        return [*lines, "  (backend 'cpp'; tensors on a GPU run generated PyTorch)"], True, chosen
     lines = ["runs: generated PyTorch" + (", its pieces compiled by torch.compile" if inductor else ", eager")]
     why = "inductor=True" if inductor else "asked for" if requested == "torch" else f"no C++ here: {missing}"
-    return [*lines, f"  (backend 'torch': {why})"], False
+    return [*lines, f"  (backend 'torch': {'expected to be faster' if chosen else why})"], False, chosen
 
 
-def _what_runs(lowered: AnyLowered, op: CompiledLoop | None) -> list[str]:
+def _gram(op: CompiledLoop | None) -> list[str]:
+    """Which of its two forms a loop with a Gram form runs in."""
+    lines = [
+        "  the Gram form where the decoder is well conditioned: correlations of its rows (and its bias) with no",
+        f"  eigenvalue below 2^{LOST_BITS} eps. Else the wide form; the weights of each call decide",
+    ]
+    return [*lines, f"  the last call: {', '.join(op.ran)}"] if op is not None and op.ran else lines
+
+
+def _what_runs(lowered: AnyLowered, op: CompiledLoop | None, sizes: Mapping[str, int]) -> list[str]:
     fired = [rule for rule in lowered.rewrites if rule.fired]
     if op is not None and op.backend == "reference":
         return ["runs: the reference, brute force, because backend='reference' was asked for"]
+    spec = lowered.spec
     if isinstance(lowered, LoweredStream):
-        return _what_streams(lowered, op)
+        return _what_streams(lowered, op, sizes)
     if lowered.source is None:
         return [f"runs: PyTorch's scaled_dot_product_attention, because {fired[0].why}"]
-    lines, native = _backend(pipeline.plan(lowered), op)
+    lines, native, chosen = _backend(spec, pipeline.plan(lowered), op, sizes)
     lines += [f"  {_tiles(lowered)}"] if native else []
+    lines += chosen
     lines += [f"  rewritten: {rule.name}, because {rule.why}" for rule in fired]
+    lines += _gram(op) if any(rule.name == GRAM_FORM for rule in fired) else []
     if lowered.typing is not None and lowered.typing.mixing:
         lines.append(f"  the learner mixes tokens ({lowered.typing.mixing[0]}): only whole sequences are legal batches")
     return lines

@@ -7,6 +7,7 @@ user's line it came from. What depends on no token is a function of its own, whi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -65,6 +66,9 @@ class CppFunction:
         every = units(values)
         recompute(every)
         sunk = [unit for unit in every if not unit.per_tile and any(v.sinks or v.result for v in unit.values)]
+        self.calls: dict[Unit, str] = {}
+        self.systems = [v for unit in every for v in unit.values if v.kind == "system"]
+        self.first_system = 1
         self.tile_units = [unit for unit in every if unit.per_tile or unit in sunk]
         self.once_units = [unit for unit in every if not unit.per_tile and unit not in sunk]
         self._keep_together(every)
@@ -125,6 +129,20 @@ class CppFunction:
         parts.append("\n".join([*lines, *self._body(self.tile_units), "}"]))
         return "\n\n".join(parts)
 
+    def nests(self) -> list[tuple[Unit, list[str]]]:
+        """Every loop nest with its lines."""
+        chosen = [*self.once_units, *self.tile_units]
+        return [(u, self._nest(u)) for u in chosen if u.is_nest and not u.values[0].is_scalar]
+
+    @cached_property
+    def outside(self) -> dict[str, str]:
+        """What a nest may read or write that is not its own, with its type."""
+        every = [v for unit in [*self.once_units, *self.tile_units] for v in unit.values]
+        scalars = {v.name: "bool" if v.is_bool else "S" for v in every if v.is_scalar}
+        tiles = {f"{v.name}_tile": "S*" for v in [*self.once.place, *self.scratch.place]}
+        given = {name: "S" if name in SCALARS else "S*" for name in [*self.inputs, *self.results]}
+        return {**scalars, **tiles, **given, "n": "long", "rows": "long"}
+
     def _parameter(self, name: str) -> str:
         return f"S {name}" if name in SCALARS else f"const S* {name}"
 
@@ -138,7 +156,7 @@ class CppFunction:
             if value.is_scalar:
                 lines += self._scalar(value)
             elif unit.is_nest:
-                lines += self._nest(unit)
+                lines += [self.calls[unit]] if unit in self.calls else self._nest(unit)
             else:
                 lines += {
                     "product": self._product,
@@ -362,7 +380,8 @@ class CppFunction:
             upper = settings["upper"] == settings.get("left", True)  # of a transpose, the other triangle
             flags = [upper, settings.get("unitriangular", False)]
             function = f"solve_triangular<{', '.join('true' if flag else 'false' for flag in flags)}>"
-        return [f"    {self._over_batch(value)}{function}({given}, {made});{self._comment(value)}"]
+        number = self.first_system + self.systems.index(value)
+        return [f"    {self._over_batch(value)}{function}({given}, {made}, {number});{self._comment(value)}"]
 
     def _transpose(self, value: Value) -> list[str]:
         (source,) = value.reads

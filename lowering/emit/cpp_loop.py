@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from nestloop.lowering.emit.cpp_pieces import CppPieces
 from nestloop.lowering.emit.expressions import rows
+from nestloop.lowering.emit.repeats import written
 from nestloop.lowering.emit.unit import (
     CLOSE_THREADS,
     header,
@@ -22,6 +23,7 @@ from nestloop.lowering.emit.unit import (
     inside,
     local_function,
     loop_over,
+    numbered,
     open_threads,
     shared_out,
     tensors,
@@ -35,8 +37,9 @@ class CppEmitter(CppPieces):
 
     def emit(self, rows: int) -> NativePlan:
         """The translation unit, for tiles of about `rows` tokens."""
+        systems = numbered(self.functions.values())
         plan = "A tile holds all tokens: they mix." if self.whole else f"The cost model takes {rows}."
-        parts = [function.write() for function in self.functions.values()]
+        parts = written(list(self.functions.values()))
         parts += [self._forward(), self._backward()]
         return NativePlan(
             header(self.captured, plan) + "\n\n".join(parts) + "\n",
@@ -46,6 +49,7 @@ class CppEmitter(CppPieces):
             (*self.hoisted, *self.captured.projected),
             self.whole,
             rows,
+            systems,
         )
 
     # ---- Calls -----------------------------------------------------------------------------------------------------
@@ -142,11 +146,11 @@ class CppEmitter(CppPieces):
             "if (ranges > 1 && !items) return 1;",
         ]
         room = "longest < 1 ? 16 : (longest + 15) / 16 * 16"
-        free, *close = CLOSE_THREADS
+        *close, returned = CLOSE_THREADS
         body = [
             *open_threads(declared, room, rows(size), buffers),
             *inside(["S total = 0; (void)total;", *lines]),
-            *[free, close[0], "std::free(items);", *close[1:]],
+            *[*close, "std::free(items);", returned],
         ]
         return _SIGNATURE.format(name=which, doc=doc, more=more) + indented(body) + "}"
 
@@ -424,7 +428,8 @@ _ORDER = (
     "const std::int64_t* order = orders ? orders + head * order_head + sequence * order_sequence : nullptr;",
     "(void)order;",
 )
-_FORWARD = "z, the fast weights at the end, inner losses, the states between steps. Returns 1 where memory is short."
+_FORWARD = """z, the fast weights at the end, inner losses, the states between steps. Returns 1 where memory is short,
+// 1 + k for system k, which is singular."""
 _BACKWARD = "Cotangents of forward's inputs, each step recomputed from the state it started from."
 _SIGNATURE = """// {doc}
 extern "C" int {name}(long H, long B, long N, long longest, int threads, long ranges, {more}long steps,

@@ -35,7 +35,7 @@ class CppPiece(CppStream):
                 places[self._safe(result)] = self._safe(result)
         body += [*self._takes(name), *self._call(name, places), *self._unmade(name, piece.results, places), *after]
         lines = [*self._open("forward", "H * B"), *[f"        {line}" for line in flat(body)], *CLOSE]
-        doc = f"{', '.join(self._made)}. Returns 1 where memory is short."
+        doc = f"{', '.join(self._made)}. Returns 1 where memory is short, 1 + k for system k."
         return SIGNATURE.format(name="forward", doc=doc) + indented(lines) + "}"
 
     def _backward(self) -> str:

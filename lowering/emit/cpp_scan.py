@@ -72,7 +72,7 @@ class CppScan(CppStream):
         body += ["for (long index = 0; index < chunks; index++) {", *[f"    {line}" for line in flat(loop)], "}"]
         body += [f"copy({safe(n)}, {widths[n]}, end_{n});" for n in self.carry]
         lines = [*self._open("forward", "H * B"), *[f"        {line}" for line in flat(body)], *CLOSE]
-        doc = "z, the state at the end, losses, the states kept. Returns 1 where memory is short."
+        doc = "z, the state at the end, losses, the states kept. Returns 1 where memory is short, 1 + k for system k."
         return SIGNATURE.format(name="forward", doc=doc) + indented(lines) + "}"
 
     def _begin(self) -> list[str]:

@@ -11,6 +11,7 @@ from nestloop.lowering.emit.cpp import CppFunction
 from nestloop.lowering.emit.cpp_pieces import elements
 from nestloop.lowering.emit.expressions import rows
 from nestloop.lowering.emit.identifiers import identifier as safe
+from nestloop.lowering.emit.repeats import written
 from nestloop.lowering.emit.scan import TITLES, Scan
 from nestloop.lowering.emit.unit import (
     CLOSE,
@@ -18,6 +19,7 @@ from nestloop.lowering.emit.unit import (
     header,
     identified,
     indented,
+    numbered,
     open_parallel,
     shared_out,
     tensors,
@@ -99,7 +101,8 @@ class CppStream(Scan):
     def emit(self) -> NativePlan:
         """The translation unit."""
         what = f"A scan over chunks of {self.longest} tokens" if self.longest else "One piece"
-        parts = [function.write() for function in self.functions.values()]
+        systems = numbered(self.functions.values())
+        parts = written(list(self.functions.values()))
         parts += [self._forward(), self._backward()]
         return NativePlan(
             text=header(self.captured, f"{what}: the {self.form} form.") + "\n\n".join(parts) + "\n",
@@ -109,6 +112,7 @@ class CppStream(Scan):
             common=(),
             whole=not self.longest,
             rows=self.longest,
+            systems=systems,
         )
 
     def _forward(self) -> str:

@@ -17,7 +17,8 @@ made order orders order_head order_sequence bounds weights rates step steps star
 d_loss after sum weight rate forward backward
 part parts ranges range items apart slot begin read descend end_step pull_read pull_update pull_gradient at_item
 at_part STATE ITEM PART
-index own chunks every first last states nothing exchange exchanges solve solve_triangular Lane Lanes""".split()  # noqa: SIM905
+index own chunks every first last states nothing exchange exchanges solve solve_triangular Lane Lanes
+singular unsolved""".split()  # noqa: SIM905
 )
 
 

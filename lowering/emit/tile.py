@@ -144,6 +144,7 @@ class TileFunction:
             shape=[size_text(s) for s in value.shape],
             dtype=value.dtype,
             numbers=[isinstance(a, (int, float)) or (isinstance(a, fx.Node) and a in self.scalar) for a in node.args],
+            where=node.meta["where"].short if node.meta.get("where") else "",
         )
         if row.kind is Kind.VIEW and tensors[0] in self.scalar:
             return f"filled({', '.join([self.text[tensors[0]], *operands.shape])}, dtype=dtype, device=device)"

@@ -177,10 +177,13 @@ __attribute__((noinline)) void transpose(long rows, long columns, const S* from,
 
 // ---- Linear systems ------------------------------------------------------------------------------------------------
 
+// The number of a system without one solution that this thread has met, 0 for none.
+thread_local int singular = 0;
+
 // x [n, m] of a x = b, a [n, n] triangular: by rows inside blocks of 16, products between them. Never by powers of a,
 // which cancel where rows of a are alike.
 template <bool UPPER, bool UNIT>
-__attribute__((noinline)) void solve_triangular(long n, long m, const S* a, long lda, const S* b, S* x) {
+__attribute__((noinline)) void solve_triangular(long n, long m, const S* a, long lda, const S* b, S* x, int number) {
     constexpr long ROWS = 16;
     if (x != b) std::memcpy(x, b, n * m * sizeof(S));
     const long blocks = (n + ROWS - 1) / ROWS;
@@ -200,6 +203,7 @@ __attribute__((noinline)) void solve_triangular(long n, long m, const S* a, long
             }
             if (!UNIT) {
                 const S pivot = a[i * lda + i];
+                if (pivot == 0) singular = number;
                 for (long c = 0; c < m; c++) row[c] /= pivot;
             }
         }
@@ -207,7 +211,7 @@ __attribute__((noinline)) void solve_triangular(long n, long m, const S* a, long
 }
 
 // x [n, m] of a x = b by elimination with row exchanges, which leaves a [n, n] as its factors.
-__attribute__((noinline)) void solve(long n, long m, S* a, long lda, const S* b, S* x) {
+__attribute__((noinline)) void solve(long n, long m, S* a, long lda, const S* b, S* x, int number) {
     std::memcpy(x, b, n * m * sizeof(S));
     for (long k = 0; k < n; k++) {
         long pivot = k;
@@ -223,7 +227,7 @@ __attribute__((noinline)) void solve(long n, long m, S* a, long lda, const S* b,
             for (long j = 0; j < m; j++) x[i * m + j] -= factor * x[k * m + j];
         }
     }
-    solve_triangular<true, false>(n, m, a, lda, x, x);
+    solve_triangular<true, false>(n, m, a, lda, x, x, number);  // which finds a pivot that is 0
 }
 
 // ---- Elementary functions ------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class TorchEmitter:
         steps = self.captured.loss is not None
         parts = [function.write(self._sized_by(function)) for function in self.functions.values()]
         parts += [self._rate()] if steps and needs_rate(self.captured) else []
-        parts += self._common()
+        parts += [*self._common(), *self._conditioned()]
         parts += [self._forward(), self._backward()] if steps else [self._fit_forward(), self._fit_backward()]
         body = "\n\n\n".join(parts)
         math = "import math\n\n" if "math." in body else ""
@@ -192,6 +192,17 @@ class TorchEmitter:
     def common(self) -> list[str]:
         """What all steps share, computed from inputs."""
         return [*self.hoisted, *self.projected]
+
+    def _conditioned(self) -> list[str]:
+        """Functions for whether the Gram form is precise with the weights of a call."""
+        if self.captured.grams is None:
+            return []
+        doc = "Gram matrices of the decoder's rows, for each square of the loss."
+        grams = TileFunction("grams", self.captured.grams, doc, self._axes(self.captured.grams))
+        doc = "Whether these steps are as precise as those on the wide axis, with these weights."
+        head = f'def conditioned({", ".join(self.inputs)}):\n    """{doc}"""\n'
+        call = f"grams({', '.join([*grams.signature, 'None'])})"
+        return [grams.write(None), f"{head}    return well_conditioned({call})"]
 
     def _common(self) -> list[str]:
         """Functions for what all steps share, for every head its own, so that its cotangent is that head's too."""

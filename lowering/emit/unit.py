@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import reduce
 
 from nestloop.lowering.capture import Captured
@@ -78,8 +78,10 @@ def open_threads(declared: Sequence[str], room: str, need: str, buffers: Sequenc
         *declared,
         f"const long rows = {room};",
         "bool enough = true;",
+        "int unsolved = 0;",
         "#pragma omp parallel num_threads(threads)",
         "{",
+        "    singular = 0;",
         "    void* raw = nullptr;",
         f"    const long need = {need};",
         "    if (posix_memalign(&raw, 64, (need + 64) * sizeof(S))) raw = nullptr;",
@@ -92,7 +94,23 @@ def open_threads(declared: Sequence[str], room: str, need: str, buffers: Sequenc
     ]
 
 
-CLOSE_THREADS = ("    std::free(raw);", "}", "return enough ? 0 : 1;")
+CLOSE_THREADS = (
+    "    std::free(raw);",
+    "#pragma omp critical",
+    "    unsolved = singular > unsolved ? singular : unsolved;",
+    "}",
+    "return enough ? (unsolved ? 1 + unsolved : 0) : 1;",
+)
+
+
+def numbered(functions: Iterable[CppFunction]) -> tuple[str, ...]:
+    """Number the linear systems of a unit from 1; the user's line of each, "" where it has none."""
+    lines: list[str] = []
+    for function in functions:
+        function.first_system = 1 + len(lines)
+        places = [value.node.meta.get("where") for value in function.systems]
+        lines += ["" if place is None else place.short for place in places]
+    return tuple(lines)
 
 
 def loop_over(name: str, count: str, lines: Sequence[str], ordered: bool = False) -> list[str]:

@@ -11,13 +11,15 @@ aten = torch.ops.aten
 
 
 def _solve_triangular(o: Operands) -> str:
-    given = {"left": True, "unitriangular": False, **o.kwargs}
-    settings = [f"{name}={given[name]}" for name in ("upper", "left", "unitriangular")]
-    return f"torch.linalg.solve_triangular({o[0]}, {o[1]}, {', '.join(settings)})"
+    given = {"left": True, **o.kwargs}
+    settings = ", ".join(f"{name}={given[name]}" for name in ("upper", "left"))
+    if o.kwargs.get("unitriangular"):
+        return f"torch.linalg.solve_triangular({o[0]}, {o[1]}, {settings}, unitriangular=True)"
+    return f"solve_triangle({o[0]}, {o[1]}, {o.where!r}, {settings})"
 
 
 def _solve(o: Operands) -> str:
-    return f"torch.linalg.solve({o[0]}{'.mT' if o.raw[2] else ''}, {o[1]})"
+    return f"solve({o[0]}{'.mT' if o.raw[2] else ''}, {o[1]}, {o.where!r})"
 
 
 ROWS = [

@@ -120,6 +120,7 @@ class Operands:
         dtype: the result's dtype in the traced graph; floating-point ones stand for the compute dtype.
         numbers: for each argument whether it is a Python number where the code runs.
         sizes: the result's traced shape.
+        where: the user's line, "" where there is none.
         index: in C++ and Triton, the position along each axis of the result ("0" for an axis of size 1).
     """
 
@@ -131,6 +132,7 @@ class Operands:
     dtype: torch.dtype
     numbers: list[bool]
     sizes: tuple[Any, ...] = ()
+    where: str = ""
     index: tuple[str, ...] = ()
 
     def __getitem__(self, index: int) -> Any:

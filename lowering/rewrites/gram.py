@@ -7,8 +7,10 @@ a product of two of them is a quadratic form, with G G^T [d, d] and x G^T [n, d]
 
     sum_D (z G)(z G) = z (G G^T) z^T        sum_D (z G)(x v) = z . x (v G)^T        sum_D (z G) v = z (G v)
 
-The identity is exact. In finite precision it squares the decoder's condition number, so it is left out where the
-learner's width is not much smaller than D.
+The identity is exact. In finite precision it squares the decoder's condition number: a z that G nearly maps to nothing
+(or to the opposite of a bias) leaves a small sum of large terms. So the rewrite also gives the Gram matrices of the
+rows that enter each square, and the wide form of the loop is kept: at every call the weights decide between the two
+(`runtime.tiles.well_conditioned`). It is left out where the learner's width is not much smaller than D.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor, fx
 
 from nestloop.lowering.capture import Captured, Tracer
 from nestloop.lowering.differentiate import Located
-from nestloop.lowering.rewrites.reach import inputs_below
+from nestloop.lowering.rewrites.reach import ancestors, evaluate, inputs_below
 from nestloop.lowering.rewrites.rule import Rewrite
 from nestloop.lowering.simplify import simplify
 
@@ -68,10 +70,12 @@ class Product:
     right: Wide
 
 
-def gram_form(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
-    """Rewrite the loss, if its wide axis can go."""
+def gram_form(captured: Captured, tracer: Tracer, allowed: bool = True) -> tuple[Captured, Rewrite]:
+    """Rewrite the loss, if its wide axis can go; `Captured.grams` then tells whether its weights allow that."""
     if captured.loss is None:
         return captured, Rewrite(NAME, False, "the learner is a kernel estimator")
+    if not allowed:
+        return captured, Rewrite(NAME, False, "this is the plan for badly conditioned decoders")
     loss = simplify(captured.loss)
     decoders = [node for node in loss.graph.nodes if _decodes(captured, node)]
     if not decoders:
@@ -84,7 +88,7 @@ def gram_form(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
         narrow = tracer.trace_on(_Narrow(captured, loss, wide).run, [tracer.tile(n) for n in names], names)
     except _NotThisLoss as reason:
         return captured, Rewrite(NAME, False, f"the axis of {wide} stays: {reason}")
-    return replace(captured, loss=narrow), Rewrite(
+    return replace(captured, loss=narrow, grams=_grams(captured, loss, wide, tracer)), Rewrite(
         NAME,
         True,
         f"a slow weight decodes {width} to {wide} features, and the loss only sums products over these",
@@ -95,6 +99,27 @@ def gram_form(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
             f"nothing of {wide} features depends on a fast weight any more",
         ),
     )
+
+
+def _grams(captured: Captured, loss: fx.GraphModule, wide: int, tracer: Tracer) -> fx.GraphModule:
+    """Slow weights -> the Gram matrix of the decoder's rows in each square of the loss."""
+    names = [node.name for node in loss.graph.find_nodes(op="placeholder")]
+
+    def squares(*tensors: Tensor) -> tuple[Tensor, ...]:
+        narrow = _Narrow(captured, loss, wide)
+        narrow.run(*tensors)
+        return tuple(rows @ rows.T for rows in narrow.squares)
+
+    traced = tracer.trace_on(squares, [tracer.tile(n) for n in names], names)
+    (results,) = next(n for n in traced.graph.nodes if n.op == "output").args
+    needed = set().union(*[ancestors(result) for result in results])
+    slow = list(captured.spec.slow)
+
+    def of_weights(*weights: Tensor) -> tuple[Tensor, ...]:
+        env = evaluate(traced, dict(zip(slow, weights, strict=True)), {}, needed)
+        return tuple(env[result] for result in results)
+
+    return simplify(tracer.trace_on(of_weights, [tracer.tile(n) for n in slow], slow))
 
 
 def _decodes(captured: Captured, node: fx.Node) -> bool:
@@ -116,6 +141,7 @@ class _Narrow(Located):
         super().__init__(module)
         self.captured, self.wide = captured, wide
         self.means: list[tuple[Tensor, Wide]] = []
+        self.squares: list[Tensor] = []
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":
@@ -193,6 +219,8 @@ class _Narrow(Located):
         rank = 2
         if dims is None or [d % rank for d in dims] != [1]:
             raise _NotThisLoss("it is summed over tokens too")
+        if isinstance(a, Product) and a.left is a.right and any(t.z is not None for t in a.left.terms):
+            self.squares.append(_rows(a.left))
         total = _dot(a.left, a.right) if isinstance(a, Product) else _total(a)
         total = total / self.wide if mean else total
         if isinstance(a, Wide) and mean and keep:
@@ -207,6 +235,15 @@ def _centred(term: Term) -> Term:
         return replace(term, x=x - x.mean(-1, keepdim=True), weight=None)
     assert term.weight is not None
     return replace(term, weight=term.weight - term.weight.mean(-1, keepdim=True))
+
+
+def _rows(wide: Wide) -> Tensor:
+    """The rows [d, D] of which a value is a combination; where no view is subtracted, its constants [D] are rows too:
+    a combination of all of them may be small."""
+    views = any(t.x is not None for t in wide.terms)
+    rows = [t.weight for t in wide.terms if t.weight is not None and (t.z is not None or not views)]
+    tiles = [row.reshape(-1, row.shape[-1]) for row in rows]
+    return torch.cat(tiles) if len(tiles) > 1 else tiles[0]
 
 
 def _with_row(value: Tensor, factor: float, *rows: Tensor | None) -> Tensor:

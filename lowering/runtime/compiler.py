@@ -22,9 +22,10 @@ HEADER = Path(__file__).resolve().parents[1] / "emit" / "tiles.h"
 FLAGS = (
     *("-std=c++17", "-march=native", "-shared", "-fPIC", "-fopenmp"),
     # As fast as -O3, which takes 1.6 times as long: products are written with vectors as it is.
-    *("-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"),
+    *("-O2", "-ftree-vectorize"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
 )
+GCC_FLAGS = ("-fvect-cost-model=dynamic",)  # as -O3's; clang knows no such choice
 TIME_LIMIT = 300  # seconds, for a machine that is very busy: a unit takes 2 to 8
 
 
@@ -76,11 +77,12 @@ def processor() -> str:
         return f"{platform.machine()} {platform.processor()}"
 
 
-def flags(scalar: str) -> list[str]:
-    """The compiler's flags for a compute type, "float" or "double". `NESTLOOP_CXXFLAGS` adds to them: the last of two
-    that exclude each other counts (`-march=x86-64-v3`)."""
+def flags(scalar: str, compiler: Compiler) -> list[str]:
+    """A compiler's flags for a compute type, "float" or "double". `NESTLOOP_CXXFLAGS` adds to them: the last of two
+    that exclude each other counts (`-march=x86-64-v3`; `-fno-openmp`, for one thread, where its library is missing)."""
     wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
-    return [*FLAGS, *wide, f"-DSCALAR={scalar}", *os.environ.get("NESTLOOP_CXXFLAGS", "").split()]
+    gcc = () if "clang" in compiler.version else GCC_FLAGS
+    return [*FLAGS, *gcc, *wide, f"-DSCALAR={scalar}", *os.environ.get("NESTLOOP_CXXFLAGS", "").split()]
 
 
 def build(name: str, source: str, scalar: str) -> Path:
@@ -89,7 +91,8 @@ def build(name: str, source: str, scalar: str) -> Path:
     Raises:
         BuildError: there is no compiler, or it fails.
     """
-    compiler, given = find(), flags(scalar)
+    compiler = find()
+    given = flags(scalar, compiler)
     facts = [source, HEADER.read_text(), *given, compiler.command, compiler.version, processor()]
     folder = kept.cache_dir()
     stem = f"{name}_{kept.digest(chr(0).join(facts))}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import types
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,27 +11,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestloop.errors import NoPlanError
-from nestloop.lang.dims import parse
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import cache, compiler
-from nestloop.lowering.runtime.library import NestedLoopOp, Signature
+from nestloop.lowering.runtime.library import Code, NestedLoopOp, Signature
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.refusals import check_triton, no_native
+from nestloop.lowering.runtime.work import flops, pays
 
 Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
 
 EXECUTABLES: dict[str, Executable] = {}
+OPS: dict[str, NestedLoopOp] = {}  # what those of them call that are no attention
 
 
 def build(
-    spec: LoopSpec, plan: Plan, heads: int, losses: bool, inductor: bool, backend: str = "torch", double: bool = False
+    spec: LoopSpec,
+    plan: Plan,
+    heads: int,
+    losses: bool,
+    inductor: bool,
+    backend: str = "torch",
+    double: bool = False,
+    wide: Callable[[], Plan] | None = None,
 ) -> str:
     """Make a plan runnable; its name in `EXECUTABLES`.
 
     Args:
-        backend: "torch"; "cpp"; "triton"; or "auto", which is cpp where the plan has C++ and it can be built.
+        backend: "torch"; "cpp"; "triton"; or "auto": where the plan has C++ and it can be built, C++ or PyTorch by the
+            sizes of a call; else PyTorch.
         double: whether it is float64 that will be computed in.
+        wide: gives the plan for weights that this one is not precise with (`rewrites.gram`), when they come.
 
     Raises:
         NoPlanError: "cpp" was asked for, and the loop has no C++ or it cannot be built.
@@ -44,22 +53,31 @@ def build(
     if backend == "triton":
         check_triton(spec, plan)
     reason = no_native_reason(plan, inductor, backend, double)
-    if backend == "cpp" and reason:
-        raise no_native(spec, reason)
     native = backend != "torch" and not reason
     path = cache.write(plan.name, plan.source)
     name = f"{path.stem}_inductor" if inductor else path.stem
     if native and plan.native is not None:
-        name = f"{path.stem}_cpp_{cache.digest(plan.native.text)}"  # one module of PyTorch may go with several of C++
+        name = f"{path.stem}_{backend}_{cache.digest(plan.native.text)}"  # a module of PyTorch goes with several of C++
     if name not in EXECUTABLES:
-        module = cache.load(path)
-        if inductor:
-            module = compiled_pieces(module, plan)
         signature = _signature(spec, plan, heads, losses)
-        library = _native(spec, plan, module, signature) if native else None
-        op = NestedLoopOp(name, module, signature, _flops(spec, plan, heads), plan.rows, library)
-        EXECUTABLES[name] = _loop(op, spec)
+        settings = (inductor, backend, double)
+        code = _code(spec, plan, signature, *settings)
+        other = None if wide is None else lambda: _code(spec, wide(), signature, *settings)
+        OPS[name] = NestedLoopOp(name, code, signature, flops(spec, plan, heads), spec, other)
+        EXECUTABLES[name] = _loop(OPS[name], spec)
     return name
+
+
+def _code(spec: LoopSpec, plan: Plan, signature: Signature, inductor: bool, backend: str, double: bool) -> Code:
+    """A plan's generated code, loaded. Raises `NoPlanError` as `build` does."""
+    reason = no_native_reason(plan, inductor, backend, double)
+    if backend == "cpp" and reason:
+        raise no_native(spec, reason)
+    module = cache.load(cache.write(plan.name, plan.source))
+    module = compiled_pieces(module, plan) if inductor else module
+    native = backend != "torch" and not reason
+    library = _native(spec, plan, module, signature) if native else None
+    return Code(module, plan.rows, library, pays(spec, plan) if backend == "auto" else None)
 
 
 def no_native_reason(plan: Plan, inductor: bool, backend: str, double: bool) -> str:
@@ -67,40 +85,6 @@ def no_native_reason(plan: Plan, inductor: bool, backend: str, double: bool) -> 
     if inductor:
         return "inductor compiles generated PyTorch"
     return "" if backend in ("torch", "triton") else not_native(plan, double)
-
-
-def no_native(spec: LoopSpec, reason: str) -> NoPlanError:
-    """The refusal of a loop without C++, where that was asked for by name."""
-    return NoPlanError(
-        f"{spec.name} has no C++ plan for these sizes.",
-        where=spec.where,
-        given=reason,
-        need="ops with a C++ spelling in lowering/ops, and a C++ compiler",
-        fix='write backend="auto": generated PyTorch runs where there is no C++',
-    )
-
-
-def check_triton(spec: LoopSpec, plan: Plan) -> None:
-    """Raise `NoPlanError` for a loop that has no Triton, or where Triton is not installed."""
-    reason = plan.not_triton
-    if plan.form != "stream":
-        reason = "loops of batches have no Triton yet"
-    if reason:
-        raise NoPlanError(
-            f"{spec.name} has no Triton plan for these sizes.",
-            where=spec.where,
-            given=reason,
-            need="ops with a Triton spelling in lowering/ops, and tiles that fit a program's registers",
-            fix='write backend="torch": generated PyTorch runs every loop, on a GPU too',
-        )
-    if importlib.util.find_spec("triton") is None:
-        raise NoPlanError(
-            "The triton backend needs Triton.",
-            where=spec.where,
-            given="no module named triton",
-            need="Triton 3.6 or newer",
-            fix="pip install 'nestloop[triton]'",
-        )
 
 
 def not_native(plan: Plan, double: bool = False, build_now: bool = True) -> str:
@@ -194,22 +178,6 @@ def _signature(spec: LoopSpec, plan: Plan, heads: int, losses: bool) -> Signatur
         ordered=spec.schedule.needs_order and learns,
         heads=heads,
     )
-
-
-def _flops(spec: LoopSpec, plan: Plan, heads: int) -> Callable[[int, int], tuple[int, int]]:
-    """(sequences, length) -> FLOPs of the products of the whole loop, forward and backward."""
-    costs = {name: [parse(text) for text in texts] for name, texts in plan.pieces.items()}
-
-    def total(sequences: int, length: int) -> tuple[int, int]:
-        runs = [(name, length) for name in ("prepare", "readout", "final_loss", "fit")]
-        for index, (start, stop) in enumerate(spec.schedule.batches(length) if plan.form == "loop" else []):
-            first = "first_" if index == 0 and "first_gradient" in costs else ""
-            runs += [(f"{first}gradient", stop - start), (f"{first}update", stop - start)]
-        spent = [[int(cost.evaluate({"n": n})) for cost in costs[name]] for name, n in runs if name in costs]
-        forward, backward = (sum(one) * sequences * heads for one in zip(*spent, strict=True))
-        return forward, backward
-
-    return total
 
 
 def _loop(op: NestedLoopOp, spec: LoopSpec) -> Executable:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
+from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
-from nestloop.lowering.runtime.tiles import like_lead
+from nestloop.lowering.runtime.refusals import singular_system
+from nestloop.lowering.runtime.tiles import Singular, like_lead
 from nestloop.lowering.runtime.triton import TritonStream, compute_dtype
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
@@ -92,29 +95,64 @@ def _count_attention_on_cpu() -> None:
 _count_attention_on_cpu()
 
 
+@dataclass(frozen=True)
+class Code:
+    """What an op runs.
+
+    Attributes:
+        module: the generated module, with `forward` and `backward`; with `conditioned` where there are weights that it
+            is not precise with.
+        rows: tokens, of all sequences together, that are worked on at a time on a CPU.
+        native: the same two functions in C++, for tensors on a CPU, or in Triton, for all; None where the generated
+            module does for all.
+        pays: (heads, sequences, tokens) -> whether C++ is to run there; None for always. Both keep the same states, so
+            that either can go back from what the other one kept.
+    """
+
+    module: ModuleType
+    rows: int
+    native: NativeModule | NativeStream | TritonStream | None = None
+    pays: Callable[[int, int, int], bool] | None = None
+
+    def runs_native(self, inputs: Sequence[Tensor], halo: int) -> bool:
+        """Whether a call with these inputs, `halo` rows before their tokens, runs in C++."""
+        if self.native is None or inputs[0].device.type != "cpu":
+            return False
+        sequences, rows = inputs[0].shape[1:3]
+        return self.pays is None or self.pays(max(t.shape[0] for t in inputs), sequences, rows - halo)
+
+
+GRAM, WIDE = "the Gram form", "the wide form"
+
+
 class NestedLoopOp:
     """The op of one generated module.
 
     Args:
         name: a valid identifier, unique per content.
-        module: the generated module, with `forward` and `backward`.
+        code: what it runs.
         signature: its tensors.
         flops: (sequences, length) -> FLOPs of the products in (forward, backward).
-        rows: tokens, of all sequences together, that are worked on at a time on a CPU.
-        native: the same two functions in C++, for tensors on a CPU, or in Triton, for all; None where the generated
-            module does for all.
+        spec: the loop, for its errors.
+        wide: makes the code for weights that `code` is not precise with. The weights of a call decide, inside the op:
+            to `torch.compile` and the like it is one op all the same. Backward decides anew: both start each step from
+            the states that forward kept, so they go together.
+
+    Attributes:
+        ran: which of the two the last call took, if there are two: GRAM or WIDE.
     """
 
     def __init__(
         self,
         name: str,
-        module: ModuleType,
+        code: Code,
         signature: Signature,
         flops: Callable[[int, int], tuple[int, int]],
-        rows: int,
-        native: NativeModule | NativeStream | TritonStream | None = None,
+        spec: LoopSpec,
+        wide: Callable[[], Code] | None = None,
     ) -> None:
-        self.name, self.signature, self.rows, self.native = name, signature, rows, native
+        self.name, self.signature, self.code, self.ran = name, signature, code, ""
+        self.spec, self._make_wide = spec, wide
         inputs = [f"Tensor {n}" for n in signature.inputs]
         order = ["Tensor order"] if signature.ordered else []
         results = signature.results
@@ -129,8 +167,8 @@ class NestedLoopOp:
             forward = forward.replace("(Tensor)", "Tensor")
         if len(inputs) == 1:
             backward = backward.replace("(Tensor)", "Tensor")
-        _define(forward, self._forward_kernel(module), self._forward_fake, self._forward_flops(flops))
-        _define(backward, self._backward_kernel(module), self._backward_fake, self._backward_flops(flops))
+        _define(forward, self._forward_kernel(), self._forward_fake, self._forward_flops(flops))
+        _define(backward, self._backward_kernel(), self._backward_fake, self._backward_flops(flops))
         self.forward_op = getattr(torch.ops.nestloop, name).default
         self.backward_op = getattr(torch.ops.nestloop, f"{name}_backward").default
         for op in (self.forward_op, self.backward_op):
@@ -147,10 +185,23 @@ class NestedLoopOp:
             return list(tensors[:-1]), tensors[-1]
         return list(tensors), None
 
-    def _forward_kernel(self, module: ModuleType) -> Callable[..., Any]:
+    @cached_property
+    def _wide(self) -> Code:
+        assert self._make_wide is not None
+        return self._make_wide()
+
+    def _code_for(self, inputs: Sequence[Tensor]) -> Code:
+        """The code for a call with these inputs, in the compute dtype."""
+        conditioned = getattr(self.code.module, "conditioned", None)
+        if conditioned is None or self._make_wide is None:
+            return self.code
+        self.ran = GRAM if conditioned(*inputs) else WIDE
+        return self.code if self.ran is GRAM else self._wide
+
+    def _forward_kernel(self) -> Callable[..., Any]:
         def kernel(*tensors: Tensor) -> Any:
             inputs, order = self._split(tensors)
-            made = self._run("forward", module, inputs, order, inputs)
+            made = self._made("forward", inputs, order, inputs)
             owned = _owned(made, self.signature.shapes(inputs), inputs)
             if self.signature.results[0] == "z":
                 owned[0] = owned[0].to(self._output_dtype(inputs))
@@ -158,37 +209,40 @@ class NestedLoopOp:
 
         return kernel
 
-    def _run(
-        self, function: str, module: ModuleType, tensors: list[Tensor], order: Tensor | None, inputs: list[Tensor]
-    ) -> Sequence[Tensor]:
-        if isinstance(self.native, TritonStream):  # reads tensors in the dtype that they have
-            return getattr(self.native, function)(*tensors, order)
+    def _made(self, name: str, tensors: list[Tensor], order: Tensor | None, inputs: list[Tensor]) -> Sequence[Tensor]:
+        """The results of `forward` or `backward`. Raises `SingularSystemError`."""
+        if isinstance(self.code.native, TritonStream):  # reads tensors in the dtype that they have
+            return getattr(self.code.native, name)(*tensors, order)
         computed, low = _prepare(tensors, inputs)
-        kind = inputs[0].device.type
-        with _as_it_says(kind):
-            if self.native is not None and kind == "cpu":
-                return getattr(self.native, function)(*computed, order, low=low)
-            return self._in_groups(getattr(module, function), computed, order, low, inputs)
+        code = self._code_for(computed[: len(inputs)])
+        with _as_it_says(inputs[0].device.type):
+            try:
+                if code.runs_native(inputs, getattr(self.signature, "halo", 0)):
+                    return getattr(code.native, name)(*computed, order, low=low)
+                return self._in_groups(code, name, computed, order, low, inputs)
+            except Singular as met:
+                raise singular_system(self.spec, str(met)) from None
 
     def _in_groups(
-        self, function: Callable[..., Any], tensors: list[Tensor], order: Tensor | None, low: Any, inputs: list[Tensor]
+        self, code: Code, name: str, tensors: list[Tensor], order: Tensor | None, low: Any, inputs: list[Tensor]
     ) -> Sequence[Tensor]:
         """Run generated code on groups of sequences whose tiles stay in cache, and put the results together.
 
         A result that has one row per sequence is joined; the cotangent of what sequences share is summed.
         """
+        function = getattr(code.module, name)
         sequences, length = max(t.shape[1] for t in inputs), inputs[0].shape[2]
-        rows = self.rows if inputs[0].device.type == "cpu" else self.rows * _DEVICE_ROWS
+        rows = code.rows if inputs[0].device.type == "cpu" else code.rows * _DEVICE_ROWS
         size = max(1, rows // max(length, 1))
         if size >= sequences:
             return function(*tensors, order, low, rows)
-        axes = [2 if n.startswith("between_") else 1 for n in self._names(function.__name__)]
+        axes = [2 if n.startswith("between_") else 1 for n in self._names(name)]
         parts = []
         for start in range(0, sequences, size):
             stop = min(start + size, sequences)
             group = [_narrow(t, axis, start, stop) for t, axis in zip(tensors, axes, strict=True)]
             parts.append(function(*group, None if order is None else _narrow(order, 1, start, stop), low, rows))
-        if function.__name__ == "forward":
+        if name == "forward":
             joined = [2 if n.startswith("between_") else 1 for n in self.signature.results]
             sizes = [min(start + size, sequences) - start for start in range(0, sequences, size)]
             return [_join(p, axis, sizes) for p, axis in zip(zip(*parts, strict=True), joined, strict=True)]
@@ -212,12 +266,12 @@ class NestedLoopOp:
         dtypes = {t.dtype for t in inputs[: len(self.signature.tokens)]}
         return dtypes.pop() if len(dtypes) == 1 else compute_dtype(inputs)
 
-    def _backward_kernel(self, module: ModuleType) -> Callable[..., Any]:
+    def _backward_kernel(self) -> Callable[..., Any]:
         count = len(self.signature.inputs)
 
         def kernel(*tensors: Tensor) -> Any:
             given, order = self._split(tensors)
-            made = self._run("backward", module, given, order, given[:count])
+            made = self._made("backward", given, order, given[:count])
             # where no step was taken, the cotangent of an initial fast weight is the end's, one per sequence
             made = [like_lead(g, t) for g, t in zip(made, given, strict=False)]
             owned = _owned(made, [list(t.shape) for t in given[:count]], given)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nestloop.lowering.runtime import compiler
+from nestloop.lowering.runtime.tiles import Singular
 
 _ITEMS = 16  # heads times sequences times ranges of tokens: enough to share out to as many cores
 
@@ -32,6 +33,7 @@ class NativePlan:
         common: names of what all steps share, which the PyTorch module makes.
         whole: whether a tile must hold all tokens.
         rows: tokens of a tile, where it need not; of a scan, of a chunk.
+        systems: the user's line of each linear system, by their numbers in the C++ from 1.
     """
 
     text: str
@@ -41,6 +43,7 @@ class NativePlan:
     common: tuple[str, ...]
     whole: bool
     rows: int
+    systems: tuple[str, ...] = ()
 
 
 class TensorArgument(ctypes.Structure):
@@ -99,6 +102,7 @@ class NativeLibrary:
 
         Raises:
             MemoryError: a thread has no memory for its tiles.
+            Singular: a linear system has no solution.
         """
         if not all(lead):  # nothing but sums over no heads, or no sequences
             for tensor in made:
@@ -114,8 +118,10 @@ class NativeLibrary:
             *after,
             (ctypes.c_void_p * len(results))(*results),
         )
-        if code:
+        if code == 1:
             raise MemoryError(f"no memory for the tiles of {self.name}")
+        if code:
+            raise Singular(self.plan.systems[code - 2])
 
 
 def ranges_of(items: int, tiles: int) -> int:

@@ -25,8 +25,8 @@ class Plan:
         tiles: shape of each fast weight's tile.
         output: shape of one token's output.
         tokens: the one sequence length the plan is for, or None.
-        pieces: names of the generated pieces, each with the FLOPs of its products, forward and backward, as
-            arithmetic in n.
+        pieces: names of the generated pieces, each with the FLOPs of its products, forward and backward, and for both
+            the values written by its ops, and how many ops these are; all as arithmetic in n.
         reads_dtype: whether it holds for one compute dtype only.
         rows: tokens worked on at a time, so that their tiles stay in a CPU's cache.
         results: of a stream, names of what `forward` returns before what it keeps for backward.
@@ -46,7 +46,7 @@ class Plan:
     tiles: dict[str, tuple[int, ...]]
     output: tuple[int, ...]
     tokens: int | None
-    pieces: dict[str, tuple[str, str]]
+    pieces: dict[str, tuple[str, str, str, str]]
     rows: int
     reads_dtype: bool = False
     scale: float | None = None

@@ -15,17 +15,18 @@ from torch import Tensor
 
 from nestloop.errors import NoPlanError
 from nestloop.lang.binding import Binding, grouped_heads
-from nestloop.lang.dims import parse
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Chunked, Program
 from nestloop.lang.state import Entry, State, counts_tokens, entries
 from nestloop.lowering.runtime import cache
-from nestloop.lowering.runtime.executable import check_triton, compiled_pieces, heads_first, no_native, no_native_reason
-from nestloop.lowering.runtime.library import NestedLoopOp, Signature
+from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, no_native_reason
+from nestloop.lowering.runtime.library import Code, NestedLoopOp, Signature
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan
-from nestloop.lowering.runtime.tiles import chunks, join, spacing
+from nestloop.lowering.runtime.refusals import check_triton, no_native
+from nestloop.lowering.runtime.tiles import join, spacing
 from nestloop.lowering.runtime.triton import TritonStream
+from nestloop.lowering.runtime.work import flops, pays
 
 VALID = "window__valid"  # 1 for a row that holds a token, 0 before a sequence begins
 
@@ -121,7 +122,7 @@ def build_stream(
     name = f"{path.stem}_inductor" if inductor else path.stem
     native = plan.native if backend in ("auto", "cpp") and not reason else None
     if native is not None:
-        name = f"{path.stem}_cpp_{cache.digest(native.text)}"
+        name = f"{path.stem}_{backend}_{cache.digest(native.text)}"
     triton = plan.triton if backend == "triton" else None
     if triton is not None:
         name = f"{path.stem}_triton_{cache.digest(triton.text)}"
@@ -151,7 +152,10 @@ def build_stream(
             library = NativeStream(plan.name, native, module, signature)
         elif triton is not None:
             library = TritonStream(plan.name, triton, module, signature)
-        op = NestedLoopOp(name, module, signature, _flops(plan, heads), plan.rows, library)
+        # C++ with chunks of its own keeps other states than PyTorch: neither can go back from the other's.
+        alike = native is not None and native.rows == plan.chunk
+        code = Code(module, plan.rows, library, pays(spec, plan) if backend == "auto" and alike else None)
+        op = NestedLoopOp(name, code, signature, flops(spec, plan, heads), spec)
         STREAM_OPS[name] = StreamOp(op, signature)
     return name
 
@@ -168,19 +172,6 @@ def _check_arguments(spec: LoopSpec, signature: StreamSignature) -> None:
             need=f"{MOST_ARGUMENTS} arguments at most",
             fix='write nl.compile(..., backend="reference"), or join fast weights: a bias as a row of its matrix',
         )
-
-
-def _flops(plan: Plan, heads: int) -> Callable[[int, int], tuple[int, int]]:
-    """(sequences, length) -> FLOPs of the products, forward and backward."""
-    costs = {name: [parse(text) for text in texts] for name, texts in plan.pieces.items()}
-    name = "chunk" if "chunk" in costs else next(iter(costs))
-
-    def total(sequences: int, length: int) -> tuple[int, int]:
-        tiles = [stop - start for start, stop in chunks(length, plan.chunk)] if plan.chunk else [length]
-        spent = [sum(int(cost.evaluate({"n": n})) for n in tiles) * sequences * heads for cost in costs[name]]
-        return spent[0], spent[1]
-
-    return total
 
 
 def run_stream(

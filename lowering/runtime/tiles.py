@@ -56,6 +56,31 @@ def like_lead(cotangent: Tensor, like: Tensor) -> Tensor:
     return cotangent.sum(shared, keepdim=True) if shared else cotangent
 
 
+LOST_BITS = 14  # of the 24 (float32) or 53 (float64) of a square, at most and for the worst of all vectors
+
+
+def well_conditioned(grams: Sequence[Tensor]) -> bool:
+    """Whether quadratic forms with these matrices [H, 1, d, d] keep the precision of the squares they stand for.
+
+    Row i of a decoder is in z G with z_i, so the form z (G G^T) z^T is rounded like sum_i z_i^2 |G_i|^2. It is never
+    smaller than this times the least eigenvalue of the correlations of the rows, which shows in whether a Cholesky
+    factor exists below a shift. A row of zeros rounds nothing. Without a look at the numbers, while a CUDA graph is
+    captured, the answer is no.
+    """
+    if grams[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    least = 2.0**LOST_BITS * torch.finfo(grams[0].dtype).eps
+    for gram in grams:
+        norm = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        scale = torch.where(norm == 0, 1, norm).reciprocal()
+        correlations = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+        diagonal = torch.diag_embed((norm == 0).to(gram.dtype) - least)
+        factor, failed = torch.linalg.cholesky_ex(correlations + diagonal)
+        if not bool((failed == 0).all() & factor.isfinite().all()):
+            return False
+    return True
+
+
 def reshape(x: Tensor, *tile: int) -> Tensor:
     """The tile in another shape."""
     return x.reshape(*x.shape[:2], *tile)
@@ -82,6 +107,26 @@ def cat(tiles: Sequence[Tensor], axis: int) -> Tensor:
 def filled(value: float, *tile: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tile of one number."""
     return torch.full((1, 1, *tile), value, dtype=dtype, device=device)
+
+
+class Singular(Exception):
+    """A linear system has no solution, or many; its text is the user's line, if there is one."""
+
+
+def solve(a: Tensor, b: Tensor, where: str) -> Tensor:
+    """x of a x = b."""
+    x, failed = torch.linalg.solve_ex(a, b)
+    if bool(failed.any()):
+        raise Singular(where)
+    return x
+
+
+def solve_triangle(a: Tensor, b: Tensor, where: str, *, upper: bool, left: bool) -> Tensor:
+    """x of a x = b, or x a = b, for a triangle whose diagonal is in a. Unchecked while a CUDA graph is captured."""
+    captured = a.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not captured and bool((a.diagonal(dim1=-2, dim2=-1) == 0).any()):
+        raise Singular(where)
+    return torch.linalg.solve_triangular(a, b, upper=upper, left=left)
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -38,11 +38,13 @@ class Cost:
         products: FLOPs in matrix products (2 per multiply-add).
         elementwise: FLOPs elsewhere, with an activation at its usual price.
         traffic: elements written if nothing is fused.
+        operations: how many ops write them.
     """
 
     products: Any
     elementwise: Any
     traffic: Any
+    operations: int = 0
 
     def at(self, tokens: int) -> tuple[int, int, int]:
         """The numbers for a tile of `tokens` tokens."""
@@ -54,6 +56,7 @@ class Cost:
 def cost(module: fx.GraphModule) -> Cost:
     """The cost of a tile graph."""
     products = elementwise = traffic = sympy.Integer(0)
+    operations = 0
     for node in module.graph.nodes:
         if node.op != "call_function" or ops.is_size_op(node.target):
             continue
@@ -64,8 +67,9 @@ def cost(module: fx.GraphModule) -> Cost:
             elementwise += row.work * elements(node.args[0].meta["val"])
         else:
             elementwise += row.work * size
-        traffic += 0 if row.kind in (Kind.VIEW, Kind.CREATE) else size
-    return Cost(sympy.expand(products), sympy.expand(elementwise), sympy.expand(traffic))
+        if row.kind not in (Kind.VIEW, Kind.CREATE):
+            traffic, operations = traffic + size, operations + 1
+    return Cost(sympy.expand(products), sympy.expand(elementwise), sympy.expand(traffic), operations)
 
 
 # Tried on a 2-core machine with 1 MiB of L2 a core and 32 MiB of L3: 2 to 8 MiB are alike, 16 is slower by a tenth.

@@ -38,6 +38,9 @@ class _Fusion:
         self.values = values
         self.position = {value: index for index, value in enumerate(values.computed)}
         self.unit: dict[Value, Unit] = {value: Unit([value]) for value in values.computed}
+        self.after: dict[Unit, set[Unit]] = {unit: set() for unit in self.unit.values()}  # those that read its values
+        self.before: dict[Unit, set[Unit]] = {unit: set() for unit in self.unit.values()}
+        self._link(*self.unit.values())
 
     def run(self) -> list[Unit]:
         for value in reversed(self.values.computed):
@@ -70,22 +73,40 @@ class _Fusion:
             first.values = sorted([*first.values, *second.values], key=self.position.__getitem__)
             for value in second.values:
                 self.unit[value] = first
+            second.values = []
+            self._link(first, second)
 
     def _apart(self, a: Unit, b: Unit) -> bool:
         """Whether something outside must run between two units: a path from one to the other through it."""
-        seen: set[Unit] = {a}
-        stack = [unit for unit in self._after(a) if unit is not b]
+        return bool(self.before[b] - {a}) and self._leads(self.after[a] - {b}, b)
+
+    def _leads(self, starts: set[Unit], end: Unit) -> bool:
+        """Whether there is a path from some units to another."""
+        seen, stack = set(starts), list(starts)
         while stack:
             unit = stack.pop()
-            if unit is b:
+            if unit is end:
                 return True
-            if unit not in seen:
-                seen.add(unit)
-                stack.extend(self._after(unit))
+            fresh = self.after[unit] - seen
+            seen |= fresh
+            stack.extend(fresh)
         return False
 
-    def _after(self, unit: Unit) -> list[Unit]:
-        return [self.unit[user] for value in unit.values for user in value.users if self.unit[user] is not unit]
+    def _link(self, *changed: Unit) -> None:
+        """Note who reads whom, where the values of some units have changed."""
+        for unit in changed:
+            for other in self.after[unit]:
+                self.before[other].discard(unit)
+            for other in self.before[unit]:
+                self.after[other].discard(unit)
+        for unit in changed:
+            self.after[unit] = {self.unit[user] for value in unit.values for user in value.users} - {unit}
+            reads = [o.base for value in unit.values for o in value.reads if o.base.kind != "input"]
+            self.before[unit] = {self.unit[base] for base in reads} - {unit}
+            for other in self.after[unit]:
+                self.before[other].add(unit)
+            for other in self.before[unit]:
+                self.after[other].add(unit)
 
     def _merge_siblings(self) -> None:
         """Nests that read the same value."""
@@ -98,9 +119,11 @@ class _Fusion:
     def _move_back(self) -> None:
         """Move what an earlier nest could compute too into it, where fewer values then cross between the two."""
         nests = [unit for unit in dict.fromkeys(self.unit.values()) if unit.is_nest and not unit.values[0].is_scalar]
+        place = {unit: index for index, unit in enumerate(nests)}
         for later in nests:
-            for earlier in nests:
-                if earlier is later or not self._feeds(earlier, later) or not earlier.values or not later.values:
+            feeding = [unit for unit in self.before[later] if unit in place]
+            for earlier in sorted(feeding, key=place.__getitem__):
+                if not earlier.values or not later.values or not self._feeds(earlier, later):
                     continue
                 moved = self._computable(earlier, later)
                 if not moved or len(moved) == len(later.values):
@@ -113,6 +136,7 @@ class _Fusion:
                     later.values = rest
                     for value in moved:
                         self.unit[value] = earlier
+                    self._link(earlier, later)
 
     def _feeds(self, earlier: Unit, later: Unit) -> bool:
         if earlier.per_tile != later.per_tile or earlier.values[0].domain != later.values[0].domain:
@@ -138,15 +162,7 @@ class _Fusion:
 
     def _before(self, value: Value, unit: Unit) -> bool:
         """Whether a value is ready when a unit runs: the unit leads to it on no path."""
-        target, seen, stack = self.unit[value], set(), [unit]
-        while stack:
-            current = stack.pop()
-            if current is target:
-                return False
-            if current not in seen:
-                seen.add(current)
-                stack.extend(self._after(current))
-        return True
+        return not self._leads({unit}, self.unit[value])
 
     @staticmethod
     def _crossing(earlier: list[Value], later: list[Value]) -> int:

@@ -322,6 +322,7 @@ class _Reader:
         # Elimination works in a copy of its own.
         if self.language.in_memory and not (spelled.triangular and _unit(a, -1)):
             a = self._copied(a, node)
+            a.base.per_tile = a.base.per_tile or b.base.per_tile  # and leaves its factors there
         made = self._make("system", node, b.shape, [a, self._dense(b, node)])
         return made if left else made.permute(swap)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -256,6 +257,24 @@ def body_line(body: Callable[..., Any], default: Location) -> Location:
     """Where a body begins."""
     code = getattr(body, "__code__", None)
     return default if code is None else Location(code.co_filename, code.co_firstlineno)
+
+
+def user_files(spec: LoopSpec) -> set[str]:
+    """The files in which the bodies of a loop are written."""
+    files = set()
+    for cls in (*spec.cls.__mro__, *spec.learner.__mro__):
+        module = sys.modules.get(cls.__module__)
+        inside = cls.__module__.startswith(("nestloop.lang", "builtins", "torch"))
+        for value in () if inside else vars(cls).values():
+            code = getattr(value, "__code__", None)
+            if code is not None:
+                files.add(code.co_filename)
+        if not inside and module is not None and getattr(module, "__file__", None):
+            files.add(module.__file__)
+    transform = getattr(spec.optimizer.transform, "__code__", None)
+    if transform is not None and not getattr(spec.optimizer.transform, "__module__", "").startswith("nestloop.lang"):
+        files.add(transform.co_filename)
+    return files
 
 
 def _check_signature(spec: LoopSpec, body: str, arguments: tuple[str, ...]) -> None:

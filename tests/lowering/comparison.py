@@ -142,7 +142,7 @@ def differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> di
 
 
 def tokens_at_a_time(rows: int) -> property:
-    """For `NestedLoopOp.rows`: so few tokens that every sequence is worked on in several tiles."""
+    """For `Code.rows`: so few tokens that every sequence is worked on in several tiles."""
     return property(lambda op: rows, lambda op, chosen: None)
 
 

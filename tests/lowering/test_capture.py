@@ -62,9 +62,9 @@ def test_one_lowering_serves_every_length(loop: type[nl.Loop], monkeypatch: pyte
     lowered: list[int | None] = []
     stages = pipeline.stages
 
-    def counting(spec, sizes, tokens, losses, carried):
+    def counting(spec, sizes, tokens, losses, carried, **more):
         lowered.append(tokens)
-        return stages(spec, sizes, tokens, losses, carried)
+        return stages(spec, sizes, tokens, losses, carried, **more)
 
     monkeypatch.setattr(pipeline, "stages", counting)
     monkeypatch.setattr(lower, "_PLANS", {})

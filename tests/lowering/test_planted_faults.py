@@ -14,7 +14,7 @@ from torch import fx
 import nestloop as nl
 from nestloop.lowering import lower, ops, pipeline, simplify
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
-from nestloop.lowering.runtime.library import NestedLoopOp
+from nestloop.lowering.runtime.library import Code
 from tests.lowering.comparison import compare, random_inputs, tokens_at_a_time
 
 aten = torch.ops.aten
@@ -53,7 +53,7 @@ def nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Faulty code stays out of every cache."""
     monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(lower, "_PLANS", {})
-    monkeypatch.setattr(NestedLoopOp, "rows", tokens_at_a_time(2), raising=False)
+    monkeypatch.setattr(Code, "rows", tokens_at_a_time(2), raising=False)
 
 
 def worst() -> float:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, reject, seed, settings
 
 import nestloop as nl
-from nestloop.lowering.runtime.library import NestedLoopOp
+from nestloop.lowering.runtime.library import Code
 from nestloop.lowering.runtime.native import NativePlan
 from tests.lowering.comparison import assert_equal, differences, run, tokens_at_a_time
 from tests.lowering.random_loops import LOSSES, RandomLoop, random_loops
@@ -31,7 +31,7 @@ def check(case: RandomLoop) -> None:
     wanted = run(nl.compile(loop, backend="reference", a=case.key_size, e=case.value_size), inputs, case.losses)
     if not all(bool(torch.isfinite(value).all()) for value in wanted.values()):
         reject()  # the definition itself has no value (a norm of zero differentiated twice): nothing to equal
-    with mock.patch.object(NestedLoopOp, "rows", tokens_at_a_time(case.rows), create=True):
+    with mock.patch.object(Code, "rows", tokens_at_a_time(case.rows), create=True):
         found = run(nl.compile(loop, backend="torch", a=case.key_size, e=case.value_size), inputs, case.losses)
     assert_equal(differences(found, wanted), 1e-9)
     with mock.patch.object(NativePlan, "rows", tokens_at_a_time(min(case.rows, 96)), create=True):

@@ -115,7 +115,8 @@ def test_any_number_of_threads_gives_the_same_bits(loop: Any):
 class Rated(Recall):
     """A learned rate, whose derivative is the gradient itself; two steps of all tokens."""
 
-    schedule, rate_of_all = nl.FullBatch(steps=2), nl.slow()
+    schedule = nl.FullBatch(steps=2)  # type: ignore[assignment]
+    rate_of_all = nl.slow()
     optimizer = nl.SGD(lr=rate_of_all)
 
 

@@ -1,0 +1,62 @@
+"""What running a lowered loop may refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from nestloop.errors import Location, NoPlanError, SingularSystemError
+from nestloop.lang.loop import LoopSpec, user_files
+from nestloop.lowering.runtime.plan import Plan
+
+
+def no_native(spec: LoopSpec, reason: str) -> NoPlanError:
+    """The refusal of a loop without C++, where that was asked for by name."""
+    return NoPlanError(
+        f"{spec.name} has no C++ plan for these sizes.",
+        where=spec.where,
+        given=reason,
+        need="ops with a C++ spelling in lowering/ops, and a C++ compiler",
+        fix='write backend="auto": generated PyTorch runs where there is no C++',
+    )
+
+
+def check_triton(spec: LoopSpec, plan: Plan) -> None:
+    """Raise `NoPlanError` for a loop that has no Triton, or where Triton is not installed."""
+    reason = plan.not_triton
+    if plan.form != "stream":
+        reason = "loops of batches have no Triton yet"
+    if reason:
+        raise NoPlanError(
+            f"{spec.name} has no Triton plan for these sizes.",
+            where=spec.where,
+            given=reason,
+            need="ops with a Triton spelling in lowering/ops, and tiles that fit a program's registers",
+            fix='write backend="torch": generated PyTorch runs every loop, on a GPU too',
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise NoPlanError(
+            "The triton backend needs Triton.",
+            where=spec.where,
+            given="no module named triton",
+            need="Triton 3.6 or newer",
+            fix="pip install 'nestloop[triton]'",
+        )
+
+
+def singular_system(spec: LoopSpec, line: str | Location) -> SingularSystemError:
+    """The refusal of a linear system that has no solution; `line`: of the user's, as `Location.short` gives it."""
+    where: Location | None = spec.where
+    if isinstance(line, Location):
+        where = line
+    elif line:
+        name, _, number = line.rpartition(":")
+        file = next((f for f in sorted(user_files(spec)) if os.path.basename(f) == name), name)
+        where = Location(file, int(number))
+    return SingularSystemError(
+        f"A linear system of {spec.name} is singular.",
+        where=where,
+        given="a matrix with a pivot that is exactly zero",
+        need="a matrix with an inverse, for every head, sequence and token",
+        fix="add a positive diagonal, as a ridge does: a + torch.diag(self.lamb), with lamb > 0",
+    )

@@ -1,7 +1,8 @@
 """`make gpu`, or `python -m benchmarks.gpu`: everything that wants a GPU, in one command; needs torch and nothing else.
 
-First every loop of the zoo against the reference on the device (float64, values and gradients), then the MTTT-MLP layer
-and whole ViT-S/16 training steps beside what people write without a compiler: medians of interleaved rounds, with the
+First every loop of the zoo against the reference on the device (float64, values and gradients), then streams in
+generated Triton beside generated PyTorch (how far apart they are, and times), the MTTT-MLP layer and whole ViT-S/16
+training steps beside what people write without a compiler: medians of interleaved rounds, with the
 device's own GEMM rate. The table is printed last; the figures go to `$OUT/gpu.json`, or `benchmarks/results/gpu.json`.
 """
 
@@ -22,9 +23,12 @@ import torch
 
 import nestloop as nl
 from benchmarks import machine, peers
+from benchmarks.calls import distance, problem, time_once, values_of
 from nestloop import models, zoo
+from tests.drawn import draw
 
-LOOPS: dict[str, Any] = {name: getattr(zoo, name) for name in zoo.__all__ if name != "catalogue"}
+STREAMS = ("CausalLinearAttention", "RetNet", "GLA", "DeltaNet", "GatedDeltaNet", "TTTLinear", "TTTMLP")
+LOOPS = {loop.__name__: loop for loop in zoo.loops()}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,6 +49,14 @@ def main(arguments: list[str] | None = None) -> int:
     result["gemm_tflops"] = machine.gemm_rate(options.device, dtype, size) / 1e3
     sizes = [(2, 64, 96, 3)] if options.quick else [(256, 196, 384, 6), (4, 12_544, 192, 3), (1, 50_176, 192, 3)]
     result["layer"] = [layer_times(*size, options.device, 2 if options.quick else 9) for size in sizes]
+    shapes = [(1, 40, 2, 16)] if options.quick else [(4, 2048, 32, 64), (1, 8192, 32, 64)]
+    dtypes = [torch.float32] if options.quick else [torch.float32, torch.bfloat16]
+    result["streams"] = [
+        stream_times(name, shape, dtype, options.device, 1 if options.quick else 9)
+        for name in STREAMS
+        for shape in shapes
+        for dtype in dtypes
+    ]
     result["training_step"] = {
         mixer: training_step(mixer, options.device, options.quick)
         for mixer in ("self_attention", "linear_attention", "mttt_linear", "mttt_mlp")
@@ -58,19 +70,21 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if missed else 0
 
 
-def agreement(loop: Any, device: str) -> float:
+def agreement(loop: type[nl.Loop], device: str) -> float:
     """The worst relative difference from the reference in float64, over the output and every gradient."""
     torch.manual_seed(0)
-    layer = nl.Layer(loop, 32, 2, backend="torch").double().to(device).eval()
-    reference = nl.Layer(loop, 32, 2, backend="reference").double().to(device).eval()
-    reference.load_state_dict(layer.state_dict())
-    x = torch.randn(3, 16, 32, dtype=torch.float64, device=device)
+    tokens = 16
+    views, weights = ({n: t.detach().to(device) for n, t in drawn.items()} for drawn in draw(loop.spec, tokens))
+    order = torch.rand(2, tokens).argsort(-1).to(device) if loop.spec.schedule.needs_order else None
+    leaves = [t.requires_grad_() for t in [*views.values(), *weights.values()]]
     found = []
-    for part in (layer, reference):
-        given = x.clone().requires_grad_()
-        y = part(given)
-        (y * torch.linspace(-1, 1, y.numel(), device=device).reshape(y.shape)).sum().backward()
-        found.append([y.detach(), given.grad, *[p.grad for p in part.parameters() if p.requires_grad]])
+    for backend in ("torch", "reference"):
+        z, _ = nl.compile(loop, backend=backend)(views, weights, order=order)
+        cotangent = torch.linspace(-1, 1, z.numel(), device=device, dtype=z.dtype).reshape(z.shape)
+        gradients = torch.autograd.grad((z * cotangent).sum(), leaves, allow_unused=True)
+        found.append(
+            [z.detach(), *[torch.zeros_like(t) if g is None else g for g, t in zip(gradients, leaves, strict=True)]]
+        )
     largest = max(float(t.abs().max()) for t in found[1])
     return max(
         float((a - b).abs().max()) / max(float(b.abs().max()), 1e-4 * largest) for a, b in zip(*found, strict=True)
@@ -100,6 +114,33 @@ def layer_times(batch: int, tokens: int, width: int, heads: int, device: str, ro
                 times[name].append(elapsed)
     size = {"B": batch, "N": tokens, "D": width, "H": heads}
     return {**size, **{name: [statistics.median(t) * 1e3, min(t) * 1e3] for name, t in times.items()}}
+
+
+def stream_times(
+    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, rounds: int
+) -> dict[str, Any]:
+    """Median and best ms of forward + backward of a loop's two backends, and how far Triton is off PyTorch.
+
+    shape: sequences, tokens, heads and features of a head. What Triton refuses or cannot run is put down as a message.
+    """
+    views, weights = problem(getattr(zoo, name), *shape, device)
+    views = {n: t.detach().to(dtype).requires_grad_() for n, t in views.items()}
+    leaves = [*views.values(), *weights.values()]
+    found: dict[str, Any] = {"loop": name, "B, N, H, d": shape, "dtype": str(dtype).removeprefix("torch.")}
+    made = {}
+    for backend in ("torch", "triton"):
+        op = nl.compile(getattr(zoo, name), backend=backend)
+        run = partial(time_once, lambda op=op: op(views, weights)[0], leaves, device)
+        try:
+            made[backend] = values_of(lambda op=op: op(views, weights)[0], leaves)
+            times = [run() for _ in range(rounds + 2)][2:]
+        except Exception as error:  # the other figures are wanted all the same
+            found[backend] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            continue
+        found[backend] = [statistics.median(times), min(times)]
+    if len(made) == 2:
+        found["off by"] = max(map(distance, made["triton"], made["torch"]))
+    return found
 
 
 def _forward_backward(run: Callable[[], torch.Tensor]) -> None:
@@ -146,6 +187,14 @@ def report(result: dict[str, Any], missed: list[str]) -> None:
         for name, value in row.items():
             if isinstance(value, list):
                 print(f"  {name:<24} median {value[0]:9.2f} ms   best {value[1]:9.2f} ms")
+    for row in result["streams"]:
+        print(f"{row['loop']}, forward + backward, {row['dtype']}, B, N, H, d = {row['B, N, H, d']}")
+        for backend in ("torch", "triton"):
+            value = row[backend]
+            shown = value if isinstance(value, str) else f"median {value[0]:9.2f} ms   best {value[1]:9.2f} ms"
+            print(f"  nestloop, {backend:<14} {shown}")
+        if "off by" in row:
+            print(f"  off by {row['off by']:.1e}")
     print("ViT-S/16 training, images/s")
     for mixer, rate in result["training_step"].items():
         print(f"  {mixer:<20} {rate:9.1f}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container, Sequence
+
 # C++'s keywords, then what tiles.h defines, then what generated code calls its own variables.
 _USED = frozenset(
     """alignas alignof and asm auto bitand bitor bool break case catch char class compl const constexpr continue
@@ -25,3 +27,17 @@ singular unsolved""".split()  # noqa: SIM905
 def identifier(name: str) -> str:
     """A declared name as an identifier that generated C++ uses for nothing else."""
     return f"{name}_" if name in _USED else name
+
+
+def identified(
+    name: str,
+    declared: Container[str],
+    affixes: Sequence[tuple[str, str]],
+    identifier: Callable[[str], str] = identifier,
+) -> str:
+    """A graph's name with the declared name between a prefix and a suffix made an identifier."""
+    for prefix, suffix in affixes:
+        plain = name.removeprefix(prefix).removesuffix(suffix)
+        if name == prefix + plain + suffix and plain in declared:
+            return prefix + identifier(plain) + suffix
+    return name

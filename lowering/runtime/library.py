@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
 from nestloop.lang.loop import LoopSpec
+from nestloop.lowering.runtime.batches import LOW, compute_dtype
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.refusals import singular_system
 from nestloop.lowering.runtime.tiles import Singular, like_lead
-from nestloop.lowering.runtime.triton import TritonStream, compute_dtype
+from nestloop.lowering.runtime.triton import TritonBatches, TritonCode, TritonStream
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
-_LOW = (torch.bfloat16, torch.float16)
 _DEVICE_ROWS = 256  # a device works on so many times more tokens at once than fit a CPU's cache
 
 
@@ -111,7 +111,7 @@ class Code:
 
     module: ModuleType
     rows: int
-    native: NativeModule | NativeStream | TritonStream | None = None
+    native: NativeModule | NativeStream | TritonBatches | TritonStream | None = None
     pays: Callable[[int, int, int], bool] | None = None
 
     def runs_native(self, inputs: Sequence[Tensor], halo: int) -> bool:
@@ -211,8 +211,10 @@ class NestedLoopOp:
 
     def _made(self, name: str, tensors: list[Tensor], order: Tensor | None, inputs: list[Tensor]) -> Sequence[Tensor]:
         """The results of `forward` or `backward`. Raises `SingularSystemError`."""
-        if isinstance(self.code.native, TritonStream):  # reads tensors in the dtype that they have
-            return getattr(self.code.native, name)(*tensors, order)
+        if isinstance(self.code.native, TritonCode):  # reads tensors in the dtype that they have
+            code = self.code if self._make_wide is None else self._code_for(_prepare(inputs, inputs)[0])
+            with _as_it_says(inputs[0].device.type):
+                return getattr(code.native, name)(*tensors, order)
         computed, low = _prepare(tensors, inputs)
         code = self._code_for(computed[: len(inputs)])
         with _as_it_says(inputs[0].device.type):
@@ -375,7 +377,7 @@ def _define(schema: str, kernel: Any, fake: Any, flops: Any) -> None:
 def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
     """Inputs in the compute dtype, and the low precision of products, if the tokens come in one."""
     dtype = compute_dtype(deciding)
-    low = deciding[0].dtype if deciding[0].dtype in _LOW and dtype is torch.float32 else None
+    low = deciding[0].dtype if deciding[0].dtype in LOW and dtype is torch.float32 else None
     return [t.to(dtype) for t in tensors], low
 
 

@@ -73,8 +73,9 @@ class Batches:
         sizes: dict[str, tuple[int, ...]] = {}
         for piece in self.pieces.values():
             for node in piece.backward.graph.find_nodes(op="placeholder"):
-                if node.name not in SCALARS:
-                    shape, name = node.meta["val"].shape, self.name(node.name)
+                shape, name = node.meta["val"].shape, self.name(node.name)
+                unread = name.startswith("projected_") and name not in self.tokens  # by any step, and so not made
+                if name not in SCALARS and not unread:
                     sizes[name] = tuple(map(int, shape[1:] if self.walks(name) else shape))
         sizes["z"] = sizes["d_z"]
         return sizes

@@ -17,12 +17,14 @@ from nestloop.lowering.emit.batches import Batches
 from nestloop.lowering.emit.identifiers import triton_identifier
 from nestloop.lowering.emit.torch import TITLES
 from nestloop.lowering.emit.triton import TritonFunction, padded
-from nestloop.lowering.emit.triton_kernels import TritonKernels, indented, zeros
+from nestloop.lowering.emit.triton_kernels import REGISTERS, TritonKernels, indented, zeros
 from nestloop.lowering.ops.strided import NoSpelling, extent
 from nestloop.lowering.runtime.triton_plan import TritonPlan
-from nestloop.lowering.schedule.cost import TILE_ELEMENTS, rows_in_registers
 
 BARRIER = "tl.debug_barrier()"
+HEIGHTS = (64, 32, 16)  # tokens of a tile
+ALIVE = 8 * 32 * REGISTERS  # elements of tiles alive at once, at which tiles of tokens are made shorter
+CARRIED = ALIVE // 2  # elements of sums that stay in registers from one tile of tokens to the next
 SUMS = ("loss_sum", "loss_after")
 
 
@@ -39,8 +41,6 @@ class TritonLoop(TritonKernels, Batches):
         super().__init__(captured, pieces, losses, carried, triton_identifier)
         self._check_tiles()
         self.shapes = {n: tuple(size for size in tile if size != 1) for n, tile in self.tiles().items()}
-        graphs = [graph for piece in self.pieces.values() for graph in (piece.forward, piece.backward)]
-        self.height = rows_in_registers(graphs)
         self.ordered = self.spec.schedule.needs_order
         self.used = set()
         self.functions = {}
@@ -64,7 +64,7 @@ class TritonLoop(TritonKernels, Batches):
         module = piece.backward if pulls else piece.forward
         doc = f"Cotangents of the inputs of {of}." if pulls else f"{TITLES[of]}. Makes {', '.join(results)}."
         summed = self._summed(name, results)
-        carried = summed if sum(self._padded(r) for r in summed) <= TILE_ELEMENTS else []
+        carried = summed if sum(self._padded(r) for r in summed) <= CARRIED else []
         rows: dict[str, tuple[int, bool | str]] = {n: (0, False) for n in [*self.shapes, *results]}
         rows |= {n: (0, True) for n in summed}
         rows |= {f"d_{n}": (0, added) for n, added in self._added(of).items()} if pulls else {}
@@ -76,9 +76,16 @@ class TritonLoop(TritonKernels, Batches):
         axes = type_axes(self.spec, module, readout_axes(self.captured)).axes
         tokens = [*self.tokens, "d_z"]
         ordered = self.ordered and of.endswith("gradient")
-        self.functions[name] = TritonFunction(
-            name, module, results, tokens, doc, axes, self.height, rows, self.name, ordered
-        )
+        for height in HEIGHTS:
+            try:
+                function = TritonFunction(name, module, results, tokens, doc, axes, height, rows, self.name, ordered)
+            except NoSpelling:
+                if height == HEIGHTS[-1]:
+                    raise
+                continue
+            if function.alive <= ALIVE:
+                break
+        self.functions[name] = function
 
     def _summed(self, name: str, results: Sequence[str]) -> list[str]:
         """Results that tiles, and steps, add up."""
@@ -114,18 +121,18 @@ class TritonLoop(TritonKernels, Batches):
 
     def emit(self) -> TritonPlan:
         """The module."""
-        plan = f"One program a head and sequence walks the steps, in tiles of {self.height} tokens."
+        plan = "One program a head and sequence walks the steps, tile of tokens by tile."
         kernels = [self._kernel("forward"), self._kernel("backward")]
         return TritonPlan(
             text=self.module(plan, kernels),
             forward=tuple(map(self.original, self.given("forward"))),
             backward=tuple(map(self.original, self.given("backward"))),
             gradients=tuple(map(self.original, self.gradients)),
-            rows=self.height,
+            rows=max(f.longest for f in self.functions.values()),
             scratch=(self._room("forward"), self._room("backward")),
             state=0,
             warps=(self._warps("forward"), self._warps("backward")),
-            wide=tuple(n for n in self.given("backward") if self.elements(n) % 16 == 0),
+            wide=tuple(n for n in self.given("backward") if n != "d_losses" and self.elements(n) % 16 == 0),
             common=(*self.hoisted, *self.captured.projected),
         )
 
@@ -231,14 +238,15 @@ class TritonLoop(TritonKernels, Batches):
             return []
         start, stop = bounds
         returned = [r for r in function.returned if r in into]
-        inner = [f"n = tl.minimum({stop} - first, {self.height})"]
+        height = function.longest
+        inner = [f"n = tl.minimum({stop} - first, {height})"]
         inner.append(self.call(name, {**read, **into}, "c_"))
         inner += [f"{r} += c_{r}" for r in function.returned]
         if function.scratch or any(r in into for r in function.results if r not in function.returned):
             inner.append(BARRIER)  # the next tile works in the same memory
         return [
             *[self.load(r, into[r]) for r in returned],
-            f"for first in range({start}, {stop}, {self.height}):",
+            f"for first in range({start}, {stop}, {height}):",
             *indented(inner),
             *[self.store(r, into[r], r) for r in returned],
         ]
@@ -285,8 +293,10 @@ class TritonLoop(TritonKernels, Batches):
     def _forward(self) -> list[str]:
         fast, states = self.fast, self._in("states")
         body: list[str] = []
-        for n in fast:
-            body += self._copy(n, self.at(n), states[n]) if n in self.starts else self._clear([n], states)
+        ends = {n: f"end_{n}_made + item * {self.elements(n)}" for n in fast}
+        for n in fast:  # the end too: without tokens there is no step
+            body.append(self.load(n, self.at(n), "tile") if n in self.starts else f"tile = {self.zeros(n)}")
+            body += [self.store(n, states[n], "tile"), self.store(n, ends[n], "tile")]
         now, then = self._in("now"), self._in("then")
         turn = [f"now = states + step % 2 * {self._state}", f"then = states + (step + 1) % 2 * {self._state}"]
         step = [*self._begin, *turn, *self._gradient(now)]
@@ -302,10 +312,9 @@ class TritonLoop(TritonKernels, Batches):
 
         step += [BARRIER, *self._variants(update), BARRIER]
         for n in fast:
-            size = self.elements(n)
-            between = f"between_{n}_made + (tl.cast(step, tl.int64) * H * B + item) * {size}"
+            between = f"between_{n}_made + (tl.cast(step, tl.int64) * H * B + item) * {self.elements(n)}"
             step += [self.load(n, then[n], "tile"), "if step + 1 < steps:", f"    {self.store(n, between, 'tile')}"]
-            step += ["else:", f"    {self.store(n, f'end_{n}_made + item * {size}', 'tile')}"]
+            step += ["else:", f"    {self.store(n, ends[n], 'tile')}"]
         body += [BARRIER, "for step in range(0, steps):", *indented(step)]
         body.append(f"now = states + steps % 2 * {self._state}")
         body += self._over_tiles("readout", ("0", "N"), self._read("readout", now), {})
@@ -322,7 +331,7 @@ class TritonLoop(TritonKernels, Batches):
     # ---- Backward --------------------------------------------------------------------------------------------------
 
     def _backward(self) -> list[str]:
-        fast, height = self.fast, self.height
+        fast, height = self.fast, HEIGHTS[0]
         shared = [n for n in [*self.slow, *self.hoisted] if n in self.gradients]
         body = self._clear(shared, {n: f"{n}_made + item * {self.elements(n)}" for n in shared})
         cotangents = self._in("cotangents")

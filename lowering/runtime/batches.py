@@ -142,9 +142,7 @@ class Call:
         separate: of backward, whether each sequence has a fast weight of its own to start from.
     """
 
-    def __init__(
-        self, code: BatchCode, inputs: list[Tensor], order: Tensor | None, low: torch.dtype | None
-    ) -> None:
+    def __init__(self, code: BatchCode, inputs: list[Tensor], order: Tensor | None, low: torch.dtype | None) -> None:
         self.inputs, self.like = inputs, inputs[0]
         self.dtype = compute_dtype(inputs)
         self.low = low

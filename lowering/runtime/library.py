@@ -211,14 +211,13 @@ class NestedLoopOp:
 
     def _made(self, name: str, tensors: list[Tensor], order: Tensor | None, inputs: list[Tensor]) -> Sequence[Tensor]:
         """The results of `forward` or `backward`. Raises `SingularSystemError`."""
-        if isinstance(self.code.native, TritonCode):  # reads tensors in the dtype that they have
-            code = self.code if self._make_wide is None else self._code_for(_prepare(inputs, inputs)[0])
-            with _as_it_says(inputs[0].device.type):
-                return getattr(code.native, name)(*tensors, order)
-        computed, low = _prepare(tensors, inputs)
+        in_triton = isinstance(self.code.native, TritonCode)  # which reads tensors in the dtype that they have
+        computed, low = _prepare(inputs if in_triton else tensors, inputs)
         code = self._code_for(computed[: len(inputs)])
         with _as_it_says(inputs[0].device.type):
             try:
+                if in_triton:
+                    return getattr(code.native, name)(*tensors, order)
                 if code.runs_native(inputs, getattr(self.signature, "halo", 0)):
                     return getattr(code.native, name)(*computed, order, low=low)
                 return self._in_groups(code, name, computed, order, low, inputs)

@@ -150,7 +150,7 @@ class TritonStream(TritonCode):
 
 
 class TritonBatches(BatchCode, TritonCode):
-    """The kernels of one loop of batches. A call without tokens, which takes no step, is left to generated PyTorch."""
+    """The kernels of one loop of batches."""
 
     plan: TritonPlan
 
@@ -161,19 +161,6 @@ class TritonBatches(BatchCode, TritonCode):
 
     def memory(self, call: Call, name: str, row: Sequence[int]) -> Tensor:
         return call.new(*([call.length] if self.is_token(name) else []), *row)
-
-    def forward(self, *tensors: Tensor) -> Sequence[Tensor]:
-        return super().forward(*tensors) if tensors[0].shape[2] else self._without_tokens("forward", tensors)
-
-    def backward(self, *tensors: Tensor) -> Sequence[Tensor]:
-        return super().backward(*tensors) if tensors[0].shape[2] else self._without_tokens("backward", tensors)
-
-    def _without_tokens(self, function: str, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        dtype = compute_dtype(tensors[: len(self.loop.inputs)])
-        made: Sequence[Tensor] = getattr(self.module, function)(
-            *[t.to(dtype) for t in tensors[:-1]], tensors[-1], None, 1
-        )
-        return made
 
     def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
         programs = call.heads * call.sequences

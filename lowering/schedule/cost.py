@@ -76,33 +76,17 @@ def cost(module: fx.GraphModule) -> Cost:
 CACHE_BYTES = 4 << 20
 
 
-def widest(modules: Sequence[fx.GraphModule]) -> int:
-    """The most elements that a value has for one token."""
-    found = 1
+def rows_in_cache(modules: Sequence[fx.GraphModule], heads: int) -> int:
+    """How many tokens to work on at a time, for the widest value of all heads to fit `CACHE_BYTES` in float32."""
+    widest = 1
     for module in modules:
         for node in module.graph.nodes:
             value = node.meta.get("val")
             if node.op == "call_function" and isinstance(value, torch.Tensor):
                 size = elements(value)
                 if size.free_symbols:
-                    found = max(found, int(size.subs(N_TOKENS, 1)))
-    return found
-
-
-def rows_in_cache(modules: Sequence[fx.GraphModule], heads: int) -> int:
-    """How many tokens to work on at a time, for the widest value of all heads to fit `CACHE_BYTES` in float32."""
-    return max(32, CACHE_BYTES // (4 * heads * widest(modules)))
-
-
-TILE_ELEMENTS = 1 << 14  # 128 registers of each of 128 threads
-
-
-def rows_in_registers(modules: Sequence[fx.GraphModule]) -> int:
-    """Tokens of a Triton tile, a power of two from 16 to 64, for the widest value to have at most `TILE_ELEMENTS`."""
-    rows, width = 64, widest(modules)
-    while rows > 16 and rows * width > TILE_ELEMENTS:
-        rows //= 2
-    return rows
+                    widest = max(widest, int(size.subs(N_TOKENS, 1)))
+    return max(32, CACHE_BYTES // (4 * heads * widest))
 
 
 # Tried on cores with 1 MiB of L2 each: from 16 to 208 rows a loop differs by a fifth, and is fastest near 100, where

@@ -99,7 +99,8 @@ def _plan(
     dtype = {"dtype": torch.float64} if double else {}
     if spec.streams:
         return pipeline.stream_plan(pipeline.stream_stages(spec, sizes, tokens, losses, part, **dtype, triton=triton))
-    return pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried, **dtype, wide=part == "wide"))
+    wide = part == "wide"
+    return pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried, **dtype, wide=wide, triton=triton))
 
 
 def lower(
@@ -128,6 +129,6 @@ def lower(
         return build_stream(spec, plan, sizes["H"], inductor, backend, double)
 
     def wide() -> Plan:
-        return plan_for(spec, sizes, tokens, losses, carried, double and plan.reads_dtype, "wide")
+        return plan_for(spec, sizes, tokens, losses, carried, double and plan.reads_dtype, "wide", triton)
 
     return build(spec, plan, sizes["H"], losses, inductor, backend, double, wide)

@@ -6,7 +6,9 @@ declare -> capture -> check -> differentiate -> rewrite -> schedule -> emit -> r
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +24,7 @@ from nestloop.lowering.emit.cpp_piece import CppPiece
 from nestloop.lowering.emit.cpp_scan import CppScan
 from nestloop.lowering.emit.stream import StreamEmitter, StreamSource
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
+from nestloop.lowering.emit.triton_loop import TritonLoop
 from nestloop.lowering.emit.triton_piece import TritonPiece
 from nestloop.lowering.emit.triton_scan import TritonScan
 from nestloop.lowering.ops import NoSpelling
@@ -46,6 +49,8 @@ class Lowered:
         source: the generated module; None where the loop runs on PyTorch's own attention.
         native: the generated C++; None where the loop has none.
         not_native: why it has none.
+        triton: the generated Triton; None where the loop has none, or where it was not asked for.
+        not_triton: why it has none.
     """
 
     captured: Captured
@@ -55,6 +60,8 @@ class Lowered:
     source: TorchSource | None
     native: NativePlan | None
     not_native: str
+    triton: TritonPlan | None
+    not_triton: str
 
     @property
     def spec(self) -> LoopSpec:
@@ -69,6 +76,7 @@ def stages(
     carried: bool,
     dtype: torch.dtype = torch.float32,
     wide: bool = False,
+    triton: bool = False,
 ) -> Lowered:
     """Run the compiler up to source.
 
@@ -79,6 +87,7 @@ def stages(
         carried: whether fast weights come from a state even where they are frozen at zero.
         dtype: the compute dtype, for the rare body that depends on it.
         wide: without the Gram form, for decoders that it would lose precision on.
+        triton: whether Triton is wanted too.
 
     Raises:
         CompileError: a body cannot be compiled.
@@ -103,21 +112,39 @@ def stages(
         differentiated = {name: piece for name, piece in differentiated.items() if name not in unused}
     attention = next((r for r in applied if r.name == "softmax attention" and r.fired), None)
     source = None if attention else TorchEmitter(projected, differentiated, losses, carried).emit()
-    native, not_native = _native(projected, differentiated, losses, carried)
-    return Lowered(captured, typing, differentiated, applied, source, native, not_native)
+    parts = (projected, differentiated, losses, carried)
+    native, not_native = _spelled(lambda: _native(*parts))
+    kernels, not_triton = _spelled(lambda: _triton(*parts)) if triton else (None, "")
+    return Lowered(captured, typing, differentiated, applied, source, native, not_native, kernels, not_triton)
 
 
-def _native(
-    captured: Captured, differentiated: dict[str, Piece], losses: bool, carried: bool
-) -> tuple[NativePlan | None, str]:
-    """The loop in C++, or why it has none."""
-    if captured.loss is None:
-        return None, "a kernel estimator has no steps to walk"
+Code = TypeVar("Code")
+
+
+def _spelled(emit: Callable[[], Code]) -> tuple[Code | None, str]:
+    """Generated code, or why there is none."""
     try:
-        emitter = CppEmitter(captured, differentiated, losses, carried)
-        return emitter.emit(tile_rows(emitter.scratch)), ""
+        return emit(), ""
     except NoSpelling as reason:
         return None, str(reason)
+
+
+def _native(captured: Captured, differentiated: dict[str, Piece], losses: bool, carried: bool) -> NativePlan:
+    """The loop in C++."""
+    _check_steps(captured)
+    emitter = CppEmitter(captured, differentiated, losses, carried)
+    return emitter.emit(tile_rows(emitter.scratch))
+
+
+def _triton(captured: Captured, differentiated: dict[str, Piece], losses: bool, carried: bool) -> TritonPlan:
+    """The loop in Triton."""
+    _check_steps(captured)
+    return TritonLoop(captured, differentiated, losses, carried).emit()
+
+
+def _check_steps(captured: Captured) -> None:
+    if captured.loss is None:
+        raise NoSpelling("a kernel estimator has no steps to walk")
 
 
 PARTS = ("scan", "inside", "inside partial", "update", "read")
@@ -203,20 +230,14 @@ def stream_stages(
             need="the same computation for chunks of any length",
             fix='write nl.compile(..., backend="reference"), or a body that holds for every self.n',
         )
-    native, not_native = None, ""
     own = scan
     if part == "scan" and form.in_cpp is not form:  # what keeps a chunk's tiles close takes shorter chunks
         shorter = pieces_of(captured, tracer, form.in_cpp, False, losses)
         own = (captured, *shorter, form.in_cpp.longest, losses, form.name)
-    try:
-        native = (CppScan if part == "scan" else CppPiece)(*own).emit()
-    except NoSpelling as reason:
-        not_native = str(reason)
+    native, not_native = _spelled(lambda: (CppScan if part == "scan" else CppPiece)(*own).emit())
     kernels, not_triton = None, ""
-    try:
-        kernels = (TritonScan if part == "scan" else TritonPiece)(*own).emit() if triton else None
-    except NoSpelling as reason:
-        not_triton = str(reason)
+    if triton:
+        kernels, not_triton = _spelled(lambda: (TritonScan if part == "scan" else TritonPiece)(*own).emit())
     captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)
     return LoweredStream(captured, typing, form, made, applied, source, native, not_native, kernels, not_triton, part)
 
@@ -277,4 +298,6 @@ def plan(lowered: Lowered) -> Plan:
         scale=dot_product_scale(captured) if form == "attention" else None,
         native=lowered.native,
         not_native=lowered.not_native,
+        triton=lowered.triton,
+        not_triton=lowered.not_triton,
     )

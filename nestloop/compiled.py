@@ -291,7 +291,7 @@ def compile(loop: type[Loop], backend: str = "auto", inductor: bool = False, **d
     Args:
         loop: a subclass of `nl.Loop`.
         backend: "reference" (brute force, the definition), "torch" (generated PyTorch), "cpp" (generated C++),
-            "triton" (generated Triton, of streams; on a CPU it is interpreted, slowly), or "auto": cpp where the loop
+            "triton" (generated Triton; on a CPU it is interpreted, slowly), or "auto": cpp where the loop
             has a plan for it, a C++ compiler is there, and it is expected to be as fast at the sizes of the call
             (`lowering.runtime.work`); else torch. Tensors on a GPU run generated PyTorch unless triton is asked for.
         inductor: compile the generated PyTorch with `torch.compile` (tens of seconds once, then faster).

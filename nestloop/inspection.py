@@ -130,7 +130,7 @@ def _lower(spec: LoopSpec, sizes: dict[str, int], triton: bool = False) -> AnyLo
     if spec.streams:
         part = "update" if isinstance(spec.schedule, Program) else "scan"
         return pipeline.stream_stages(spec, plain, None, losses=False, part=part, triton=triton)
-    return pipeline.stages(spec, plain, sizes["N"] if spec.grid else None, losses=False, carried=False)
+    return pipeline.stages(spec, plain, sizes["N"] if spec.grid else None, losses=False, carried=False, triton=triton)
 
 
 def _declare(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
@@ -307,8 +307,6 @@ def _cpp(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
 
 
 def _triton(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
-    if not isinstance(lowered, LoweredStream):
-        return "none: loops of batches have no Triton yet"
     return f"none: {lowered.not_triton}" if lowered.triton is None else lowered.triton.text.rstrip()
 
 

@@ -43,9 +43,9 @@ class CppEmitter(CppPieces):
         parts += [self._forward(), self._backward()]
         return NativePlan(
             header(self.captured, plan) + "\n\n".join(parts) + "\n",
-            tuple(map(self._original, self._given("forward"))),
-            tuple(map(self._original, self._given("backward"))),
-            tuple(map(self._original, self._gradients())),
+            tuple(map(self.original, self.given("forward"))),
+            tuple(map(self.original, self.given("backward"))),
+            tuple(map(self.original, self.gradients)),
             (*self.hoisted, *self.captured.projected),
             self.whole,
             rows,
@@ -138,7 +138,7 @@ class CppEmitter(CppPieces):
         kept = {*self.tokens, "d_z", "d_losses", *[f"{p}_{n}" for n in self.fast for p in ("end", "between")]}
         buffers, size = shared_out(self._layout(which))
         declared = [
-            *tensors({n: n not in kept for n in self._given(which)}),
+            *tensors({n: n not in kept for n in self.given(which)}),
             f"constexpr long STATE = {self._state.constant}, ITEM = {item}, PART = {part};",
             "const long apart = H * B * (ITEM + ranges * PART);",
             "S* items = ranges > 1 ? (S*)std::aligned_alloc(64, (apart * sizeof(S) + 63) / 64 * 64) : nullptr;",
@@ -235,7 +235,7 @@ class CppEmitter(CppPieces):
 
     def _backward(self) -> str:
         fast, shared, one = self.fast, self._shared, "(head * B + sequence)"
-        made = {n: f"made[{i}]" for i, n in enumerate(self._gradients())}
+        made = {n: f"made[{i}]" for i, n in enumerate(self.gradients)}
         again = any(f"gradient_{n}" in self.functions[f"{v}update_vjp"].inputs for v in self.variants for n in fast)
         ends = [f"copy(d_{n}_all.at(head, sequence), {self.widths[n]}, d_{n});" for n in fast]
         zeros = [f"zero(d_{n}, {self.widths[n]});" for n in shared]
@@ -395,7 +395,7 @@ class CppEmitter(CppPieces):
             lines.append(f"put(d_{n}_tile, {order}, from, n, {self.widths[n]}, d_{n}_rows, {self._apart(n)}, {add});")
         written += seen
         # A token input that only other steps' gradients depend on is zero here.
-        others = {n for v in self.variants for n in self._nonzero(f"{v}gradient_vjp")} if "gradient" in piece else set()
+        others = {n for v in self.variants for n in self.reached(f"{v}gradient")} if "gradient" in piece else set()
         for n in self.tokens:
             if n in others and n not in seen and n not in written:
                 lines.append(f"clear({order}, from, n, {self.widths[n]}, d_{n}_rows, {self._apart(n)}, {again});")

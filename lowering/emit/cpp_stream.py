@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import fx
 
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.cpp import CppFunction
-from nestloop.lowering.emit.cpp_pieces import elements
 from nestloop.lowering.emit.expressions import rows
+from nestloop.lowering.emit.identifiers import identified
 from nestloop.lowering.emit.identifiers import identifier as safe
 from nestloop.lowering.emit.repeats import written
 from nestloop.lowering.emit.scan import TITLES, Scan
@@ -17,7 +18,6 @@ from nestloop.lowering.emit.unit import (
     CLOSE,
     flat,
     header,
-    identified,
     indented,
     numbered,
     open_parallel,
@@ -52,7 +52,7 @@ class CppStream(Scan):
         else:
             self.carried = [*self.starts, *self.initial]
         state = {
-            identifier(n): elements(e.size(self.captured.sizes) for e in entry.like.dims)
+            identifier(n): math.prod(e.size(self.captured.sizes) for e in entry.like.dims)
             for n, entry in self.entries.items()
         }
         self.declared = {*state, *self.initial, *self.slow, *self.tokens}
@@ -92,9 +92,9 @@ class CppStream(Scan):
         for node in piece.backward.graph.find_nodes(op="placeholder"):
             name, shape = node.name, node.meta["val"].shape
             if name in ("d_z", "d_losses"):
-                self.widths[name.removeprefix("d_")] = elements(shape[1:])
+                self.widths[name.removeprefix("d_")] = math.prod(map(int, shape[1:]))
             elif name in self.declared:
-                self.widths[name] = elements(shape[1:] if name in self.tokens else shape)
+                self.widths[name] = math.prod(map(int, shape[1:] if name in self.tokens else shape))
 
     # ---- Source ----------------------------------------------------------------------------------------------------
 

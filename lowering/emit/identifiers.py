@@ -1,6 +1,9 @@
-"""Declared names as identifiers of C++."""
+"""Declared names as identifiers of C++ and of generated Triton."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable, Container, Sequence
 
 # C++'s keywords, then what tiles.h defines, then what generated code calls its own variables.
 _USED = frozenset(
@@ -25,3 +28,31 @@ singular unsolved""".split()  # noqa: SIM905
 def identifier(name: str) -> str:
     """A declared name as an identifier that generated C++ uses for nothing else."""
     return f"{name}_" if name in _USED else name
+
+
+# What generated Triton calls modules and functions, then its own variables and arguments; and what it derives.
+_USED_IN_TRITON = frozenset(
+    """tl triton tiles readout S PRODUCT H B N row again scratch memory head sequence item states cotangents now then
+d_now d_then sums pulled n first step back start stop steps bounds weights rates order order_at total after sum
+weight rate""".split()  # noqa: SIM905
+)
+_DERIVED_IN_TRITON = re.compile(r"^i\d+$|_(p|h|b|n|at|made|vjp)$")
+
+
+def triton_identifier(name: str) -> str:
+    """A declared name as an identifier that generated Triton uses for nothing else."""
+    return f"{name}_" if name in _USED_IN_TRITON or _DERIVED_IN_TRITON.search(name) else name
+
+
+def identified(
+    name: str,
+    declared: Container[str],
+    affixes: Sequence[tuple[str, str]],
+    identifier: Callable[[str], str] = identifier,
+) -> str:
+    """A graph's name with the declared name between a prefix and a suffix made an identifier."""
+    for prefix, suffix in affixes:
+        plain = name.removeprefix(prefix).removesuffix(suffix)
+        if name == prefix + plain + suffix and plain in declared:
+            return prefix + identifier(plain) + suffix
+    return name

@@ -26,6 +26,7 @@ from nestloop.lowering.schedule.order import fewest_alive, most_alive
 from nestloop.lowering.schedule.values import SCALARS, Language, Value, fold, operands_of, read
 
 NARROWEST = 16  # what a product of tiles takes
+_TOKENS = Extent(1, 0)
 MOST_ELEMENTS = 1 << 16  # of one tile: more never fits the registers of a program
 
 
@@ -61,7 +62,10 @@ class TritonFunction:
         axes: the names of each value's axes, for the comments.
         longest: the most tokens that a tile has.
         rows: of inputs and results that the function itself reads and writes, one row a token, where it needs them:
-            the first row that the tile holds in memory, and whether a result is added to what is there.
+            the first row that the tile holds in memory, and whether a result is added to what is there: "again" where
+            the call says so.
+        identifier: an input's name -> its name in the function.
+        ordered: whether its rows of tokens are those that an order lists, from a place that it is given.
 
     Attributes:
         inputs, results: names of what it takes and makes; a tile, or for `rows` a place in memory, to which an input
@@ -85,10 +89,12 @@ class TritonFunction:
         doc: str,
         axes: Mapping[fx.Node, Axes],
         longest: int,
-        rows: Mapping[str, tuple[int, bool]] = MappingProxyType({}),
+        rows: Mapping[str, tuple[int, bool | str]] = MappingProxyType({}),
+        identifier: Callable[[str], str] = str,
+        ordered: bool = False,
     ) -> None:
         self.name, self.doc, self.axes, self.longest, self.rows = name, doc, axes, longest, rows
-        values = read(module, results, [False] * len(results), per_token, language=TRITON)
+        values = read(module, results, [False] * len(results), per_token, identifier, TRITON)
         self.values = values.computed
         self.given = dict(values.inputs)
         scalars = [n.name for n in module.graph.find_nodes(op="placeholder") if n.name in SCALARS and n.users]
@@ -109,6 +115,9 @@ class TritonFunction:
         self.used: set[int] = set()
         self.masks: dict[Extent, str] = {}
         self.returned = [r for r in self.results if r not in rows]
+        walked = [name for name in self.tiles if name in rows and any(size.has_tokens for size in self.tiles[name][:1])]
+        self.ordered = ordered and bool(walked)
+        self.again = any(rows[r][1] == "again" for r in self.results if r in rows)
         for result, value in made.items():
             value.written = result in rows
         alive = [value for name, value in self.given.items() if name not in rows]
@@ -140,6 +149,8 @@ class TritonFunction:
         lines = [f"def {self.name}({', '.join(given)}):", f'    """{self.doc}"""']
         lines += [f"    i{size} = tl.arange(0, {size})" for size in sorted(self.used)]
         lines += [f"    {name} = i{self.padded(size)} < {size}" for size, name in self.masks.items()]
+        if self.ordered:
+            lines.append(f"    row = tl.load(order_at + i{self.padded(_TOKENS)}, mask=in_n, other=0)")
         lines += [f"    {line}" for line in self.body]
         names = {v.result: v.name for v in self.values if v.result is not None}
         if self.returned:
@@ -153,7 +164,8 @@ class TritonFunction:
         given: list[str] = []
         for name in self.inputs:
             given += [f"{name}_at", f"{name}_n"] if name in self.rows else [name]
-        return given + [f"{name}_at" for name in self.results if name in self.rows]
+        given += [f"{name}_at" for name in self.results if name in self.rows]
+        return [*given, *(["order_at"] if self.ordered else []), *(["again"] if self.again else [])]
 
     # ---- Rows ------------------------------------------------------------------------------------------------------
 
@@ -176,7 +188,7 @@ class TritonFunction:
         for d, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
             index = self._index(d, rank, size)
             if tall and not d:
-                row = f"({index} - {first})" if first else index
+                row = self._vector("row", d, rank) if self.ordered else f"({index} - {first})" if first else index
                 places.append(f"{row} * {step}")
             else:
                 places.append(index if stride == ONE else f"{index} * {stride}")
@@ -193,8 +205,10 @@ class TritonFunction:
         step = product(sizes[1:] if tall else sizes)
         places, mask = self._rows(value, value.result, str(step))
         place, text = f"{value.result}_at + {places}", value.name
-        if self.rows[value.result][1]:
-            text = f"tl.load({place}{f', mask={mask}, other=0' if mask else ''}) + {text}"
+        added = self.rows[value.result][1]
+        if added:
+            there = " & ".join([*([mask] if mask else []), *(["again"] if added == "again" else [])])
+            text = f"tl.load({place}{f', mask={there}, other=0' if there else ''}) + {text}"
         return [f"tl.store({place}, {text}{f', mask={mask}' if mask else ''})"]
 
     # ---- Views -----------------------------------------------------------------------------------------------------
@@ -283,16 +297,20 @@ class TritonFunction:
 
     def _index(self, axis: int, rank: int, size: Extent) -> str:
         self.used.add(self.padded(size))
+        return self._vector(f"i{self.padded(size)}", axis, rank)
+
+    @staticmethod
+    def _vector(text: str, axis: int, rank: int) -> str:
+        """A vector along one axis of a tile."""
         beside = ", ".join(":" if d == axis else "None" for d in range(rank))
-        return f"i{self.padded(size)}" + (f"[{beside}]" if rank > 1 else "")
+        return text + (f"[{beside}]" if rank > 1 else "")
 
     def _mask(self, axis: int, rank: int, size: Extent) -> str:
         """Where an axis holds a value's own elements."""
         self.used.add(self.padded(size))
         if size not in self.masks:
-            self.masks[size] = f"in_{'n' if size == Extent(1, 0) else len(self.masks)}"
-        beside = ", ".join(":" if d == axis else "None" for d in range(rank))
-        return self.masks[size] + (f"[{beside}]" if rank > 1 else "")
+            self.masks[size] = f"in_{'n' if size == _TOKENS else len(self.masks)}"
+        return self._vector(self.masks[size], axis, rank)
 
     def _masks(self, sizes: Sequence[Extent], strides: Sequence[Extent] | None = None) -> str:
         """The same for all axes of a tile, as the last argument of a load or store."""

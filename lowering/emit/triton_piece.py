@@ -23,7 +23,7 @@ class TritonPiece(TritonStream):
                 body += [] if there else [self.clear(result)]
             else:
                 n = result.removesuffix("_new")
-                place = f"{made}_made + item * {self._elements(n)}"
+                place = f"{made}_made + item * {self.elements(n)}"
                 body.append(self.store(n, place, result if there else self.zeros(n)))
         return [line for line in body if line]
 
@@ -45,5 +45,5 @@ class TritonPiece(TritonStream):
         body += self.token_cotangents(name)
         for n in [*self.carried, *self.shared]:
             if n in self.gradients:
-                body.append(self.store(n, f"{n}_made + item * {self._elements(n)}", f"c_d_{n}"))
+                body.append(self.store(n, f"{n}_made + item * {self.elements(n)}", f"c_d_{n}"))
         return [line for line in body if line]

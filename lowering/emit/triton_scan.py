@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from nestloop.lowering.emit.triton_stream import ROWWISE, TritonStream, indented
+from nestloop.lowering.emit.triton_kernels import indented
+from nestloop.lowering.emit.triton_stream import ROWWISE, TritonStream
 
 
 class TritonScan(TritonStream):
@@ -46,10 +47,10 @@ class TritonScan(TritonStream):
         return body + [self.store(n, self._end(n), n) for n in self.carry]
 
     def _end(self, name: str) -> str:
-        return f"end_{name}_made + item * {self._elements(name)}"
+        return f"end_{name}_made + item * {self.elements(name)}"
 
     def _between(self, name: str, index: str) -> str:
-        return f"between_{name}_p + (({index}) * H * B + item) * {self._elements(name)}"
+        return f"between_{name}_p + (({index}) * H * B + item) * {self.elements(name)}"
 
     def _anchored(self) -> list[str]:
         """Lines that set an anchor where its period begins."""
@@ -63,7 +64,7 @@ class TritonScan(TritonStream):
         places, offset = {}, 0
         for n in self.carry:
             places[n] = f"states + ({index}) * {self._state}" + (f" + {offset}" if offset else "")
-            offset += self._elements(n)
+            offset += self.elements(n)
         return places
 
     def _backward(self) -> list[str]:
@@ -103,10 +104,10 @@ class TritonScan(TritonStream):
         group += ["for back in range(first, last):", *indented(["index = last - 1 - (back - first)", *self._pull()])]
         body += ["for turn in range(0, groups):", *indented(group)]
         for n in self.starts:
-            body.append(self.store(n, f"{n}_made + item * {self._elements(n)}", f"d_{n}"))
+            body.append(self.store(n, f"{n}_made + item * {self.elements(n)}", f"d_{n}"))
         for n in self.shared:
             if n in gradients:
-                body.append(self.store(n, f"{n}_made + item * {self._elements(n)}", f"d_{n}"))
+                body.append(self.store(n, f"{n}_made + item * {self.elements(n)}", f"d_{n}"))
         return body
 
     def _clear(self) -> list[str]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.emit.cpp import CppFunction
 from nestloop.lowering.emit.expressions import rows
-from nestloop.lowering.emit.identifiers import identifier
 from nestloop.lowering.ops.strided import Extent
 
 _HEADER = """// {title}
@@ -54,15 +53,6 @@ def tensors(given: Mapping[str, bool]) -> list[str]:
     """Lines that name a call's tensors, in order; True for those of which a pointer to one tile takes the name."""
     called = [f"{name}_all" if one_tile else name for name, one_tile in given.items()]
     return [f"const Tensor& {name} = given[{index}]; (void){name};" for index, name in enumerate(called)]
-
-
-def identified(name: str, declared: Container[str], affixes: Sequence[tuple[str, str]]) -> str:
-    """A graph's name with the declared name between a prefix and a suffix made an identifier of C++."""
-    for prefix, suffix in affixes:
-        plain = name.removeprefix(prefix).removesuffix(suffix)
-        if name == prefix + plain + suffix and plain in declared:
-            return prefix + identifier(plain) + suffix
-    return name
 
 
 def open_threads(declared: Sequence[str], room: str, need: str, buffers: Sequence[str]) -> list[str]:

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import cache, compiler
+from nestloop.lowering.runtime.batches import BatchLoop
 from nestloop.lowering.runtime.library import Code, NestedLoopOp, Signature
-from nestloop.lowering.runtime.native import NativeModule
+from nestloop.lowering.runtime.native import NativeModule, NativePlan
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.refusals import check_triton, no_native
+from nestloop.lowering.runtime.triton import TritonBatches
+from nestloop.lowering.runtime.triton_plan import TritonPlan
 from nestloop.lowering.runtime.work import flops, pays
 
 Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
@@ -53,11 +56,11 @@ def build(
     if backend == "triton":
         check_triton(spec, plan)
     reason = no_native_reason(plan, inductor, backend, double)
-    native = backend != "torch" and not reason
+    native = plan.triton if backend == "triton" else plan.native if backend != "torch" and not reason else None
     path = cache.write(plan.name, plan.source)
     name = f"{path.stem}_inductor" if inductor else path.stem
-    if native and plan.native is not None:
-        name = f"{path.stem}_{backend}_{cache.digest(plan.native.text)}"  # a module of PyTorch goes with several of C++
+    if native is not None:
+        name = f"{path.stem}_{backend}_{cache.digest(native.text)}"  # a module of PyTorch goes with several of C++
     if name not in EXECUTABLES:
         signature = _signature(spec, plan, heads, losses)
         settings = (inductor, backend, double)
@@ -75,8 +78,10 @@ def _code(spec: LoopSpec, plan: Plan, signature: Signature, inductor: bool, back
         raise no_native(spec, reason)
     module = cache.load(cache.write(plan.name, plan.source))
     module = compiled_pieces(module, plan) if inductor else module
-    native = backend != "torch" and not reason
-    library = _native(spec, plan, module, signature) if native else None
+    if backend == "triton":
+        check_triton(spec, plan)
+    native = plan.triton if backend == "triton" else plan.native if backend != "torch" and not reason else None
+    library = None if native is None else _library(spec, plan.name, native, module, signature)
     return Code(module, plan.rows, library, pays(spec, plan) if backend == "auto" else None)
 
 
@@ -123,12 +128,10 @@ def _announce(cause: str) -> None:
 _FAILED: dict[tuple[str, str], str] = {}
 
 
-def _native(spec: LoopSpec, plan: Plan, module: types.ModuleType, signature: Signature) -> NativeModule:
-    assert plan.native is not None
-    return NativeModule(
-        plan.name,
-        plan.native,
-        module,
+def _library(
+    spec: LoopSpec, name: str, plan: NativePlan | TritonPlan, module: types.ModuleType, signature: Signature
+) -> NativeModule | TritonBatches:
+    loop = BatchLoop(
         inputs=signature.inputs,
         tokens=signature.tokens,
         fast=signature.fast,
@@ -138,6 +141,9 @@ def _native(spec: LoopSpec, plan: Plan, module: types.ModuleType, signature: Sig
         weight=spec.schedule.weight,
         losses=signature.losses,
     )
+    if isinstance(plan, TritonPlan):
+        return TritonBatches(name, plan, module, loop)
+    return NativeModule(name, plan, module, loop)
 
 
 def _attention(scale: float | None) -> Executable:

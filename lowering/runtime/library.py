@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
 from nestloop.lang.loop import LoopSpec
+from nestloop.lowering.runtime.batches import LOW, compute_dtype
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.refusals import singular_system
 from nestloop.lowering.runtime.tiles import Singular, like_lead
-from nestloop.lowering.runtime.triton import TritonStream, compute_dtype
+from nestloop.lowering.runtime.triton import TritonBatches, TritonCode, TritonStream
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
-_LOW = (torch.bfloat16, torch.float16)
 _DEVICE_ROWS = 256  # a device works on so many times more tokens at once than fit a CPU's cache
 
 
@@ -111,7 +111,7 @@ class Code:
 
     module: ModuleType
     rows: int
-    native: NativeModule | NativeStream | TritonStream | None = None
+    native: NativeModule | NativeStream | TritonBatches | TritonStream | None = None
     pays: Callable[[int, int, int], bool] | None = None
 
     def runs_native(self, inputs: Sequence[Tensor], halo: int) -> bool:
@@ -211,12 +211,13 @@ class NestedLoopOp:
 
     def _made(self, name: str, tensors: list[Tensor], order: Tensor | None, inputs: list[Tensor]) -> Sequence[Tensor]:
         """The results of `forward` or `backward`. Raises `SingularSystemError`."""
-        if isinstance(self.code.native, TritonStream):  # reads tensors in the dtype that they have
-            return getattr(self.code.native, name)(*tensors, order)
-        computed, low = _prepare(tensors, inputs)
+        in_triton = isinstance(self.code.native, TritonCode)  # which reads tensors in the dtype that they have
+        computed, low = _prepare(inputs if in_triton else tensors, inputs)
         code = self._code_for(computed[: len(inputs)])
         with _as_it_says(inputs[0].device.type):
             try:
+                if in_triton:
+                    return getattr(code.native, name)(*tensors, order)
                 if code.runs_native(inputs, getattr(self.signature, "halo", 0)):
                     return getattr(code.native, name)(*computed, order, low=low)
                 return self._in_groups(code, name, computed, order, low, inputs)
@@ -375,7 +376,7 @@ def _define(schema: str, kernel: Any, fake: Any, flops: Any) -> None:
 def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
     """Inputs in the compute dtype, and the low precision of products, if the tokens come in one."""
     dtype = compute_dtype(deciding)
-    low = deciding[0].dtype if deciding[0].dtype in _LOW and dtype is torch.float32 else None
+    low = deciding[0].dtype if deciding[0].dtype in LOW and dtype is torch.float32 else None
     return [t.to(dtype) for t in tensors], low
 
 

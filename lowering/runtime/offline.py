@@ -25,6 +25,8 @@ from nestloop.lowering.runtime.triton_plan import TritonPlan
 TARGETS = {"sm_80": ("cuda", 80), "sm_90": ("cuda", 90), "sm_100": ("cuda", 100), "gfx942": ("hip", "gfx942")}
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program may take
 STAGES = ("ttir", "ttgir", "ptx", "sass", "amdgcn")
+_NUMBERS = {"memory": "*fp32", "weights": "*fp32", "rates": "*fp32", "bounds": "*i32", "order_p": "*i64"}
+_COMPUTED = ("between_", "end_", "d_", "hoisted_", "projected_", "gram_")  # names of tensors in the compute dtype
 _PRODUCTS = {"bf16": "bf16", "fp16": "fp16", "fp32": "tf32"}
 
 
@@ -107,10 +109,13 @@ def _signature(function: Any, dtype: str, wide: Collection[str]) -> tuple[dict[s
     for name in function.arg_names:
         if name in ("S", "PRODUCT"):
             types[name] = "constexpr"
-        elif name.endswith("_p") and not name.startswith(("between_", "d_end_")):
+        elif name in _NUMBERS:
+            types[name] = _NUMBERS[name]
+            multiples.add(name)
+        elif name == "d_z_p" or (name.endswith("_p") and not name.startswith(_COMPUTED)):
             types[name] = f"*{dtype}"
             multiples.add(name)
-        elif name.endswith(("_p", "_made")) or name == "memory":
+        elif name.endswith(("_p", "_made")):
             types[name] = "*fp32"
             multiples.add(name)
         else:

@@ -23,14 +23,11 @@ def no_native(spec: LoopSpec, reason: str) -> NoPlanError:
 
 def check_triton(spec: LoopSpec, plan: Plan) -> None:
     """Raise `NoPlanError` for a loop that has no Triton, or where Triton is not installed."""
-    reason = plan.not_triton
-    if plan.form != "stream":
-        reason = "loops of batches have no Triton yet"
-    if reason:
+    if plan.not_triton:
         raise NoPlanError(
             f"{spec.name} has no Triton plan for these sizes.",
             where=spec.where,
-            given=reason,
+            given=plan.not_triton,
             need="ops with a Triton spelling in lowering/ops, and tiles that fit a program's registers",
             fix='write backend="torch": generated PyTorch runs every loop, on a GPU too',
         )

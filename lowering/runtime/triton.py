@@ -1,4 +1,4 @@
-"""Generated Triton of a stream's op: its kernels, and calls of them on tensors.
+"""Generated Triton: its kernels, and calls of them on tensors.
 
 On a GPU they are compiled and launched by Triton; on a CPU they are interpreted, which is slow and for finding out what
 they compute. Inputs are read where they lie, in the dtype that they have.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nestloop.lowering.runtime import cache
+from nestloop.lowering.runtime.batches import BatchCode, BatchLoop, Call, compute_dtype
 from nestloop.lowering.runtime.native import readable
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 
@@ -24,7 +25,64 @@ if TYPE_CHECKING:
 _LOW = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-class TritonStream:
+class TritonCode:
+    """The kernels of one op.
+
+    Args:
+        name: the op's name, as an identifier.
+        plan: its Triton.
+    """
+
+    def __init__(self, name: str, plan: TritonPlan) -> None:
+        self.name, self.plan = name, plan
+
+    @cached_property
+    def kernels(self) -> ModuleType:
+        return cache.load(cache.write(f"{self.name}_triton", self.plan.text))
+
+    def launch(self, function: str, lead: tuple[int, int], given: Sequence[Any], products: torch.dtype) -> None:
+        """Run a kernel, one program for each head and sequence.
+
+        Args:
+            given: its arguments in order, without S and PRODUCT; one of them is the memory it works in, of the compute
+                dtype.
+            products: the dtype that the tokens have.
+        """
+        heads, sequences = lead
+        kernel, grid = getattr(self.kernels, function), (heads * sequences, 1)
+        (memory,) = (t for name, t in zip(kernel.arg_names, given, strict=False) if name == "memory")
+        arguments = dict(zip(kernel.arg_names, given, strict=False)) | self.settings(memory.dtype, products)
+        if memory.device.type == "cpu":
+            from nestloop.lowering.runtime.interpreter import interpreted
+
+            interpreted(kernel, grid, arguments)
+        else:
+            with torch.cuda.device(memory.device):
+                kernel[grid](**arguments, **self.plan.options(function, nvidia=torch.version.hip is None))
+
+    @staticmethod
+    def settings(dtype: torch.dtype, given: torch.dtype) -> dict[str, Any]:
+        """The compute dtype, and how products are taken: in the tokens' dtype where that is a low one, of float32 in as
+        much of its precision as `torch.set_float32_matmul_precision` asks for."""
+        import triton.language as tl
+
+        if dtype == torch.float64:
+            return {"S": tl.float64, "PRODUCT": "ieee"}
+        exact = torch.get_float32_matmul_precision() == "highest"
+        return {"S": tl.float32, "PRODUCT": _LOW.get(given, "tf32x3" if exact else "tf32")}
+
+
+def pointers(tensor: Tensor, walked: bool, between: bool) -> list[Any]:
+    """A tensor [H, B, ..] as a kernel takes it: itself, or a copy, then its strides; one of states between steps is
+    [steps, H, B, ..] and lies in one piece."""
+    if between:
+        return [tensor.contiguous()]
+    tensor = readable(tensor, walked)
+    strides = [tensor.stride(axis) if tensor.shape[axis] > 1 else 0 for axis in (0, 1)]
+    return [tensor, *strides, *([tensor.stride(2)] if walked else [])]
+
+
+class TritonStream(TritonCode):
     """The kernels of one op of a stream.
 
     Args:
@@ -35,11 +93,8 @@ class TritonStream:
     """
 
     def __init__(self, name: str, plan: TritonPlan, module: ModuleType, signature: StreamSignature) -> None:
-        self.name, self.plan, self.module, self.signature = name, plan, module, signature
-
-    @cached_property
-    def kernels(self) -> ModuleType:
-        return cache.load(cache.write(f"{self.name}_triton", self.plan.text))
+        super().__init__(name, plan)
+        self.module, self.signature = module, signature
 
     def forward(self, *tensors: Tensor) -> Sequence[Tensor]:
         """Inputs [H, B, ..] and no order -> results, as the PyTorch module's `forward`."""
@@ -85,52 +140,50 @@ class TritonStream:
         every = self.signature.spacing(inputs) if self.signature.chunk else 1
         backward = function == "backward"
         room = self.plan.scratch[backward] + (every * self.plan.state if backward else 0)
-        arguments: dict[str, Any] = {}
-        kept = []  # copies live until the kernel is launched
+        arguments: list[Any] = []
         for name, tensor in given.items():
             walked = name in (*self.signature.tokens, "d_z", "d_losses")
-            between = name.startswith("between_")
-            tensor = tensor.contiguous() if between else readable(tensor, walked)
-            kept.append(tensor)
-            arguments[f"{name}_p"] = tensor
-            if not between:
-                arguments[f"{name}_h"] = tensor.stride(0) if tensor.shape[0] > 1 else 0
-                arguments[f"{name}_b"] = tensor.stride(1) if tensor.shape[1] > 1 else 0
-            if walked:
-                arguments[f"{name}_n"] = tensor.stride(2)
-        arguments |= {f"{name}_made": tensor for name, tensor in made.items()}
-        arguments |= {
-            "memory": inputs[0].new_empty(max(heads * sequences * room, 1), dtype=dtype),
-            "H": heads,
-            "B": sequences,
-            "N": self._tokens(inputs),
-            "every": every,
-            **self.settings(dtype, inputs[0].dtype),
-        }
-        self._launch(function, (heads * sequences, 1), arguments, inputs[0].device)
-
-    @staticmethod
-    def settings(dtype: torch.dtype, given: torch.dtype) -> dict[str, Any]:
-        """The compute dtype, and how products are taken: in the tokens' dtype where that is a low one, of float32 in as
-        much of its precision as `torch.set_float32_matmul_precision` asks for."""
-        import triton.language as tl
-
-        if dtype == torch.float64:
-            return {"S": tl.float64, "PRODUCT": "ieee"}
-        exact = torch.get_float32_matmul_precision() == "highest"
-        return {"S": tl.float32, "PRODUCT": _LOW.get(given, "tf32x3" if exact else "tf32")}
-
-    def _launch(self, function: str, grid: tuple[int, ...], arguments: dict[str, Any], device: torch.device) -> None:
-        kernel = getattr(self.kernels, function)
-        if device.type == "cpu":
-            from nestloop.lowering.runtime.interpreter import interpreted
-
-            interpreted(kernel, grid, arguments)
-        else:
-            with torch.cuda.device(device):
-                kernel[grid](**arguments, **self.plan.options(function, nvidia=torch.version.hip is None))
+            arguments += pointers(tensor, walked, name.startswith("between_"))
+        memory = inputs[0].new_empty(max(heads * sequences * room, 1), dtype=dtype)
+        arguments += [*made.values(), memory, heads, sequences, self._tokens(inputs), every]
+        self.launch(function, (heads, sequences), arguments, inputs[0].dtype)
 
 
-def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """float64 if anything is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+class TritonBatches(BatchCode, TritonCode):
+    """The kernels of one loop of batches."""
+
+    plan: TritonPlan
+
+    def __init__(self, name: str, plan: TritonPlan, module: ModuleType, loop: BatchLoop) -> None:
+        TritonCode.__init__(self, name, plan)
+        BatchCode.__init__(self, plan, module, loop)
+        self._numbers: dict[Any, list[Tensor]] = {}
+
+    def memory(self, call: Call, name: str, row: Sequence[int]) -> Tensor:
+        return call.new(*([call.length] if self.is_token(name) else []), *row)
+
+    def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
+        programs = call.heads * call.sequences
+        if not programs:  # nothing but sums over no heads, or no sequences
+            for tensor in made.values():
+                tensor.zero_()
+            return
+        arguments: list[Any] = []
+        for name, tensor in given:
+            arguments += pointers(tensor, name == "d_z" or self.is_token(name), name.startswith("between_"))
+        arguments += made.values()
+        if call.order is not None:
+            arguments += pointers(call.order, False, False)
+        room = self.plan.scratch[function == "backward"]
+        memory = call.like.new_empty(max(programs * room, 1), dtype=call.dtype)
+        arguments += [*self._steps(call), memory, call.heads, call.sequences, call.length, call.steps]
+        self.launch(function, (call.heads, call.sequences), arguments, call.like.dtype)
+
+    def _steps(self, call: Call) -> list[Tensor]:
+        """Bounds, weights and rates where the tensors are: kept, so that only the first call moves them there."""
+        key = (call.length, call.sequences, call.dtype, call.like.device)
+        if key not in self._numbers:
+            like = {"device": call.like.device, "dtype": call.dtype}
+            bounds = torch.tensor(call.bounds, dtype=torch.int32, device=call.like.device)
+            self._numbers[key] = [bounds, torch.tensor(call.weights, **like), torch.tensor(call.rates, **like)]
+        return self._numbers[key]

@@ -14,11 +14,12 @@ class TritonPlan:
         text: the module, with kernels `forward` and `backward`.
         forward, backward: names of the tensors each takes, in order.
         gradients: names of the inputs that `backward` gives a cotangent of, in order; the others' are zero.
-        rows: tokens of a chunk of a scan, or the most that a piece takes.
+        rows: tokens of a chunk of a scan, or of a tile; of one piece, the most that it takes.
         scratch: elements of memory that a program of each kernel works in.
         state: elements of the state between two chunks.
         warps: warps of a program of each kernel.
         wide: names of the tensors whose rows are a multiple of 16 elements long.
+        common: of a loop of batches, names of what all steps share, which the PyTorch module makes.
     """
 
     text: str
@@ -30,6 +31,7 @@ class TritonPlan:
     state: int
     warps: tuple[int, int]
     wide: tuple[str, ...]
+    common: tuple[str, ...] = ()
 
     def options(self, kernel: str, nvidia: bool = True) -> dict[str, Any]:
         """How a kernel is compiled.

@@ -28,14 +28,25 @@ _DERIVED = re.compile(
 )
 
 
-def safe(spec: LoopSpec) -> LoopSpec:
-    """The same loop with other names for what generated code could take for something else."""
+# The same of generated Triton: modules, constants, the variables of its kernels, and arguments made of a name.
+_TRITON_WORDS = frozenset(
+    """tl triton tiles S PRODUCT H B N row again scratch memory head sequence item states cotangents now then d_now
+d_then sums pulled first last turn back index own every groups chunks step start stop steps bounds weights rates order_at
+total after sum""".split()  # noqa: SIM905
+)
+_TRITON_DERIVED = re.compile(r"^i\d+$|^in_|_(p|h|b|n|at|made)$", re.ASCII)
+
+
+def safe(spec: LoopSpec, triton: bool = False) -> LoopSpec:
+    """The same loop with other names for what generated code (with `triton`, generated Triton too) could take for
+    something else."""
     names = [*spec.fast, *spec.slow, *spec.inputs]
-    if not any(map(_unsafe, names)):
+    unsafe = {n for n in names if _unsafe(n) or (triton and (n in _TRITON_WORDS or _TRITON_DERIVED.search(n)))}
+    if not unsafe:
         return spec
     new: dict[str, str] = {}
     for name in names:
-        candidate = f"its_{re.sub('_+', '_', name).strip('_')}_value" if _unsafe(name) else name
+        candidate = f"its_{re.sub('_+', '_', name).strip('_')}_value" if name in unsafe else name
         while candidate in new.values() or (candidate != name and candidate in names):
             candidate += "_too"
         new[name] = candidate

@@ -46,7 +46,7 @@ class CompiledLoop:
 
     def __init__(self, loop: type[Loop], backend: str = "auto", inductor: bool = False, **dims: int) -> None:
         self.loop, self.spec = loop, spec_of(loop)
-        self.renamed = names.safe(self.spec)
+        self.renamed = names.safe(self.spec, triton=backend == "triton")
         if backend not in BACKENDS:
             raise UnknownBackendError(
                 "There is no such backend.",

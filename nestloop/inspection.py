@@ -90,9 +90,10 @@ def inspect_text(loop: Any, stage: str | None, dims: Mapping[str, int], device: 
             need=", ".join([*_STAGES, *offline.STAGES]),
             fix='write stage="emit"',
         )
-    spec = names.safe(spec_of(loop))
+    triton = stage in (None, "triton", *offline.STAGES)
+    spec = names.safe(spec_of(loop), triton)
     sizes = trial_sizes(spec, dims)
-    lowered = _lower(spec, sizes, triton=True)
+    lowered = _lower(spec, sizes, triton)
     if stage in offline.STAGES:
         return _compiled(lowered, stage, device)
     parts = [f"== {name} ==\n{_STAGES[name](lowered, sizes)}" for name in _STAGES if stage in (None, name)]

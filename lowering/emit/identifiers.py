@@ -1,8 +1,7 @@
-"""Declared names as identifiers of C++ and of generated Triton."""
+"""Declared names as identifiers of C++."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Container, Sequence
 
 # C++'s keywords, then what tiles.h defines, then what generated code calls its own variables.
@@ -28,20 +27,6 @@ singular unsolved""".split()  # noqa: SIM905
 def identifier(name: str) -> str:
     """A declared name as an identifier that generated C++ uses for nothing else."""
     return f"{name}_" if name in _USED else name
-
-
-# What generated Triton calls modules and functions, then its own variables and arguments; and what it derives.
-_USED_IN_TRITON = frozenset(
-    """tl triton tiles readout S PRODUCT H B N row again scratch memory head sequence item states cotangents now then
-d_now d_then sums pulled n first step back start stop steps bounds weights rates order order_at total after sum
-weight rate""".split()  # noqa: SIM905
-)
-_DERIVED_IN_TRITON = re.compile(r"^i\d+$|_(p|h|b|n|at|made|vjp)$")
-
-
-def triton_identifier(name: str) -> str:
-    """A declared name as an identifier that generated Triton uses for nothing else."""
-    return f"{name}_" if name in _USED_IN_TRITON or _DERIVED_IN_TRITON.search(name) else name
 
 
 def identified(

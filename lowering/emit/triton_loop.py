@@ -14,7 +14,6 @@ from nestloop.lowering.axes import readout_axes, type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.batches import Batches
-from nestloop.lowering.emit.identifiers import triton_identifier
 from nestloop.lowering.emit.torch import TITLES
 from nestloop.lowering.emit.triton import TritonFunction, padded
 from nestloop.lowering.emit.triton_kernels import REGISTERS, TritonKernels, indented, zeros
@@ -38,7 +37,7 @@ class TritonLoop(TritonKernels, Batches):
     prefixes = ("", "d_", "gradient_", "d_gradient_", "end_", "between_")
 
     def __init__(self, captured: Captured, pieces: dict[str, Piece], losses: bool, carried: bool) -> None:
-        super().__init__(captured, pieces, losses, carried, triton_identifier)
+        super().__init__(captured, pieces, losses, carried, str)  # `names.safe` has made them fit
         self._check_tiles()
         self.shapes = {n: tuple(size for size in tile if size != 1) for n, tile in self.tiles().items()}
         self.ordered = self.spec.schedule.needs_order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ NAMES = {
     "what a piece takes and gives": ("weight", "losses", "z", "rate", "loss_sum", "order", "gradient", "update"),
     "what is derived from others": ("w_new", "d_w", "gradient_w", "k_i", "d_k_i", "end_w", "between_w", "c_w"),
     "underscores": ("w_", "w", "w__held", "_z", "_low", "w__momentum", "_eta", "__mu"),
+    "kernels": ("tl", "tiles", "S", "start", "memory", "i16", "w_p", "head"),
     "numbers": ("w_1", "sum_1", "gram_0", "projected_0", "mul_2", "x1", "mm_1", "_2"),
 }
 SIZES = {"d": 4, "H": 2}
@@ -57,7 +59,10 @@ def inputs_of(loop: type[nl.Loop], carried: bool = False) -> Inputs:
     return random_inputs(loop.spec, SIZES, tokens=6, carried=carried)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
+no_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp", pytest.param("triton", marks=no_triton)])
 @pytest.mark.parametrize("words", NAMES.values(), ids=NAMES)
 def test_a_batch_loop_under_any_names(words: tuple[str, ...], backend: str):
     loop = declared(words, nl.FullBatch(2))

@@ -31,8 +31,8 @@ _DERIVED = re.compile(
 # The same of generated Triton: modules, constants, the variables of its kernels, and arguments made of a name.
 _TRITON_WORDS = frozenset(
     """tl triton tiles S PRODUCT H B N row again scratch memory head sequence item states cotangents now then d_now
-d_then sums pulled first last turn back index own every groups chunks step start stop steps bounds weights rates order_at
-total after sum""".split()  # noqa: SIM905
+d_then sums pulled first last turn back index own every groups chunks step start stop steps bounds weights rates
+order_at total after sum""".split()  # noqa: SIM905
 )
 _TRITON_DERIVED = re.compile(r"^i\d+$|^in_|_(p|h|b|n|at|made)$", re.ASCII)
 

@@ -167,8 +167,7 @@ class CompiledLoop:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """`__call__` with every argument given, and always three results."""
         binding = bind(self.spec, views, weights, state, order, {**self.dims, **dims})
-        walks = self._walks or (self.spec.streams and binding.tokens == 0)  # no tokens, no step
-        if walks or self._walks:
+        if self._walks or binding.tokens == 0:  # no tokens, no step
             start = None if state is None else dict(state)
             try:
                 return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import nestloop as nl
 from nestloop import zoo
+from tests.drawn import draw
 
 B, H, N, d, D = 2, 3, 7, 4, 12
 
@@ -253,6 +254,14 @@ def test_no_tokens_take_no_step(schedule, backend):
     assert losses.shape == (B, H, 1) and losses.isnan().all()  # the mean over no tokens
     (grad,) = torch.autograd.grad(state["w"].sum(), weights["w"])
     assert torch.equal(grad, torch.full_like(grad, B))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
+@pytest.mark.parametrize("loop", [zoo.MTTTLinear, zoo.LinearAttention])
+def test_without_tokens_a_weight_that_starts_at_zero_stays_there(loop, backend):
+    views, weights = draw(loop.spec, 0)
+    z, end = nl.compile(loop, backend=backend)(views, weights)
+    assert z.shape == (2, 2, 0, 4) and not end["w"].any()
 
 
 @pytest.mark.parametrize("schedule", [nl.FullBatch(2), nl.Shuffled(4)], ids=["full batch", "shuffled"])

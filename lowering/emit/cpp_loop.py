@@ -241,7 +241,7 @@ class CppEmitter(CppPieces):
         zeros = [f"zero(d_{n}, {self.widths[n]});" for n in shared]
         # Sums over sequences, and over ranges of one, in their order.
         sums = [
-            f"(sequence || range ? add_to : copy)(d_{n}, {self.widths[n]}, {made[n]} + head * {self.widths[n]});"
+            f"(sequence + range ? add_to : copy)(d_{n}, {self.widths[n]}, {made[n]} + head * {self.widths[n]});"
             for n in shared
         ]
         starts = [

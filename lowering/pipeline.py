@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -234,12 +234,23 @@ def stream_stages(
     if part == "scan" and form.in_cpp is not form:  # what keeps a chunk's tiles close takes shorter chunks
         shorter = pieces_of(captured, tracer, form.in_cpp, False, losses)
         own = (captured, *shorter, form.in_cpp.longest, losses, form.name)
-    native, not_native = _spelled(lambda: (CppScan if part == "scan" else CppPiece)(*own).emit())
+    native, not_native = _emitted(CppScan if part == "scan" else CppPiece, own)
     kernels, not_triton = None, ""
     if triton:
-        kernels, not_triton = _spelled(lambda: (TritonScan if part == "scan" else TritonPiece)(*own).emit())
+        kernels, not_triton = _emitted(TritonScan if part == "scan" else TritonPiece, own)
+        length = own[4]
+        while part == "scan" and kernels is None and form.longest_cpp and length > 16:
+            length //= 2  # any number of tokens is legal: a tile of fewer may fit registers
+            fewer = replace(form, longest=length, traced=None)
+            scanned = (captured, *pieces_of(captured, tracer, fewer, False, losses), length, losses, form.name)
+            kernels, not_triton = _emitted(TritonScan, scanned)
     captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)
     return LoweredStream(captured, typing, form, made, applied, source, native, not_native, kernels, not_triton, part)
+
+
+def _emitted(emitter: Callable[..., Any], scan: tuple[Any, ...]) -> tuple[Any, str]:
+    """What an emitter of streams writes, or why it writes nothing."""
+    return _spelled(lambda: emitter(*scan).emit())
 
 
 def _numbers(piece: Piece) -> tuple[str, str, str, str]:

@@ -20,13 +20,12 @@ from nestloop.lowering import ops
 from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.expressions import numbers, offset
 from nestloop.lowering.emit.padding import stays_zero
+from nestloop.lowering.emit.triton_tiles import TOKENS, TritonTiles, held
 from nestloop.lowering.ops.row import Element, System, Unsupported
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, product
 from nestloop.lowering.schedule.order import fewest_alive, most_alive
 from nestloop.lowering.schedule.values import SCALARS, Language, Value, fold, operands_of, read
 
-NARROWEST = 16  # what a product of tiles takes
-_TOKENS = Extent(1, 0)
 MOST_ELEMENTS = 1 << 16  # of one tile: more never fits the registers of a program
 
 
@@ -40,17 +39,7 @@ def number(value: Any) -> str:
 TRITON = Language(number, lambda size: f"tl.cast({size}, S)" if size.has_tokens else f"{size}.0", in_memory=False)
 
 
-def held(value: Value) -> tuple[Extent, ...]:
-    """The axes of a value's tile: those of size 1 are left out."""
-    return tuple(size for size in value.shape if not size.is_one)
-
-
-def padded(size: int) -> int:
-    """The length of a tile's axis."""
-    return max(NARROWEST, 1 << (size - 1).bit_length())
-
-
-class TritonFunction:
+class TritonFunction(TritonTiles):
     """Writes one graph as a Triton function, which returns its results as tiles.
 
     Args:
@@ -93,7 +82,8 @@ class TritonFunction:
         identifier: Callable[[str], str] = str,
         ordered: bool = False,
     ) -> None:
-        self.name, self.doc, self.axes, self.longest, self.rows = name, doc, axes, longest, rows
+        super().__init__(longest, rows)
+        self.name, self.doc, self.axes = name, doc, axes
         values = read(module, results, [False] * len(results), per_token, identifier, TRITON)
         self.values = values.computed
         self.given = dict(values.inputs)
@@ -108,12 +98,7 @@ class TritonFunction:
             elements = math.prod(self.padded(size) for size in value.space if not size.is_one)
             if elements > MOST_ELEMENTS:
                 raise NoSpelling(f"a tile {self._named(value)} of {elements} elements is more than registers hold")
-        self.clean: dict[Value, list[bool]] = {v: [True] * len(held(v)) for v in self.given.values()}
-        self.turned: dict[Value, frozenset[int]] = {}  # axes along which a tile is held from its end
-        self.place: dict[Value, Extent] = {}  # what scratch memory holds
-        self.size = ZERO
-        self.used: set[int] = set()
-        self.masks: dict[Extent, str] = {}
+        self.clean = {v: [True] * len(held(v)) for v in self.given.values()}
         self.returned = [r for r in self.results if r not in rows]
         walked = [name for name in self.tiles if name in rows and any(size.has_tokens for size in self.tiles[name][:1])]
         self.ordered = ordered and bool(walked)
@@ -124,24 +109,9 @@ class TritonFunction:
         self.values = fewest_alive(self.values, self._weight, alive)
         self.alive = most_alive(self.values, self._weight, alive)
         self._allot()
-        self.pending: list[str] = []
         self.there = set(alive)
         self.body = [line for value in alive if value in self.place for line in self._store(value)]
         self.body += [line for value in self.values for line in self._value(value)]
-
-    @property
-    def scratch(self) -> int:
-        return self.size.at(self.longest)
-
-    def _weight(self, value: Value) -> int:
-        return math.prod(map(self.padded, held(value)))
-
-    def padded(self, size: Extent) -> int:
-        return padded(size.at(self.longest))
-
-    def whole(self, size: Extent) -> bool:
-        """Whether a tile's axis holds nothing beyond a value's own size."""
-        return not size.has_tokens and size.constant == self.padded(size)
 
     def write(self) -> str:
         """The source of the function."""
@@ -150,7 +120,7 @@ class TritonFunction:
         lines += [f"    i{size} = tl.arange(0, {size})" for size in sorted(self.used)]
         lines += [f"    {name} = i{self.padded(size)} < {size}" for size, name in self.masks.items()]
         if self.ordered:
-            lines.append(f"    row = tl.load(order_at + i{self.padded(_TOKENS)}, mask=in_n, other=0)")
+            lines.append(f"    row = tl.load(order_at + i{self.padded(TOKENS)}, mask=in_n, other=0)")
         lines += [f"    {line}" for line in self.body]
         names = {v.result: v.name for v in self.values if v.result is not None}
         if self.returned:
@@ -167,51 +137,7 @@ class TritonFunction:
         given += [f"{name}_at" for name in self.results if name in self.rows]
         return [*given, *(["order_at"] if self.ordered else []), *(["again"] if self.again else [])]
 
-    # ---- Rows ------------------------------------------------------------------------------------------------------
-
-    def _fetch(self, value: Value) -> None:
-        """Read a tile of rows before the line that first needs it."""
-        if value.kind != "input" or value in self.there:
-            return
-        self.there.add(value)
-        places, mask = self._rows(value, value.name, f"{value.name}_n")
-        masked = f", mask={mask}, other=0" if mask else ""
-        self.pending.append(f"{value.name} = tl.load({value.name}_at + {places}{masked}).to(S)")
-        self.pending += self._store(value) if value in self.place else []
-
-    def _rows(self, value: Value, name: str, step: str) -> tuple[str, str]:
-        """Places and mask of a tile of rows, the first one at the start of the tensor's own."""
-        sizes, first = held(value), self.rows[name][0]
-        tall = bool(sizes) and sizes[0].has_tokens
-        rank, places = len(sizes), []
-        strides = [ONE, *dense(sizes[1:])] if tall else dense(sizes)
-        for d, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
-            index = self._index(d, rank, size)
-            if tall and not d:
-                row = self._vector("row", d, rank) if self.ordered else f"({index} - {first})" if first else index
-                places.append(f"{row} * {step}")
-            else:
-                places.append(index if stride == ONE else f"{index} * {stride}")
-        mask = self._masks(sizes)
-        if first:
-            mask += f" & ({self._index(0, rank, sizes[0])} >= {first})"
-        return " + ".join(places) or "0", mask
-
-    def _put(self, value: Value) -> list[str]:
-        """Lines that write a result's rows."""
-        assert value.result is not None
-        sizes = held(value)
-        tall = bool(sizes) and sizes[0].has_tokens
-        step = product(sizes[1:] if tall else sizes)
-        places, mask = self._rows(value, value.result, str(step))
-        place, text = f"{value.result}_at + {places}", value.name
-        added = self.rows[value.result][1]
-        if added:
-            there = " & ".join([*([mask] if mask else []), *(["again"] if added == "again" else [])])
-            text = f"tl.load({place}{f', mask={there}, other=0' if there else ''}) + {text}"
-        return [f"tl.store({place}, {text}{f', mask={mask}' if mask else ''})"]
-
-    # ---- Views -----------------------------------------------------------------------------------------------------
+    # ---- Memory ----------------------------------------------------------------------------------------------------
 
     def _allot(self) -> None:
         """Give scratch memory to what some reader can have from memory only."""
@@ -221,21 +147,17 @@ class TritonFunction:
             for view, space in self._views(value):
                 flips = self._turned_by(view)
                 if value.node.target is torch.ops.aten.cumsum.default and not value.shape[value.axes[0]].is_one:
-                    axis = self._domain_axis(value, value.axes[0])
+                    axis = self._domain_at(value.shape, value.axes[0])
                     if flips is not None and flips <= {axis} and not self.turned.get(view.base):
                         self.turned[value] = flips
                         continue
                 if value.kind == "join" or flips or flips is None or self._turn(view, space) is None:
                     self._place(view.base)
 
-    def _place(self, value: Value) -> None:
-        if value not in self.place:
-            self.place[value] = self.size
-            self.size = self.size + product(value.shape)
-
     @staticmethod
-    def _domain_axis(value: Value, axis: int) -> int:
-        return sum(not size.is_one for size in value.shape[:axis])
+    def _domain_at(space: Sequence[Extent], axis: int) -> int:
+        """Which axis of a tile an axis of a value is, those of size 1 left out."""
+        return sum(not size.is_one for size in space[:axis])
 
     def _views(self, value: Value) -> list[tuple[Strided, tuple[Extent, ...]]]:
         """The operands of a value, with the axes over which it reads each."""
@@ -244,106 +166,6 @@ class TritonFunction:
         if value.kind in ("system", "join"):
             return [(view, view.shape) for view in value.reads]
         return [(view, value.space) for view in value.reads]
-
-    def _turned_by(self, view: Strided) -> frozenset[int] | None:
-        """The axes along which a view reads a held tile from its end; None where it starts elsewhere."""
-        base, sizes = view.base, held(view.base)
-        strides = dense(sizes)
-        flips = {j for j, s in enumerate(strides) if s * -1 in view.strides}
-        start = ZERO
-        for j in flips:
-            start = start + strides[j] * (sizes[j] + Extent(0, -1))
-        return None if view.offset != start else frozenset(flips) ^ self.turned.get(base, frozenset())
-
-    def _turn(self, view: Strided, space: Sequence[Extent]) -> tuple[list[int], list[int]] | None:
-        """Which axis of the held tile each axis of `space` is, as (axes of the space, axes of the tile)."""
-        sizes = held(view.base)
-        strides = dense(sizes)
-        wanted = view.expand(space)
-        axes: list[int] = []
-        order: list[int] = []
-        index = 0
-        for size, stride in zip(wanted.shape, wanted.strides, strict=True):
-            if size.is_one:
-                continue
-            if stride != ZERO:
-                found = [j for j, s in enumerate(strides) if stride in (s, s * -1) and sizes[j] == size]
-                if not found or found[0] in order:
-                    return None
-                axes.append(index)
-                order.append(found[0])
-            index += 1
-        return (axes, order) if len(order) == len(sizes) else None
-
-    def _tile(self, view: Strided, space: Sequence[Extent]) -> tuple[str, list[bool | None]]:
-        """A view as a tile that broadcasts to `space`; for each axis whether it is zero beyond its size, None where it
-        has no such axis."""
-        base = view.base
-        self._fetch(base)
-        rank = sum(not size.is_one for size in space)
-        flips, turn = self._turned_by(view), self._turn(view, space)
-        if flips or flips is None or turn is None:
-            return self._load(view, space)
-        axes, order = turn
-        text = base.name
-        if order != sorted(order):
-            text = f"tl.trans({text})" if len(order) == 2 else f"tl.permute({text}, {tuple(order)})"
-        if axes and len(axes) < rank:
-            text = f"{text}[{', '.join(':' if d in axes else 'None' for d in range(rank))}]"
-        clean: list[bool | None] = [None] * rank
-        for axis, place in zip(axes, order, strict=True):
-            clean[axis] = self.clean[base][place] or self.whole(held(base)[place])
-        return text, clean
-
-    def _index(self, axis: int, rank: int, size: Extent) -> str:
-        self.used.add(self.padded(size))
-        return self._vector(f"i{self.padded(size)}", axis, rank)
-
-    @staticmethod
-    def _vector(text: str, axis: int, rank: int) -> str:
-        """A vector along one axis of a tile."""
-        beside = ", ".join(":" if d == axis else "None" for d in range(rank))
-        return text + (f"[{beside}]" if rank > 1 else "")
-
-    def _mask(self, axis: int, rank: int, size: Extent) -> str:
-        """Where an axis holds a value's own elements."""
-        self.used.add(self.padded(size))
-        if size not in self.masks:
-            self.masks[size] = f"in_{'n' if size == _TOKENS else len(self.masks)}"
-        return self._vector(self.masks[size], axis, rank)
-
-    def _masks(self, sizes: Sequence[Extent], strides: Sequence[Extent] | None = None) -> str:
-        """The same for all axes of a tile, as the last argument of a load or store."""
-        rank = len(sizes)
-        found = [
-            self._mask(d, rank, size)
-            for d, size in enumerate(sizes)
-            if not self.whole(size) and (strides is None or strides[d] != ZERO)
-        ]
-        return " & ".join(found)
-
-    def _load(self, view: Strided, space: Sequence[Extent]) -> tuple[str, list[bool | None]]:
-        wanted = view.expand(space)
-        axes = [(size, stride) for size, stride in zip(wanted.shape, wanted.strides, strict=True) if not size.is_one]
-        sizes, strides = [size for size, _ in axes], [stride for _, stride in axes]
-        index = [self._index(d, len(sizes), size) if s != ZERO else "0" for d, (size, s) in enumerate(axes)]
-        place = offset(self.place[view.base] + view.offset, index, strides)
-        mask = self._masks(sizes, strides)
-        text = f"tl.load(scratch + {place}{f', mask={mask}, other=0' if mask else ''})"
-        clean: list[bool | None] = [None if stride == ZERO else True for stride in strides]
-        return (f"({text} != 0)" if view.base.is_bool else text), clean
-
-    def _store(self, value: Value) -> list[str]:
-        if value.kind == "join":
-            return []
-        domain = held(value)
-        index = [self._index(d, len(domain), size) for d, size in enumerate(domain)]
-        place = offset(self.place[value], index, dense(domain))
-        mask = self._masks(domain)
-        text = f"tl.cast({value.name}, S)" if value.is_bool else value.name
-        if self.turned.get(value):
-            raise NoSpelling("a cumulative sum from the end that is read from its start")
-        return [f"tl.store(scratch + {place}, {text}{f', mask={mask}' if mask else ''})", "tl.debug_barrier()"]
 
     # ---- Values ----------------------------------------------------------------------------------------------------
 
@@ -425,7 +247,7 @@ class TritonFunction:
     def _fold(self, value: Value) -> list[str]:
         how, (view,) = fold(value.node), value.reads
         space = [size for size in value.space if not size.is_one]
-        reduced = [self._domain_of(value.space, axis) for axis in value.axes if not value.space[axis].is_one]
+        reduced = [self._domain_at(value.space, axis) for axis in value.axes if not value.space[axis].is_one]
         text, clean = self._tile(view, value.space)
         missing = [d for d in reduced if clean[d] is None]
         if missing:
@@ -448,10 +270,6 @@ class TritonFunction:
             shape = ", ".join(str(self.padded(space[d])) for d in left)
             ended = f"tl.broadcast_to({ended}, ({shape},))"
         return [ended]
-
-    @staticmethod
-    def _domain_of(space: Sequence[Extent], axis: int) -> int:
-        return sum(not size.is_one for size in space[:axis])
 
     def _factors(self, value: Value) -> tuple[Strided, Strided]:
         """A product's operands: as they are where it is one of tiles, else over all of its axes, to be summed."""
@@ -503,7 +321,7 @@ class TritonFunction:
         absent = [x is None and y is None for x, y in zip(clean_a, clean_b, strict=True)]
         between = len(space) - 2  # the axis that the product sums over
         if not space[between].is_one:
-            d = self._domain_of(space, between)
+            d = self._domain_at(space, between)
             if not self.whole(space[between]) and not clean[d]:
                 text = f"tl.where({self._mask(d, len(axes), space[between])}, {text}, 0)"
             text = f"tl.sum({text}, {d})"
@@ -513,16 +331,9 @@ class TritonFunction:
         self._set_clean(value, clean)
         return [text]
 
-    def _full(self, text: str, clean: list[bool | None], shape: Sequence[Extent]) -> str:
-        """A factor with every axis it has."""
-        if None not in clean:
-            return text
-        sizes = ", ".join(str(self.padded(size)) for size in shape if not size.is_one)
-        return f"tl.broadcast_to({text}, ({sizes}))"
-
     def _along(self, value: Value) -> list[str]:
         (view,) = value.reads
-        axis = self._domain_axis(value, value.axes[0])
+        axis = self._domain_at(value.shape, value.axes[0])
         name: str = ops.row(value.node.target).cpp.function
         if self.turned.get(value):
             name += "_reversed"

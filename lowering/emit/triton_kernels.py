@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from nestloop.lowering.capture import Captured
-from nestloop.lowering.emit.triton import TritonFunction, padded
+from nestloop.lowering.emit.triton import TritonFunction
+from nestloop.lowering.emit.triton_tiles import padded
 
 _HEADER = '''"""{title}
 

@@ -15,8 +15,9 @@ from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.batches import Batches
 from nestloop.lowering.emit.torch import TITLES
-from nestloop.lowering.emit.triton import TritonFunction, padded
+from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import REGISTERS, TritonKernels, indented, zeros
+from nestloop.lowering.emit.triton_tiles import padded
 from nestloop.lowering.ops.strided import NoSpelling, extent
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from torch import fx
 
 from nestloop.lowering.emit.scan import TITLES, Scan
-from nestloop.lowering.emit.triton import TritonFunction, padded
+from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import TritonKernels, indented
+from nestloop.lowering.emit.triton_tiles import padded
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 from nestloop.lowering.streams.step import VALID, identifier

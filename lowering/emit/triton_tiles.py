@@ -1,0 +1,225 @@
+"""Tiles in registers, as generated Triton reads and writes them: views turned and broadcast, masks, rows and memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from nestloop.lowering.emit.expressions import offset
+from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, product
+from nestloop.lowering.schedule.values import Value
+
+NARROWEST = 16  # what a product of tiles takes
+TOKENS = Extent(1, 0)
+
+
+def held(value: Value) -> tuple[Extent, ...]:
+    """The axes of a value's tile: those of size 1 are left out."""
+    return tuple(size for size in value.shape if not size.is_one)
+
+
+def padded(size: int) -> int:
+    """The length of a tile's axis."""
+    return max(NARROWEST, 1 << (size - 1).bit_length())
+
+
+class TritonTiles:
+    """The tiles of one function, as the lines that were written so far leave them.
+
+    Args:
+        longest: the most tokens that a tile has.
+        rows: of inputs and results that the function itself reads and writes, one row a token: the first row that the
+            tile holds in memory, and whether a result is added to what is there.
+
+    Attributes:
+        clean: for each axis of a tile, whether it is zero beyond the value's own size.
+        turned: axes along which a tile is held from its end.
+        place: what scratch memory holds, and where; `size` elements in all.
+        used, masks: the positions and masks that lines read.
+        ordered: whether rows lie in the order that the call gives.
+        pending: lines that must come before the next one; `there`: inputs that were read.
+    """
+
+    def __init__(self, longest: int, rows: Mapping[str, tuple[int, bool | str]]) -> None:
+        self.longest, self.rows = longest, rows
+        self.ordered = False
+        self.clean: dict[Value, list[bool]] = {}
+        self.turned: dict[Value, frozenset[int]] = {}
+        self.place: dict[Value, Extent] = {}
+        self.size = ZERO
+        self.used: set[int] = set()
+        self.masks: dict[Extent, str] = {}
+        self.pending: list[str] = []
+        self.there: set[Value] = set()
+
+    @property
+    def scratch(self) -> int:
+        return self.size.at(self.longest)
+
+    def _weight(self, value: Value) -> int:
+        return math.prod(map(self.padded, held(value)))
+
+    def padded(self, size: Extent) -> int:
+        return padded(size.at(self.longest))
+
+    def whole(self, size: Extent) -> bool:
+        """Whether a tile's axis holds nothing beyond a value's own size."""
+        return not size.has_tokens and size.constant == self.padded(size)
+
+    def _place(self, value: Value) -> None:
+        if value not in self.place:
+            self.place[value] = self.size
+            self.size = self.size + product(value.shape)
+
+    # ---- Rows ------------------------------------------------------------------------------------------------------
+
+    def _fetch(self, value: Value) -> None:
+        """Read a tile of rows before the line that first needs it."""
+        if value.kind != "input" or value in self.there:
+            return
+        self.there.add(value)
+        places, mask = self._rows(value, value.name, f"{value.name}_n")
+        masked = f", mask={mask}, other=0" if mask else ""
+        self.pending.append(f"{value.name} = tl.load({value.name}_at + {places}{masked}).to(S)")
+        self.pending += self._store(value) if value in self.place else []
+
+    def _rows(self, value: Value, name: str, step: str) -> tuple[str, str]:
+        """Places and mask of a tile of rows, the first one at the start of the tensor's own."""
+        sizes, first = held(value), self.rows[name][0]
+        tall = bool(sizes) and sizes[0].has_tokens
+        rank, places = len(sizes), []
+        strides = [ONE, *dense(sizes[1:])] if tall else dense(sizes)
+        for d, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
+            index = self._index(d, rank, size)
+            if tall and not d:
+                row = self._vector("row", d, rank) if self.ordered else f"({index} - {first})" if first else index
+                places.append(f"{row} * {step}")
+            else:
+                places.append(index if stride == ONE else f"{index} * {stride}")
+        mask = self._masks(sizes)
+        if first:
+            mask += f" & ({self._index(0, rank, sizes[0])} >= {first})"
+        return " + ".join(places) or "0", mask
+
+    def _put(self, value: Value) -> list[str]:
+        """Lines that write a result's rows."""
+        assert value.result is not None
+        sizes = held(value)
+        tall = bool(sizes) and sizes[0].has_tokens
+        step = product(sizes[1:] if tall else sizes)
+        places, mask = self._rows(value, value.result, str(step))
+        place, text = f"{value.result}_at + {places}", value.name
+        added = self.rows[value.result][1]
+        if added:
+            there = " & ".join([*([mask] if mask else []), *(["again"] if added == "again" else [])])
+            text = f"tl.load({place}{f', mask={there}, other=0' if there else ''}) + {text}"
+        return [f"tl.store({place}, {text}{f', mask={mask}' if mask else ''})"]
+
+    # ---- Views -----------------------------------------------------------------------------------------------------
+
+    def _turned_by(self, view: Strided) -> frozenset[int] | None:
+        """The axes along which a view reads a held tile from its end; None where it starts elsewhere."""
+        base, sizes = view.base, held(view.base)
+        strides = dense(sizes)
+        flips = {j for j, s in enumerate(strides) if s * -1 in view.strides}
+        start = ZERO
+        for j in flips:
+            start = start + strides[j] * (sizes[j] + Extent(0, -1))
+        return None if view.offset != start else frozenset(flips) ^ self.turned.get(base, frozenset())
+
+    def _turn(self, view: Strided, space: Sequence[Extent]) -> tuple[list[int], list[int]] | None:
+        """Which axis of the held tile each axis of `space` is, as (axes of the space, axes of the tile)."""
+        sizes = held(view.base)
+        strides = dense(sizes)
+        wanted = view.expand(space)
+        axes: list[int] = []
+        order: list[int] = []
+        index = 0
+        for size, stride in zip(wanted.shape, wanted.strides, strict=True):
+            if size.is_one:
+                continue
+            if stride != ZERO:
+                found = [j for j, s in enumerate(strides) if stride in (s, s * -1) and sizes[j] == size]
+                if not found or found[0] in order:
+                    return None
+                axes.append(index)
+                order.append(found[0])
+            index += 1
+        return (axes, order) if len(order) == len(sizes) else None
+
+    def _tile(self, view: Strided, space: Sequence[Extent]) -> tuple[str, list[bool | None]]:
+        """A view as a tile that broadcasts to `space`; for each axis whether it is zero beyond its size, None where it
+        has no such axis."""
+        base = view.base
+        self._fetch(base)
+        rank = sum(not size.is_one for size in space)
+        flips, turn = self._turned_by(view), self._turn(view, space)
+        if flips or flips is None or turn is None:
+            return self._load(view, space)
+        axes, order = turn
+        text = base.name
+        if order != sorted(order):
+            text = f"tl.trans({text})" if len(order) == 2 else f"tl.permute({text}, {tuple(order)})"
+        if axes and len(axes) < rank:
+            text = f"{text}[{', '.join(':' if d in axes else 'None' for d in range(rank))}]"
+        clean: list[bool | None] = [None] * rank
+        for axis, place in zip(axes, order, strict=True):
+            clean[axis] = self.clean[base][place] or self.whole(held(base)[place])
+        return text, clean
+
+    def _index(self, axis: int, rank: int, size: Extent) -> str:
+        self.used.add(self.padded(size))
+        return self._vector(f"i{self.padded(size)}", axis, rank)
+
+    @staticmethod
+    def _vector(text: str, axis: int, rank: int) -> str:
+        """A vector along one axis of a tile."""
+        beside = ", ".join(":" if d == axis else "None" for d in range(rank))
+        return text + (f"[{beside}]" if rank > 1 else "")
+
+    def _mask(self, axis: int, rank: int, size: Extent) -> str:
+        """Where an axis holds a value's own elements."""
+        self.used.add(self.padded(size))
+        if size not in self.masks:
+            self.masks[size] = f"in_{'n' if size == TOKENS else len(self.masks)}"
+        return self._vector(self.masks[size], axis, rank)
+
+    def _masks(self, sizes: Sequence[Extent], strides: Sequence[Extent] | None = None) -> str:
+        """The same for all axes of a tile, as the last argument of a load or store."""
+        rank = len(sizes)
+        found = [
+            self._mask(d, rank, size)
+            for d, size in enumerate(sizes)
+            if not self.whole(size) and (strides is None or strides[d] != ZERO)
+        ]
+        return " & ".join(found)
+
+    def _load(self, view: Strided, space: Sequence[Extent]) -> tuple[str, list[bool | None]]:
+        wanted = view.expand(space)
+        axes = [(size, stride) for size, stride in zip(wanted.shape, wanted.strides, strict=True) if not size.is_one]
+        sizes, strides = [size for size, _ in axes], [stride for _, stride in axes]
+        index = [self._index(d, len(sizes), size) if s != ZERO else "0" for d, (size, s) in enumerate(axes)]
+        place = offset(self.place[view.base] + view.offset, index, strides)
+        mask = self._masks(sizes, strides)
+        text = f"tl.load(scratch + {place}{f', mask={mask}, other=0' if mask else ''})"
+        clean: list[bool | None] = [None if stride == ZERO else True for stride in strides]
+        return (f"({text} != 0)" if view.base.is_bool else text), clean
+
+    def _store(self, value: Value) -> list[str]:
+        if value.kind == "join":
+            return []
+        domain = held(value)
+        index = [self._index(d, len(domain), size) for d, size in enumerate(domain)]
+        place = offset(self.place[value], index, dense(domain))
+        mask = self._masks(domain)
+        text = f"tl.cast({value.name}, S)" if value.is_bool else value.name
+        if self.turned.get(value):
+            raise NoSpelling("a cumulative sum from the end that is read from its start")
+        return [f"tl.store(scratch + {place}, {text}{f', mask={mask}' if mask else ''})", "tl.debug_barrier()"]
+
+    def _full(self, text: str, clean: list[bool | None], shape: Sequence[Extent]) -> str:
+        """A factor with every axis it has."""
+        if None not in clean:
+            return text
+        sizes = ", ".join(str(self.padded(size)) for size in shape if not size.is_one)
+        return f"tl.broadcast_to({text}, ({sizes}))"

@@ -8,7 +8,14 @@ from nestloop.errors import Location
 from nestloop.lang.dims import DimExpr, parse
 
 # Where a declaration, a compile or a layer is written; the zoo's declarations are lines like any user's.
-_OWN_MODULES = ("nestloop.lang.", "nestloop.compiled", "nestloop.layer", "nestloop.inspection", "torch.nn.modules.")
+_OWN_MODULES = (
+    "nestloop.lang.",
+    "nestloop.compiled",
+    "nestloop.layer",
+    "nestloop.inspection",
+    "nestloop.stages",
+    "torch.nn.modules.",
+)
 
 
 def caller() -> Location:

@@ -19,7 +19,7 @@ from nestloop.lowering.runtime.tiles import chunks
 # with AVX-512. Only ratios enter: those below 2 are met within a fifth, and the larger ones are large. PyTorch's matrix
 # products pack their operands, so they are faster where these are larger than a core's cache; but PyTorch writes every
 # value to memory, and calls an op for each. That it shares large ops out evenly to all threads is an assumption.
-NATIVE_FLOPS, TORCH_FLOPS = 65e9, 140e9  # of products, a second
+NATIVE_FLOPS, TORCH_FLOPS = 57e9, 140e9  # of products, a second
 NATIVE_VALUE, TORCH_VALUE = 0.15e-9, 1.2e-9  # seconds for each value that is not a product's
 TORCH_CALL = 8e-6  # seconds for each op
 SHARED_OUT = 1 << 15  # values of an op that PyTorch shares out to threads

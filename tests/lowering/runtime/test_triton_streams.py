@@ -126,7 +126,7 @@ def test_nothing_is_computed_of_no_sequences():
     inputs = drawn(zoo.DeltaNet, 19)
     none = {n: t[:0] for n, t in inputs.views.items()}
     z, state = nl.compile(zoo.DeltaNet, backend="triton")(none, inputs.weights)
-    assert z.shape[0] == 0 and all(t.shape[0] == 0 for t in state.values())
+    assert z.shape[0] == 0 and all(t.shape[0] == 0 for t in state.values() if isinstance(t, torch.Tensor))
 
 
 def test_the_op_is_an_op_of_pytorch():
@@ -178,7 +178,8 @@ def test_kernels_compile_for_devices_that_are_not_there(device: str):
     made = offline.compiled(plan, "forward", device)
     assert made.shared <= offline.SHARED[device] and made.registers <= 512
     assert made.spilled == (0, 0) or device != "sm_90"
-    assert "dot" in made.text["ttgir"] and ("mma" in made.text.get("ptx", made.text.get("amdgcn", "")))
+    assert "dot" in made.text["ttgir"]
+    assert "mfma" in made.text["amdgcn"] if device == "gfx942" else "mma" in made.text["ptx"]
 
 
 def test_what_does_not_compile_is_refused():

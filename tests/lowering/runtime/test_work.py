@@ -42,9 +42,9 @@ def choice(loop: type[nl.Loop], call: tuple[int, int, int, int], **sizes: int) -
 # Forward and backward of PyTorch and of C++, one core of a Xeon with AVX-512: the ratio of their CPU times.
 MEASURED = [
     (zoo.LaCT, {"d": 64}, 4, 2048, 2.58),
-    (zoo.LaCT, {"d": 128}, 2, 2048, 1.34),
-    (zoo.LaCT, {"d": 256}, 1, 2048, 0.78),
-    (zoo.LaCT, {"d": 384}, 1, 2048, 0.76),
+    (zoo.LaCT, {"d": 128}, 2, 2048, 1.18),
+    (zoo.LaCT, {"d": 256}, 1, 2048, 0.79),
+    (zoo.LaCT, {"d": 384}, 1, 2048, 0.81),
     (zoo.CausalLaCT, {"d": 64}, 4, 4096, 2.35),
     (zoo.CausalLaCT, {"d": 256}, 1, 4096, 0.74),
     (zoo.LaCTMuon, {"d": 256}, 1, 2048, 0.84),

@@ -917,7 +917,7 @@ def test_unknown_backend():
         UnknownBackendError,
         "There is no such backend.",
         given="'cuda'",
-        need="'auto', 'reference', 'torch', 'cpp'",
+        need="'auto', 'reference', 'torch', 'cpp', 'triton'",
         fix='write backend="auto"',
     )
 

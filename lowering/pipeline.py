@@ -231,7 +231,10 @@ def stream_stages(
             fix='write nl.compile(..., backend="reference"), or a body that holds for every self.n',
         )
     own = scan
-    if part == "scan" and form.in_cpp is not form:  # what keeps a chunk's tiles close takes shorter chunks
+    whole = tokens is not None and tokens > form.in_cpp.longest  # graphs of one length have it as their chunk
+    if (
+        part == "scan" and form.in_cpp is not form and not whole
+    ):  # what keeps a chunk's tiles close takes shorter chunks
         shorter = pieces_of(captured, tracer, form.in_cpp, False, losses)
         own = (captured, *shorter, form.in_cpp.longest, losses, form.name)
     native, not_native = _emitted(CppScan if part == "scan" else CppPiece, own)
@@ -239,7 +242,7 @@ def stream_stages(
     if triton:
         kernels, not_triton = _emitted(TritonScan if part == "scan" else TritonPiece, own)
         length = own[4]
-        while part == "scan" and kernels is None and form.longest_cpp and length > 16:
+        while part == "scan" and tokens is None and kernels is None and form.longest_cpp and length > 16:
             length //= 2  # any number of tokens is legal: a tile of fewer may fit registers
             fewer = replace(form, longest=length, traced=None)
             scanned = (captured, *pieces_of(captured, tracer, fewer, False, losses), length, losses, form.name)

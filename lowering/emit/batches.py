@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-from torch import fx
 
 from nestloop.lowering.axes import needs_all_tokens
 from nestloop.lowering.capture import Captured
@@ -94,7 +91,7 @@ class Batches:
 
     def reached(self, piece: str) -> list[str]:
         """Inputs that a piece's backward gives a cotangent of."""
-        found = zip(self.pieces[piece].wrt, _results(self.pieces[piece].backward), strict=True)
+        found = zip(self.pieces[piece].wrt, self.pieces[piece].backward.graph.output_node().args[0], strict=True)
         return [self.name(n) for n, cotangent in found if cotangent is not None]
 
     @property
@@ -102,8 +99,3 @@ class Batches:
         """Inputs with a cotangent."""
         reached = {n for name in self.pieces for n in self.reached(name)}
         return [n for n in [*self.tokens, *self.slow, *self.hoisted] if n in reached] + self.starts
-
-
-def _results(module: fx.GraphModule) -> tuple[Any, ...]:
-    (results,) = next(node for node in module.graph.nodes if node.op == "output").args
-    return tuple(results)

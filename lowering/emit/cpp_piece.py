@@ -23,7 +23,7 @@ class CppPiece(CppStream):
         body = ["const long head = item / B, sequence = item % B;", *self._whole, *self._read_only()]
         body += self._state_pointers()
         places, after = {}, []
-        for index, (result, made) in enumerate(zip(piece.results, self._made, strict=True)):
+        for index, (result, made) in enumerate(zip(piece.results, self.made, strict=True)):
             width = self.widths[result.removesuffix("_new")]
             if made in ("z", "losses"):
                 body.append(f"S* {made}_rows = made[{index}] + (head * B + sequence) * N * {width};")
@@ -35,12 +35,12 @@ class CppPiece(CppStream):
                 places[self._safe(result)] = self._safe(result)
         body += [*self._takes(name), *self._call(name, places), *self._unmade(name, piece.results, places), *after]
         lines = [*self._open("forward", "H * B"), *[f"        {line}" for line in flat(body)], *CLOSE]
-        doc = f"{', '.join(self._made)}. Returns 1 where memory is short, 1 + k for system k."
+        doc = f"{', '.join(self.made)}. Returns 1 where memory is short, 1 + k for system k."
         return SIGNATURE.format(name="forward", doc=doc) + indented(lines) + "}"
 
     def _backward(self) -> str:
         ((name, piece),) = self.pieces.items()
-        made = {n: f"made[{i}]" for i, n in enumerate(self._gradients)}
+        made = {n: f"made[{i}]" for i, n in enumerate(self.gradients)}
         body = [*self._whole, *self._read_only(), *self._state_pointers(), *self._rows_of(made)]
         places, after = self._token_cotangents(name)
         for result in piece.results:

@@ -14,7 +14,7 @@ class CppScan(CppStream):
     """Writes the translation unit of a scan."""
 
     def _forward(self) -> str:
-        widths, at = self.widths, {n: i for i, n in enumerate(self._made)}
+        widths, at = self.widths, {n: i for i, n in enumerate(self.made)}
         body = ["const long head = item / B, sequence = item % B;", *self._read_only()]
         for n in self.carry:
             c = safe(n)
@@ -93,7 +93,7 @@ class CppScan(CppStream):
 
     def _backward(self) -> str:
         widths = self.widths
-        made = {n: f"made[{i}]" for i, n in enumerate(self._gradients)}
+        made = {n: f"made[{i}]" for i, n in enumerate(self.gradients)}
         body = [*self._read_only(), *self._rows_of(made)]
         for n in self.carry:
             c = safe(n)
@@ -160,8 +160,8 @@ class CppScan(CppStream):
                 places[f"d_{c}_new"] = f"d_{c}"
                 places[f"d_{c}"] = f"d_{c}_before"
                 if n.endswith("__anchor") or not complete:  # what the chunk does not change passes by
-                    after += [f"add_to(d_{c}_before, {widths[n]}, d_{c});"] if n in self._nonzero(name) else []
-                elif n in self._nonzero(name):
+                    after += [f"add_to(d_{c}_before, {widths[n]}, d_{c});"] if n in self.nonzero(name) else []
+                elif n in self.nonzero(name):
                     after.append(f"std::swap(d_{c}, d_{c}_before);")
                 else:
                     after.append(f"zero(d_{c}, {widths[n]});")

@@ -13,7 +13,7 @@ from nestloop.lowering.emit.expressions import rows
 from nestloop.lowering.emit.identifiers import identified
 from nestloop.lowering.emit.identifiers import identifier as safe
 from nestloop.lowering.emit.repeats import written
-from nestloop.lowering.emit.scan import TITLES, Scan
+from nestloop.lowering.emit.scan import TITLES, ScanTensors
 from nestloop.lowering.emit.unit import (
     CLOSE,
     flat,
@@ -36,7 +36,7 @@ extern "C" int {name}(long H, long B, long N, long longest, int threads, long ev
 """
 
 
-class CppStream(Scan):
+class CppStream(ScanTensors):
     """What the units of a scan and of one piece share.
 
     Raises:
@@ -45,12 +45,6 @@ class CppStream(Scan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.initial = [n for n in self.first.inputs if n.endswith("__initial")]
-        if not self.longest:  # one piece: all of its state comes from outside
-            (piece,) = self.pieces.values()
-            self.carried = [n for n in piece.inputs if n not in self.slow and n not in self.tokens]
-        else:
-            self.carried = [*self.starts, *self.initial]
         state = {
             identifier(n): math.prod(e.size(self.captured.sizes) for e in entry.like.dims)
             for n, entry in self.entries.items()
@@ -62,18 +56,13 @@ class CppStream(Scan):
             doc = f"{TITLES[name]}. Makes {', '.join(piece.results)}."
             self._add(name, piece.forward, list(piece.results), (), doc)
             wrt = [None if n == VALID else f"d_{n}" for n in piece.wrt]
-            shared = [f"d_{n}" for n in self._shared]
+            shared = [f"d_{n}" for n in self.shared]
             self._add(f"{name}_vjp", piece.backward, wrt, shared, f"Cotangents of the inputs of {name}.")
             self._measure(piece)
         for name, module in self.states.items():
             left = [r for r in self.pieces["chunk"].results if r.endswith("_new")]
             wanted = [r if r.removesuffix("_new") in self.carry else None for r in left]
             self._add(name, module, wanted, (), f"{TITLES[name]}.")
-
-    @property
-    def _shared(self) -> list[str]:
-        """Inputs whose cotangents chunks and sequences add up."""
-        return [*(self.initial if self.longest else []), *self.slow]
 
     def _add(
         self, name: str, module: fx.GraphModule, results: Sequence[str | None], summed: Sequence[str], doc: str
@@ -106,9 +95,9 @@ class CppStream(Scan):
         parts += [self._forward(), self._backward()]
         return NativePlan(
             text=header(self.captured, f"{what}: the {self.form} form.") + "\n\n".join(parts) + "\n",
-            forward=tuple(self._given("forward")),
-            backward=tuple(self._given("backward")),
-            gradients=tuple(self._gradients),
+            forward=tuple(self.given("forward")),
+            backward=tuple(self.given("backward")),
+            gradients=tuple(self.gradients),
             common=(),
             whole=not self.longest,
             rows=self.longest,
@@ -120,42 +109,6 @@ class CppStream(Scan):
 
     def _backward(self) -> str:
         raise NotImplementedError
-
-    @property
-    def _kept(self) -> list[str]:
-        return self.carry if self.longest else []
-
-    @property
-    def _made(self) -> list[str]:
-        """Names of forward's results, without the states kept."""
-        if self.longest:
-            return ["z", *[f"end_{n}" for n in [*self.carry, *self.extra]], *(["losses"] if self.losses else [])]
-        results = next(iter(self.pieces.values())).results
-        return [r if r in ("z", "losses") else f"end_{r.removesuffix('_new')}" for r in results]
-
-    def _given(self, which: str) -> list[str]:
-        names = [*self.tokens, *self.carried, *self.slow]
-        if which == "backward":
-            names += [f"between_{n}" for n in self._kept] + [f"d_{n}" for n in self._made]
-        return names
-
-    def _nonzero(self, piece: str) -> set[str]:
-        """Inputs of a piece that have a cotangent."""
-        found = set(self.functions[f"{piece}_vjp"].results)
-        return {n for n in [*self.declared] if f"d_{safe(n)}" in found}
-
-    @property
-    def _seen(self) -> list[str]:
-        """Token inputs that have a cotangent in some piece."""
-        return [n for n in self.tokens if any(n in self._nonzero(p) for p in self.pieces)]
-
-    @property
-    def _gradients(self) -> list[str]:
-        reached = [n for n in self._shared if any(n in self._nonzero(p) for p in self.pieces)]
-        carried = [n for n in self.carried if n not in self._shared]
-        if not self.longest:
-            carried = [n for n in carried if n in self._nonzero(next(iter(self.pieces)))]
-        return [*self._seen, *carried, *reached]
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
 
@@ -172,7 +125,7 @@ class CppStream(Scan):
         else:
             layout += [(f"d_{safe(n)}_tile", Extent(self.widths[n], 0)) for n in self.tokens if f"d_{safe(n)}" in made]
             kinds = ("now_d", "next_d")
-        layout += [(f"{kind}_{safe(n)}", Extent(0, self.widths[n])) for n in self._kept for kind in kinds]
+        layout += [(f"{kind}_{safe(n)}", Extent(0, self.widths[n])) for n in self.kept for kind in kinds]
         layout.append(("nothing", Extent(0, self._largest)))
         return layout + worked_in([self.functions[n] for n in names])
 
@@ -182,8 +135,8 @@ class CppStream(Scan):
         return max((self.widths[n] for n in self.extra), default=1)
 
     def _open(self, which: str, items: str) -> list[str]:
-        tokens = {*self.tokens, *[f"between_{n}" for n in self._kept], "d_z", "d_losses"}
-        declared = tensors({self._called(n): n not in tokens for n in self._given(which)})
+        tokens = {*self.tokens, *[f"between_{n}" for n in self.kept], "d_z", "d_losses"}
+        declared = tensors({self._called(n): n not in tokens for n in self.given(which)})
         if self.longest:
             declared.append("const long chunks = (N + longest - 1) / longest;")
         lines, size = shared_out(self._layout(which))
@@ -198,7 +151,7 @@ class CppStream(Scan):
     @property
     def _state(self) -> int:
         """Elements of the state between two chunks."""
-        return sum(-(-self.widths[n] // 16) * 16 for n in self._kept)
+        return sum(-(-self.widths[n] // 16) * 16 for n in self.kept)
 
     def _called(self, name: str) -> str:
         """A tensor of `_given` in C++."""
@@ -252,7 +205,7 @@ class CppStream(Scan):
 
     def _read_only(self) -> list[str]:
         """Pointers to slow weights and initial fast weights."""
-        names = self._shared if self.longest else self.slow
+        names = self.shared if self.longest else self.slow
         read = {n for f in self.functions.values() for n in f.inputs}
         return [
             f"const S* {safe(n)} = {safe(n)}_all.at(head, sequence); (void){safe(n)};" for n in names if safe(n) in read
@@ -282,7 +235,7 @@ class CppStream(Scan):
     def _rows_of(self, made: Mapping[str, str]) -> list[str]:
         """Where the tokens' cotangents go."""
         lines = []
-        for n in self._seen:
+        for n in self.seen:
             rows = f"(N + {self.halo})" if self.halo else "N"
             c, width = safe(n), self.widths[n]
             lines.append(f"S* d_{c}_rows = {made[n]} + (head * B + sequence) * {rows} * {width};")
@@ -293,7 +246,7 @@ class CppStream(Scan):
     def _in_groups(self, doc: str, made: Mapping[str, str], body: list[str]) -> str:
         """Backward's loop over heads and groups of sequences, within which the cotangents of shared inputs add up."""
         item = ["const long head = item / groups, group = item % groups;"]
-        for n in self._shared:
+        for n in self.shared:
             if n in made:
                 c, width = safe(n), self.widths[n]
                 item.append(f"S* d_{c} = {made[n]} + (head * groups + group) * {width};")
@@ -311,10 +264,10 @@ class CppStream(Scan):
     def _token_cotangents(self, name: str) -> tuple[dict[str, str], list[str]]:
         """Where a piece puts its tokens' cotangents, and lines after it."""
         places, after = {}, []
-        for n in self._seen:
+        for n in self.seen:
             c, width = safe(n), self.widths[n]
             rows = f"d_{c}_rows + from * {width}"
-            if n not in self._nonzero(name):
+            if n not in self.nonzero(name):
                 after += [] if self.halo else [f"zero({rows}, own * {width});"]
             elif self.halo:
                 places[f"d_{c}"] = f"d_{c}_tile"

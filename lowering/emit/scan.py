@@ -87,3 +87,68 @@ class Scan:
         """Entries that only the last chunk leaves: its anchor, its scaled sum, what waits."""
         rest = {n: e for n, e in self.entries.items() if e.part != "tail"}  # which the call itself keeps
         return [identifier(n) for n in rest if identifier(n) not in self.carry]
+
+
+ROWWISE = ("z", "losses")  # results with a row for each token of a call's own
+
+
+class ScanTensors(Scan):
+    """What C++ and Triton know beside: the tensors that an op's `forward` and `backward` take and make, by name.
+
+    Attributes:
+        initial: initial fast weights that steps read, whichever chunk they are of.
+        carried: the state that `forward` takes.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.initial = [n for n in self.first.inputs if n.endswith("__initial")]
+        if not self.longest:  # one piece: all of its state comes from outside
+            (piece,) = self.pieces.values()
+            self.carried = [n for n in piece.inputs if n not in self.slow and n not in self.tokens]
+        else:
+            self.carried = [*self.starts, *self.initial]
+
+    @property
+    def shared(self) -> list[str]:
+        """Inputs whose cotangents chunks and sequences add up."""
+        return [*(self.initial if self.longest else []), *self.slow]
+
+    @property
+    def kept(self) -> list[str]:
+        """What is kept of the states between chunks."""
+        return self.carry if self.longest else []
+
+    @property
+    def made(self) -> list[str]:
+        """Names of forward's results, without the states kept."""
+        if self.longest:
+            return ["z", *[f"end_{n}" for n in [*self.carry, *self.extra]], *(["losses"] if self.losses else [])]
+        results = next(iter(self.pieces.values())).results
+        return [r if r in ROWWISE else f"end_{r.removesuffix('_new')}" for r in results]
+
+    def given(self, which: str) -> list[str]:
+        """Names of the tensors that `forward` or `backward` takes."""
+        names = [*self.tokens, *self.carried, *self.slow]
+        if which == "backward":
+            names += [f"between_{n}" for n in self.kept] + [f"d_{n}" for n in self.made]
+        return names
+
+    def nonzero(self, piece: str) -> set[str]:
+        """Inputs of a piece that have a cotangent."""
+        found = zip(self.pieces[piece].wrt, self.pieces[piece].backward.graph.output_node().args[0], strict=True)
+        return {n for n, cotangent in found if cotangent is not None and n != VALID}
+
+    @property
+    def seen(self) -> list[str]:
+        """Token inputs that have a cotangent in some piece."""
+        return [n for n in self.tokens if any(n in self.nonzero(p) for p in self.pieces)]
+
+    @property
+    def gradients(self) -> list[str]:
+        """Inputs with a cotangent."""
+        reached = [n for n in self.shared if any(n in self.nonzero(p) for p in self.pieces)]
+        carried = [n for n in self.carried if n not in self.shared]
+        if not self.longest:
+            carried = [n for n in carried if n in self.nonzero(next(iter(self.pieces)))]
+        return [*self.seen, *carried, *reached]

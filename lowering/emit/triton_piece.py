@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nestloop.lowering.emit.triton_stream import ROWWISE, TritonStream
+from nestloop.lowering.emit.scan import ROWWISE
+from nestloop.lowering.emit.triton_stream import TritonStream
 
 
 class TritonPiece(TritonStream):

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from nestloop.lowering.emit.scan import ROWWISE
 from nestloop.lowering.emit.triton_kernels import indented
-from nestloop.lowering.emit.triton_stream import ROWWISE, TritonStream
+from nestloop.lowering.emit.triton_stream import TritonStream
 
 
 class TritonScan(TritonStream):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from nestloop.lowering.emit.scan import TITLES, Scan
+from nestloop.lowering.emit.scan import ROWWISE, TITLES, ScanTensors
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import TritonKernels, indented
 from nestloop.lowering.emit.triton_tiles import padded
@@ -18,10 +18,8 @@ from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 from nestloop.lowering.streams.step import VALID, identifier
 
-ROWWISE = ("z", "losses")
 
-
-class TritonStream(TritonKernels, Scan):
+class TritonStream(TritonKernels, ScanTensors):
     """What the modules of a scan and of one piece share.
 
     Raises:
@@ -30,16 +28,10 @@ class TritonStream(TritonKernels, Scan):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.initial = [n for n in self.first.inputs if n.endswith("__initial")]
         self.rows = self.longest or self.first.longest
         if not self.rows:
             raise NoSpelling("a tile of all the tokens of a call is more than registers hold")
         self.alone = self.form == "sequential"  # a tile is one token, and has no axis of them
-        if not self.longest:  # one piece: all of its state comes from outside
-            (piece,) = self.pieces.values()
-            self.carried = [n for n in piece.inputs if n not in self.slow and n not in self.tokens]
-        else:
-            self.carried = [*self.starts, *self.initial]
         self.shapes = self._declared()
         self.functions: dict[str, TritonFunction] = {}
         for name, piece in self.pieces.items():
@@ -66,11 +58,6 @@ class TritonStream(TritonKernels, Scan):
         shapes |= {n: tuple(e.size(sizes) for e in slow.dims) for n, slow in spec.slow.items()}
         shapes |= {f"{n}__initial": tuple(e.size(sizes) for e in fast.dims) for n, fast in spec.fast.items()}
         return {n: tuple(size for size in shape if size != 1) for n, shape in shapes.items()}
-
-    @property
-    def shared(self) -> list[str]:
-        """Inputs whose cotangents chunks and sequences add up."""
-        return [*(self.initial if self.longest else []), *self.slow]
 
     def _add(self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str) -> None:
         per_token = [*self.tokens, "d_z", "d_losses"]
@@ -121,43 +108,8 @@ class TritonStream(TritonKernels, Scan):
     def _backward(self) -> list[str]:
         raise NotImplementedError
 
-    @property
-    def kept(self) -> list[str]:
-        return self.carry if self.longest else []
-
-    @property
-    def made(self) -> list[str]:
-        """Names of forward's results, without the states kept."""
-        if self.longest:
-            return ["z", *[f"end_{n}" for n in [*self.carry, *self.extra]], *(["losses"] if self.losses else [])]
-        results = next(iter(self.pieces.values())).results
-        return [r if r in ROWWISE else f"end_{r.removesuffix('_new')}" for r in results]
-
-    def given(self, which: str) -> list[str]:
-        names = [*self.tokens, *self.carried, *self.slow]
-        if which == "backward":
-            names += [f"between_{n}" for n in self.kept] + [f"d_{n}" for n in self.made]
-        return names
-
     def _walks(self, name: str) -> bool:
         return name in (*self.tokens, "d_z", "d_losses")
-
-    def nonzero(self, piece: str) -> set[str]:
-        """Inputs of a piece that have a cotangent."""
-        return {r.removeprefix("d_") for r in self.functions[f"{piece}_vjp"].results}
-
-    @property
-    def seen(self) -> list[str]:
-        """Token inputs that have a cotangent in some piece."""
-        return [n for n in self.tokens if any(n in self.nonzero(p) for p in self.pieces)]
-
-    @property
-    def gradients(self) -> list[str]:
-        reached = [n for n in self.shared if any(n in self.nonzero(p) for p in self.pieces)]
-        carried = [n for n in self.carried if n not in self.shared]
-        if not self.longest:
-            carried = [n for n in carried if n in self.nonzero(next(iter(self.pieces)))]
-        return [*self.seen, *carried, *reached]
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
 

@@ -230,23 +230,22 @@ def stream_stages(
             need="the same computation for chunks of any length",
             fix='write nl.compile(..., backend="reference"), or a body that holds for every self.n',
         )
-    own = scan
-    whole = tokens is not None and tokens > form.in_cpp.longest  # graphs of one length have it as their chunk
-    if (
-        part == "scan" and form.in_cpp is not form and not whole
-    ):  # what keeps a chunk's tiles close takes shorter chunks
-        shorter = pieces_of(captured, tracer, form.in_cpp, False, losses)
-        own = (captured, *shorter, form.in_cpp.longest, losses, form.name)
+
+    def scan_in(one: Form) -> tuple[Any, ...]:
+        return (captured, *pieces_of(captured, tracer, one, False, losses), one.longest, losses, one.name)
+
+    close = form
+    if part == "scan" and (tokens is None or tokens <= form.in_cpp.longest):  # graphs of one length are one chunk
+        close = form.in_cpp  # what keeps a chunk's tiles close takes shorter ones
+    own = scan if close is form else scan_in(close)
     native, not_native = _emitted(CppScan if part == "scan" else CppPiece, own)
     kernels, not_triton = None, ""
     if triton:
         kernels, not_triton = _emitted(TritonScan if part == "scan" else TritonPiece, own)
-        length = own[4]
-        while part == "scan" and tokens is None and kernels is None and form.longest_cpp and length > 16:
-            length //= 2  # any number of tokens is legal: a tile of fewer may fit registers
-            fewer = replace(form, longest=length, traced=None)
-            scanned = (captured, *pieces_of(captured, tracer, fewer, False, losses), length, losses, form.name)
-            kernels, not_triton = _emitted(TritonScan, scanned)
+        free = part == "scan" and tokens is None and form.longest_cpp
+        while free and kernels is None and close.longest > 16:  # a tile of fewer tokens may fit registers
+            close = replace(close, longest=close.longest // 2, traced=None)
+            kernels, not_triton = _emitted(TritonScan, scan_in(close))
     captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)
     return LoweredStream(captured, typing, form, made, applied, source, native, not_native, kernels, not_triton, part)
 

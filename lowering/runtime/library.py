@@ -191,11 +191,11 @@ class NestedLoopOp:
         return self._make_wide()
 
     def _code_for(self, inputs: Sequence[Tensor]) -> Code:
-        """The code for a call with these inputs, in the compute dtype."""
+        """The code for a call with these inputs, in whichever dtype."""
         conditioned = getattr(self.code.module, "conditioned", None)
         if conditioned is None or self._make_wide is None:
             return self.code
-        self.ran = GRAM if conditioned(*inputs) else WIDE
+        self.ran = GRAM if conditioned(*_prepare(inputs, inputs)[0]) else WIDE
         return self.code if self.ran is GRAM else self._wide
 
     def _forward_kernel(self) -> Callable[..., Any]:
@@ -212,7 +212,7 @@ class NestedLoopOp:
     def _made(self, name: str, tensors: list[Tensor], order: Tensor | None, inputs: list[Tensor]) -> Sequence[Tensor]:
         """The results of `forward` or `backward`. Raises `SingularSystemError`."""
         in_triton = isinstance(self.code.native, TritonCode)  # which reads tensors in the dtype that they have
-        computed, low = _prepare(inputs if in_triton else tensors, inputs)
+        computed, low = (tensors, None) if in_triton else _prepare(tensors, inputs)
         code = self._code_for(computed[: len(inputs)])
         with _as_it_says(inputs[0].device.type):
             try:

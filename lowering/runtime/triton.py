@@ -40,24 +40,42 @@ class TritonCode:
     def kernels(self) -> ModuleType:
         return cache.load(cache.write(f"{self.name}_triton", self.plan.text))
 
-    def launch(self, function: str, lead: tuple[int, int], given: Sequence[Any], products: torch.dtype) -> None:
+    def launch(
+        self,
+        function: str,
+        lead: tuple[int, int],
+        given: Sequence[Any],
+        made: Sequence[Tensor],
+        more: Sequence[Any],
+        counts: Sequence[int],
+        room: int,
+        like: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
         """Run a kernel, one program for each head and sequence.
 
         Args:
-            given: its arguments in order, without S and PRODUCT; one of them is the memory it works in, of the compute
-                dtype.
-            products: the dtype that the tokens have.
+            given, made, more: its first arguments: tensors that it reads (`pointers`), results, and others.
+            counts: its last arguments, after heads and sequences: tokens, and steps or chunks.
+            room: elements of memory that a program works in.
+            like: the first view, whose device and dtype of products it takes.
+            dtype: the compute dtype.
         """
+        if not all(lead):  # nothing but sums over no heads, or no sequences
+            for tensor in made:
+                tensor.zero_()
+            return
         heads, sequences = lead
+        memory = like.new_empty(max(heads * sequences * room, 1), dtype=dtype)
         kernel, grid = getattr(self.kernels, function), (heads * sequences, 1)
-        (memory,) = (t for name, t in zip(kernel.arg_names, given, strict=False) if name == "memory")
-        arguments = dict(zip(kernel.arg_names, given, strict=False)) | self.settings(memory.dtype, products)
-        if memory.device.type == "cpu":
+        values = [*given, *made, *more, memory, heads, sequences, *counts]
+        arguments = dict(zip(kernel.arg_names, values, strict=False)) | self.settings(dtype, like.dtype)
+        if like.device.type == "cpu":
             from nestloop.lowering.runtime.interpreter import interpreted
 
             interpreted(kernel, grid, arguments)
         else:
-            with torch.cuda.device(memory.device):
+            with torch.cuda.device(like.device):
                 kernel[grid](**arguments, **self.plan.options(function, nvidia=torch.version.hip is None))
 
     @staticmethod
@@ -131,22 +149,15 @@ class TritonStream(TritonCode):
         return max(t.shape[0] for t in inputs), inputs[0].shape[1]  # the first is a view, which sequences never share
 
     def _run(self, function: str, inputs: Sequence[Tensor], given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
-        heads, sequences = self._lead(inputs)
-        if not heads * sequences:  # nothing but sums over no heads, or no sequences
-            for tensor in made.values():
-                tensor.zero_()
-            return
-        dtype = compute_dtype(inputs)
+        dtype, backward = compute_dtype(inputs), function == "backward"
         every = self.signature.spacing(inputs) if self.signature.chunk else 1
-        backward = function == "backward"
         room = self.plan.scratch[backward] + (every * self.plan.state if backward else 0)
         arguments: list[Any] = []
         for name, tensor in given.items():
             walked = name in (*self.signature.tokens, "d_z", "d_losses")
             arguments += pointers(tensor, walked, name.startswith("between_"))
-        memory = inputs[0].new_empty(max(heads * sequences * room, 1), dtype=dtype)
-        arguments += [*made.values(), memory, heads, sequences, self._tokens(inputs), every]
-        self.launch(function, (heads, sequences), arguments, inputs[0].dtype)
+        counts = (self._tokens(inputs), every)
+        self.launch(function, self._lead(inputs), arguments, [*made.values()], (), counts, room, inputs[0], dtype)
 
 
 class TritonBatches(BatchCode, TritonCode):
@@ -163,21 +174,13 @@ class TritonBatches(BatchCode, TritonCode):
         return call.new(*([call.length] if self.is_token(name) else []), *row)
 
     def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
-        programs = call.heads * call.sequences
-        if not programs:  # nothing but sums over no heads, or no sequences
-            for tensor in made.values():
-                tensor.zero_()
-            return
         arguments: list[Any] = []
         for name, tensor in given:
             arguments += pointers(tensor, name == "d_z" or self.is_token(name), name.startswith("between_"))
-        arguments += made.values()
-        if call.order is not None:
-            arguments += pointers(call.order, False, False)
-        room = self.plan.scratch[function == "backward"]
-        memory = call.like.new_empty(max(programs * room, 1), dtype=call.dtype)
-        arguments += [*self._steps(call), memory, call.heads, call.sequences, call.length, call.steps]
-        self.launch(function, (call.heads, call.sequences), arguments, call.like.dtype)
+        order = [] if call.order is None else pointers(call.order, False, False)
+        more, counts = [*order, *self._steps(call)], (call.length, call.steps)
+        lead, room = (call.heads, call.sequences), self.plan.scratch[function == "backward"]
+        self.launch(function, lead, arguments, [*made.values()], more, counts, room, call.like, call.dtype)
 
     def _steps(self, call: Call) -> list[Tensor]:
         """Bounds, weights and rates where the tensors are: kept, so that only the first call moves them there."""

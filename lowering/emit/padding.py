@@ -18,37 +18,30 @@ _TRIANGLES = (aten.tril.default, aten.triu.default)
 _ELSEWHERE = (1.7, -0.6)  # stands for what an operand without the axis may be
 
 
-def stays_zero(value: Value, axis: int, operands: Sequence[tuple[bool, Sequence[bool | None]]]) -> bool:
+def stays_zero(value: Value, states: Sequence[bool | None]) -> bool:
     """Whether a value is zero beyond its size along an axis.
 
     Args:
-        operands: for each, whether it is a number, and for each axis whether it is zero there, None where it has no
-            such axis.
+        states: for each operand whether it is zero there, None where it has no such axis.
     """
-    states = [clean[axis] for _, clean in operands]
     if value.copies or value.node.target in _TRIANGLES:
         return bool(states and states[0])
     if row(value.node.target).kind is not Kind.POINTWISE:
         return False
     choices: list[Sequence[Any]] = []
-    at = iter(zip(states, value.operands, strict=True))
+    at = iter(states)  # lists of sizes are no operands
     for argument in value.node.args:
-        if isinstance(argument, torch.fx.Node) and isinstance(argument.meta["val"], torch.Tensor):
-            state, _ = next(at)
-            is_bool = argument.meta["val"].dtype is torch.bool
-            if is_bool:
-                choices.append((False,) if state else (False, True))
-            elif state is False:
-                choices.append(("any",))
-            else:
-                choices.append((0.0,) if state else _ELSEWHERE)
-        elif isinstance(argument, torch.fx.Node):
-            next(at, None)
-            choices.append(_ELSEWHERE)
-        else:
-            if not isinstance(argument, (list, tuple)):
-                next(at, None)
+        state = None if isinstance(argument, (list, tuple)) else next(at)
+        if not isinstance(argument, torch.fx.Node):
             choices.append((argument,))
+        elif not _is_tensor(argument):
+            choices.append(_ELSEWHERE)
+        elif argument.meta["val"].dtype is torch.bool:
+            choices.append((False,) if state else (False, True))
+        elif state is False:
+            choices.append(("any",))
+        else:
+            choices.append((0.0,) if state else _ELSEWHERE)
     for chosen in product(*choices):
         if "any" in chosen and value.node.target is not aten.where.self:
             return False

@@ -63,7 +63,6 @@ class TritonFunction(TritonTiles):
         alive: elements of the tiles that are alive at once, at most.
         tiles: name -> sizes of the axes of every input and result, those of size 1 left out.
         scratch: elements of memory that it works in.
-        largest: elements of its largest tile.
 
     Raises:
         NoSpelling: some op, or some use of one, has no Triton.
@@ -225,8 +224,7 @@ class TritonFunction(TritonTiles):
             text = f"tl.broadcast_to({text}, {shape})" if tile else f"tl.full({shape}, {text}, S)"
         elif not rank and all(numeric):
             text = f"tl.full((), {text}, {'tl.int1' if value.is_bool else 'S'})"
-        arguments = list(zip(numeric, cleans, strict=True))
-        self._set_clean(value, [stays_zero(value, d, arguments) for d in range(rank)])
+        self._set_clean(value, [stays_zero(value, [clean[d] for clean in cleans]) for d in range(rank)])
         return [text]
 
     @staticmethod
@@ -261,9 +259,7 @@ class TritonFunction(TritonTiles):
             element = f"tl.where({mask}, {element}, {fill})"
         for d in sorted(reduced, reverse=True):
             element = f"tl.{how.by}({element}, {d})"
-        count = product([value.space[axis] for axis in value.axes])
-        ended = how.finish(element, "{count}")
-        ended = ended.replace("S({count})", f"tl.cast({count}, S)").replace("std::sqrt", "tl.sqrt")
+        ended = how.ends(element, str(product([value.space[axis] for axis in value.axes])))
         self._set_clean(value, [c for d, c in enumerate(clean) if d not in reduced])
         left = [d for d in range(len(space)) if d not in reduced]
         if any(clean[d] is None for d in left):

@@ -179,8 +179,13 @@ class TritonKernels:
             if r in function.rows:
                 row = r.removeprefix("d_") if name.endswith("_vjp") else r
                 given.append(places.get(r) or self.place(row, made=True))
+        given += self.more(function)
         made = ", ".join(f"{prefix}{r}" for r in function.returned) + ("," if len(function.returned) == 1 else "")
         return f"{made}{' = ' if made else ''}{name}({', '.join([*given, 'scratch', 'S', 'PRODUCT'])})"
+
+    def more(self, function: TritonFunction) -> list[str]:
+        """What a call says of its rows beside where they lie."""
+        return []
 
 
 def zeros(sizes: Sequence[int]) -> str:

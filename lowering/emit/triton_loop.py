@@ -251,13 +251,8 @@ class TritonLoop(TritonKernels, Batches):
             *[self.store(r, into[r], r) for r in returned],
         ]
 
-    def call(self, name: str, places: Mapping[str, str], prefix: str = "", count: str = "n") -> str:
-        function = self.functions[name]
-        text = super().call(name, places, prefix, count)
-        more = [*(["order + first"] if function.ordered else []), *(["back > 0"] if function.again else [])]
-        return (
-            text.replace(", scratch, S, PRODUCT)", f", {', '.join([*more, 'scratch, S, PRODUCT)'])}") if more else text
-        )
+    def more(self, function: TritonFunction) -> list[str]:
+        return [*(["order + first"] if function.ordered else []), *(["back > 0"] if function.again else [])]
 
     @property
     def _begin(self) -> list[str]:

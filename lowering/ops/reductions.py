@@ -43,7 +43,13 @@ def _sum_fold(o: Operands) -> Fold:
 
 
 def _mean_fold(o: Operands) -> Fold:
-    return Fold("0", lambda running, x: f"{running} + {x}", lambda running, count: f"{running} / S({count})", True)
+    return Fold(
+        "0",
+        lambda running, x: f"{running} + {x}",
+        lambda running, count: f"{running} / S({count})",
+        adds=True,
+        ends=lambda total, count: f"{total} / tl.cast({count}, S)",
+    )
 
 
 def _extreme(by: str, start: str):
@@ -59,6 +65,7 @@ def _norm_fold(o: Operands) -> Fold:
             lambda running, _: f"std::sqrt({running})",
             True,
             of=lambda x: f"{x} * {x}",
+            ends=lambda total, _: f"tl.sqrt({total})",
         )
     if order == 1:
         return Fold("0", lambda running, x: f"{running} + std::abs({x})", adds=True, of=lambda x: f"tl.abs({x})")

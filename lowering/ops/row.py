@@ -50,6 +50,7 @@ class Fold:
         adds: whether elements are added up, which a vector may do in any order.
         by: the same in Triton, of a whole axis: "sum", "max" or "min".
         of: what is reduced there, of an element.
+        ends: (what that gives, how many elements entered) -> the result there.
     """
 
     start: str
@@ -58,6 +59,7 @@ class Fold:
     adds: bool = False
     by: str = "sum"
     of: Callable[[str], str] = lambda x: x
+    ends: Callable[[str, str], str] = lambda total, count: total
 
 
 @dataclass(frozen=True)

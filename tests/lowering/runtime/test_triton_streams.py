@@ -5,6 +5,8 @@ The interpreter sees no races and no layouts; the compiler runs nothing. Each ke
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ import nestloop as nl
 from nestloop import zoo
 from nestloop.errors import NoPlanError
 from nestloop.lowering import pipeline
+from nestloop.lowering.lower import STREAM_OPS
 from nestloop.lowering.runtime import offline, tiles
 from nestloop.lowering.runtime.triton import TritonStream
 from tests.drawn import SIZES
@@ -134,24 +137,11 @@ def test_the_op_is_an_op_of_pytorch():
     inputs = drawn(zoo.CausalLinearAttention, 9)
     op = nl.compile(zoo.CausalLinearAttention, backend="triton")
     op(inputs.views, inputs.weights)
-    (name,) = [n for n in op._names.values() if "triton" in n]
-    made = pipeline_op(name)
-    tensors = made(op, inputs)
-    torch.library.opcheck(getattr(torch.ops.nestloop, name).default, tensors)
-
-
-def pipeline_op(name: str):
-    """How a registered op is called with a loop's inputs."""
-    from nestloop.lowering.lower import STREAM_OPS
-
+    (name,) = op._names.values()
     signature = STREAM_OPS[name].signature
-
-    def tensors(op: nl.CompiledLoop, inputs) -> tuple[torch.Tensor, ...]:
-        given = {n: t.transpose(0, 1) for n, t in inputs.views.items()}
-        zero = {n: torch.zeros(2, 1, *signature.tiles[n], dtype=torch.float64) for n in signature.fast}
-        return tuple({**zero, **given}[n] for n in signature.inputs)
-
-    return tensors
+    given = {n: t.transpose(0, 1) for n, t in inputs.views.items()}
+    given |= {n: torch.zeros(2, 1, *signature.tiles[n], dtype=torch.float64) for n in signature.fast}
+    torch.library.opcheck(getattr(torch.ops.nestloop, name).default, tuple(given[n] for n in signature.inputs))
 
 
 def test_products_follow_what_pytorch_is_told():
@@ -183,8 +173,6 @@ def test_kernels_compile_for_devices_that_are_not_there(device: str):
 
 
 def test_what_does_not_compile_is_refused():
-    import dataclasses
-
     plan = plan_of(zoo.CausalLinearAttention)
     broken = dataclasses.replace(plan, text=plan.text.replace("tl.cdiv(", "tl.no_such_function("))
     with pytest.raises(NoPlanError) as refusal:

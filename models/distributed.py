@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,9 +77,14 @@ def join(device: str) -> Iterator[Ranks]:
     if use_cuda:
         torch.cuda.set_device(chosen)
     if world > 1:
+        # DistributedDataParallel imports Dynamo, whose default arguments hold the group of that moment for good.
+        importlib.import_module("torch._dynamo")
         dist.init_process_group("nccl" if use_cuda else "gloo")
     try:
         yield Ranks(rank, world, chosen)
     finally:
         if world > 1:
             dist.destroy_process_group()
+            # The group's threads end with its last reference, which a wrapped model's cycles hold: one that still
+            # releases a tensor while the interpreter shuts down aborts the process.
+            gc.collect()

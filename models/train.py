@@ -66,9 +66,13 @@ def train(recipe: Recipe, run_dir: Path, console: Console | None = None) -> Run:
         TrainingError: a subclass for each thing that can be wrong with the data, the settings, the run folder
             or the numbers; the message says what to do.
     """
-    with contextlib.ExitStack() as stack:
-        ranks = stack.enter_context(join(recipe.device))
+    with join(recipe.device) as ranks:
+        return train_on(ranks, recipe, run_dir, console)
 
+
+def train_on(ranks: Ranks, recipe: Recipe, run_dir: Path, console: Console | None) -> Run:
+    """`train`, as one of the processes that `join` connected; what it wraps does not outlive it."""
+    with contextlib.ExitStack() as stack:
         # Data: the order and every random choice depend on (seed, epoch, step, image) alone.
         sources = {split: open_source(recipe.data, split, recipe.holdout) for split in SPLITS}
         unreadable = {s: UnreadableImages(s, len(sources[s]), recipe.max_unreadable) for s in SPLITS}

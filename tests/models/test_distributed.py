@@ -11,21 +11,51 @@ from safetensors.torch import load_file
 
 from nestloop.models.logbook import read_log
 
+PROCESS = """
+import os
+from pathlib import Path
+import torch
+from nestloop.models.distributed import Ranks, join
+
+def step(ranks: Ranks) -> None:
+    model = ranks.wrap(torch.nn.Linear(4, 4))
+    model(torch.ones(2, 4)).sum().backward()
+    ranks.sum(torch.ones(2))
+
+with join("cpu") as ranks:
+    step(ranks)
+    during = len(os.listdir("/proc/self/task"))
+Path(os.environ["RESULTS"], str(ranks.rank)).write_text(f"{during > 1} {len(os.listdir('/proc/self/task'))}")
+"""
+"""What a run does with its group, and how many threads it has before the group ends and after."""
+
 FLAGS = (
     "--mixer mttt_mlp_sgd4 --width 16 --depth 2 --heads 2 --epochs 1 --max-steps 4 --batch 120 "
     "--warmup-steps 2 --crop pad --device cpu --log-every 1 --eval-batch 50"
 )
 
 
-def run(run_dir: Path, processes: int, *flags: str) -> list[dict]:
-    launcher = [sys.executable, "-m"]
+def launch(processes: int, *command: str, **environment: str) -> None:
+    launcher = [sys.executable]
     if processes > 1:
-        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [*launcher, "nestloop", "train", "digits", *FLAGS.split(), "--run-dir", str(run_dir), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **environment}
+    finished = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=180)
     assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def run(run_dir: Path, processes: int, *flags: str) -> list[dict]:
+    launch(processes, "-m", "nestloop", "train", "digits", *FLAGS.split(), "--run-dir", str(run_dir), *flags)
     return read_log(run_dir)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
+def test_no_thread_of_a_group_outlives_it(tmp_path):
+    """A thread of gloo that needs the interpreter while it shuts down aborts the process."""
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS)
+    launch(2, str(script), RESULTS=str(tmp_path))
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["True 1", "True 1"]
 
 
 @pytest.mark.slow

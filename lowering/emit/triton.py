@@ -24,6 +24,7 @@ from nestloop.lowering.emit.triton_tiles import TOKENS, TritonTiles, held
 from nestloop.lowering.ops.row import Element, System, Unsupported
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, product
 from nestloop.lowering.schedule.order import fewest_alive, most_alive
+from nestloop.lowering.schedule.phases import NoPhases, Phase, handed_on, is_blocked, phases, sums_over
 from nestloop.lowering.schedule.values import SCALARS, Language, Value, fold, operands_of, read
 
 MOST_ELEMENTS = 1 << 16  # of one tile: more never fits the registers of a program
@@ -55,6 +56,7 @@ class TritonFunction(TritonTiles):
             the call says so.
         identifier: an input's name -> its name in the function.
         ordered: whether its rows of tokens are those that an order lists, from a place that it is given.
+        block: an axis's size, and how much of it is computed at a time: see `schedule.phases`.
 
     Attributes:
         inputs, results: names of what it takes and makes; a tile, or for `rows` a place in memory, to which an input
@@ -80,8 +82,9 @@ class TritonFunction(TritonTiles):
         rows: Mapping[str, tuple[int, bool | str]] = MappingProxyType({}),
         identifier: Callable[[str], str] = str,
         ordered: bool = False,
+        block: tuple[int, int] | None = None,
     ) -> None:
-        super().__init__(longest, rows)
+        super().__init__(longest, rows, block)
         self.name, self.doc, self.axes = name, doc, axes
         values = read(module, results, [False] * len(results), per_token, identifier, TRITON)
         self.values = values.computed
@@ -104,13 +107,14 @@ class TritonFunction(TritonTiles):
         self.again = any(rows[r][1] == "again" for r in self.results if r in rows)
         for result, value in made.items():
             value.written = result in rows
+        self.phases = self._phases()
         alive = [value for name, value in self.given.items() if name not in rows]
-        self.values = fewest_alive(self.values, self._weight, alive)
-        self.alive = most_alive(self.values, self._weight, alive)
+        self.alive = self._order(alive)
+        self.values = [value for phase in self.phases for value in [*phase.once, *phase.blocks]]
         self._allot()
         self.there = set(alive)
         self.body = [line for value in alive if value in self.place for line in self._store(value)]
-        self.body += [line for value in self.values for line in self._value(value)]
+        self.body += [line for phase in self.phases for line in self._phase(phase)]
 
     def write(self) -> str:
         """The source of the function."""
@@ -136,10 +140,86 @@ class TritonFunction(TritonTiles):
         given += [f"{name}_at" for name in self.results if name in self.rows]
         return [*given, *(["order_at"] if self.ordered else []), *(["again"] if self.again else [])]
 
+    # ---- Phases ----------------------------------------------------------------------------------------------------
+
+    def _phases(self) -> list[Phase]:
+        if self.block is None:
+            return [Phase(once=self.values)]
+        size = self.block[0]
+        try:
+            found = phases(self.values, size)
+        except NoPhases as reason:
+            raise NoSpelling(f"its axis of {size} is not walked in blocks: {reason}") from None
+        if any(is_blocked(v, size) for v in self.values if v.result in self.returned) or any(
+            is_blocked(v, size) for n, v in self.given.items() if n not in self.rows
+        ):
+            raise NoSpelling(f"its axis of {size} is not walked in blocks: a tile of it is handed on in registers")
+        self.handed = handed_on(found, size)
+        return found
+
+    def _order(self, alive: list[Value]) -> int:
+        """Put the values of every phase in order; the most elements that are alive at once."""
+        parts = [part for phase in self.phases for part in (phase.once, phase.blocks)]
+        last = {o.base: index for index, part in enumerate(parts) for value in part for o in value.reads}
+        worst, there = 0, set(alive)
+        for index, part in enumerate(parts):
+            given = {v for v in there if v not in self.handed and (last.get(v, -1) >= index or v.result is not None)}
+            kept = {v for v in [*given, *part] if v not in self.handed and last.get(v, -1) > index}
+            part[:] = fewest_alive(part, self._weight, given, kept)
+            if self.block is not None and part is self.phases[index // 2].blocks:
+                given |= {v for v in part if sums_over(v, self.block[0])}
+            worst = max(worst, most_alive(part, self._weight, given, kept))
+            there |= {v for v in part if not v.written}
+        return worst
+
+    def _phase(self, phase: Phase) -> list[str]:
+        """Lines of a phase: what is computed once, and a walk over the blocks."""
+        lines = [line for value in phase.once for line in self._value(value)]
+        if not phase.blocks:
+            return lines
+        assert self.block is not None
+        size, length = self.block
+        sums = [value for value in phase.blocks if sums_over(value, size)]
+        for value in phase.blocks:
+            for base in (view.base for view in value.reads):
+                if not is_blocked(base, size):
+                    self._fetch(base)
+        lines += self.pending
+        self.pending, before = [], set(self.there)
+        inside = [line for value in phase.blocks for line in self._value(value)]
+        self.there = before  # the next walk reads its own blocks
+        self.used.add(length)
+        for value in sums:
+            fill = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}[self._reduced_by(value)]
+            shape = ", ".join(str(self.padded(n)) for n in held(value))
+            lines.append(f"{value.name} = tl.full(({shape}{',' if len(held(value)) == 1 else ''}), {fill}, S)")
+        lines.append(f"for block in range(0, {size}, {length}):")
+        lines += [f"    {line}" for line in [f"in_block = block + i{length}", *inside]]
+        if any(value in self.handed for value in phase.blocks):
+            lines.append("tl.debug_barrier()")
+        for value in sums:
+            lines += self._ended(value)
+        return lines
+
+    @staticmethod
+    def _reduced_by(value: Value) -> str:
+        return fold(value.node).by if value.kind == "fold" else "sum"
+
+    def _ended(self, value: Value) -> list[str]:
+        """Lines after the last block of a reduction."""
+        lines = []
+        if value.kind == "fold":
+            count = str(product([value.space[axis] for axis in value.axes]))
+            ended = fold(value.node).ends(value.name, count)
+            lines += [f"{value.name} = {ended}"] if ended != value.name else []
+        return [*lines, *self._finished(value)]
+
     # ---- Memory ----------------------------------------------------------------------------------------------------
 
     def _allot(self) -> None:
         """Give scratch memory to what some reader can have from memory only."""
+        for value in self.handed:
+            self._place(value)
         for value in self.values:
             if value.kind == "join":
                 self._place(value)
@@ -152,6 +232,7 @@ class TritonFunction(TritonTiles):
                         continue
                 if value.kind == "join" or flips or flips is None or self._turn(view, space) is None:
                     self._place(view.base)
+                    self.at_once.add(view.base)
 
     @staticmethod
     def _domain_at(space: Sequence[Extent], axis: int) -> int:
@@ -179,12 +260,22 @@ class TritonFunction(TritonTiles):
         }[value.kind](value)
         *before, text = made
         where = value.node.meta.get("where")
-        lines = [
-            *self.pending,
-            *before,
-            f"{value.name} = {text}  # {self._named(value)}{f' {where.short}' if where else ''}",
-        ]
+        comment = f"  # {self._named(value)}{f' {where.short}' if where else ''}"
+        if self.block is not None and sums_over(value, self.block[0]):
+            by = self._reduced_by(value)
+            text = f"{value.name} + {text}" if by == "sum" else f"tl.{by}imum({value.name}, {text})"
+            lines = [*self.pending, *before, f"{value.name} = {text}{comment}"]
+            self.pending = []
+            return lines
+        lines = [*self.pending, *before, f"{value.name} = {text}{comment}"]
         self.pending = []
+        if value in self.handed:
+            self.there.add(value)
+        return [*lines, *self._finished(value)]
+
+    def _finished(self, value: Value) -> list[str]:
+        """Lines after a value is there: a result is written, or made what the next step takes."""
+        lines = []
         if value.written:
             lines += self._put(value)
         elif value.result is not None and not any(size.has_tokens for size in held(value)):
@@ -259,7 +350,9 @@ class TritonFunction(TritonTiles):
             element = f"tl.where({mask}, {element}, {fill})"
         for d in sorted(reduced, reverse=True):
             element = f"tl.{how.by}({element}, {d})"
-        ended = how.ends(element, str(product([value.space[axis] for axis in value.axes])))
+        ended = element
+        if self.block is None or not sums_over(value, self.block[0]):  # else after the last block
+            ended = how.ends(element, str(product([value.space[axis] for axis in value.axes])))
         self._set_clean(value, [c for d, c in enumerate(clean) if d not in reduced])
         left = [d for d in range(len(space)) if d not in reduced]
         if any(clean[d] is None for d in left):

@@ -25,7 +25,7 @@ import triton.language as tl
 from nestloop.lowering.emit import tiles
 '''
 
-REGISTERS = 128  # of a thread, that tiles may take; addresses, masks and what products shuffle take others
+REGISTERS = 112  # of a thread, that tiles may take; addresses, masks and what products shuffle take others
 
 
 class TritonKernels:

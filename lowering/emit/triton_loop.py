@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
+from torch import fx
+
 from nestloop.lowering.axes import readout_axes, type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
@@ -22,9 +25,14 @@ from nestloop.lowering.ops.strided import NoSpelling, extent
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 
 BARRIER = "tl.debug_barrier()"
-HEIGHTS = (64, 32, 16)  # tokens of a tile
+HEIGHT = 64  # tokens of a tile, at most
+SHORTEST_BLOCKED = 128  # an axis that is shorter is never walked in blocks
+# Tokens of a tile, and the length of a block of a long axis (0: all of it), best first: with fewer tokens weights are
+# read more often, and products have fewer rows.
+TILES = ((64, 0), (64, 64), (64, 32), (32, 0), (32, 64), (32, 32), (16, 0), (16, 64), (16, 32), (16, 16))
 ALIVE = 8 * 32 * REGISTERS  # elements of tiles alive at once, at which tiles of tokens are made shorter
 CARRIED = ALIVE // 2  # elements of sums that stay in registers from one tile of tokens to the next
+PIECE = 4096  # numbers that are copied at a time
 SUMS = ("loss_sum", "loss_after")
 
 
@@ -64,28 +72,59 @@ class TritonLoop(TritonKernels, Batches):
         module = piece.backward if pulls else piece.forward
         doc = f"Cotangents of the inputs of {of}." if pulls else f"{TITLES[of]}. Makes {', '.join(results)}."
         summed = self._summed(name, results)
-        carried = summed if sum(self._padded(r) for r in summed) <= CARRIED else []
         rows: dict[str, tuple[int, bool | str]] = {n: (0, False) for n in [*self.shapes, *results]}
         rows |= {n: (0, True) for n in summed}
         rows |= {f"d_{n}": (0, added) for n, added in self._added(of).items()} if pulls else {}
+        handed = [*SUMS, "d_loss_sum", "d_loss_after"]
         if of.endswith("update"):  # of the gradient: where the sum of it is
             step = self.functions[of.replace("update", "gradient")]
-            carried = [*carried, *[f"gradient_{n}" for n in self.fast if f"gradient_{n}" not in step.rows]]
-        for n in [*carried, *SUMS, "d_loss_sum", "d_loss_after"]:
-            rows.pop(n, None)
+            handed += [f"gradient_{n}" for n in self.fast if f"gradient_{n}" not in step.rows]
         axes = type_axes(self.spec, module, readout_axes(self.captured)).axes
         tokens = [*self.tokens, "d_z"]
         ordered = self.ordered and of.endswith("gradient")
-        for height in HEIGHTS:
-            try:
-                function = TritonFunction(name, module, results, tokens, doc, axes, height, rows, self.name, ordered)
-            except NoSpelling:
-                if height == HEIGHTS[-1]:
-                    raise
-                continue
-            if function.alive <= ALIVE:
-                break
-        self.functions[name] = function
+
+        def of_tile(height: int, block: tuple[int, int] | None, carried: Sequence[str]) -> TritonFunction:
+            own = {n: row for n, row in rows.items() if n not in (*carried, *handed)}
+            given = (axes, height, own, self.name, ordered, block)
+            return TritonFunction(name, module, results, tokens, doc, *given)
+
+        carried = summed if sum(map(self._padded, summed)) <= CARRIED else []
+        self.functions[name] = self._fitting(of_tile, module, [carried, []] if carried else [[]])
+
+    def _fitting(
+        self,
+        of_tile: Callable[[int, tuple[int, int] | None, Sequence[str]], TritonFunction],
+        module: fx.GraphModule,
+        sums: Sequence[Sequence[str]],
+    ) -> TritonFunction:
+        """The function on the first tiles that fit registers; on those that come closest where none do.
+
+        sums: what may stay in registers from tile to tile, the best first.
+        """
+        lengths = {
+            size
+            for node in module.graph.nodes
+            if isinstance(node.meta.get("val"), torch.Tensor)
+            for size in node.meta["val"].shape
+            if isinstance(size, int) and size >= SHORTEST_BLOCKED
+        }
+        found: dict[TritonFunction, int] = {}
+        refused = None
+        for carried in sums:
+            for height, length in TILES:
+                for block in [(size, length) for size in sorted(lengths) if not size % length] if length else [None]:
+                    try:
+                        function = of_tile(height, block, carried)
+                    except NoSpelling as reason:
+                        refused = refused or reason
+                        continue
+                    found[function] = function.alive + sum(map(self._padded, carried))
+                    if found[function] <= (ALIVE // 2 if height == HEIGHT else ALIVE):
+                        return function
+        if not found:
+            assert refused is not None
+            raise refused
+        return min(found, key=found.__getitem__)
 
     def _summed(self, name: str, results: Sequence[str]) -> list[str]:
         """Results that tiles, and steps, add up."""
@@ -262,12 +301,22 @@ class TritonLoop(TritonKernels, Batches):
             "weight, rate = tl.load(weights + step), tl.load(rates + step)",
         ]
 
-    def _clear(self, names: Sequence[str], places: Mapping[str, str]) -> list[str]:
-        return [self.store(n, places[n], self.zeros(n)) for n in names]
+    def _fill(self, name: str, source: str | None, *places: str) -> list[str]:
+        """Lines that write a weight's numbers, or zeros, to places: in pieces, of which each fits registers."""
+        size = self.elements(name)
+        length = min(padded(size), PIECE)
+        self.used.add(length)
+        index, masked = (f"i{length}", "") if size <= length else (f"piece + i{length}", "")
+        if size % length:
+            masked = f", mask={index} < {size}"
+        tile = zeros([length])
+        if source is not None:
+            tile = f"tl.load({source} + {index}{masked}{', other=0' if masked else ''}).to(S)"
+        lines = [f"tile{length} = {tile}", *[f"tl.store({place} + {index}, tile{length}{masked})" for place in places]]
+        return lines if size <= length else [f"for piece in range(0, {size}, {length}):", *indented(lines)]
 
-    def _copy(self, name: str, start: str, to: str) -> list[str]:
-        """Lines that copy a fast weight's tile."""
-        return [self.load(name, start, "tile"), self.store(name, to, "tile")]
+    def _clear(self, names: Sequence[str], places: Mapping[str, str]) -> list[str]:
+        return [line for n in names for line in self._fill(n, None, places[n])]
 
     def _gradient(self, states: Mapping[str, str]) -> list[str]:
         """Lines that sum a step's gradient over tiles, and its losses."""
@@ -290,8 +339,7 @@ class TritonLoop(TritonKernels, Batches):
         body: list[str] = []
         ends = {n: f"end_{n}_made + item * {self.elements(n)}" for n in fast}
         for n in fast:  # the end too: without tokens there is no step
-            body.append(self.load(n, self.at(n), "tile") if n in self.starts else f"tile = {self.zeros(n)}")
-            body += [self.store(n, states[n], "tile"), self.store(n, ends[n], "tile")]
+            body += self._fill(n, self.at(n) if n in self.starts else None, states[n], ends[n])
         now, then = self._in("now"), self._in("then")
         turn = [f"now = states + step % 2 * {self._state}", f"then = states + (step + 1) % 2 * {self._state}"]
         step = [*self._begin, *turn, *self._gradient(now)]
@@ -308,8 +356,8 @@ class TritonLoop(TritonKernels, Batches):
         step += [BARRIER, *self._variants(update), BARRIER]
         for n in fast:
             between = f"between_{n}_made + (tl.cast(step, tl.int64) * H * B + item) * {self.elements(n)}"
-            step += [self.load(n, then[n], "tile"), "if step + 1 < steps:", f"    {self.store(n, between, 'tile')}"]
-            step += ["else:", f"    {self.store(n, ends[n], 'tile')}"]
+            step += ["if step + 1 < steps:", *indented(self._fill(n, then[n], between))]
+            step += ["else:", *indented(self._fill(n, then[n], ends[n]))]
         body += [BARRIER, "for step in range(0, steps):", *indented(step)]
         body.append(f"now = states + steps % 2 * {self._state}")
         body += self._over_tiles("readout", ("0", "N"), self._read("readout", now), {})
@@ -326,12 +374,12 @@ class TritonLoop(TritonKernels, Batches):
     # ---- Backward --------------------------------------------------------------------------------------------------
 
     def _backward(self) -> list[str]:
-        fast, height = self.fast, HEIGHTS[0]
+        fast, height = self.fast, HEIGHT
         shared = [n for n in [*self.slow, *self.hoisted] if n in self.gradients]
         body = self._clear(shared, {n: f"{n}_made + item * {self.elements(n)}" for n in shared})
         cotangents = self._in("cotangents")
         for n in fast:
-            body += self._copy(n, self.at(f"d_{n}"), cotangents[n])
+            body += self._fill(n, self.at(f"d_{n}"), cotangents[n])
         if self._cleared:
             inner = [f"n = tl.minimum(N - first, {height})", *[self.clear_rows(n, height, "n") for n in self._cleared]]
             body += [f"for first in range(0, N, {height}):", *indented(inner)]
@@ -345,7 +393,7 @@ class TritonLoop(TritonKernels, Batches):
         last = self._in("d_now")
         body.append(f"d_now = cotangents + steps % 2 * {self._state}")
         for n in self.starts:
-            body += self._copy(n, last[n], f"{n}_made + item * {self.elements(n)}")
+            body += self._fill(n, last[n], f"{n}_made + item * {self.elements(n)}")
         return body
 
     def _pull_step(self) -> list[str]:
@@ -361,8 +409,8 @@ class TritonLoop(TritonKernels, Batches):
         later: list[str] = []
         for n in fast:
             between = f"between_{n}_p + (tl.cast(step - 1, tl.int64) * H * B + item) * {self.elements(n)}"
-            first += self._copy(n, self.at(n), states[n]) if n in self.starts else self._clear([n], states)
-            later += self._copy(n, between, states[n])
+            first += self._fill(n, self.at(n) if n in self.starts else None, states[n])
+            later += self._fill(n, between, states[n])
         lines += ["if step == 0:", *indented(first), "else:", *indented(later), BARRIER]
         updates = [self.functions[f"{v}update_vjp"] for v in self.variants]
         if any(f"gradient_{n}" in f.inputs for f in updates for n in fast):

@@ -36,12 +36,23 @@ class TritonTiles:
         turned: axes along which a tile is held from its end.
         place: what scratch memory holds, and where; `size` elements in all.
         used, masks: the positions and masks that lines read.
+        block: the axis that is walked in blocks, by its size, and a block's length; `handed`: what blocks leave in
+            scratch memory for a later walk.
+        at_once: what is read from scratch memory soon after it is written.
         ordered: whether rows lie in the order that the call gives.
         pending: lines that must come before the next one; `there`: inputs that were read.
     """
 
-    def __init__(self, longest: int, rows: Mapping[str, tuple[int, bool | str]]) -> None:
+    def __init__(
+        self,
+        longest: int,
+        rows: Mapping[str, tuple[int, bool | str]],
+        block: tuple[int, int] | None = None,
+    ) -> None:
         self.longest, self.rows = longest, rows
+        self.block = None if block is None else (Extent(0, block[0]), block[1])
+        self.handed: set[Value] = set()
+        self.at_once: set[Value] = set()
         self.ordered = False
         self.clean: dict[Value, list[bool]] = {}
         self.turned: dict[Value, frozenset[int]] = {}
@@ -59,12 +70,15 @@ class TritonTiles:
     def _weight(self, value: Value) -> int:
         return math.prod(map(self.padded, held(value)))
 
+    def in_blocks(self, size: Extent) -> bool:
+        return self.block is not None and size == self.block[0]
+
     def padded(self, size: Extent) -> int:
-        return padded(size.at(self.longest))
+        return self.block[1] if self.block is not None and self.in_blocks(size) else padded(size.at(self.longest))
 
     def whole(self, size: Extent) -> bool:
         """Whether a tile's axis holds nothing beyond a value's own size."""
-        return not size.has_tokens and size.constant == self.padded(size)
+        return self.in_blocks(size) or (not size.has_tokens and size.constant == self.padded(size))
 
     def _place(self, value: Value) -> None:
         if value not in self.place:
@@ -74,10 +88,14 @@ class TritonTiles:
     # ---- Rows ------------------------------------------------------------------------------------------------------
 
     def _fetch(self, value: Value) -> None:
-        """Read a tile of rows before the line that first needs it."""
-        if value.kind != "input" or value in self.there:
+        """Read a tile of rows, or what a block left, before the line that first needs it."""
+        if value in self.there or (value.kind != "input" and value not in self.handed):
             return
         self.there.add(value)
+        if value in self.handed:
+            self.pending.append(f"{value.name} = {self._load(Strided.of(value, value.shape), value.shape)[0]}")
+            self.clean[value] = [True] * len(held(value))
+            return
         places, mask = self._rows(value, value.name, f"{value.name}_n")
         masked = f", mask={mask}, other=0" if mask else ""
         self.pending.append(f"{value.name} = tl.load({value.name}_at + {places}{masked}).to(S)")
@@ -168,6 +186,8 @@ class TritonTiles:
         return text, clean
 
     def _index(self, axis: int, rank: int, size: Extent) -> str:
+        if self.in_blocks(size):
+            return self._vector("in_block", axis, rank)
         self.used.add(self.padded(size))
         return self._vector(f"i{self.padded(size)}", axis, rank)
 
@@ -215,7 +235,8 @@ class TritonTiles:
         text = f"tl.cast({value.name}, S)" if value.is_bool else value.name
         if self.turned.get(value):
             raise NoSpelling("a cumulative sum from the end that is read from its start")
-        return [f"tl.store(scratch + {place}, {text}{f', mask={mask}' if mask else ''})", "tl.debug_barrier()"]
+        barrier = ["tl.debug_barrier()"] if value in self.at_once or value not in self.handed else []
+        return [f"tl.store(scratch + {place}, {text}{f', mask={mask}' if mask else ''})", *barrier]
 
     def _full(self, text: str, clean: list[bool | None], shape: Sequence[Extent]) -> str:
         """A factor with every axis it has."""

@@ -12,19 +12,22 @@ from nestloop.lowering.schedule.values import Value
 Weight = Callable[[Value], int]
 
 
-def fewest_alive(values: Sequence[Value], weight: Weight, given: Collection[Value]) -> list[Value]:
+def fewest_alive(
+    values: Sequence[Value], weight: Weight, given: Collection[Value], kept: Collection[Value] = ()
+) -> list[Value]:
     """The best of a few orders: as they are, each after what it needs (deepest first), and the least next.
 
     Args:
         values: in an order in which operands come first.
         weight: elements of a value's tile.
-        given: inputs that are alive from the start; others are read where they are first used.
+        given: what is alive from the start; other operands are read where they are first used.
+        kept: what stays alive after the last of the values.
     """
     orders = [list(values), _deepest_first(values, weight), _least_next(values, weight, given)]
-    return min(orders, key=lambda order: most_alive(order, weight, given))
+    return min(orders, key=lambda order: most_alive(order, weight, given, kept))
 
 
-def most_alive(values: Sequence[Value], weight: Weight, given: Collection[Value]) -> int:
+def most_alive(values: Sequence[Value], weight: Weight, given: Collection[Value], kept: Collection[Value] = ()) -> int:
     """Elements of the tiles that are alive at once, at the worst place."""
     last = _last_uses(values)
     alive = set(given)
@@ -32,7 +35,7 @@ def most_alive(values: Sequence[Value], weight: Weight, given: Collection[Value]
     for index, value in enumerate(values):
         alive |= {value, *[o.base for o in value.reads]}
         worst = max(worst, sum(map(weight, alive)))
-        alive = {v for v in alive if last.get(v, -1) > index or _stays(v)}
+        alive = {v for v in alive if last.get(v, -1) > index or _stays(v) or v in kept}
     return worst
 
 
@@ -50,7 +53,7 @@ def _deepest_first(values: Sequence[Value], weight: Weight) -> list[Value]:
     position = {value: index for index, value in enumerate(values)}
     ordered: dict[Value, None] = {}
     for root in values:
-        if root.users:
+        if any(user in position for user in root.users):
             continue
         stack = [root]
         while stack:
@@ -96,7 +99,8 @@ def _least_next(values: Sequence[Value], weight: Weight, given: Collection[Value
         if not value.users and not _stays(value):
             alive.discard(value)
         for user in dict.fromkeys(value.users):
-            waits[user] -= 1
-            if not waits[user]:
-                ready.append(user)
+            if user in waits:  # others wait for a later phase
+                waits[user] -= 1
+                if not waits[user]:
+                    ready.append(user)
     return ordered

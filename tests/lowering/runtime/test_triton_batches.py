@@ -33,7 +33,15 @@ def fresh_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles to a step, the last not complete."""
-    monkeypatch.setattr(triton_loop, "HEIGHTS", (16,))
+    monkeypatch.setattr(triton_loop, "TILES", ((16, 0),))
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hidden axis is walked in blocks, and so are tokens."""
+    monkeypatch.setattr(triton_loop, "SHORTEST_BLOCKED", 32)
+    monkeypatch.setattr(triton_loop, "ALIVE", 0)
+    monkeypatch.setattr(triton_loop, "TILES", ((16, 0), (16, 16)))
 
 
 def inputs_of(loop: type[nl.Loop], tokens: int = 19, **settings: Any) -> Inputs:
@@ -49,6 +57,42 @@ def both(loop: type[nl.Loop], inputs: Inputs, losses: bool = True) -> dict[str, 
 @pytest.mark.parametrize("loop", [*LOOPS, *LARGER])
 def test_every_loop_of_the_zoo_is_the_reference(loop: type[nl.Loop]):
     assert_equal(both(loop, inputs_of(loop, sequences=1)), 1e-9)
+
+
+class Bounded(nl.Learner):
+    """An MLP whose hidden features are measured together: by their norm, their largest, and their mean."""
+
+    w1, w2 = nl.fast("d", "4*d"), nl.fast("4*d", "d")
+
+    def forward(self, x):
+        hidden = torch.tanh(x @ self.w1)
+        hidden = hidden / (1 + hidden.norm(dim=-1, keepdim=True))
+        hidden = torch.sigmoid(hidden - hidden.amax(-1, keepdim=True)) + hidden.mean(-1, keepdim=True)
+        return hidden @ self.w2 + x
+
+
+class Measured(nl.Loop):
+    """Reductions over the hidden axis, of which several stand between its first use and its last; a rate per token."""
+
+    learner, schedule = Bounded, nl.Shuffled(2)
+    k, v, q = nl.view("d"), nl.view("d"), nl.view("d")
+    eta = nl.gate()
+    optimizer = nl.SGD(lr=eta)
+
+    def loss(self, f, t):
+        return 0.5 * (f(t.k) - t.v).square().mean(-1)
+
+    def readout(self, f, t):
+        return f(t.q)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("loop", [Measured, *LARGER])
+def test_a_long_axis_in_blocks(loop: type[nl.Loop]):
+    inputs = random_inputs(loop.spec, {**SIZES, "d": 8, "D": 40}, tokens=19, scale={"eta": 0.5}, sequences=1)
+    assert_equal(both(loop, inputs), 1e-9)
+    text = nl.inspect(loop, "triton", **{**SIZES, "d": 8, "D": 40})
+    assert "for block in range(0, 32, 16)" in text
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -190,14 +234,14 @@ def test_views_are_read_where_they_lie():
 
 REFUSED = {
     zoo.DepthwiseBranch: "its tokens mix, and a tile of all of them is more than registers hold",
-    zoo.MTTTMLP: "a tile [d,4*d] of 262144 elements is more than registers hold",
+    zoo.MTTTLinear: "a tile [d,d] of 262144 elements is more than registers hold",
 }
 
 
 @pytest.mark.parametrize("loop", REFUSED, ids=lambda loop: loop.__name__)
 def test_what_has_no_triton_is_refused(loop: type[nl.Loop]):
     dims: dict[str, Any] = {"h": 4, "w": 5} if loop is zoo.DepthwiseBranch else {}
-    sizes = {"d": 4 if dims else 256, "D": 8, "H": 1 if dims else 2, **dims}
+    sizes = {"d": 4 if dims else 512, "D": 8, "H": 1 if dims else 2, **dims}
     inputs = random_inputs(loop.spec, sizes, heads=sizes["H"], tokens=20, **dims)
     with pytest.raises(NoPlanError) as caught:
         run(nl.compile(loop, backend="triton"), inputs)

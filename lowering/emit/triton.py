@@ -20,7 +20,7 @@ from nestloop.lowering import ops
 from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.expressions import numbers, offset
 from nestloop.lowering.emit.padding import stays_zero
-from nestloop.lowering.emit.triton_tiles import TOKENS, TritonTiles, held
+from nestloop.lowering.emit.triton_tiles import TOKENS, TritonTiles, held, walk
 from nestloop.lowering.ops.row import Element, System, Unsupported
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, product
 from nestloop.lowering.schedule.order import fewest_alive, most_alive
@@ -193,7 +193,7 @@ class TritonFunction(TritonTiles):
             fill = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}[self._reduced_by(value)]
             shape = ", ".join(str(self.padded(n)) for n in held(value))
             lines.append(f"{value.name} = tl.full(({shape}{',' if len(held(value)) == 1 else ''}), {fill}, S)")
-        lines.append(f"for block in range(0, {size}, {length}):")
+        lines.append(walk("block", f"0, {size}, {length}"))
         lines += [f"    {line}" for line in [f"in_block = block + i{length}", *inside]]
         if any(value in self.handed for value in phase.blocks):
             lines.append("tl.debug_barrier()")

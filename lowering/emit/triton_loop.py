@@ -20,7 +20,7 @@ from nestloop.lowering.emit.batches import Batches
 from nestloop.lowering.emit.torch import TITLES
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import REGISTERS, TritonKernels, indented, zeros
-from nestloop.lowering.emit.triton_tiles import padded
+from nestloop.lowering.emit.triton_tiles import padded, walk
 from nestloop.lowering.ops.strided import NoSpelling, extent
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 
@@ -285,7 +285,7 @@ class TritonLoop(TritonKernels, Batches):
             inner.append(BARRIER)  # the next tile works in the same memory
         return [
             *[self.load(r, into[r]) for r in returned],
-            f"for first in range({start}, {stop}, {height}):",
+            walk("first", f"{start}, {stop}, {height}"),
             *indented(inner),
             *[self.store(r, into[r], r) for r in returned],
         ]
@@ -313,7 +313,7 @@ class TritonLoop(TritonKernels, Batches):
         if source is not None:
             tile = f"tl.load({source} + {index}{masked}{', other=0' if masked else ''}).to(S)"
         lines = [f"tile{length} = {tile}", *[f"tl.store({place} + {index}, tile{length}{masked})" for place in places]]
-        return lines if size <= length else [f"for piece in range(0, {size}, {length}):", *indented(lines)]
+        return lines if size <= length else [walk("piece", f"0, {size}, {length}"), *indented(lines)]
 
     def _clear(self, names: Sequence[str], places: Mapping[str, str]) -> list[str]:
         return [line for n in names for line in self._fill(n, None, places[n])]
@@ -358,7 +358,7 @@ class TritonLoop(TritonKernels, Batches):
             between = f"between_{n}_made + (tl.cast(step, tl.int64) * H * B + item) * {self.elements(n)}"
             step += ["if step + 1 < steps:", *indented(self._fill(n, then[n], between))]
             step += ["else:", *indented(self._fill(n, then[n], ends[n]))]
-        body += [BARRIER, "for step in range(0, steps):", *indented(step)]
+        body += [BARRIER, walk("step", "0, steps"), *indented(step)]
         body.append(f"now = states + steps % 2 * {self._state}")
         body += self._over_tiles("readout", ("0", "N"), self._read("readout", now), {})
         if self.losses:
@@ -382,14 +382,14 @@ class TritonLoop(TritonKernels, Batches):
             body += self._fill(n, self.at(f"d_{n}"), cotangents[n])
         if self._cleared:
             inner = [f"n = tl.minimum(N - first, {height})", *[self.clear_rows(n, height, "n") for n in self._cleared]]
-            body += [f"for first in range(0, N, {height}):", *indented(inner)]
+            body += [walk("first", f"0, N, {height}"), *indented(inner)]
         body.append(BARRIER)
         ends = {n: self.at(f"end_{n}") for n in fast}
         body += self._pull("readout", ("0", "N"), ends, self._cotangents(cotangents))
         if self.losses:
             body.append(f"d_loss_after = tl.load({self.at('d_losses')} + steps).to(S) / tl.cast(N, S)")
             body += self._pull("final_loss", ("0", "N"), ends, self._cotangents(cotangents))
-        body += ["for back in range(0, steps):", *indented(self._pull_step())]
+        body += [walk("back", "0, steps"), *indented(self._pull_step())]
         last = self._in("d_now")
         body.append(f"d_now = cotangents + steps % 2 * {self._state}")
         for n in self.starts:

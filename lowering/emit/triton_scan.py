@@ -8,6 +8,7 @@ from __future__ import annotations
 from nestloop.lowering.emit.scan import ROWWISE
 from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_stream import TritonStream
+from nestloop.lowering.emit.triton_tiles import walk
 
 
 class TritonScan(TritonStream):
@@ -44,7 +45,7 @@ class TritonScan(TritonStream):
             return [line for line in lines if line]
 
         loop += self.either(run("chunk"), run("partial") if "partial" in self.pieces else [])
-        body += [f"for index in range(0, tl.cdiv(N, {self.longest})):", *indented(loop)]
+        body += [walk("index", f"0, tl.cdiv(N, {self.longest})"), *indented(loop)]
         return body + [self.store(n, self._end(n), n) for n in self.carry]
 
     def _end(self, name: str) -> str:
@@ -101,9 +102,9 @@ class TritonScan(TritonStream):
                 ahead.append(self.store(n, then[n], r if r in made else self.zeros(n)))
             ahead += [self.store(n, then[n], n) for n in self.anchors]
             ahead.append("tl.debug_barrier()")
-            group += ["for index in range(first, last - 1):", *indented([line for line in ahead if line])]
-        group += ["for back in range(first, last):", *indented(["index = last - 1 - (back - first)", *self._pull()])]
-        body += ["for turn in range(0, groups):", *indented(group)]
+            group += [walk("index", "first, last - 1"), *indented([line for line in ahead if line])]
+        group += [walk("back", "first, last"), *indented(["index = last - 1 - (back - first)", *self._pull()])]
+        body += [walk("turn", "0, groups"), *indented(group)]
         for n in self.starts:
             body.append(self.store(n, f"{n}_made + item * {self.elements(n)}", f"d_{n}"))
         for n in self.shared:
@@ -113,7 +114,7 @@ class TritonScan(TritonStream):
 
     def _clear(self) -> list[str]:
         """Lines that set the cotangents of tokens to zero, to which windows that overlap add."""
-        lines = [f"for index in range(0, tl.cdiv(N, {self.rows})):"]
+        lines = [walk("index", f"0, tl.cdiv(N, {self.rows})")]
         inner = [*self.span, *[self.clear(n) for n in self.seen]]
         return [*lines, *indented(inner), "tl.debug_barrier()"]
 

@@ -23,6 +23,11 @@ def padded(size: int) -> int:
     return max(NARROWEST, 1 << (size - 1).bit_length())
 
 
+def walk(index: str, bounds: str) -> str:
+    """The head of a loop; what it computes again is not kept in registers from one turn to the next instead."""
+    return f"for {index} in tl.range({bounds}, disable_licm=True):"
+
+
 class TritonTiles:
     """The tiles of one function, as the lines that were written so far leave them.
 

@@ -24,9 +24,12 @@ from nestloop.lowering.emit.cpp_piece import CppPiece
 from nestloop.lowering.emit.cpp_scan import CppScan
 from nestloop.lowering.emit.stream import StreamEmitter, StreamSource
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
+from nestloop.lowering.emit.triton_kernels import ALIVE
 from nestloop.lowering.emit.triton_loop import TritonLoop
 from nestloop.lowering.emit.triton_piece import TritonPiece
 from nestloop.lowering.emit.triton_scan import TritonScan
+from nestloop.lowering.emit.triton_stream import TritonStream
+from nestloop.lowering.emit.triton_streamed import TritonStreamedScan
 from nestloop.lowering.ops import NoSpelling
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites
 from nestloop.lowering.runtime.native import NativePlan
@@ -241,13 +244,31 @@ def stream_stages(
     native, not_native = _emitted(CppScan if part == "scan" else CppPiece, own)
     kernels, not_triton = None, ""
     if triton:
-        kernels, not_triton = _emitted(TritonScan if part == "scan" else TritonPiece, own)
+        kernels, not_triton = _emitted(_triton_scan if part == "scan" else TritonPiece, own)
         free = part == "scan" and tokens is None and form.longest_cpp
         while free and kernels is None and close.longest > 16:  # a tile of fewer tokens may fit registers
             close = replace(close, longest=close.longest // 2, traced=None)
-            kernels, not_triton = _emitted(TritonScan, scan_in(close))
+            kernels, not_triton = _emitted(_triton_scan, scan_in(close))
     captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)
     return LoweredStream(captured, typing, form, made, applied, source, native, not_native, kernels, not_triton, part)
+
+
+def _triton_scan(*scan: Any) -> TritonStream:
+    """A scan in Triton: its state in registers where it fits there beside what a chunk computes, else in memory."""
+    made: list[TritonStream] = []
+    refused = None
+    for kind in (TritonScan, TritonStreamedScan):
+        try:
+            made.append(kind(*scan))
+        except NoSpelling as reason:
+            refused = refused or reason
+            continue
+        if made[-1].alive <= ALIVE:
+            return made[-1]
+    if not made:
+        assert refused is not None
+        raise refused
+    return min(made, key=lambda one: one.alive)
 
 
 def _emitted(emitter: Callable[..., Any], scan: tuple[Any, ...]) -> tuple[Any, str]:

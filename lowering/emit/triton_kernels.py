@@ -6,11 +6,15 @@ One program runs one head of one sequence. Tensors are read where they lie, by t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import fx
 
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.emit.triton import TritonFunction
-from nestloop.lowering.emit.triton_tiles import padded
+from nestloop.lowering.emit.triton_tiles import padded, walk
+from nestloop.lowering.ops.strided import NoSpelling
 
 _HEADER = '''"""{title}
 
@@ -26,6 +30,11 @@ from nestloop.lowering.emit import tiles
 '''
 
 REGISTERS = 112  # of a thread, that tiles may take; addresses, masks and what products shuffle take others
+# Elements of tiles alive at once, at which tiles are made shorter; with 64 tokens half of it, since products that
+# follow one another then take 4 warps.
+ALIVE = 8 * 32 * REGISTERS
+SHORTEST_BLOCKED = 128  # an axis that is shorter is never walked in blocks
+PIECE = 4096  # numbers that are copied at a time
 
 
 class TritonKernels:
@@ -80,6 +89,9 @@ class TritonKernels:
     def elements(self, name: str) -> int:
         return math.prod(self.shapes[self.plain(name)])
 
+    def tile_elements(self, name: str) -> int:
+        return math.prod(map(padded, self.shapes[self.plain(name)]))
+
     @staticmethod
     def working(functions: Sequence[TritonFunction]) -> int:
         """Elements that functions work in, of which one runs at a time."""
@@ -89,6 +101,49 @@ class TritonKernels:
     def warps_for(alive: int) -> int:
         """As many as hold so many elements; with more than 8 a thread has too few registers."""
         return 4 if alive <= 4 * 32 * REGISTERS else 8
+
+    # ---- Plans -----------------------------------------------------------------------------------------------------
+
+    def fitting(
+        self,
+        of_tile: Callable[[int, tuple[int, int] | None, Sequence[str]], TritonFunction],
+        module: fx.GraphModule,
+        tiles: Sequence[tuple[int, int]],
+        sums: Sequence[Sequence[str]],
+    ) -> TritonFunction:
+        """The function on the first tiles that fit registers; on those that come closest where none do.
+
+        Args:
+            of_tile: (tokens of a tile, an axis and the length of its blocks, sums that stay in registers) -> it.
+            tiles: tokens, and the length of a block (0: all of the axis), the best first.
+            sums: what may stay in registers from tile to tile, the best first.
+        """
+        lengths = {
+            size
+            for node in module.graph.nodes
+            if isinstance(node.meta.get("val"), torch.Tensor)
+            for size in node.meta["val"].shape
+            if isinstance(size, int) and size >= SHORTEST_BLOCKED
+        }
+        found: dict[TritonFunction, int] = {}
+        refused = None
+        for carried in sums:
+            for height, length in tiles:
+                for block in [(size, length) for size in sorted(lengths) if not size % length] if length else [None]:
+                    try:
+                        function = of_tile(height, block, carried)
+                    except NoSpelling as reason:
+                        refused = refused or reason
+                        continue
+                    found[function] = function.alive + sum(
+                        math.prod(map(padded, self.shapes[self.plain(n)])) for n in carried
+                    )
+                    if found[function] <= (ALIVE // 2 if height >= 64 else ALIVE):
+                        return function
+        if not found:
+            assert refused is not None
+            raise refused
+        return min(found, key=found.__getitem__)
 
     # ---- Tiles -----------------------------------------------------------------------------------------------------
 
@@ -157,6 +212,29 @@ class TritonKernels:
         masks = [self.beside(0, len(shape) + 1, f"(i{height} < {count})"), *masks]
         nothing = zeros([height, *map(padded, shape)])
         return f"tl.store({' + '.join(places)}, {nothing}, mask={' & '.join(masks)})"
+
+    def fill(self, name: str, source: str | None, *places: str, added: bool = False) -> list[str]:
+        """Lines that write a weight's numbers, or zeros, to places: in pieces, of which each fits registers.
+
+        added: to what is there.
+        """
+        size = self.elements(name)
+        length = min(padded(size), PIECE)
+        self.used.add(length)
+        index, masked = (f"i{length}", "") if size <= length else (f"piece + i{length}", "")
+        if size % length:
+            masked = f", mask={index} < {size}"
+        tile = zeros([length])
+        if source is not None:
+            tile = f"tl.load({source} + {index}{masked}{', other=0' if masked else ''}).to(S)"
+        if added:
+            (there,) = places
+            tile += f" + tl.load({there} + {index}{masked}{', other=0' if masked else ''})"
+        lines = [f"tile{length} = {tile}", *[f"tl.store({place} + {index}, tile{length}{masked})" for place in places]]
+        return lines if size <= length else [walk("piece", f"0, {size}, {length}"), *indented(lines)]
+
+    def clear_all(self, names: Sequence[str], places: Mapping[str, str]) -> list[str]:
+        return [line for n in names for line in self.fill(n, None, places[n])]
 
     # ---- Calls -----------------------------------------------------------------------------------------------------
 

@@ -7,11 +7,7 @@ Cotangents of what sequences share are each program's own, and are summed outsid
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-
-import torch
-from torch import fx
 
 from nestloop.lowering.axes import readout_axes, type_axes
 from nestloop.lowering.capture import Captured
@@ -19,20 +15,17 @@ from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.batches import Batches
 from nestloop.lowering.emit.torch import TITLES
 from nestloop.lowering.emit.triton import TritonFunction
-from nestloop.lowering.emit.triton_kernels import REGISTERS, TritonKernels, indented, zeros
-from nestloop.lowering.emit.triton_tiles import padded, walk
+from nestloop.lowering.emit.triton_kernels import ALIVE, TritonKernels, indented, zeros
+from nestloop.lowering.emit.triton_tiles import walk
 from nestloop.lowering.ops.strided import NoSpelling, extent
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 
 BARRIER = "tl.debug_barrier()"
 HEIGHT = 64  # tokens of a tile, at most
-SHORTEST_BLOCKED = 128  # an axis that is shorter is never walked in blocks
 # Tokens of a tile, and the length of a block of a long axis (0: all of it), best first: with fewer tokens weights are
 # read more often, and products have fewer rows.
 TILES = ((64, 0), (64, 64), (64, 32), (32, 0), (32, 64), (32, 32), (16, 0), (16, 64), (16, 32), (16, 16))
-ALIVE = 8 * 32 * REGISTERS  # elements of tiles alive at once, at which tiles of tokens are made shorter
 CARRIED = ALIVE // 2  # elements of sums that stay in registers from one tile of tokens to the next
-PIECE = 4096  # numbers that are copied at a time
 SUMS = ("loss_sum", "loss_after")
 
 
@@ -88,43 +81,8 @@ class TritonLoop(TritonKernels, Batches):
             given = (axes, height, own, self.name, ordered, block)
             return TritonFunction(name, module, results, tokens, doc, *given)
 
-        carried = summed if sum(map(self._padded, summed)) <= CARRIED else []
-        self.functions[name] = self._fitting(of_tile, module, [carried, []] if carried else [[]])
-
-    def _fitting(
-        self,
-        of_tile: Callable[[int, tuple[int, int] | None, Sequence[str]], TritonFunction],
-        module: fx.GraphModule,
-        sums: Sequence[Sequence[str]],
-    ) -> TritonFunction:
-        """The function on the first tiles that fit registers; on those that come closest where none do.
-
-        sums: what may stay in registers from tile to tile, the best first.
-        """
-        lengths = {
-            size
-            for node in module.graph.nodes
-            if isinstance(node.meta.get("val"), torch.Tensor)
-            for size in node.meta["val"].shape
-            if isinstance(size, int) and size >= SHORTEST_BLOCKED
-        }
-        found: dict[TritonFunction, int] = {}
-        refused = None
-        for carried in sums:
-            for height, length in TILES:
-                for block in [(size, length) for size in sorted(lengths) if not size % length] if length else [None]:
-                    try:
-                        function = of_tile(height, block, carried)
-                    except NoSpelling as reason:
-                        refused = refused or reason
-                        continue
-                    found[function] = function.alive + sum(map(self._padded, carried))
-                    if found[function] <= (ALIVE // 2 if height == HEIGHT else ALIVE):
-                        return function
-        if not found:
-            assert refused is not None
-            raise refused
-        return min(found, key=found.__getitem__)
+        carried = summed if sum(map(self.tile_elements, summed)) <= CARRIED else []
+        self.functions[name] = self.fitting(of_tile, module, TILES, [carried, []] if carried else [[]])
 
     def _summed(self, name: str, results: Sequence[str]) -> list[str]:
         """Results that tiles, and steps, add up."""
@@ -152,9 +110,6 @@ class TritonLoop(TritonKernels, Batches):
         seen = [set(self.reached(f"{v}gradient")) for v in self.variants]
         before = {*self.reached("readout"), *(self.reached("final_loss") if self.losses else [])}
         return [n for n in self.tokens if n in set.union(*seen) - set.intersection(*seen) - before]
-
-    def _padded(self, name: str) -> int:
-        return math.prod(padded(size) for size in self.shapes[self.plain(name)])
 
     # ---- Source ----------------------------------------------------------------------------------------------------
 
@@ -203,7 +158,7 @@ class TritonLoop(TritonKernels, Batches):
         """As many as hold the tiles that are alive at once, those that the tiles of tokens hand on among them."""
         found = []
         for f in self._functions_of(which):
-            found.append(f.alive + sum(self._padded(r) for r in f.returned if r not in SUMS))
+            found.append(f.alive + sum(self.tile_elements(r) for r in f.returned if r not in SUMS))
         return self.warps_for(max(found))
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
@@ -301,30 +256,13 @@ class TritonLoop(TritonKernels, Batches):
             "weight, rate = tl.load(weights + step), tl.load(rates + step)",
         ]
 
-    def _fill(self, name: str, source: str | None, *places: str) -> list[str]:
-        """Lines that write a weight's numbers, or zeros, to places: in pieces, of which each fits registers."""
-        size = self.elements(name)
-        length = min(padded(size), PIECE)
-        self.used.add(length)
-        index, masked = (f"i{length}", "") if size <= length else (f"piece + i{length}", "")
-        if size % length:
-            masked = f", mask={index} < {size}"
-        tile = zeros([length])
-        if source is not None:
-            tile = f"tl.load({source} + {index}{masked}{', other=0' if masked else ''}).to(S)"
-        lines = [f"tile{length} = {tile}", *[f"tl.store({place} + {index}, tile{length}{masked})" for place in places]]
-        return lines if size <= length else [walk("piece", f"0, {size}, {length}"), *indented(lines)]
-
-    def _clear(self, names: Sequence[str], places: Mapping[str, str]) -> list[str]:
-        return [line for n in names for line in self._fill(n, None, places[n])]
-
     def _gradient(self, states: Mapping[str, str]) -> list[str]:
         """Lines that sum a step's gradient over tiles, and its losses."""
         functions = [self.functions[f"{v}gradient"] for v in self.variants]
         sums = self._in("sums")
         cleared = [n for n in self.fast if any(f"gradient_{n}" in f.rows for f in functions)]
         lines = [f"gradient_{n} = {self.zeros(n)}" for n in self.fast if n not in cleared]
-        lines += [*self._clear(cleared, sums), BARRIER] if cleared else []
+        lines += [*self.clear_all(cleared, sums), BARRIER] if cleared else []
         lines += ["loss_sum = " + zeros([])] if any("loss_sum" in f.returned for f in functions) else []
         into = {f"gradient_{n}": sums[n] for n in cleared}
         lines += self._variants(
@@ -339,7 +277,7 @@ class TritonLoop(TritonKernels, Batches):
         body: list[str] = []
         ends = {n: f"end_{n}_made + item * {self.elements(n)}" for n in fast}
         for n in fast:  # the end too: without tokens there is no step
-            body += self._fill(n, self.at(n) if n in self.starts else None, states[n], ends[n])
+            body += self.fill(n, self.at(n) if n in self.starts else None, states[n], ends[n])
         now, then = self._in("now"), self._in("then")
         turn = [f"now = states + step % 2 * {self._state}", f"then = states + (step + 1) % 2 * {self._state}"]
         step = [*self._begin, *turn, *self._gradient(now)]
@@ -351,13 +289,13 @@ class TritonLoop(TritonKernels, Batches):
             made = {f"{n}_new": then[n] for n in fast}
             unmade = [n for n in fast if f"{n}_new" not in self.functions[name].results]
             call = self.call(name, {**self._read(name, now), **made}, count="0")
-            return [line for line in [call, *self._clear(unmade, then)] if line]
+            return [line for line in [call, *self.clear_all(unmade, then)] if line]
 
         step += [BARRIER, *self._variants(update), BARRIER]
         for n in fast:
             between = f"between_{n}_made + (tl.cast(step, tl.int64) * H * B + item) * {self.elements(n)}"
-            step += ["if step + 1 < steps:", *indented(self._fill(n, then[n], between))]
-            step += ["else:", *indented(self._fill(n, then[n], ends[n]))]
+            step += ["if step + 1 < steps:", *indented(self.fill(n, then[n], between))]
+            step += ["else:", *indented(self.fill(n, then[n], ends[n]))]
         body += [BARRIER, walk("step", "0, steps"), *indented(step)]
         body.append(f"now = states + steps % 2 * {self._state}")
         body += self._over_tiles("readout", ("0", "N"), self._read("readout", now), {})
@@ -376,10 +314,10 @@ class TritonLoop(TritonKernels, Batches):
     def _backward(self) -> list[str]:
         fast, height = self.fast, HEIGHT
         shared = [n for n in [*self.slow, *self.hoisted] if n in self.gradients]
-        body = self._clear(shared, {n: f"{n}_made + item * {self.elements(n)}" for n in shared})
+        body = self.clear_all(shared, {n: f"{n}_made + item * {self.elements(n)}" for n in shared})
         cotangents = self._in("cotangents")
         for n in fast:
-            body += self._fill(n, self.at(f"d_{n}"), cotangents[n])
+            body += self.fill(n, self.at(f"d_{n}"), cotangents[n])
         if self._cleared:
             inner = [f"n = tl.minimum(N - first, {height})", *[self.clear_rows(n, height, "n") for n in self._cleared]]
             body += [walk("first", f"0, N, {height}"), *indented(inner)]
@@ -393,7 +331,7 @@ class TritonLoop(TritonKernels, Batches):
         last = self._in("d_now")
         body.append(f"d_now = cotangents + steps % 2 * {self._state}")
         for n in self.starts:
-            body += self._fill(n, last[n], f"{n}_made + item * {self.elements(n)}")
+            body += self.fill(n, last[n], f"{n}_made + item * {self.elements(n)}")
         return body
 
     def _pull_step(self) -> list[str]:
@@ -409,8 +347,8 @@ class TritonLoop(TritonKernels, Batches):
         later: list[str] = []
         for n in fast:
             between = f"between_{n}_p + (tl.cast(step - 1, tl.int64) * H * B + item) * {self.elements(n)}"
-            first += self._fill(n, self.at(n) if n in self.starts else None, states[n])
-            later += self._fill(n, between, states[n])
+            first += self.fill(n, self.at(n) if n in self.starts else None, states[n])
+            later += self.fill(n, between, states[n])
         lines += ["if step == 0:", *indented(first), "else:", *indented(later), BARRIER]
         updates = [self.functions[f"{v}update_vjp"] for v in self.variants]
         if any(f"gradient_{n}" in f.inputs for f in updates for n in fast):
@@ -421,8 +359,8 @@ class TritonLoop(TritonKernels, Batches):
             results = self.functions[name].results
             made = {f"d_{n}_new": now[n] for n in fast} | {f"d_gradient_{n}": pulled[n] for n in fast}
             into = self._cotangents(then)
-            unmade = self._clear([n for n in fast if f"d_{n}" not in results], then)
-            unmade += self._clear([n for n in fast if f"d_gradient_{n}" not in results], pulled)
+            unmade = self.clear_all([n for n in fast if f"d_{n}" not in results], then)
+            unmade += self.clear_all([n for n in fast if f"d_gradient_{n}" not in results], pulled)
             found = [r for r in self.functions[name].returned if r in into]
             call = self.call(name, {**self._read(name, states), **made, **into}, "c_", count="0")
             added = [line for r in found for line in (self.load(r, into[r]), self.store(r, into[r], f"{r} + c_{r}"))]

@@ -124,6 +124,11 @@ class TritonStream(TritonKernels, ScanTensors):
     def _scratch(self, which: str) -> int:
         return self.working(self._functions_of(which))
 
+    @property
+    def alive(self) -> int:
+        """Elements of the tiles that are alive at once, at most."""
+        return max(f.alive for f in self.functions.values())
+
     def _warps(self, which: str) -> int:
         return self.warps_for(max((f.alive for f in self._functions_of(which)), default=1))
 

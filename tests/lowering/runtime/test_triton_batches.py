@@ -12,7 +12,7 @@ import nestloop as nl
 from nestloop import zoo
 from nestloop.errors import NoPlanError
 from nestloop.lowering import pipeline
-from nestloop.lowering.emit import triton_loop
+from nestloop.lowering.emit import triton_kernels, triton_loop
 from nestloop.lowering.runtime import offline
 from tests.lowering.comparison import Inputs, assert_equal, differences, random_inputs, run
 from tests.lowering.runtime.test_native import Recall, doubled, single
@@ -39,8 +39,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hidden axis is walked in blocks, and so are tokens."""
-    monkeypatch.setattr(triton_loop, "SHORTEST_BLOCKED", 32)
-    monkeypatch.setattr(triton_loop, "ALIVE", 0)
+    monkeypatch.setattr(triton_kernels, "SHORTEST_BLOCKED", 32)
+    monkeypatch.setattr(triton_kernels, "ALIVE", 0)
     monkeypatch.setattr(triton_loop, "TILES", ((16, 0), (16, 16)))
 
 

@@ -6,6 +6,7 @@ The interpreter sees no races and no layouts; the compiler runs nothing. Each ke
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ import nestloop as nl
 from nestloop import zoo
 from nestloop.errors import NoPlanError
 from nestloop.lowering import pipeline
+from nestloop.lowering.emit import triton_kernels, triton_streamed
 from nestloop.lowering.lower import STREAM_OPS
-from nestloop.lowering.runtime import offline, tiles
+from nestloop.lowering.ops.strided import NoSpelling
+from nestloop.lowering.runtime import cache, offline, tiles
 from nestloop.lowering.runtime.triton import TritonStream
 from tests.drawn import SIZES
 from tests.lowering.comparison import assert_equal, differences, run
@@ -53,6 +56,36 @@ def test_every_loop_of_the_zoo_is_what_generated_pytorch_gives(loop: type[nl.Loo
         assert UNPLANNED[loop] in str(refusal.value)
         return
     assert_equal(differences(run(op, inputs, losses), run(nl.compile(loop, backend="torch"), inputs, losses)), 1e-9)
+
+
+@pytest.fixture
+def streamed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The state of every scan lies in memory, and hidden axes are walked in blocks."""
+
+    def refused(*_):
+        raise NoSpelling("the state stays in memory")
+
+    monkeypatch.setitem(SIZES, "d", 8)
+    monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path))  # what is generated depends on these numbers
+    monkeypatch.setattr(pipeline, "TritonScan", refused)
+    monkeypatch.setattr(triton_kernels, "SHORTEST_BLOCKED", 32)
+    monkeypatch.setattr(triton_kernels, "ALIVE", 0)
+    monkeypatch.setattr(triton_streamed, "BLOCKS", (0, 16))
+
+
+STREAMED = [zoo.TTTLinear, zoo.TTTMLP, zoo.Yaad, zoo.Moneta, zoo.CausalLaCT, zoo.GatedDeltaNet]
+
+
+@pytest.mark.usefixtures("streamed")
+@pytest.mark.parametrize("loop", STREAMED, ids=lambda loop: loop.__name__)
+def test_a_state_that_lies_in_memory(loop: type[nl.Loop]):
+    """An incomplete chunk last, and a state that hands it on."""
+    torch.manual_seed(0)
+    inputs = drawn(loop, 37)
+    op = nl.compile(loop, backend="triton")
+    assert_equal(differences(run(op, inputs), run(nl.compile(loop, backend="torch"), inputs)), 1e-9)
+    (path,) = cache.cache_dir().glob("*_scan_triton*.py")
+    assert "pair = scratch" in path.read_text()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,217 @@
+"""A scan over chunks in Triton whose state is too large for registers: it lies in the program's memory.
+
+Chunks read of it what they need, block by block of a long axis (`schedule.phases`), and write the next one's beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import fx
+
+from nestloop.lowering.emit.scan import ROWWISE
+from nestloop.lowering.emit.triton import TritonFunction
+from nestloop.lowering.emit.triton_kernels import indented
+from nestloop.lowering.emit.triton_stream import TritonStream
+from nestloop.lowering.emit.triton_tiles import walk
+from nestloop.lowering.ops.strided import NoSpelling
+
+BARRIER = "tl.debug_barrier()"
+BLOCKS = (0, 32, 16)  # lengths of the blocks of a long axis, the best first; 0: all of it
+
+
+class TritonStreamedScan(TritonStream):
+    """Writes the module of a scan with its state in memory.
+
+    Raises:
+        NoSpelling: something in it has no Triton; the text is the reason.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.halo or self.anchors or self.alone:
+            raise NoSpelling("a window, an anchor of its own period or a token alone is kept in registers")
+        if not self.carry:
+            raise NoSpelling("no state is handed on")
+
+    def _add(self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str) -> None:
+        per_token = [*self.tokens, "d_z", "d_losses"]
+        placed = [*self.shapes, *[r for r in results if r], *[f"d_{n}_new" for n in [*self.carry, *self.extra]]]
+        rows: dict[str, tuple[int, bool | str]] = {n: (0, False) for n in [*placed, *per_token, *ROWWISE]}
+        if name.endswith("_vjp"):
+            passing = [] if name == "chunk_vjp" else self.carry  # what a part of a chunk does not change
+            rows |= {f"d_{n}": (0, True) for n in [*self.shared, *passing]}
+        axes = self._axes(module)
+
+        def of_tile(height: int, block: tuple[int, int] | None, sums: Sequence[str]) -> TritonFunction:
+            return TritonFunction(name, module, results, per_token, doc, axes, height, rows, block=block)
+
+        self.functions[name] = self.fitting(of_tile, module, [(self.rows, length) for length in BLOCKS], [[]])
+
+    # ---- Memory ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _size(self) -> int:
+        """Elements of a state in the program's memory, each part from the start of a cache line."""
+        return sum(-(-self.elements(n) // 16) * 16 for n in self.carry)
+
+    def _scratch(self, which: str) -> int:
+        """What functions work in, then two states, or two cotangents of one and what the last chunk leaves."""
+        size = -(-super()._scratch(which) // 16) * 16 + 2 * self._size
+        return size + (sum(-(-self.elements(n) // 16) * 16 for n in self.extra) if which == "backward" else 0)
+
+    def _pair(self, which: str) -> str:
+        return f"pair = scratch + {-(-super()._scratch(which) // 16) * 16}"
+
+    def _in(self, part: str, names: Sequence[str]) -> dict[str, str]:
+        places, offset = {}, 0
+        for n in names:
+            places[n] = f"{part} + {offset}" if offset else part
+            offset += -(-self.elements(n) // 16) * 16
+        return places
+
+    def _slots(self, index: str) -> dict[str, str]:
+        """Where the states of a group lie, densely, in the program's memory."""
+        places, offset = {}, 0
+        for n in self.carry:
+            places[n] = f"states + ({index}) * {self._state}" + (f" + {offset}" if offset else "")
+            offset += self.elements(n)
+        return places
+
+    def step(self, name: str) -> str:
+        return f"{name}_n" if self._walks(name) else "0"
+
+    def _end(self, name: str) -> str:
+        return f"end_{name}_made + item * {self.elements(name)}"
+
+    def _between(self, name: str, index: str, made: bool = False) -> str:
+        return f"between_{name}_{'made' if made else 'p'} + (({index}) * H * B + item) * {self.elements(name)}"
+
+    def _read(self, states: Mapping[str, str]) -> dict[str, str]:
+        """Where functions find what is no token."""
+        return {**{n: self.at(n) for n in [*self.slow, *self.initial]}, **states}
+
+    def _run(self, name: str, states: Mapping[str, str], then: Mapping[str, str]) -> list[str]:
+        """Lines of a chunk, forward: every part of the state it leaves is there, changed or not."""
+        function = self.functions[name]
+        of = "chunk" if name == "advance" else name
+        results = [r for r in self.pieces[of].results if name != "advance" or r.removesuffix("_new") in self.carry]
+        made = {r: then[r.removesuffix("_new")] for r in results if r not in ROWWISE}
+        lines = [self.call(name, {**self._read(states), **made})]
+        for result in results:
+            if result in function.results:
+                continue
+            plain = result.removesuffix("_new")
+            if result in ROWWISE:
+                lines.append(self.clear(result))
+            elif plain in self.carry:
+                lines += self.fill(plain, None, then[plain])
+            else:
+                lines += ["if start + own == N:", *indented(self.fill(plain, None, then[plain]))]
+        passed = [n for n in self.carry if f"{n}_new" not in results]
+        return [line for line in [*lines, *[x for n in passed for x in self.fill(n, states[n], then[n])]] if line]
+
+    # ---- Forward ---------------------------------------------------------------------------------------------------
+
+    def _forward(self) -> list[str]:
+        body, first = [self._pair("forward")], self._in("pair", self.carry)
+        ends = {n: self._end(n) for n in [*self.carry, *self.extra]}
+        for n in self.carry:
+            body += self.fill(n, self.at(n), first[n])
+        for n in self.extra:
+            body += self.fill(n, None, ends[n]) if n.endswith("__pending") else []
+        now, then = self._in("now", self.carry), self._in("then", self.carry)
+        kept = {n: self._between(n, "index // every - 1", True) for n in self.carry}
+        loop = [
+            *self.span,
+            f"now = pair + index % 2 * {self._size}",
+            f"then = pair + (index + 1) % 2 * {self._size}",
+            BARRIER,
+            "if (index > 0) & (index % every == 0):",
+            *indented([x for n in self.carry for x in self.fill(n, now[n], kept[n])]),
+        ]
+        anchors = [n for n in self.extra if n.endswith("__anchor")]
+        if anchors:
+            copies = [x for n in anchors for x in self.fill(n, now[n.removesuffix("__anchor")], ends[n])]
+            loop += ["if start + own == N:", *indented(copies)]
+        partial = self._run("partial", now, {**ends, **then}) if "partial" in self.pieces else []
+        loop += self.either(self._run("chunk", now, {**ends, **then}), partial)
+        body += [f"chunks = tl.cdiv(N, {self.longest})", walk("index", "0, chunks"), *indented(loop)]
+        body += [f"last = pair + chunks % 2 * {self._size}", BARRIER]
+        last = self._in("last", self.carry)
+        return body + [x for n in self.carry for x in self.fill(n, last[n], ends[n])]
+
+    # ---- Backward --------------------------------------------------------------------------------------------------
+
+    def _backward(self) -> list[str]:
+        shared = [n for n in self.shared if n in self.gradients]
+        places = {n: f"{n}_made + item * {self.elements(n)}" for n in shared}
+        body = [self._pair("backward"), f"left = pair + {2 * self._size}", *self.clear_all(shared, places)]
+        first = self._in("pair", self.carry)
+        for n in self.carry:
+            body += self.fill(n, self.at(f"d_end_{n}"), first[n])
+        body += [f"chunks = tl.cdiv(N, {self.longest})", "groups = tl.cdiv(chunks, every)"]
+        here, now, then = self._slots("0"), self._slots("index - first"), self._slots("index - first + 1")
+        group = [
+            "first = (groups - 1 - turn) * every",
+            "last = tl.minimum(first + every, chunks)",
+            BARRIER,  # the states of the group before are read
+            "if first == 0:",
+            *indented([x for n in self.carry for x in self.fill(n, self.at(n), here[n])]),
+            "else:",
+            *indented([x for n in self.carry for x in self.fill(n, self._between(n, "first // every - 1"), here[n])]),
+            BARRIER,
+            walk("index", "first, last - 1"),
+            *indented([*self.span, *self._run("advance", now, then), BARRIER]),
+            walk("back", "first, last"),
+            *indented(["index = last - 1 - (back - first)", *self._pull(now)]),
+        ]
+        body += [walk("turn", "0, groups"), *indented(group)]
+        body.append(f"pulled = pair + chunks % 2 * {self._size}")
+        pulled = self._in("pulled", self.carry)
+        return body + [x for n in self.starts for x in self.fill(n, pulled[n], f"{n}_made + item * {self.elements(n)}")]
+
+    def _pull(self, states: Mapping[str, str]) -> list[str]:
+        """Lines of one chunk's backward."""
+        lines = [
+            *self.span,
+            "ago = chunks - 1 - index",
+            f"d_now = pair + ago % 2 * {self._size}",
+            f"d_then = pair + (ago + 1) % 2 * {self._size}",
+        ]
+        now, then = self._in("d_now", self.carry), self._in("d_then", self.carry)
+        left = self._in("left", self.extra)
+        read = {n for f in self._functions_of("backward") for n in f.inputs}
+        copies, zeros = [], []
+        for n in self.extra:
+            if f"d_{n}_new" in read:
+                copies += self.fill(n, self.at(f"d_end_{n}"), left[n])
+                zeros += self.fill(n, None, left[n]) if not n.endswith("__pending") else []
+        if copies:
+            lines += ["if index + 1 == chunks:", *indented(copies)]
+            lines += ["else:", *indented(zeros)] if zeros else []
+        lines.append(BARRIER)
+        cotangents = {f"d_{n}_new": place for n, place in {**now, **left}.items()}
+        shared = {f"d_{n}": f"{n}_made + item * {self.elements(n)}" for n in self.shared if n in self.gradients}
+
+        def pull(name: str) -> list[str]:
+            function, nonzero = self.functions[f"{name}_vjp"], self.nonzero(name)
+            made = {f"d_{n}": then[n] for n in self.carry}
+            before: list[str] = []
+            for n in self.carry:
+                if name != "chunk":
+                    before += self.fill(n, now[n], then[n])
+                elif n not in nonzero or f"d_{n}" not in function.results:
+                    before += self.fill(n, None, then[n])
+            given = {**self._read(states), **cotangents, **made, **shared}
+            lines = [*before, *([BARRIER] if before else []), self.call(f"{name}_vjp", given)]
+            return [line for line in [*lines, *self.token_cotangents(name)] if line]
+
+        lines += self.either(pull("chunk"), pull("partial") if "partial" in self.pieces else [])
+        anchored: list[str] = []
+        for n in self.extra:
+            if n.endswith("__anchor"):  # the last chunk's first weights are its anchor
+                anchored += self.fill(n, self.at(f"d_end_{n}"), then[n.removesuffix("__anchor")], added=True)
+        if anchored:
+            lines += [BARRIER, "if index + 1 == chunks:", *indented(anchored)]
+        return lines

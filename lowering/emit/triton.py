@@ -359,7 +359,7 @@ class TritonFunction(TritonTiles):
         vector = b.shape[-1].is_one
         right = f"{self._full(right, clean_b, b.shape)}[:, None]" if vector else self._full(right, clean_b, b.shape)
         live = self._mask(0, 1, a.shape[-1])
-        text = f"tiles.solve_triangular({left}, {right}, {live}, {upper}, {settings['unitriangular']})"
+        text = f"tiles.solve_triangular({left}, {right}, {live}, {upper}, {settings['unitriangular']}, S, PRODUCT)"
         self._set_clean(value, [True, *([] if vector else [clean_b[1]])])
         return [f"tl.sum({text}, 1)" if vector else text]
 

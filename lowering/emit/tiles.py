@@ -181,3 +181,30 @@ def doubled(blocks):
     n: tl.constexpr = blocks.shape[1]
     own = (tl.arange(0, B) % 2)[:, None] == tl.arange(0, 2)[None, :]
     return tl.reshape(tl.where(own[:, None, :, None], blocks[:, :, None, :], 0.0), (B // 2, 2 * n, 2 * n))
+
+
+@triton.jit
+def solve(a, b, n):
+    """x [B, T, N] with a x = b, systems of n rows, by Gauss-Jordan elimination with the largest pivot of each column.
+
+    Rows stay where they are while it lasts: each is taken as a pivot once, and goes to its column's place at the end.
+    """
+    B: tl.constexpr = a.shape[0]
+    T: tl.constexpr = a.shape[1]
+    i = tl.arange(0, T)
+    b = tl.where((i < n)[None, :, None], b, 0.0)
+    taken = tl.broadcast_to((i >= n).to(tl.int32)[None, :], (B, T))
+    pivots = tl.broadcast_to(i[None, :], (B, T))
+    for k in range(0, n):
+        column = tl.sum(tl.where((i == k)[None, None, :], a, 0.0), 2)
+        largest = tl.argmax(tl.where(taken == 0, tl.abs(column), -1.0), 1)
+        here = i[None, :] == largest[:, None]
+        pivot = tl.sum(tl.where(here, column, 0.0), 1)[:, None]
+        row = (tl.sum(tl.where(here[:, :, None], a, 0.0), 1) / pivot)[:, None, :]
+        right = (tl.sum(tl.where(here[:, :, None], b, 0.0), 1) / pivot)[:, None, :]
+        column = tl.where((i < n)[None, :], column, 0.0)[:, :, None]
+        a = tl.where(here[:, :, None], row, a - column * row)
+        b = tl.where(here[:, :, None], right, b - column * right)
+        taken = tl.where(here, 1, taken)
+        pivots = tl.where((i == k)[None, :], largest[:, None], pivots)
+    return tl.gather(b, tl.broadcast_to(pivots[:, :, None], b.shape), 1)

@@ -347,20 +347,26 @@ class TritonFunction(TritonTiles):
 
     def _system(self, value: Value) -> list[str]:
         spelled = ops.row(value.node.target).cpp
+        assert isinstance(spelled, System)
         a, b = value.reads
-        if not isinstance(spelled, System) or not spelled.triangular:
-            raise NoSpelling("a system that is no triangle")
-        if len([s for s in value.shape[:-2] if not s.is_one]) or a.shape[-1].is_one:
-            raise NoSpelling("a batch of triangles")
+        batch, size, vector = [s for s in value.shape[:-2] if not s.is_one], a.shape[-1], b.shape[-1].is_one
+        if len(batch) > 1 or size.is_one or (batch and spelled.triangular):
+            raise NoSpelling(f"a batch of {'triangles' if spelled.triangular else 'batches of systems'}")
+        (left, clean_a), (right, clean_b) = self._tile(a, a.shape), self._tile(b, b.shape)
+        left, right = self._full(left, clean_a, a.shape), self._full(right, clean_b, b.shape)
+        # A batch's matrices beyond its size may be singular.
+        self._set_clean(value, [*[False for _ in batch], True, *([] if vector else [clean_b[-1]])])
+        if not spelled.triangular:
+            first, last = "[:, :, " if batch else "[None, :, ", "None]" if vector else ":]"
+            left = left if batch else f"{left}[None, :, :]"
+            right = right if batch and not vector else right + first + last
+            shape = ", ".join(str(self.padded(s)) for s in held(value))
+            return [f"tl.reshape(tiles.solve({left}, {right}, {size}), ({shape},))"]
         settings = {"upper": False, "left": True, "unitriangular": False, **value.node.kwargs}
         upper = settings["upper"] if settings["left"] else not settings["upper"]
-        (left, clean_a), (right, clean_b) = self._tile(a, a.shape), self._tile(b, b.shape)
-        left = self._full(left, clean_a, a.shape)
-        vector = b.shape[-1].is_one
-        right = f"{self._full(right, clean_b, b.shape)}[:, None]" if vector else self._full(right, clean_b, b.shape)
-        live = self._mask(0, 1, a.shape[-1])
-        text = f"tiles.solve_triangular({left}, {right}, {live}, {upper}, {settings['unitriangular']}, S, PRODUCT)"
-        self._set_clean(value, [True, *([] if vector else [clean_b[1]])])
+        right = f"{right}[:, None]" if vector else right
+        live, unit = self._mask(0, 1, size), settings["unitriangular"]
+        text = f"tiles.solve_triangular({left}, {right}, {live}, {upper}, {unit}, S, PRODUCT)"
         return [f"tl.sum({text}, 1)" if vector else text]
 
     def _join(self, value: Value) -> list[str]:

@@ -29,7 +29,6 @@ pytestmark = pytest.mark.slow
 
 # Loops without Triton, and why.
 UNPLANNED = {
-    zoo.Mesa: "a system that is no triangle",
     zoo.LaCT: "a tile of all the tokens of a call is more than registers hold",
     zoo.LaCTMuon: "a tile of all the tokens of a call is more than registers hold",
 }

@@ -185,26 +185,37 @@ def doubled(blocks):
 
 @triton.jit
 def solve(a, b, n):
-    """x [B, T, N] with a x = b, systems of n rows, by Gauss-Jordan elimination with the largest pivot of each column.
+    """x [.., T, N] with a x = b, a system of n rows or a batch, by Gauss-Jordan elimination with row exchanges.
 
-    Rows stay where they are while it lasts: each is taken as a pivot once, and goes to its column's place at the end.
+    The pivot is the largest of its column. Rows stay where they are until the end, when each goes to its column's place.
     """
-    B: tl.constexpr = a.shape[0]
-    T: tl.constexpr = a.shape[1]
+    if len(a.shape) == 2:
+        B: tl.constexpr = 1
+    else:
+        B: tl.constexpr = a.shape[0]
+    T: tl.constexpr = a.shape[-1]
+    N: tl.constexpr = b.shape[-1]
+    x = tl.reshape(b, (B, T, N))
+    a = tl.reshape(a, (B, T, T))
     i = tl.arange(0, T)
-    b = tl.where((i < n)[None, :, None], b, 0.0)
-    taken = tl.broadcast_to((i >= n).to(tl.int32)[None, :], (B, T))
-    pivots = tl.broadcast_to(i[None, :], (B, T))
+    live = (i < n)[None, :, None]
+    x = tl.where(live, x, 0.0)
+    place = tl.broadcast_to(tl.where(live, -1, i[None, :, None]), (B, T, 1))
     for k in range(0, n):
-        column = tl.sum(tl.where((i == k)[None, None, :], a, 0.0), 2)
-        largest = tl.argmax(tl.where(taken == 0, tl.abs(column), -1.0), 1)
-        here = i[None, :] == largest[:, None]
-        pivot = tl.sum(tl.where(here, column, 0.0), 1)[:, None]
-        row = (tl.sum(tl.where(here[:, :, None], a, 0.0), 1) / pivot)[:, None, :]
-        right = (tl.sum(tl.where(here[:, :, None], b, 0.0), 1) / pivot)[:, None, :]
-        column = tl.where((i < n)[None, :], column, 0.0)[:, :, None]
-        a = tl.where(here[:, :, None], row, a - column * row)
-        b = tl.where(here[:, :, None], right, b - column * right)
-        taken = tl.where(here, 1, taken)
-        pivots = tl.where((i == k)[None, :], largest[:, None], pivots)
-    return tl.gather(b, tl.broadcast_to(pivots[:, :, None], b.shape), 1)
+        column = tl.sum(tl.where((i == k)[None, None, :], a, 0.0), 2, keep_dims=True)
+        size = tl.where(place < 0, tl.abs(column), -1.0)
+        if B == 1:  # numbers have no layout, which would be changed for each use
+            here = i[None, :, None] == tl.argmax(tl.reshape(size, (T,)), 0)
+            pivot = tl.sum(tl.where(here, column, 0.0))
+        else:
+            here = i[None, :, None] == tl.argmax(size, 1, keep_dims=True)
+            pivot = tl.sum(tl.where(here, column, 0.0), 1, keep_dims=True)
+        row = tl.sum(tl.where(here, a, 0.0), 1, keep_dims=True) / pivot
+        right = tl.sum(tl.where(here, x, 0.0), 1, keep_dims=True) / pivot
+        column = tl.where(live, column, 0.0)
+        a = tl.where(here, row, a - column * row)
+        x = tl.where(here, right, x - column * right)
+        place = tl.where(here, k, place)
+    pivots = tl.sum(tl.where(place == i[None, None, :], i[None, :, None], 0), 1)
+    x = tl.gather(x, tl.broadcast_to(pivots[:, :, None], (B, T, N)), 1)
+    return tl.reshape(x, b.shape)

@@ -82,7 +82,7 @@ def in_memory(name: str, function: TritonFunction) -> tuple[str, str]:
     return " + ".join(index) or "0", " & ".join(masks)
 
 
-def run(target: Any, arguments: Any, settings: dict[str, Any]) -> Tensor:
+def run(target: Any, arguments: Any, settings: dict[str, Any], product: str = "ieee") -> Tensor:
     module, given = graph_of(target, arguments, settings)
     function = TritonFunction("op", module, ["y"], (), "The op.", {}, 16)
     body = []
@@ -103,7 +103,7 @@ def run(target: Any, arguments: Any, settings: dict[str, Any]) -> Tensor:
 
     tensors = {f"x{i}_p": t.contiguous() for i, t in enumerate(given) if f"x{i}" in function.inputs}
     scratch = torch.full((max(function.scratch, 1),), float("nan"), dtype=torch.float64)
-    settings_of = {"S": tl.float64, "PRODUCT": "ieee"}
+    settings_of = {"S": tl.float64 if product == "ieee" else tl.float32, "PRODUCT": product}
     interpreted(kernel, (1,), {**tensors, "y_p": made, "scratch": scratch, **settings_of})
     return made
 
@@ -124,6 +124,36 @@ def test_what_is_spelled_is_what_the_op_computes(name: str) -> None:
         expected = expected.double()
     made = run(target, double, settings)
     torch.testing.assert_close(made.to(expected.dtype), expected, rtol=1e-12, atol=1e-13)
+
+
+TRIANGLE = torch.ops.aten.linalg_solve_triangular.default
+
+
+def triangle(n: int, near: float, upper: bool) -> tuple[Tensor, Tensor]:
+    """A system of a delta rule whose keys are `near` each other, and right sides; float64."""
+    generator = torch.Generator().manual_seed(n)
+    keys = torch.randn(1, 32, generator=generator, dtype=torch.float64)
+    keys = keys + near * torch.randn(n, 32, generator=generator, dtype=torch.float64)
+    keys = torch.nn.functional.normalize(keys, dim=-1)
+    system = 0.99 * keys @ keys.mT + 0.01 * torch.eye(n, dtype=torch.float64)
+    right = torch.randn(n, 5, generator=generator, dtype=torch.float64)
+    return (system.triu() if upper else system.tril()), right
+
+
+@pytest.mark.parametrize("upper", [False, True], ids=["lower", "upper"])
+@pytest.mark.parametrize("n", [3, 16, 17, 50, 64, 100, 128])
+def test_triangles_of_keys_that_are_alike_are_solved_as_accurately_as_pytorch_solves_them(n: int, upper: bool) -> None:
+    for near in (0.0, 0.01, 0.3):
+        system, right = triangle(n, near, upper)
+        for settings in ({"upper": upper, "unitriangular": True}, {"upper": upper}):
+            exact = TRIANGLE(system, right, **settings)
+            made = run(TRIANGLE, (system, right), settings)
+            torch.testing.assert_close(made, exact, rtol=0, atol=1e-13 * exact.abs().max().item())
+            single = (system.float(), right.float())
+            exact = TRIANGLE(*[t.double() for t in single], **settings)
+            found, pytorch = run(TRIANGLE, single, settings, "tf32x3"), TRIANGLE(*single, **settings)
+            error, usual = ((x.double() - exact).norm() / exact.norm() for x in (found, pytorch))
+            assert error <= 4 * usual
 
 
 def test_what_triton_cannot_spell_is_written_in_the_rows() -> None:

@@ -187,12 +187,9 @@ def doubled(blocks):
 def solve(a, b, n):
     """x [.., T, N] with a x = b, a system of n rows or a batch, by Gauss-Jordan elimination with row exchanges.
 
-    The pivot is the largest of its column. Rows stay where they are until the end, when each goes to its column's place.
+    The pivot is the largest of its column. Rows stay where they are till the end, when each goes to its column's place.
     """
-    if len(a.shape) == 2:
-        B: tl.constexpr = 1
-    else:
-        B: tl.constexpr = a.shape[0]
+    B: tl.constexpr = a.shape[0] if len(a.shape) == 3 else 1
     T: tl.constexpr = a.shape[-1]
     N: tl.constexpr = b.shape[-1]
     x = tl.reshape(b, (B, T, N))

@@ -156,6 +156,41 @@ def test_triangles_of_keys_that_are_alike_are_solved_as_accurately_as_pytorch_so
             assert error <= 4 * usual
 
 
+SOLVES = """
+import triton
+import triton.language as tl
+
+from nestloop.lowering.emit import tiles
+
+
+@triton.jit
+def kernel(a_p, b_p, x_p, n, KIND: tl.constexpr):
+    i = tl.arange(0, 32)
+    j = tl.arange(0, 16)
+    a = tl.load(a_p + i[:, None] * 32 + i[None, :])
+    b = tl.load(b_p + i[:, None] * 16 + j[None, :])
+    if KIND == "solve":
+        x = tiles.solve(a, b, n)
+    else:
+        x = tiles.solve_triangular(a, b, i < n, KIND == "upper", False, tl.float64, "ieee")
+    tl.store(x_p + i[:, None] * 16 + j[None, :], x)
+"""
+
+
+@pytest.mark.parametrize("kind", ["solve", "lower", "upper"])
+def test_what_lies_beyond_a_system_is_left_out(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(32, m, generator=generator, dtype=torch.float64) for m in (32, 16))
+    a[torch.arange(32), torch.arange(32)] += 9
+    a[19:], a[:, 19:], b[19:] = 1e3, 1e3, 1e3
+    made = torch.full_like(b, float("nan"))
+    kernel = cache.load(cache.write("solves", SOLVES)).kernel
+    interpreted(kernel, (1,), {"a_p": a, "b_p": b, "x_p": made, "n": 19, "KIND": kind})
+    system = {"solve": a, "lower": a.tril(), "upper": a.triu()}[kind][:19, :19]
+    torch.testing.assert_close(made[:19], torch.linalg.solve(system, b[:19]), rtol=1e-12, atol=1e-13)
+    assert not made[19:].any()
+
+
 def test_what_triton_cannot_spell_is_written_in_the_rows() -> None:
     unspelled = {
         row.name

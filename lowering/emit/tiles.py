@@ -144,6 +144,10 @@ def solve_triangular(a, b, live, UPPER: tl.constexpr, UNIT: tl.constexpr, S: tl.
     if T >= 128:
         inverse = doubled(inverse)
         inverse = inverse - across(inverse, diagonal(a, 64), inverse, 32, S, EXACT)
+    if T >= 256:
+        inverse = doubled(inverse)
+        inverse = inverse - across(inverse, diagonal(a, 128), inverse, 64, S, EXACT)
+    tl.static_assert(T <= 256)
     if T == 16:
         x = dot(inverse, b, S, EXACT)
     else:  # the last two blocks need no inverse of both

@@ -116,24 +116,107 @@ def cumsum_reversed(x, axis: tl.constexpr, live):
 
 
 @triton.jit
-def solve_triangular(a, b, live, UPPER: tl.constexpr, UNIT: tl.constexpr):
-    """x [T, N] with a x = b by substitution, one row after the other; rows that are not `live` [T] are left out.
+def solve_triangular(a, b, live, UPPER: tl.constexpr, UNIT: tl.constexpr, S: tl.constexpr, PRODUCT: tl.constexpr):
+    """x [T, N] with a x = b, by inverses of blocks of 2, 4, .. rows; rows that are not `live` [T] are left out.
 
-    No product of powers of a: they cancel where keys are correlated.
+    Every product is one of blocks beside each other: no powers of a, which cancel where keys are correlated.
     """
     T: tl.constexpr = a.shape[0]
+    # Low precision is for mm alone, and of an inverse it costs more than of a factor.
+    EXACT: tl.constexpr = "tf32" if PRODUCT == "bf16" or PRODUCT == "fp16" else PRODUCT
     i = tl.arange(0, T)
-    x = tl.where(live[:, None], b, 0.0)
-    for turn in range(0, T):
-        r = T - 1 - turn if UPPER else turn
-        here = (i == r)[:, None]
-        row = tl.sum(tl.where(here, a, 0.0), 0)
-        beside = (i > r) & live if UPPER else (i < r) & live
-        known = tl.sum(tl.where(beside, row, 0.0)[:, None] * x, 0)
-        left = tl.sum(tl.where(here, x, 0.0), 0) - known
-        if not UNIT:
-            pivot = tl.sum(tl.where(i == r, row, 0.0), 0)
-            alive = tl.sum(tl.where(i == r, live.to(tl.int32), 0), 0) > 0
-            left = left / tl.where(alive, pivot, 1.0)
-        x = tl.where(here, left[None, :], x)
+    b = tl.where(live[:, None], b, 0.0)
+    if not UNIT:  # rows over their pivots: the diagonal is 1
+        pivot = tl.where(live, tl.sum(tl.where(i[:, None] == i[None, :], a, 0.0), 1), 1.0)
+        a, b = a / pivot[:, None], b / pivot[:, None]
+    beside = i[:, None] < i[None, :] if UPPER else i[:, None] > i[None, :]
+    a = tl.where(beside & live[:, None] & live[None, :], a, 0.0)
+    blocks = diagonal(a, 16)
+    j = tl.arange(0, 16)
+    eye = tl.where(j[:, None] == j[None, :], 1.0, 0.0).to(S)
+    inverse = eye - tl.where(j[:, None] // 2 == j[None, :] // 2, blocks, 0.0)
+    inverse = inverse - across(inverse, blocks, inverse, 2, S, EXACT)
+    inverse = inverse - across(inverse, blocks, inverse, 4, S, EXACT)
+    inverse = inverse - across(inverse, blocks, inverse, 8, S, EXACT)
+    if T >= 64:
+        inverse = doubled(inverse)
+        inverse = inverse - across(inverse, diagonal(a, 32), inverse, 16, S, EXACT)
+    if T >= 128:
+        inverse = doubled(inverse)
+        inverse = inverse - across(inverse, diagonal(a, 64), inverse, 32, S, EXACT)
+    if T >= 256:
+        inverse = doubled(inverse)
+        inverse = inverse - across(inverse, diagonal(a, 128), inverse, 64, S, EXACT)
+    tl.static_assert(T <= 256)
+    if T == 16:
+        x = dot(inverse, b, S, EXACT)
+    else:  # the last two blocks need no inverse of both
+        inverse = tl.reshape(doubled(inverse), (T, T))
+        x = dot(inverse, b, S, EXACT)
+        x = x - across(inverse, a, x, T // 2, S, EXACT)
     return x
+
+
+@triton.jit
+def across(left, a, right, SIZE: tl.constexpr, S: tl.constexpr, PRODUCT: tl.constexpr):
+    """left c right, c being what a [.., n, n] has between the two blocks of SIZE rows of each pair of them."""
+    i = tl.arange(0, a.shape[-1]) // SIZE
+    between = tl.where((i[:, None] ^ 1) == i[None, :], a, 0.0)
+    return dot(left, dot(between, right, S, PRODUCT), S, PRODUCT)
+
+
+@triton.jit
+def diagonal(a, SIZE: tl.constexpr):
+    """The blocks on the diagonal of a [T, T], [T / SIZE, SIZE, SIZE]; of a single one, a itself."""
+    T: tl.constexpr = a.shape[0]
+    if T == SIZE:
+        blocks = a
+    else:
+        own = (tl.arange(0, T) // SIZE)[:, None] == tl.arange(0, T // SIZE)[None, :]
+        rows = tl.sum(tl.where(own[:, :, None], tl.reshape(a, (T, T // SIZE, SIZE)), 0.0), 1)
+        blocks = tl.reshape(rows, (T // SIZE, SIZE, SIZE))
+    return blocks
+
+
+@triton.jit
+def doubled(blocks):
+    """Blocks [B, n, n] two by two on the diagonals of others, [B / 2, 2 n, 2 n]."""
+    B: tl.constexpr = blocks.shape[0]
+    n: tl.constexpr = blocks.shape[1]
+    own = (tl.arange(0, B) % 2)[:, None] == tl.arange(0, 2)[None, :]
+    return tl.reshape(tl.where(own[:, None, :, None], blocks[:, :, None, :], 0.0), (B // 2, 2 * n, 2 * n))
+
+
+@triton.jit
+def solve(a, b, n):
+    """x [.., T, N] with a x = b, a system of n rows or a batch, by Gauss-Jordan elimination with row exchanges.
+
+    The pivot is the largest of its column. Rows stay where they are till the end, when each goes to its column's place.
+    """
+    B: tl.constexpr = a.shape[0] if len(a.shape) == 3 else 1
+    T: tl.constexpr = a.shape[-1]
+    N: tl.constexpr = b.shape[-1]
+    x = tl.reshape(b, (B, T, N))
+    a = tl.reshape(a, (B, T, T))
+    i = tl.arange(0, T)
+    live = (i < n)[None, :, None]
+    x = tl.where(live, x, 0.0)
+    place = tl.broadcast_to(tl.where(live, -1, i[None, :, None]), (B, T, 1))
+    for k in range(0, n):
+        column = tl.sum(tl.where((i == k)[None, None, :], a, 0.0), 2, keep_dims=True)
+        size = tl.where(place < 0, tl.abs(column), -1.0)
+        if B == 1:  # numbers have no layout, which would be changed for each use
+            here = i[None, :, None] == tl.argmax(tl.reshape(size, (T,)), 0)
+            pivot = tl.sum(tl.where(here, column, 0.0))
+        else:
+            here = i[None, :, None] == tl.argmax(size, 1, keep_dims=True)
+            pivot = tl.sum(tl.where(here, column, 0.0), 1, keep_dims=True)
+        row = tl.sum(tl.where(here, a, 0.0), 1, keep_dims=True) / pivot
+        right = tl.sum(tl.where(here, x, 0.0), 1, keep_dims=True) / pivot
+        column = tl.where(live, column, 0.0)
+        a = tl.where(here, row, a - column * row)
+        x = tl.where(here, right, x - column * right)
+        place = tl.where(here, k, place)
+    pivots = tl.sum(tl.where(place == i[None, None, :], i[None, :, None], 0), 1)
+    x = tl.gather(x, tl.broadcast_to(pivots[:, :, None], (B, T, N)), 1)
+    return tl.reshape(x, b.shape)

@@ -20,7 +20,7 @@ from nestloop.lowering import ops
 from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.expressions import numbers, offset
 from nestloop.lowering.emit.padding import stays_zero
-from nestloop.lowering.emit.triton_tiles import TOKENS, TritonTiles, held, walk
+from nestloop.lowering.emit.triton_tiles import NARROWEST, TOKENS, TritonTiles, held, walk
 from nestloop.lowering.ops.row import Element, System, Unsupported
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, product
 from nestloop.lowering.schedule.order import fewest_alive, most_alive
@@ -440,21 +440,27 @@ class TritonFunction(TritonTiles):
 
     def _system(self, value: Value) -> list[str]:
         spelled = ops.row(value.node.target).cpp
+        assert isinstance(spelled, System)
         a, b = value.reads
-        if not isinstance(spelled, System) or not spelled.triangular:
-            raise NoSpelling("a system that is no triangle")
-        if len([s for s in value.shape[:-2] if not s.is_one]) or a.shape[-1].is_one:
-            raise NoSpelling("a batch of triangles")
-        settings = {"upper": False, "left": True, "unitriangular": False, **value.node.kwargs}
-        upper = settings["upper"] if settings["left"] else not settings["upper"]
+        batch, size, vector = [s for s in value.shape[:-2] if not s.is_one], a.shape[-1], b.shape[-1].is_one
+        if len(batch) > 1 or size.is_one or (batch and spelled.triangular):
+            raise NoSpelling(f"a batch of {'triangles' if spelled.triangular else 'systems'}")
         (left, clean_a), (right, clean_b) = self._tile(a, a.shape), self._tile(b, b.shape)
-        left = self._full(left, clean_a, a.shape)
-        vector = b.shape[-1].is_one
-        right = f"{self._full(right, clean_b, b.shape)}[:, None]" if vector else self._full(right, clean_b, b.shape)
-        live = self._mask(0, 1, a.shape[-1])
-        text = f"tiles.solve_triangular({left}, {right}, {live}, {upper}, {settings['unitriangular']})"
-        self._set_clean(value, [True, *([] if vector else [clean_b[1]])])
-        return [f"tl.sum({text}, 1)" if vector else text]
+        left, right = self._full(left, clean_a, a.shape), self._full(right, clean_b, b.shape)
+        if vector and batch:
+            right = f"{right}[:, :, None]"
+        elif vector:  # the first of as many columns as a product takes
+            right = f"tl.where({self._index(1, 2, Extent(0, NARROWEST))} == 0, {right}[:, None], 0)"
+        if spelled.triangular:
+            settings = {"upper": False, "left": True, "unitriangular": False, **value.node.kwargs}
+            upper = settings["upper"] if settings["left"] else not settings["upper"]
+            live, unit = self._mask(0, 1, size), settings["unitriangular"]
+            text = f"tiles.solve_triangular({left}, {right}, {live}, {upper}, {unit}, S, PRODUCT)"
+        else:
+            text = f"tiles.solve({left}, {right}, {size})"
+        # Beyond its size a batch may hold singular matrices.
+        self._set_clean(value, [*[False for _ in batch], True, *([] if vector else [clean_b[-1]])])
+        return [f"tl.sum({text}, {len(batch) + 1})" if vector else text]
 
     def _join(self, value: Value) -> list[str]:
         """Parts go to memory side by side, from which the whole is read."""

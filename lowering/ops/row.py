@@ -83,7 +83,7 @@ class Product:
 
 @dataclass(frozen=True)
 class System:
-    """A linear system: `solve` of `emit/tiles.h`, or its `solve_triangular`."""
+    """A linear system: `solve` of `emit/tiles.h` and `emit/tiles.py`, or their `solve_triangular`."""
 
     triangular: bool
 

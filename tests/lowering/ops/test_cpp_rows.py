@@ -69,6 +69,26 @@ MORE: dict[str, tuple[Any, Callable[..., tuple[Any, ...]], dict[str, Any]]] = {
         lambda r: (torch.eye(20).flip(0) + r(20, 20) / 40, r(20, 3), False),
         {},
     ),
+    "a batch of systems": (
+        torch.ops.nestloop.solve.default,
+        lambda r: (r(2, 9, 9), r(2, 9, 3), True),
+        {},
+    ),
+    "a batch of systems, of a vector each": (
+        torch.ops.nestloop.solve.default,
+        lambda r: (r(3, 16, 16), r(3, 16, 1), False),
+        {},
+    ),
+    "a system of one vector": (
+        torch.ops.nestloop.solve.default,
+        lambda r: (torch.eye(19).roll(5, 0) + r(19, 19) / 20, r(19, 1), False),
+        {},
+    ),
+    "a triangle and one vector": (
+        aten.linalg_solve_triangular.default,
+        lambda r: (r(37, 37) / 37 + torch.eye(37), r(37, 1)),
+        {"upper": False},
+    ),
     "a vector through a product": (aten.mm.default, lambda r: (r(1, 7), r(7, 1)), {}),
     "a long product": (aten.mm.default, lambda r: (r(23, 300), r(300, 37)), {}),
     **{

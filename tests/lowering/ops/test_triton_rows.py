@@ -27,9 +27,6 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 REFUSED = {
     "pow.Tensor_Tensor": "pow.Tensor_Tensor: Triton has no power of one tensor to another, of negative bases too",
     "atan.default": "atan.default: Triton has no arctangent",
-    "solve.default": "a system that is no triangle",
-    "nestloop.solve.default": "a system that is no triangle",
-    "a system with rows out of order": "a system that is no triangle",
     "a batch of triangles": "a batch of triangles",
     "product 4 x 0 x 3": "a tile [] without elements",
 }
@@ -85,7 +82,7 @@ def in_memory(name: str, function: TritonFunction) -> tuple[str, str]:
     return " + ".join(index) or "0", " & ".join(masks)
 
 
-def run(target: Any, arguments: Any, settings: dict[str, Any]) -> Tensor:
+def run(target: Any, arguments: Any, settings: dict[str, Any], product: str = "ieee") -> Tensor:
     module, given = graph_of(target, arguments, settings)
     function = TritonFunction("op", module, ["y"], (), "The op.", {}, 16)
     body = []
@@ -106,7 +103,7 @@ def run(target: Any, arguments: Any, settings: dict[str, Any]) -> Tensor:
 
     tensors = {f"x{i}_p": t.contiguous() for i, t in enumerate(given) if f"x{i}" in function.inputs}
     scratch = torch.full((max(function.scratch, 1),), float("nan"), dtype=torch.float64)
-    settings_of = {"S": tl.float64, "PRODUCT": "ieee"}
+    settings_of = {"S": tl.float64 if product == "ieee" else tl.float32, "PRODUCT": product}
     interpreted(kernel, (1,), {**tensors, "y_p": made, "scratch": scratch, **settings_of})
     return made
 
@@ -127,6 +124,71 @@ def test_what_is_spelled_is_what_the_op_computes(name: str) -> None:
         expected = expected.double()
     made = run(target, double, settings)
     torch.testing.assert_close(made.to(expected.dtype), expected, rtol=1e-12, atol=1e-13)
+
+
+TRIANGLE = torch.ops.aten.linalg_solve_triangular.default
+
+
+def triangle(n: int, near: float, upper: bool) -> tuple[Tensor, Tensor]:
+    """A system of a delta rule whose keys are `near` each other, and right sides; float64."""
+    generator = torch.Generator().manual_seed(n)
+    keys = torch.randn(1, 32, generator=generator, dtype=torch.float64)
+    keys = keys + near * torch.randn(n, 32, generator=generator, dtype=torch.float64)
+    keys = torch.nn.functional.normalize(keys, dim=-1)
+    system = 0.99 * keys @ keys.mT + 0.01 * torch.eye(n, dtype=torch.float64)
+    right = torch.randn(n, 5, generator=generator, dtype=torch.float64)
+    return (system.triu() if upper else system.tril()), right
+
+
+@pytest.mark.parametrize("upper", [False, True], ids=["lower", "upper"])
+@pytest.mark.parametrize("n", [3, 16, 17, 50, 64, 100, 128, 200])
+def test_triangles_of_keys_that_are_alike_are_solved_as_accurately_as_pytorch_solves_them(n: int, upper: bool) -> None:
+    for near in (0.0, 0.01, 0.3):
+        system, right = triangle(n, near, upper)
+        for settings in ({"upper": upper, "unitriangular": True}, {"upper": upper}):
+            exact = TRIANGLE(system, right, **settings)
+            made = run(TRIANGLE, (system, right), settings)
+            torch.testing.assert_close(made, exact, rtol=0, atol=1e-13 * exact.abs().max().item())
+            single = (system.float(), right.float())
+            exact = TRIANGLE(*[t.double() for t in single], **settings)
+            found, pytorch = run(TRIANGLE, single, settings, "tf32x3"), TRIANGLE(*single, **settings)
+            error, usual = ((x.double() - exact).norm() / exact.norm() for x in (found, pytorch))
+            assert error <= 4 * usual
+
+
+SOLVES = """
+import triton
+import triton.language as tl
+
+from nestloop.lowering.emit import tiles
+
+
+@triton.jit
+def kernel(a_p, b_p, x_p, n, KIND: tl.constexpr):
+    i = tl.arange(0, 32)
+    j = tl.arange(0, 16)
+    a = tl.load(a_p + i[:, None] * 32 + i[None, :])
+    b = tl.load(b_p + i[:, None] * 16 + j[None, :])
+    if KIND == "solve":
+        x = tiles.solve(a, b, n)
+    else:
+        x = tiles.solve_triangular(a, b, i < n, KIND == "upper", False, tl.float64, "ieee")
+    tl.store(x_p + i[:, None] * 16 + j[None, :], x)
+"""
+
+
+@pytest.mark.parametrize("kind", ["solve", "lower", "upper"])
+def test_what_lies_beyond_a_system_is_left_out(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(32, m, generator=generator, dtype=torch.float64) for m in (32, 16))
+    a[torch.arange(32), torch.arange(32)] += 9
+    a[19:], a[:, 19:], b[19:] = 1e3, 1e3, 1e3
+    made = torch.full_like(b, float("nan"))
+    kernel = cache.load(cache.write("solves", SOLVES)).kernel
+    interpreted(kernel, (1,), {"a_p": a, "b_p": b, "x_p": made, "n": 19, "KIND": kind})
+    system = {"solve": a, "lower": a.tril(), "upper": a.triu()}[kind][:19, :19]
+    torch.testing.assert_close(made[:19], torch.linalg.solve(system, b[:19]), rtol=1e-12, atol=1e-13)
+    assert not made[19:].any()
 
 
 def test_what_triton_cannot_spell_is_written_in_the_rows() -> None:

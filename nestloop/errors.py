@@ -183,6 +183,14 @@ class UnknownStageError(NestloopError):
     """A lowering stage that does not exist."""
 
 
+class UnknownDeviceError(NestloopError):
+    """A device that the cost model has no figures of."""
+
+
+class UnknownDtypeError(NestloopError):
+    """A dtype of views that no kernel takes."""
+
+
 class InputError(NestloopError):
     """Tensors given to a compiled loop or a layer that do not fit its declaration."""
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_tiles import padded
+from nestloop.lowering.schedule.roofline import TILE_REGISTERS
 
 _HEADER = '''"""{title}
 
@@ -24,8 +25,6 @@ import triton.language as tl
 
 from nestloop.lowering.emit import tiles
 '''
-
-REGISTERS = 128  # of a thread, that tiles may take; addresses, masks and what products shuffle take others
 
 
 class TritonKernels:
@@ -88,7 +87,7 @@ class TritonKernels:
     @staticmethod
     def warps_for(alive: int) -> int:
         """As many as hold so many elements; with more than 8 a thread has too few registers."""
-        return 4 if alive <= 4 * 32 * REGISTERS else 8
+        return 4 if alive <= 4 * 32 * TILE_REGISTERS else 8
 
     # ---- Tiles -----------------------------------------------------------------------------------------------------
 

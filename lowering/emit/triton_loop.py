@@ -16,14 +16,16 @@ from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.batches import Batches
 from nestloop.lowering.emit.torch import TITLES
 from nestloop.lowering.emit.triton import TritonFunction
-from nestloop.lowering.emit.triton_kernels import REGISTERS, TritonKernels, indented, zeros
+from nestloop.lowering.emit.triton_kernels import TritonKernels, indented, zeros
 from nestloop.lowering.emit.triton_tiles import padded
+from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.ops.strided import NoSpelling, extent
 from nestloop.lowering.runtime.triton_plan import TritonPlan
+from nestloop.lowering.schedule.roofline import TILE_REGISTERS
 
 BARRIER = "tl.debug_barrier()"
 HEIGHTS = (64, 32, 16)  # tokens of a tile
-ALIVE = 8 * 32 * REGISTERS  # elements of tiles alive at once, at which tiles of tokens are made shorter
+ALIVE = 8 * 32 * TILE_REGISTERS  # elements of tiles alive at once, at which tiles of tokens are made shorter
 CARRIED = ALIVE // 2  # elements of sums that stay in registers from one tile of tokens to the next
 SUMS = ("loss_sum", "loss_after")
 
@@ -31,14 +33,25 @@ SUMS = ("loss_sum", "loss_after")
 class TritonLoop(TritonKernels, Batches):
     """Writes the module of one lowered loop.
 
+    Args:
+        heights: tokens that a tile may have; the first at which a function's tiles fit registers, else the last.
+
     Raises:
         NoSpelling: something in it has no Triton; the text is the reason.
     """
 
     prefixes = ("", "d_", "gradient_", "d_gradient_", "end_", "between_")
 
-    def __init__(self, captured: Captured, pieces: dict[str, Piece], losses: bool, carried: bool) -> None:
+    def __init__(
+        self,
+        captured: Captured,
+        pieces: dict[str, Piece],
+        losses: bool,
+        carried: bool,
+        heights: Sequence[int] = HEIGHTS,
+    ) -> None:
         super().__init__(captured, pieces, losses, carried, str)  # `names.safe` has made them fit
+        self.heights = heights
         self._check_tiles()
         self.shapes = {n: tuple(size for size in tile if size != 1) for n, tile in self.tiles().items()}
         self.ordered = self.spec.schedule.needs_order
@@ -76,11 +89,11 @@ class TritonLoop(TritonKernels, Batches):
         axes = type_axes(self.spec, module, readout_axes(self.captured)).axes
         tokens = [*self.tokens, "d_z"]
         ordered = self.ordered and of.endswith("gradient")
-        for height in HEIGHTS:
+        for height in self.heights:
             try:
                 function = TritonFunction(name, module, results, tokens, doc, axes, height, rows, self.name, ordered)
             except NoSpelling:
-                if height == HEIGHTS[-1]:
+                if height == self.heights[-1]:
                     raise
                 continue
             if function.alive <= ALIVE:
@@ -131,9 +144,10 @@ class TritonLoop(TritonKernels, Batches):
             rows=max(f.longest for f in self.functions.values()),
             scratch=(self._room("forward"), self._room("backward")),
             state=0,
-            warps=(self._warps("forward"), self._warps("backward")),
+            warps=(self.warps_for(self._alive("forward")), self.warps_for(self._alive("backward"))),
             wide=tuple(n for n in self.given("backward") if n != "d_losses" and self.elements(n) % 16 == 0),
             common=(*self.hoisted, *self.captured.projected),
+            work=work(self.functions, self.shapes, self._functions_of, self._alive),
         )
 
     def _kernel(self, which: str) -> str:
@@ -160,12 +174,10 @@ class TritonLoop(TritonKernels, Batches):
         pulls = which == "backward"
         return [f for n, f in self.functions.items() if n.endswith("_vjp") == pulls or (pulls and "gradient" in n)]
 
-    def _warps(self, which: str) -> int:
-        """As many as hold the tiles that are alive at once, those that the tiles of tokens hand on among them."""
-        found = []
-        for f in self._functions_of(which):
-            found.append(f.alive + sum(self._padded(r) for r in f.returned if r not in SUMS))
-        return self.warps_for(max(found))
+    def _alive(self, which: str) -> int:
+        """Elements of the tiles that are alive at once, those that the tiles of tokens hand on among them."""
+        handed = {f: sum(self._padded(r) for r in f.returned if r not in SUMS) for f in self._functions_of(which)}
+        return max(f.alive + more for f, more in handed.items())
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
 

@@ -14,10 +14,10 @@ from nestloop.lowering.emit.scan import ROWWISE, TITLES, ScanTensors
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import TritonKernels, indented
 from nestloop.lowering.emit.triton_tiles import padded
+from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 from nestloop.lowering.streams.step import VALID, identifier
-
 
 class TritonStream(TritonKernels, ScanTensors):
     """What the modules of a scan and of one piece share.
@@ -80,8 +80,9 @@ class TritonStream(TritonKernels, ScanTensors):
             rows=self.rows,
             scratch=(self._scratch("forward"), self._scratch("backward")),
             state=self._state,
-            warps=(self._warps("forward"), self._warps("backward")),
+            warps=(self.warps_for(self._alive("forward")), self.warps_for(self._alive("backward"))),
             wide=tuple(n for n in self.given("backward") if self.elements(n) % 16 == 0),
+            work=work(self.functions, self.shapes, self._functions_of, self._alive),
         )
 
     def _kernel(self, which: str) -> str:
@@ -124,8 +125,8 @@ class TritonStream(TritonKernels, ScanTensors):
     def _scratch(self, which: str) -> int:
         return self.working(self._functions_of(which))
 
-    def _warps(self, which: str) -> int:
-        return self.warps_for(max((f.alive for f in self._functions_of(which)), default=1))
+    def _alive(self, which: str) -> int:
+        return max((f.alive for f in self._functions_of(which)), default=1)
 
     # ---- Tiles -----------------------------------------------------------------------------------------------------
 

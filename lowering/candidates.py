@@ -42,6 +42,11 @@ class Candidate:
     def is_triton(self) -> bool:
         return self.name.startswith("Triton")
 
+    def default_warps(self, direction: str) -> int:
+        """Warps that its plan takes, unless it is told others."""
+        assert self.plan is not None and self.plan.triton is not None
+        return self.plan.triton.warps[direction == "backward"]
+
     def work(self, spec: LoopSpec, sizes: Mapping[str, int], direction: str, dtype: str) -> Work:
         """What "forward" or "backward" does, for views of a dtype."""
         assert self.plan is not None

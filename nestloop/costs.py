@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from nestloop.compiled import spec_of
 from nestloop.errors import NoPlanError, UnknownDtypeError
 from nestloop.inspection import loops_of, trial_sizes
-from nestloop.lang.declare import caller
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Program
 from nestloop.lowering import names
 from nestloop.lowering.candidates import WARPS, Candidate, candidates
 from nestloop.lowering.schedule.devices import Device, device_named
 from nestloop.lowering.schedule.plan_work import ATTENTION, attention
-from nestloop.lowering.schedule.roofline import DTYPES, Estimate, Facts, Work, estimate, least
+from nestloop.lowering.schedule.roofline import (
+    DTYPES,
+    Estimate,
+    Facts,
+    Work,
+    estimate,
+    least,
+    over_lengths,
+    product_rate,
+)
 
 DIRECTIONS = ("forward", "backward")
 LONGEST = 1 << 20  # tokens, up to which a loop may overtake attention
@@ -62,11 +71,12 @@ class Costs:
     warps: tuple[int, int]
     work: Mapping[str, Work]
 
-    def at(self, tokens: int) -> float:
-        """Seconds that forward and backward of the chosen plan are expected to take on so many tokens."""
-        shape = {**self.sizes, "N": tokens}
+    @cached_property
+    def at(self) -> Callable[[int], float]:
+        """Tokens -> seconds that forward and backward of the chosen plan are expected to take."""
         pairs = zip(DIRECTIONS, self.warps, strict=True)
-        return sum(estimate(self.work[d], self.device, self.dtype, w, shape).seconds for d, w in pairs)
+        parts = [over_lengths(self.work[d], self.device, self.dtype, w, self.sizes) for d, w in pairs]
+        return lambda tokens: sum(part(tokens) for part in parts)
 
     @property
     def width(self) -> int:
@@ -74,29 +84,31 @@ class Costs:
         assert self.chosen.plan is not None
         return math.prod(self.chosen.plan.output)
 
-    def attention_at(self, tokens: int) -> float:
-        """Seconds of softmax attention, forward and backward."""
-        shape, total = {**self.sizes, "N": tokens}, 0.0
-        for direction in DIRECTIONS:
-            work = attention(self.width, direction, self.dtype, causal=self.spec.streams)
-            expected = estimate(work, self.device, self.dtype, 0, shape)
-            total += max(expected.seconds, expected.flops / self._attention_rate)
-        return total
-
-    @property
-    def _attention_rate(self) -> float:
-        return ATTENTION * (self.device.tf32 if self.dtype == "fp32" else self.device.bf16)
+    @cached_property
+    def attention_at(self) -> Callable[[int], float]:
+        """Tokens -> seconds of softmax attention, forward and backward."""
+        rate = ATTENTION * (self.device.tf32 if self.dtype == "fp32" else self.device.bf16)
+        works = [attention(self.width, d, self.dtype, causal=self.spec.streams) for d in DIRECTIONS]
+        slowed = [replace(work, flops=work.flops * (product_rate(self.device, self.dtype) / rate)) for work in works]
+        parts = [over_lengths(work, self.device, self.dtype, 0, self.sizes) for work in slowed]
+        return lambda tokens: sum(part(tokens) for part in parts)
 
     def overtakes(self) -> int | None:
-        """The length from which the loop takes less than softmax attention; None if there is none up to `LONGEST`."""
-        found = next((1 << p for p in range(4, 21) if self.at(1 << p) < self.attention_at(1 << p)), None)
-        if found is None or found == 16:
-            return found
-        low, high = found // 2, found
+        """The length from which on the loop takes less than softmax attention; None if that is beyond `LONGEST`."""
+        slower = [1 << p for p in range(21) if not self._is_faster(1 << p)]
+        if not slower:
+            return 1
+        low = slower[-1]
+        high = 2 * low
+        if high > LONGEST:
+            return None
         while high - low > max(1, high // 64):
             middle = (low + high) // 2
-            low, high = (low, middle) if self.at(middle) < self.attention_at(middle) else (middle, high)
+            low, high = (low, middle) if self._is_faster(middle) else (middle, high)
         return high
+
+    def _is_faster(self, tokens: int) -> bool:
+        return self.at(tokens) < self.attention_at(tokens)
 
 
 def cost(loop: Any, device: str = "h200", dtype: str = "bf16", **dims: int) -> str:
@@ -131,7 +143,6 @@ def costs_of(
     if dtype not in DTYPES:
         raise UnknownDtypeError(
             "There is no such dtype of views.",
-            where=caller(),
             given=repr(dtype),
             need=", ".join(DTYPES),
             fix='write dtype="bf16"',
@@ -198,8 +209,8 @@ def _why(expected: Estimate, chosen: Estimate, warps: int) -> str:
         "products": "products of tiles, padding included",
         "instruction issue": "instructions issued",
         "cache": "tiles read and written again",
-        "memory": f"{expected.traffic / 1e6:,.0f} MB of memory",
-        "dependent steps": f"{expected.waves} waves of steps that wait for one another",
+        "memory": "tensors and scratch in memory" if warps else "every op's values, to memory and back",
+        "dependent steps": f"steps that wait for one another, {expected.waves:,} times over",
         "launches": "launches of ops",
     }
     why = f"{longer}: {parts[expected.bound]}"
@@ -210,7 +221,7 @@ def _why(expected: Estimate, chosen: Estimate, warps: int) -> str:
     return why
 
 
-# ---- Text --------------------------------------------------------------------------------------------------------------
+# ---- Text ------------------------------------------------------------------------------------------------------------
 
 _HEAD = ("plan", "warps", "GFLOP", "MB", "FLOP/B", "registers", "spills", "shared", "programs", "held", "waves", "us")
 
@@ -226,9 +237,9 @@ def text(costs: Costs) -> str:
     ]
     for direction in DIRECTIONS:
         rows = costs.rows[direction]
-        cells = [(*_HEAD, "bound by; why not"), *map(_cells, rows)]
+        cells = [(*_HEAD, "bound by; why not"), *[_cells(row, direction) for row in rows]]
         widths = [max(len(row[i]) for row in cells if len(row) == len(cells[0])) for i in range(len(_HEAD))]
-        lines += ["", f"{direction}: (* chosen, + what backend=\"triton\" takes untuned)"]
+        lines += ["", f'{direction}: (* chosen, + what backend="triton" takes untuned)']
         for row in cells:
             if len(row) == 2:
                 lines.append(f"  {row[0]:<{widths[0]}}  {row[1]}")
@@ -238,10 +249,9 @@ def text(costs: Costs) -> str:
     return "\n".join([*lines, "", *_summary(costs)])
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, direction: str) -> tuple[str, ...]:
     mark = " *" if not row.why else ""
-    if row.candidate.by_default and row.candidate.plan is not None and row.candidate.plan.triton is not None:
-        mark += " +" if row.warps in row.candidate.plan.triton.warps else ""
+    mark += " +" if row.candidate.by_default and row.warps == row.candidate.default_warps(direction) else ""
     expected = row.expected
     if expected is None:
         return row.candidate.name, row.why
@@ -286,7 +296,8 @@ def _against_attention(costs: Costs) -> list[str]:
         return ["softmax attention: not compared over lengths, since its graphs hold for one"]
     overtakes = costs.overtakes()
     half = ", half of that where no token sees a later one" if costs.spec.streams else ""
-    said = f"from N = {overtakes:,} tokens on" if overtakes else f"not up to {LONGEST:,} tokens"
+    said = "at any length" if overtakes == 1 else f"from N = {overtakes:,} tokens on"
+    said = said if overtakes else f"at no length up to {LONGEST:,} tokens"
     return [
         f"overtakes softmax attention {said}; at N = {costs.sizes['N']:,} that takes "
         f"{_seconds(costs.attention_at(costs.sizes['N']))}",
@@ -300,7 +311,7 @@ def roofline(costs: Costs) -> float:
     return sum(least(costs.work[d], costs.device, costs.dtype, costs.sizes) for d in DIRECTIONS)
 
 
-# ---- JSON --------------------------------------------------------------------------------------------------------------
+# ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
 def as_json(costs: Costs) -> dict[str, Any]:
@@ -312,7 +323,7 @@ def as_json(costs: Costs) -> dict[str, Any]:
         "device": asdict(costs.device),
         "dtype": costs.dtype,
         "dims": dict(costs.sizes),
-        **{d: [_row(row) for row in costs.rows[d]] for d in DIRECTIONS},
+        **{d: [_row(row, d) for row in costs.rows[d]] for d in DIRECTIONS},
         "chosen": {
             "plan": costs.chosen.name,
             "warps": list(costs.warps),
@@ -324,10 +335,11 @@ def as_json(costs: Costs) -> dict[str, Any]:
     }
 
 
-def _row(row: Row) -> dict[str, Any]:
-    found = {"plan": row.candidate.name, "warps": row.warps, "default": row.candidate.by_default}
+def _row(row: Row, direction: str) -> dict[str, Any]:
+    default = row.candidate.by_default and row.warps == row.candidate.default_warps(direction)
+    found = {"plan": row.candidate.name, "warps": row.warps, "default": default}
     if row.expected is None:
         return {**found, "exists": False, "why": row.why}
-    expected = {k: v for k, v in asdict(row.expected).items()}
+    expected = asdict(row.expected)
     more = {"bound": row.expected.bound, "intensity": row.expected.intensity}
     return {**found, "exists": True, "chosen": not row.why, **expected, **more, "why": row.why}

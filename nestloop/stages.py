@@ -24,6 +24,7 @@ from nestloop.lowering.runtime.streams import build_stream
 from nestloop.lowering.runtime.tiles import spacing_within
 from nestloop.lowering.schedule.cost import cost
 
+
 def _declare(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     spec = lowered.spec
     lines = [f"loop {spec.name}  {spec.where.short}", f"learner {spec.learner.__name__}"]

@@ -68,6 +68,25 @@ def test_explain_says_what_is_fast_and_what_is_slow(capsys, loops: Path):
     assert "fast" in out and "slow" in out and "bytes" in out
 
 
+def test_cost_says_which_plan_is_chosen_and_why_the_others_are_not(capsys, loops: Path):
+    words = ["cost", f"{loops}:Recall", "--device", "h200", "--shape", "B=64,H=8,N=256,d=64"]
+    status, out, err = run(capsys, *words)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"Recall  ({loops.name}:")
+    assert "on h200 (sm_90, 132 multiprocessors), d = 64, H = 8, B = 64, N = 256, D = 512, bfloat16 views" in out
+    for said in ("forward: ", "backward: ", "Triton, tiles of 16", " times as long: ", "chosen: ", "roofline"):
+        assert said in out
+    status, out, _ = run(capsys, *words, "--dtype", "fp16", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["loop"] == "Recall" and found["dtype"] == "fp16"
+    assert {row["plan"] for row in found["forward"]} >= {"generated PyTorch", "Triton, tiles of 64"}
+
+
+def test_cost_of_an_unknown_device_fails(capsys, loops: Path):
+    status, out, err = run(capsys, "cost", f"{loops}:Recall", "--device", "h300")
+    assert (status, out) == (1, "") and err.startswith("nestloop: There are no figures of such a device.\n")
+
+
 def test_list_has_a_row_for_every_loop_model_and_recipe(capsys):
     status, out, _ = run(capsys, "list")
     assert status == 0 and "MTTTMLP" in out
@@ -173,7 +192,7 @@ except SystemExit as left:
 assert not {"torch", "numpy", "sympy"} & set(sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
-    for command in ("inspect", "explain", "list", "doctor", "train", "eval", "demo"):
+    for command in ("inspect", "explain", "cost", "list", "doctor", "train", "eval", "demo"):
         assert f"    {command} " in result.stdout
     assert "\x1b" not in result.stdout
 

@@ -19,6 +19,7 @@ from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 from nestloop.lowering.streams.step import VALID, identifier
 
+
 class TritonStream(TritonKernels, ScanTensors):
     """What the modules of a scan and of one piece share.
 

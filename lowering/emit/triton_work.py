@@ -35,16 +35,17 @@ def work(
 
     Returns:
         "functions": name -> `of_function`; "elements": name -> of a row or a weight; "kernels": name -> "calls", names
-        of functions, and "alive".
+        of functions, "reads", names of their inputs, and "alive".
     """
     updates = [f for name, f in functions.items() if name.endswith("update_vjp")]
     again = any(name.startswith("gradient_") for f in updates for name in f.inputs)  # backward sums the gradient too
     kernels = {}
     for kernel in ("forward", "backward"):
-        names = [f.name for f in called(kernel) if f.results]
+        names = [f.name for f in called(kernel) if f.results and (kernel == "backward" or f.name != "advance")]
         if kernel == "backward" and not again:
             names = [name for name in names if not name.endswith("gradient")]
-        kernels[kernel] = {"calls": names, "alive": alive(kernel)}
+        read = sorted({name for called in names for name in functions[called].inputs})
+        kernels[kernel] = {"calls": names, "reads": read, "alive": alive(kernel)}
     return {
         "functions": {name: of_function(f) for name, f in functions.items()},
         "elements": {name: math.prod(shape) for name, shape in shapes.items()},

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nestloop.errors import UnknownDeviceError
-from nestloop.lang.declare import caller
 from nestloop.lowering.runtime.offline import SHARED
 
 
@@ -59,7 +58,11 @@ class Device:
 
 
 _MIB = 1 << 20
+# arch, multiprocessors, clock, then FLOP a second
 _HOPPER = ("sm_90", 132, 1.83e9, 989e12, 494e12, 67e12)
+_B200 = ("sm_100", 148, 1.85e9, 2250e12, 1125e12, 75e12)
+_A100 = ("sm_80", 108, 1.41e9, 312e12, 156e12, 19.5e12)
+_MI300X = ("gfx942", 304, 2.1e9, 1307e12, 653e12, 163e12)
 
 # NVIDIA's data sheets and tuning guides of H200, H100, B200 (HGX) and A100 (SXM, 80 GB); AMD's of MI300X and CDNA 3. A
 # launch is no figure of theirs: 5 microseconds is what PyTorch's eager ops take on a fast host, at best.
@@ -68,15 +71,9 @@ DEVICES = {
     for device in (
         Device("h200", *_HOPPER, 4.8e12, 50 * _MIB, 1 << 16, 255, 228 << 10, 2048, 32, 128),
         Device("h100", *_HOPPER, 3.35e12, 50 * _MIB, 1 << 16, 255, 228 << 10, 2048, 32, 128),
-        Device(
-            "b200", "sm_100", 148, 1.85e9, 2250e12, 1125e12, 75e12, 8e12, 126 * _MIB, 1 << 16, 255, 228 << 10, 2048, 32, 128
-        ),
-        Device(
-            "a100", "sm_80", 108, 1.41e9, 312e12, 156e12, 19.5e12, 2.04e12, 40 * _MIB, 1 << 16, 255, 164 << 10, 2048, 32, 128
-        ),
-        Device(
-            "mi300x", "gfx942", 304, 2.1e9, 1307e12, 653e12, 163e12, 5.3e12, 256 * _MIB, 1 << 17, 512, 64 << 10, 2048, 64, 64
-        ),
+        Device("b200", *_B200, 8e12, 126 * _MIB, 1 << 16, 255, 228 << 10, 2048, 32, 128),
+        Device("a100", *_A100, 2.04e12, 40 * _MIB, 1 << 16, 255, 164 << 10, 2048, 32, 128),
+        Device("mi300x", *_MI300X, 5.3e12, 256 * _MIB, 1 << 17, 512, 64 << 10, 2048, 64, 64),
     )
 }
 
@@ -91,7 +88,6 @@ def device_named(name: str) -> Device:
         return DEVICES[name]
     raise UnknownDeviceError(
         "There are no figures of such a device.",
-        where=caller(),
         given=repr(name),
         need=", ".join(DEVICES),
         fix='write device="h200", or add a row to nestloop/lowering/schedule/devices.py',

@@ -1,5 +1,5 @@
-"""The work of a plan in each direction, counted: of generated Triton from what its emitter recorded, of generated PyTorch
-from its graphs."""
+"""The work of a plan in each direction, counted: of generated Triton from what its emitter recorded, of generated
+PyTorch from its graphs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Expr = Any  # of sympy, in B, H and N
 Run = tuple[Expr, Expr]  # how often, on how many tokens
 
 
-# ---- How often ---------------------------------------------------------------------------------------------------------
+# ---- How often -------------------------------------------------------------------------------------------------------
 
 
 def batches(spec: LoopSpec) -> list[Run]:
@@ -100,7 +100,7 @@ def _row(spec: LoopSpec, view: str, sizes: Mapping[str, int]) -> int:
     return micro * math.prod(e.size(dict(sizes)) for e in declared.dims)
 
 
-# ---- Generated PyTorch -------------------------------------------------------------------------------------------------
+# ---- Generated PyTorch -----------------------------------------------------------------------------------------------
 
 
 def torch_work(
@@ -141,7 +141,7 @@ def attention(width: int, direction: str, dtype: str, causal: bool) -> Work:
     return Work(flops, tensors * BYTES[dtype] * width * N * B * H, sympy.Integer(2 if backward else 1))
 
 
-# ---- Generated Triton --------------------------------------------------------------------------------------------------
+# ---- Generated Triton ------------------------------------------------------------------------------------------------
 
 
 def triton_work(
@@ -180,7 +180,9 @@ def triton_work(
         moved += FLOAT * count * function["moved"]
         depth += count * function["depth"]
         calls.append((function["alive"] + handed, count))
-    steps_taken = sympy.ceiling(N / triton.rows) if stream else sum((often for often, _ in batches(spec)), sympy.Integer(0))
+    steps_taken = (
+        sympy.ceiling(N / triton.rows) if stream else sum((often for often, _ in batches(spec)), sympy.Integer(0))
+    )
     state = triton.state if stream else _state(plan)
     if direction == "backward" or not stream:  # states, read and written between steps; forward's of a scan stay
         moved += FLOAT * state * steps_taken * (2 if stream else 4 if direction == "forward" else 6)
@@ -206,18 +208,20 @@ def triton_work(
         moved=moved,
         calls=tuple(calls),
         depth=depth,
-        scratch=FLOAT * (triton.scratch[direction == "backward"] + (every * triton.state if direction == "backward" else 0)),
+        scratch=FLOAT
+        * (triton.scratch[direction == "backward"] + (every * triton.state if direction == "backward" else 0)),
     )
 
 
-def _traffic(
-    spec: LoopSpec, plan: Plan, triton: TritonPlan, direction: str, dtype: str, kept: Expr
-) -> Expr:
+def _traffic(spec: LoopSpec, plan: Plan, triton: TritonPlan, direction: str, dtype: str, kept: Expr) -> Expr:
     """Bytes of a kernel's tensors, each once; `kept`: states between steps or chunks."""
     elements: Mapping[str, int] = triton.work["elements"]
     state = triton.state if plan.form == "stream" else _state(plan)
     total = FLOAT * kept * B * H * state  # written by forward, read by backward
+    reads = triton.work["kernels"][direction]["reads"]
     for name in triton.forward if direction == "forward" else triton.backward:
+        if name not in reads and name in (*spec.inputs, *spec.slow, *triton.common):
+            continue  # a kernel takes it, and no function of it needs it
         if name in spec.inputs:
             total += BYTES[dtype] * _lead(spec, name) * N * elements[name]
         elif name == "d_z":

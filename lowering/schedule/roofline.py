@@ -7,7 +7,7 @@ either vendors' figures (`devices`) or, below, shares of them; none was fitted t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,28 +17,30 @@ from nestloop.lowering.runtime.tiles import spacing_within
 from nestloop.lowering.schedule.devices import Device
 
 B, H, N = (sympy.Symbol(name, integer=True, positive=True) for name in "BHN")
+_ZERO = sympy.Integer(0)
 
 # Shares of the vendors' figures that good kernels reach.
 PRODUCTS = 0.7
 ISSUE = 0.7
 MEMORY = 0.9
 CACHE = 32  # bytes of the shared cache a multiprocessor and cycle, about half of what is on paper
-NARROW = 0.62  # of that again, products of fewer than 64 rows, which Hopper's and Blackwell's wide instructions leave out
+NARROW = (
+    0.62  # of that again, products of fewer than 64 rows, which Hopper's and Blackwell's wide instructions leave out
+)
 WIDE_ROWS = 64  # of such an instruction; 16 rows a warp
 L1 = 128  # the same of a multiprocessor's own cache, which spilled registers go through, as far as it holds them
 LATENCY = 100  # cycles of a product or a reduction that the next one waits for
 FIRST = 600  # cycles until a tile has come from memory
 
-# Registers of a thread, as NVIDIA's assembler gave them to kernels of seven zoo loops, 4 and 8 warps (sm_90): what tiles
-# take, and about 127 for addresses, masks and what products shuffle. What is over is written about twice, and read again;
-# a factor of three is in that.
+# Registers of a thread, as NVIDIA's assembler gave them to kernels of five zoo loops (sm_90, 4 and 8 warps): what tiles
+# take, and about 127 for addresses, masks and what products shuffle. What is over is written about twice, and read
+# again; a factor of three is in that.
 OTHER_REGISTERS = 127
 TILE_REGISTERS = 128  # so many for tiles leave a thread of 255 without spills
 SPILLED = 8  # bytes written for each register over
 
 PROGRAMS = 32  # of a multiprocessor, at most
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-BOUNDS = ("products", "instruction issue", "cache", "memory", "dependent steps", "launches")
 
 
 class Spacing(sympy.Function):
@@ -74,15 +76,15 @@ class Work:
     flops: Any
     traffic: Any
     launches: Any
-    programs: Any = sympy.Integer(0)
-    outside: Any = sympy.Integer(0)
+    programs: Any = _ZERO
+    outside: Any = _ZERO
     products: Mapping[int, Any] = field(default_factory=dict)
-    exact: Any = sympy.Integer(0)
-    instructions: Any = sympy.Integer(0)
-    moved: Any = sympy.Integer(0)
+    exact: Any = _ZERO
+    instructions: Any = _ZERO
+    moved: Any = _ZERO
     calls: tuple[tuple[int, Any], ...] = ()
-    depth: Any = sympy.Integer(0)
-    scratch: Any = sympy.Integer(0)
+    depth: Any = _ZERO
+    scratch: Any = _ZERO
 
     @property
     def alive(self) -> int:
@@ -180,12 +182,13 @@ def on_device(
     """
     bandwidth, launches = device.bandwidth * MEMORY, work.launches * device.launch
     if work.programs == 0:
-        # one op after the other: what a product waits for is no other op's memory
+        # one op after the other: the time of products and that of memory add up
         arithmetic, memory = work.flops / product_rate(device, dtype), work.traffic / bandwidth
-        return {"products": arithmetic, "memory": arithmetic + memory, "launches": launches}, (0, 0, None), 0
+        less = sympy.Min(arithmetic, memory)
+        return {"products": arithmetic + less, "memory": memory + less, "launches": launches}, (0, 0, None), 0
     taken, spilled = registers(device, work.alive, warps)
     shared = None
-    spills = [(registers(device, alive, warps)[1], calls) for alive, calls in work.calls]
+    spills: list[tuple[float, Any]] = [(registers(device, alive, warps)[1], calls) for alive, calls in work.calls]
     if facts is not None:  # which function a kernel's spills are of is not known: as it is expected, or all alike
         spills = [(facts.spilled * (of / spilled if spilled else 1), calls) for of, calls in spills]
         taken, spilled, shared = facts.registers, facts.spilled, facts.shared
@@ -194,17 +197,17 @@ def on_device(
     per, clock = device.multiprocessors, device.clock
     copies = {rows: replicated(device, rows, warps) for rows in work.products}
     narrow = {rows: NARROW if rows < WIDE_ROWS and _is_wide(device) else 1.0 for rows in work.products}
-    products = sum((f * copies[rows] / narrow[rows] for rows, f in work.products.items()), sympy.Integer(0))
+    products = sum((f * copies[rows] / narrow[rows] for rows, f in work.products.items()), _ZERO)
     seconds = products * per / product_rate(device, dtype) + work.exact * per / (device.fp32 * PRODUCTS)
     # what a chain of products replicates, it replicates with all that is computed of them
-    total = sum(work.products.values(), sympy.Integer(0))
-    again = 1 if total == 0 else sum((f * copies[rows] for rows, f in work.products.items()), sympy.Integer(0)) / total
+    total = sum(work.products.values(), _ZERO)
+    again = 1 if total == 0 else sum((f * copies[rows] for rows, f in work.products.items()), _ZERO) / total
     threads = device.warp * warps
-    bytes_spilled = threads * sum((of * calls for of, calls in spills), sympy.Integer(0))  # and read again
+    bytes_spilled = threads * sum((of * calls for of, calls in spills), _ZERO)  # and read again
     issued = work.instructions * again + bytes_spilled / 2  # an instruction moves a register's four bytes
     fits = spilled * threads * held <= device.shared - (shared or 0) * held
     moved = work.moved + 2 * bytes_spilled * sympy.Rational(CACHE if fits else L1, L1)
-    waits = work.depth * LATENCY + FIRST * sum((calls for _, calls in work.calls), sympy.Integer(0))
+    waits = work.depth * LATENCY + FIRST * sum((calls for _, calls in work.calls), _ZERO)
     waves = sympy.ceiling(work.programs / (device.multiprocessors * held))
     # scratch of the programs that run, where the shared cache does not hold it
     inside = sympy.Min(work.programs, device.multiprocessors * held) * work.scratch
@@ -238,6 +241,16 @@ def estimate(
         resident=held,
         waves=-(-programs // (held * device.multiprocessors)) if held else 0,
     )
+
+
+def over_lengths(
+    work: Work, device: Device, dtype: str, warps: int, shape: Mapping[str, int]
+) -> Callable[[int], float]:
+    """N -> the seconds of `estimate`, for many of them."""
+    parts, _, _ = on_device(work, device, dtype, warps)
+    given = [sympy.sympify(part).subs({B: shape["B"], H: shape["H"]}) for part in parts.values()]
+    each = sympy.lambdify(N, given, [{"Spacing": spacing_within}, "math"])
+    return lambda tokens: float(max(each(tokens)))
 
 
 def least(work: Work, device: Device, dtype: str, shape: Mapping[str, int]) -> float:

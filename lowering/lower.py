@@ -20,6 +20,7 @@ from nestloop.lowering.runtime.fingerprint import fingerprint
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.streams import STREAM_OPS, build_stream
 from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling
+from nestloop.lowering.runtime.tuned import tiling_for
 
 __all__ = ["EXECUTABLES", "STREAM_OPS", "lower", "plan_for"]
 
@@ -125,11 +126,15 @@ def lower(
     backend: "torch", "cpp", "triton" or "auto" (`runtime.executable.build`).
     """
     triton = backend == "triton"
-    plan = plan_for(spec, sizes, tokens, losses, carried, part=part, triton=triton)
+    tiling = tiling_for(spec, sizes) if triton else UNTUNED
+    plan = plan_for(spec, sizes, tokens, losses, carried, part=part, triton=triton, tiling=tiling)
+    if plan.triton is None and tiling.rows is not None:  # tuned for the loop alone, without losses or a state
+        tiling = UNTUNED
+        plan = plan_for(spec, sizes, tokens, losses, carried, part=part, triton=triton)
     if tokens is None and plan.tokens is not None:
         return ""
     if double and plan.reads_dtype:
-        plan = plan_for(spec, sizes, tokens, losses, carried, double, part, triton)
+        plan = plan_for(spec, sizes, tokens, losses, carried, double, part, triton, tiling)
     if spec.streams:
         return build_stream(spec, plan, sizes["H"], inductor, backend, double)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,8 +16,9 @@ from nestloop.lang.schedule import Program
 from nestloop.lowering import names
 from nestloop.lowering.candidates import WARPS, Candidate, candidates
 from nestloop.lowering.schedule.devices import Device, device_named
-from nestloop.lowering.schedule.plan_work import ATTENTION, attention
+from nestloop.lowering.schedule.plan_work import attention
 from nestloop.lowering.schedule.roofline import (
+    ATTENTION,
     DTYPES,
     Estimate,
     Facts,
@@ -25,7 +26,6 @@ from nestloop.lowering.schedule.roofline import (
     estimate,
     least,
     over_lengths,
-    product_rate,
 )
 
 DIRECTIONS = ("forward", "backward")
@@ -87,10 +87,8 @@ class Costs:
     @cached_property
     def attention_at(self) -> Callable[[int], float]:
         """Tokens -> seconds of softmax attention, forward and backward."""
-        rate = ATTENTION * (self.device.tf32 if self.dtype == "fp32" else self.device.bf16)
         works = [attention(self.width, d, self.dtype, causal=self.spec.streams) for d in DIRECTIONS]
-        slowed = [replace(work, flops=work.flops * (product_rate(self.device, self.dtype) / rate)) for work in works]
-        parts = [over_lengths(work, self.device, self.dtype, 0, self.sizes) for work in slowed]
+        parts = [over_lengths(work, self.device, self.dtype, 0, self.sizes) for work in works]
         return lambda tokens: sum(part(tokens) for part in parts)
 
     def overtakes(self) -> int | None:

@@ -128,7 +128,6 @@ def torch_work(
     return Work(flops, views + 2 * FLOAT * values, launches)
 
 
-ATTENTION = 0.5  # share of the vendor's rate of products that softmax attention reaches
 ATTENTION_BACKWARD = 2.5  # products of its backward, for each of forward
 
 
@@ -138,7 +137,7 @@ def attention(width: int, direction: str, dtype: str, causal: bool) -> Work:
     backward = direction == "backward"
     flops = (2 if causal else 4) * width * N**2 * B * H * (sympy.Rational(ATTENTION_BACKWARD) if backward else 1)
     tensors = 8 if backward else 4  # q, k, v, o; with their cotangents
-    return Work(flops, tensors * BYTES[dtype] * width * N * B * H, sympy.Integer(2 if backward else 1))
+    return Work(flops, tensors * BYTES[dtype] * width * N * B * H, sympy.Integer(2 if backward else 1), is_fused=True)
 
 
 # ---- Generated Triton ------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ _ZERO = sympy.Integer(0)
 
 # Shares of the vendors' figures that good kernels reach.
 PRODUCTS = 0.7
+ATTENTION = 0.5  # of products, softmax attention by PyTorch's fused kernels
 ISSUE = 0.7
 MEMORY = 0.9
 CACHE = 32  # bytes of the shared cache a multiprocessor and cycle, about half of what is on paper
@@ -62,6 +63,7 @@ class Work:
         flops: of its products, at the sizes that values have.
         traffic: bytes of memory that it must read and write: inputs, results, kept states; of PyTorch, every value.
         launches: of kernels.
+        is_fused: whether that is softmax attention, which computes while it reads.
         programs: of a kernel; 0 of generated PyTorch, and so are the fields after.
         outside: FLOPs of products that PyTorch takes before or after the kernel.
         products: rows of a product -> FLOPs of a program's tiles, padding included.
@@ -76,6 +78,7 @@ class Work:
     flops: Any
     traffic: Any
     launches: Any
+    is_fused: bool = False
     programs: Any = _ZERO
     outside: Any = _ZERO
     products: Mapping[int, Any] = field(default_factory=dict)
@@ -184,6 +187,12 @@ def on_device(
     if work.programs == 0:
         # one op after the other: the time of products and that of memory add up
         arithmetic, memory = work.flops / product_rate(device, dtype), work.traffic / bandwidth
+        if work.is_fused:
+            return (
+                {"products": arithmetic * PRODUCTS / ATTENTION, "memory": memory, "launches": launches},
+                (0, 0, None),
+                0,
+            )
         less = sympy.Min(arithmetic, memory)
         return {"products": arithmetic + less, "memory": memory + less, "launches": launches}, (0, 0, None), 0
     taken, spilled = registers(device, work.alive, warps)

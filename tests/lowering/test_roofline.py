@@ -180,6 +180,8 @@ def test_softmax_attention_is_counted_by_the_usual_formula():
     shape = {"B": 2, "H": 3, "N": 128}
     found = [estimate(attention(64, d, "bf16", False), H200, "bf16", 0, shape) for d in ("forward", "backward")]
     assert [e.flops for e in found] == [6 * 4 * 128**2 * 64, 6 * 10 * 128**2 * 64]
+    long = estimate(attention(64, "forward", "bf16", False), H200, "bf16", 0, {**shape, "N": 1 << 14})
+    assert long.seconds == pytest.approx(long.flops / (0.5 * 989e12)) and long.bound == "products"
     causal = estimate(attention(64, "forward", "bf16", True), H200, "bf16", 0, shape)
     assert 2 * causal.flops == found[0].flops and causal.traffic == 6 * 4 * 128 * 64 * 2
 

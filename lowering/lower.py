@@ -19,6 +19,8 @@ from nestloop.lowering.runtime.executable import EXECUTABLES, build
 from nestloop.lowering.runtime.fingerprint import fingerprint
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.streams import STREAM_OPS, build_stream
+from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling
+from nestloop.lowering.runtime.tuned import tiling_for
 
 __all__ = ["EXECUTABLES", "STREAM_OPS", "lower", "plan_for"]
 
@@ -45,6 +47,7 @@ def plan_for(
     double: bool = False,
     part: str = "",
     triton: bool = False,
+    tiling: Tiling = UNTUNED,
 ) -> Plan:
     """The plan of a loop for one set of sizes.
 
@@ -57,16 +60,17 @@ def plan_for(
         part: of a stream, which of its ops (`lowering.pipeline.stream_stages`); of a loop in batches "wide", for its
             plan without the Gram form.
         triton: whether it is to have Triton too.
+        tiling: of that.
 
     Raises:
         CompileError: a body cannot be compiled.
     """
-    key = fingerprint(spec, sorted(sizes.items()), tokens, losses, carried, double, part, triton)
+    key = fingerprint(spec, sorted(sizes.items()), tokens, losses, carried, double, part, triton, tiling)
     if key is not None and key in _PLANS:
         return _PLANS[key]
     found = plans.read(key)
     if found is None:
-        found = _apart(_plan, spec, sizes, tokens, losses, carried, double, part, triton)
+        found = _apart(_plan, spec, sizes, tokens, losses, carried, double, part, triton, tiling)
         plans.keep(key, found)
     if key is not None:
         _PLANS[key] = found
@@ -93,14 +97,16 @@ def _plan(
     double: bool,
     part: str,
     triton: bool,
+    tiling: Tiling,
 ) -> Plan:
     from nestloop.lowering import pipeline
 
     dtype = {"dtype": torch.float64} if double else {}
+    code = {"triton": triton, "tiling": tiling}
     if spec.streams:
-        return pipeline.stream_plan(pipeline.stream_stages(spec, sizes, tokens, losses, part, **dtype, triton=triton))
+        return pipeline.stream_plan(pipeline.stream_stages(spec, sizes, tokens, losses, part, **dtype, **code))
     wide = part == "wide"
-    return pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried, **dtype, wide=wide, triton=triton))
+    return pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried, **dtype, wide=wide, **code))
 
 
 def lower(
@@ -120,11 +126,15 @@ def lower(
     backend: "torch", "cpp", "triton" or "auto" (`runtime.executable.build`).
     """
     triton = backend == "triton"
-    plan = plan_for(spec, sizes, tokens, losses, carried, part=part, triton=triton)
+    tiling = tiling_for(spec, sizes) if triton else UNTUNED
+    plan = plan_for(spec, sizes, tokens, losses, carried, part=part, triton=triton, tiling=tiling)
+    if plan.triton is None and tiling.rows is not None:  # tuned for the loop alone, without losses or a state
+        tiling = UNTUNED
+        plan = plan_for(spec, sizes, tokens, losses, carried, part=part, triton=triton)
     if tokens is None and plan.tokens is not None:
         return ""
     if double and plan.reads_dtype:
-        plan = plan_for(spec, sizes, tokens, losses, carried, double, part, triton)
+        plan = plan_for(spec, sizes, tokens, losses, carried, double, part, triton, tiling)
     if spec.streams:
         return build_stream(spec, plan, sizes["H"], inductor, backend, double)
 

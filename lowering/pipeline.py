@@ -25,7 +25,7 @@ from nestloop.lowering.emit.cpp_scan import CppScan
 from nestloop.lowering.emit.stream import StreamEmitter, StreamSource
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
 from nestloop.lowering.emit.triton_kernels import ALIVE
-from nestloop.lowering.emit.triton_loop import TritonLoop
+from nestloop.lowering.emit.triton_loop import HEIGHTS, TritonLoop
 from nestloop.lowering.emit.triton_piece import TritonPiece
 from nestloop.lowering.emit.triton_scan import TritonScan
 from nestloop.lowering.emit.triton_stream import TritonStream
@@ -34,7 +34,7 @@ from nestloop.lowering.ops import NoSpelling
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites
 from nestloop.lowering.runtime.native import NativePlan
 from nestloop.lowering.runtime.plan import Plan
-from nestloop.lowering.runtime.triton_plan import TritonPlan
+from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling, TritonPlan
 from nestloop.lowering.schedule.cost import cost, rows_in_cache, tile_rows
 from nestloop.lowering.streams.forms import Form, choose, pieces_of
 from nestloop.lowering.streams.step import identifier
@@ -80,6 +80,7 @@ def stages(
     dtype: torch.dtype = torch.float32,
     wide: bool = False,
     triton: bool = False,
+    tiling: Tiling = UNTUNED,
 ) -> Lowered:
     """Run the compiler up to source.
 
@@ -91,6 +92,7 @@ def stages(
         dtype: the compute dtype, for the rare body that depends on it.
         wide: without the Gram form, for decoders that it would lose precision on.
         triton: whether Triton is wanted too.
+        tiling: of that.
 
     Raises:
         CompileError: a body cannot be compiled.
@@ -117,7 +119,7 @@ def stages(
     source = None if attention else TorchEmitter(projected, differentiated, losses, carried).emit()
     parts = (projected, differentiated, losses, carried)
     native, not_native = _spelled(lambda: _native(*parts))
-    kernels, not_triton = _spelled(lambda: _triton(*parts)) if triton else (None, "")
+    kernels, not_triton = _spelled(lambda: _triton(*parts, tiling)) if triton else (None, "")
     return Lowered(captured, typing, differentiated, applied, source, native, not_native, kernels, not_triton)
 
 
@@ -139,10 +141,14 @@ def _native(captured: Captured, differentiated: dict[str, Piece], losses: bool, 
     return emitter.emit(tile_rows(emitter.scratch))
 
 
-def _triton(captured: Captured, differentiated: dict[str, Piece], losses: bool, carried: bool) -> TritonPlan:
+def _triton(
+    captured: Captured, differentiated: dict[str, Piece], losses: bool, carried: bool, tiling: Tiling
+) -> TritonPlan:
     """The loop in Triton."""
     _check_steps(captured)
-    return TritonLoop(captured, differentiated, losses, carried).emit()
+    heights = HEIGHTS if tiling.rows is None else (tiling.rows,)
+    made = TritonLoop(captured, differentiated, losses, carried, heights).emit()
+    return made if tiling.warps is None else replace(made, warps=tiling.warps)
 
 
 def _check_steps(captured: Captured) -> None:
@@ -197,10 +203,11 @@ def stream_stages(
     part: str,
     dtype: torch.dtype = torch.float32,
     triton: bool = False,
+    tiling: Tiling = UNTUNED,
 ) -> LoweredStream:
     """Run the compiler up to source for one op of a stream; arguments as for `stages`, `part` one of `PARTS`.
 
-    triton: whether Triton is wanted too.
+    triton: whether Triton is wanted too; tiling: of a scan.
 
     Raises:
         CompileError: a body cannot be compiled.
@@ -244,11 +251,18 @@ def stream_stages(
     native, not_native = _emitted(CppScan if part == "scan" else CppPiece, own)
     kernels, not_triton = None, ""
     if triton:
-        kernels, not_triton = _emitted(_triton_scan if part == "scan" else TritonPiece, own)
         free = part == "scan" and tokens is None and form.longest_cpp
+        if part == "scan" and tiling.rows not in (None, close.longest):
+            not_triton = "" if free else f"its {form.name} form takes chunks of {close.longest} tokens, and no others"
+            close, free = replace(close, longest=tiling.rows, traced=None), 0
+            own = own if not_triton else scan_in(close)
+        if not not_triton:
+            kernels, not_triton = _emitted(_triton_scan if part == "scan" else TritonPiece, own)
         while free and kernels is None and close.longest > 16:  # a tile of fewer tokens may fit registers
             close = replace(close, longest=close.longest // 2, traced=None)
             kernels, not_triton = _emitted(_triton_scan, scan_in(close))
+        if kernels is not None and part == "scan" and tiling.warps is not None:
+            kernels = replace(kernels, warps=tiling.warps)
     captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)
     return LoweredStream(captured, typing, form, made, applied, source, native, not_native, kernels, not_triton, part)
 
@@ -335,3 +349,11 @@ def plan(lowered: Lowered) -> Plan:
         triton=lowered.triton,
         not_triton=lowered.not_triton,
     )
+
+
+AnyLowered = Lowered | LoweredStream
+
+
+def plan_of(lowered: AnyLowered) -> Plan:
+    """What is kept of a lowering, of a loop of batches or a stream."""
+    return stream_plan(lowered) if isinstance(lowered, LoweredStream) else plan(lowered)

@@ -3,7 +3,7 @@
     import nestloop as nl
 
 Declare a learner and a loop (`Learner`, `Loop`, `fast`, `slow`, `view`, `gate`), compile it (`compile`), or make it a
-layer (`Layer`); look at every stage (`inspect`, `explain`).
+layer (`Layer`); look at every stage (`inspect`, `explain`), and at what it should take on a GPU (`cost`).
 """
 
 from importlib import import_module
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nestloop.compiled import CompiledLoop, compile
+    from nestloop.costs import cost
     from nestloop.errors import NestloopError
     from nestloop.inspection import explain, inspect
     from nestloop.lang.declare import dim, fast, gate, grid, slow, view
@@ -45,6 +46,7 @@ __all__ = [
     "conjugate_gradient",
     "conv",
     "cos_reweight",
+    "cost",
     "dim",
     "explain",
     "fast",
@@ -71,6 +73,7 @@ __all__ = [
 # comes without the compiler.
 _HOME = {
     "nestloop.compiled": ("CompiledLoop", "compile"),
+    "nestloop.costs": ("cost",),
     "nestloop.errors": ("NestloopError",),
     "nestloop.inspection": ("explain", "inspect"),
     "nestloop.lang.declare": ("dim", "fast", "gate", "grid", "slow", "view"),

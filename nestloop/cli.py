@@ -77,12 +77,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     explain = command("explain", run_explain, "say what is fast, what is slow, where gradients flow and what runs")
     explain.add_argument("target", help=TARGET)
-    for added in (inspect, explain):
+    cost = command("cost", run_cost, "say what every plan of a loop should take on a GPU, and why one is chosen")
+    cost.add_argument("--device", default="h200", help="h200, h100, b200, a100 or mi300x; none need be there")
+    cost.add_argument("--dtype", default="bf16", help="of the views: bf16, fp16 or fp32")
+    cost.add_argument("target", help=TARGET)
+    tune = command("tune", run_tune, "find a loop's fastest tiling for a GPU: time it there, or compile for it here")
+    tune.add_argument("target", help=TARGET)
+    tune.add_argument("--device", default="h200", help="h200, h100, b200, a100 or mi300x; none need be there")
+    tune.add_argument("--dtype", default="bf16", help="of the views: bf16, fp16 or fp32")
+    tune.add_argument("--budget", type=float, default=120, metavar="SECONDS", help="that it may take")
+    tune.add_argument("--out", type=Path, help="the file (default: beside the declaration, as NAME.tuned.json)")
+    for added in (inspect, explain, cost, tune):
         added.add_argument("--shape", default="", metavar="B=2,H=2,N=16,d=16", help="sizes of the dims")
     catalogue = command("list", run_list, "list the loops, models and recipes that come with nestloop")
     catalogue.add_argument("--kind", choices=list(CATALOGUES), default="loops")
     doctor = command("doctor", run_doctor, "compare what is installed with what nestloop was tested with")
-    for added in (catalogue, doctor):
+    for added in (cost, tune, catalogue, doctor):
         added.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
     command("train", None, "train RECIPE [--key value ...]: run a recipe, any of its fields overridden")
     command("eval", None, "eval CHECKPOINT [--key value ...]: accuracy of a checkpoint on its evaluation images")
@@ -105,6 +115,43 @@ def run_explain(target: str, shape: str, trace: bool) -> int:
     from nestloop import inspection
 
     print(inspection.explain_text(loop, dims))
+    return 0
+
+
+def run_cost(target: str, device: str, dtype: str, shape: str, as_json: bool, trace: bool) -> int:
+    loop, dims = load_target(target), parse_shape(shape)
+    from nestloop import costs
+
+    several = loop if isinstance(loop, (tuple, list)) else (loop,)
+    found = [costs.costs_of(one, dims, device, dtype) for one in several]
+    if as_json:
+        made = [costs.as_json(one) for one in found]
+        print(json.dumps(made if len(made) > 1 else made[0], indent=2))
+    else:
+        print("\n\n".join(map(costs.text, found)))
+    return 0
+
+
+def run_tune(
+    target: str,
+    device: str,
+    dtype: str,
+    budget: float,
+    out: Path | None,
+    shape: str,
+    as_json: bool,
+    trace: bool,
+) -> int:
+    loop, dims = load_target(target), parse_shape(shape)
+    from nestloop import tuning
+
+    several = loop if isinstance(loop, (tuple, list)) else (loop,)
+    found = [tuning.tune(one, dims, device, dtype, budget / len(several), out) for one in several]
+    if as_json:
+        made = [one.as_json for one in found]
+        print(json.dumps(made if len(made) > 1 else made[0], indent=2))
+    else:
+        print("\n\n".join(one.text for one in found))
     return 0
 
 

@@ -183,6 +183,22 @@ class UnknownStageError(NestloopError):
     """A lowering stage that does not exist."""
 
 
+class UnknownDeviceError(NestloopError):
+    """A device that the cost model has no figures of."""
+
+
+class UnknownDtypeError(NestloopError):
+    """A dtype of views that no kernel takes."""
+
+
+class TunedFileError(NestloopError):
+    """A file of tuned tilings that cannot be read."""
+
+
+class StaleTuningError(TunedFileError):
+    """A tiling that was tuned for another declaration or another Triton."""
+
+
 class InputError(NestloopError):
     """Tensors given to a compiled loop or a layer that do not fit its declaration."""
 

@@ -45,7 +45,7 @@ def inspect(loop: Any, stage: str | None = None, device: str = "sm_90", **dims: 
         NoPlanError: the loop has no Triton, or Triton is not installed, for a compiled stage.
         CompileError: a body cannot be compiled.
     """
-    return "\n\n".join(inspect_text(spec.cls, stage, {**sizes, **dims}, device) for spec, sizes, _ in _loops(loop))
+    return "\n\n".join(inspect_text(spec.cls, stage, {**sizes, **dims}, device) for spec, sizes, _ in loops_of(loop))
 
 
 def explain(loop: Any, **dims: int) -> str:
@@ -55,11 +55,11 @@ def explain(loop: Any, **dims: int) -> str:
         loop: a declared loop, `nl.compile(...)` of one, or a layer.
         dims: sizes; those not given are small ones.
     """
-    parts = [explain_text(spec.cls, {**sizes, **dims}, op) for spec, sizes, op in _loops(loop)]
+    parts = [explain_text(spec.cls, {**sizes, **dims}, op) for spec, sizes, op in loops_of(loop)]
     return "\n\n".join(parts)
 
 
-def _loops(loop: Any) -> list[tuple[LoopSpec, dict[str, int], CompiledLoop | None]]:
+def loops_of(loop: Any) -> list[tuple[LoopSpec, dict[str, int], CompiledLoop | None]]:
     """The loops of whatever was given, with the sizes it knows."""
     if isinstance(loop, CompiledLoop):
         return [(loop.spec, dict(loop.dims), loop)]

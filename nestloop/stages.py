@@ -16,15 +16,13 @@ from nestloop.lang.state import entries, state_size
 from nestloop.lowering import pipeline
 from nestloop.lowering.axes import is_token, readout_axes, type_axes
 from nestloop.lowering.emit.tile import size_text
-from nestloop.lowering.pipeline import Lowered, LoweredStream
+from nestloop.lowering.pipeline import AnyLowered, LoweredStream
 from nestloop.lowering.runtime import cache, offline
 from nestloop.lowering.runtime.executable import build
 from nestloop.lowering.runtime.refusals import check_triton
 from nestloop.lowering.runtime.streams import build_stream
 from nestloop.lowering.runtime.tiles import spacing_within
 from nestloop.lowering.schedule.cost import cost
-
-AnyLowered = Lowered | LoweredStream
 
 
 def _declare(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
@@ -216,7 +214,7 @@ def compiled(lowered: AnyLowered, stage: str, device: str) -> str:
             need=", ".join(offline.TARGETS),
             fix='write device="sm_90"',
         )
-    plan = pipeline.stream_plan(lowered) if isinstance(lowered, LoweredStream) else pipeline.plan(lowered)
+    plan = pipeline.plan_of(lowered)
     check_triton(lowered.spec, plan)
     assert plan.triton is not None
     parts = []

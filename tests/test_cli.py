@@ -68,6 +68,41 @@ def test_explain_says_what_is_fast_and_what_is_slow(capsys, loops: Path):
     assert "fast" in out and "slow" in out and "bytes" in out
 
 
+def test_cost_says_which_plan_is_chosen_and_why_the_others_are_not(capsys, loops: Path):
+    words = ["cost", f"{loops}:Recall", "--device", "h200", "--shape", "B=64,H=8,N=256,d=64"]
+    status, out, err = run(capsys, *words)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"Recall  ({loops.name}:")
+    assert "on h200 (sm_90, 132 multiprocessors), d = 64, H = 8, B = 64, N = 256, D = 512, bfloat16 views" in out
+    for said in ("forward: ", "backward: ", "Triton, tiles of 16", " times as long: ", "chosen: ", "roofline"):
+        assert said in out
+    status, out, _ = run(capsys, *words, "--dtype", "fp16", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["loop"] == "Recall" and found["dtype"] == "fp16"
+    assert {row["plan"] for row in found["forward"]} >= {"generated PyTorch", "Triton, tiles of 64"}
+
+
+def test_cost_of_an_unknown_device_fails(capsys, loops: Path):
+    status, out, err = run(capsys, "cost", f"{loops}:Recall", "--device", "h300")
+    assert (status, out) == (1, "") and err.startswith("nestloop: There are no figures of such a device.\n")
+
+
+def test_tune_writes_a_file_beside_the_declaration(capsys, monkeypatch, loops: Path):
+    pytest.importorskip("triton")
+    from nestloop.lowering.runtime import offline
+
+    def compiled(plan, kernel, device, dtype, timeout):
+        return offline.Compiled(kernel, device, dtype, plan.warps[0], 128, (0, 0), 1024, 0.1, {})
+
+    monkeypatch.setattr(offline, "compiled", compiled)
+    words = ["tune", f"{loops}:Recall", "--device", "h100", "--budget", "60", "--shape", "B=4,H=2,N=64,d=16"]
+    status, out, err = run(capsys, *words)
+    assert (status, err) == (0, "") and out.endswith(f"written to {loops.with_suffix('.tuned.json')}\n")
+    assert "no h100 is here" in out and "128 registers, 0 bytes spilled, 1,024 of shared memory" in out
+    status, out, _ = run(capsys, *words, "--out", str(loops.parent / "o.json"), "--json")
+    assert status == 0 and json.loads(out)["entry"]["dims"] == {"H": 2, "d": 16}
+
+
 def test_list_has_a_row_for_every_loop_model_and_recipe(capsys):
     status, out, _ = run(capsys, "list")
     assert status == 0 and "MTTTMLP" in out
@@ -173,7 +208,7 @@ except SystemExit as left:
 assert not {"torch", "numpy", "sympy"} & set(sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
-    for command in ("inspect", "explain", "list", "doctor", "train", "eval", "demo"):
+    for command in ("inspect", "explain", "cost", "tune", "list", "doctor", "train", "eval", "demo"):
         assert f"    {command} " in result.stdout
     assert "\x1b" not in result.stdout
 

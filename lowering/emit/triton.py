@@ -363,12 +363,12 @@ class TritonFunction(TritonTiles):
     def _factors(self, value: Value) -> tuple[Strided, Strided]:
         """A product's operands: as they are where it is one of tiles, else over all of its axes, to be summed."""
         a, b = value.factors
-        if self._is_dot(value):
+        if self.is_dot(value):
             return a, b
         return self._beside(a.unsqueeze(len(a.shape)), b.unsqueeze(len(b.shape) - 2))
 
     @staticmethod
-    def _is_dot(value: Value) -> bool:
+    def is_dot(value: Value) -> bool:
         a, b = value.factors
         sizes = [a.shape[-2], a.shape[-1], b.shape[-1]]
         batch = [size for size in value.shape[:-2] if not size.is_one]
@@ -388,7 +388,7 @@ class TritonFunction(TritonTiles):
 
     def _product(self, value: Value) -> list[str]:
         a, b = self._factors(value)
-        if self._is_dot(value):
+        if self.is_dot(value):
             (left, clean_a), (right, clean_b) = self._tile(a, a.shape), self._tile(b, b.shape)
             left, right = self._full(left, clean_a, a.shape), self._full(right, clean_b, b.shape)
             inner = a.shape[-1]

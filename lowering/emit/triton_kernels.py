@@ -15,6 +15,7 @@ from nestloop.lowering.capture import Captured
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_tiles import padded, walk
 from nestloop.lowering.ops.strided import NoSpelling
+from nestloop.lowering.schedule.roofline import TILE_REGISTERS
 
 _HEADER = '''"""{title}
 
@@ -29,10 +30,9 @@ import triton.language as tl
 from nestloop.lowering.emit import tiles
 '''
 
-REGISTERS = 112  # of a thread, that tiles may take; addresses, masks and what products shuffle take others
 # Elements of tiles alive at once, at which tiles are made shorter; with 64 tokens half of it, since products that
 # follow one another then take 4 warps.
-ALIVE = 8 * 32 * REGISTERS
+ALIVE = 8 * 32 * TILE_REGISTERS
 SHORTEST_BLOCKED = 128  # an axis that is shorter is never walked in blocks
 PIECE = 4096  # numbers that are copied at a time
 
@@ -100,7 +100,7 @@ class TritonKernels:
     @staticmethod
     def warps_for(alive: int) -> int:
         """As many as hold so many elements; with more than 8 a thread has too few registers."""
-        return 4 if alive <= 4 * 32 * REGISTERS else 8
+        return 4 if alive <= 4 * 32 * TILE_REGISTERS else 8
 
     # ---- Plans -----------------------------------------------------------------------------------------------------
 

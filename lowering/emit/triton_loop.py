@@ -17,11 +17,12 @@ from nestloop.lowering.emit.torch import TITLES
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import ALIVE, TritonKernels, indented, zeros
 from nestloop.lowering.emit.triton_tiles import walk
+from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.ops.strided import NoSpelling, extent
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 
 BARRIER = "tl.debug_barrier()"
-HEIGHT = 64  # tokens of a tile, at most
+HEIGHTS = (64, 32, 16)  # tokens of a tile
 # Tokens of a tile, and the length of a block of a long axis (0: all of it), best first: with fewer tokens weights are
 # read more often, and products have fewer rows.
 TILES = ((64, 0), (64, 64), (64, 32), (32, 0), (32, 64), (32, 32), (16, 0), (16, 64), (16, 32), (16, 16))
@@ -32,14 +33,25 @@ SUMS = ("loss_sum", "loss_after")
 class TritonLoop(TritonKernels, Batches):
     """Writes the module of one lowered loop.
 
+    Args:
+        heights: tokens that a tile may have; the first at which a function's tiles fit registers, else the last.
+
     Raises:
         NoSpelling: something in it has no Triton; the text is the reason.
     """
 
     prefixes = ("", "d_", "gradient_", "d_gradient_", "end_", "between_")
 
-    def __init__(self, captured: Captured, pieces: dict[str, Piece], losses: bool, carried: bool) -> None:
+    def __init__(
+        self,
+        captured: Captured,
+        pieces: dict[str, Piece],
+        losses: bool,
+        carried: bool,
+        heights: Sequence[int] = HEIGHTS,
+    ) -> None:
         super().__init__(captured, pieces, losses, carried, str)  # `names.safe` has made them fit
+        self.heights = heights
         self._check_tiles()
         self.shapes = {n: tuple(size for size in tile if size != 1) for n, tile in self.tiles().items()}
         self.ordered = self.spec.schedule.needs_order
@@ -82,7 +94,8 @@ class TritonLoop(TritonKernels, Batches):
             return TritonFunction(name, module, results, tokens, doc, *given)
 
         carried = summed if sum(map(self.tile_elements, summed)) <= CARRIED else []
-        self.functions[name] = self.fitting(of_tile, module, TILES, [carried, []] if carried else [[]])
+        tiles = [tile for tile in TILES if tile[0] in self.heights]
+        self.functions[name] = self.fitting(of_tile, module, tiles, [carried, []] if carried else [[]])
 
     def _summed(self, name: str, results: Sequence[str]) -> list[str]:
         """Results that tiles, and steps, add up."""
@@ -125,9 +138,10 @@ class TritonLoop(TritonKernels, Batches):
             rows=max(f.longest for f in self.functions.values()),
             scratch=(self._room("forward"), self._room("backward")),
             state=0,
-            warps=(self._warps("forward"), self._warps("backward")),
+            warps=(self.warps_for(self._alive("forward")), self.warps_for(self._alive("backward"))),
             wide=tuple(n for n in self.given("backward") if n != "d_losses" and self.elements(n) % 16 == 0),
             common=(*self.hoisted, *self.captured.projected),
+            work=work(self.functions, self.shapes, self._functions_of, self._alive),
         )
 
     def _kernel(self, which: str) -> str:
@@ -154,12 +168,10 @@ class TritonLoop(TritonKernels, Batches):
         pulls = which == "backward"
         return [f for n, f in self.functions.items() if n.endswith("_vjp") == pulls or (pulls and "gradient" in n)]
 
-    def _warps(self, which: str) -> int:
-        """As many as hold the tiles that are alive at once, those that the tiles of tokens hand on among them."""
-        found = []
-        for f in self._functions_of(which):
-            found.append(f.alive + sum(self.tile_elements(r) for r in f.returned if r not in SUMS))
-        return self.warps_for(max(found))
+    def _alive(self, which: str) -> int:
+        """Elements of the tiles that are alive at once, those that the tiles of tokens hand on among them."""
+        handed = {f: sum(self.tile_elements(r) for r in f.returned if r not in SUMS) for f in self._functions_of(which)}
+        return max(f.alive + more for f, more in handed.items())
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
 
@@ -312,7 +324,7 @@ class TritonLoop(TritonKernels, Batches):
     # ---- Backward --------------------------------------------------------------------------------------------------
 
     def _backward(self) -> list[str]:
-        fast, height = self.fast, HEIGHT
+        fast, height = self.fast, self.heights[0]
         shared = [n for n in [*self.slow, *self.hoisted] if n in self.gradients]
         body = self.clear_all(shared, {n: f"{n}_made + item * {self.elements(n)}" for n in shared})
         cotangents = self._in("cotangents")

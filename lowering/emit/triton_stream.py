@@ -14,6 +14,7 @@ from nestloop.lowering.emit.scan import ROWWISE, TITLES, ScanTensors
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import TritonKernels, indented
 from nestloop.lowering.emit.triton_tiles import padded
+from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 from nestloop.lowering.streams.step import VALID, identifier
@@ -80,8 +81,9 @@ class TritonStream(TritonKernels, ScanTensors):
             rows=self.rows,
             scratch=(self._scratch("forward"), self._scratch("backward")),
             state=self._state,
-            warps=(self._warps("forward"), self._warps("backward")),
+            warps=(self.warps_for(self._alive("forward")), self.warps_for(self._alive("backward"))),
             wide=tuple(n for n in self.given("backward") if self.elements(n) % 16 == 0),
+            work=work(self.functions, self.shapes, self._functions_of, self._alive),
         )
 
     def _kernel(self, which: str) -> str:
@@ -129,8 +131,8 @@ class TritonStream(TritonKernels, ScanTensors):
         """Elements of the tiles that are alive at once, at most."""
         return max(f.alive for f in self.functions.values())
 
-    def _warps(self, which: str) -> int:
-        return self.warps_for(max((f.alive for f in self._functions_of(which)), default=1))
+    def _alive(self, which: str) -> int:
+        return max((f.alive for f in self._functions_of(which)), default=1)
 
     # ---- Tiles -----------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What may be chosen of a loop's Triton; what is not given, the compiler chooses.
+
+    Attributes:
+        rows: tokens of a chunk, where any number is legal, or of every tile of a loop of batches.
+        warps: warps of a program, forward and backward.
+    """
+
+    rows: int | None = None
+    warps: tuple[int, int] | None = None
+
+
+UNTUNED = Tiling()
 
 
 @dataclass(frozen=True)
@@ -20,6 +36,7 @@ class TritonPlan:
         warps: warps of a program of each kernel.
         wide: names of the tensors whose rows are a multiple of 16 elements long.
         common: of a loop of batches, names of what all steps share, which the PyTorch module makes.
+        work: what its kernels do, for the cost model (`emit.triton_work.work`).
     """
 
     text: str
@@ -32,6 +49,7 @@ class TritonPlan:
     warps: tuple[int, int]
     wide: tuple[str, ...]
     common: tuple[str, ...] = ()
+    work: dict[str, Any] = field(default_factory=dict)
 
     def options(self, kernel: str, nvidia: bool = True) -> dict[str, Any]:
         """How a kernel is compiled.

@@ -1,0 +1,145 @@
+"""What generated Triton does, in numbers that the cost model reads from a plan: each function's products, instructions,
+memory and registers, and which functions a kernel calls."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from nestloop.lowering import ops
+from nestloop.lowering.emit.triton import TritonFunction
+from nestloop.lowering.ops.strided import ZERO, Extent, product
+from nestloop.lowering.schedule.phases import is_blocked, sums_over
+from nestloop.lowering.schedule.values import Value
+
+NARROW = 64  # rows of a product below which Hopper's and Blackwell's wide instructions do not take it
+_TRIANGLE = (
+    28 * 128
+)  # instructions of a solved triangle for each of its rows, counted in compiled code of 16 to 64 rows
+_PIVOT = 550 * 128  # of a general system, for each pivot: of 64 rows
+_NARROW_TERMS = 64  # multiply-adds for each thread and instruction of a narrow product: 16 x 8 x 16 for 32 threads
+
+
+def work(
+    functions: Mapping[str, TritonFunction],
+    shapes: Mapping[str, Sequence[int]],
+    called: Callable[[str], Sequence[TritonFunction]],
+    alive: Callable[[str], int],
+) -> dict[str, Any]:
+    """The numbers of a module, as JSON takes them.
+
+    Args:
+        functions: all of them.
+        shapes: sizes of one token's row, or of a weight's tile, by name.
+        called: the functions that a kernel may call.
+        alive: elements alive at once in a kernel.
+
+    Returns:
+        "functions": name -> `of_function`; "elements": name -> of a row or a weight; "kernels": name -> "calls", names
+        of functions, "reads", names of their inputs, and "alive".
+    """
+    updates = [f for name, f in functions.items() if name.endswith("update_vjp")]
+    again = any(name.startswith("gradient_") for f in updates for name in f.inputs)  # backward sums the gradient too
+    kernels = {}
+    for kernel in ("forward", "backward"):
+        names = [f.name for f in called(kernel) if f.results and (kernel == "backward" or f.name != "advance")]
+        if kernel == "backward" and not again:
+            names = [name for name in names if not name.endswith("gradient")]
+        read = sorted({name for called in names for name in functions[called].inputs})
+        kernels[kernel] = {"calls": names, "reads": read, "alive": alive(kernel)}
+    return {
+        "functions": {name: of_function(f) for name, f in functions.items()},
+        "elements": {name: math.prod(shape) for name, shape in shapes.items()},
+        "kernels": kernels,
+    }
+
+
+def of_function(function: TritonFunction) -> dict[str, Any]:
+    """The numbers of one call on a tile.
+
+    Returns:
+        "tokens": of the tile. "flops": of its products, as arithmetic in n. "products": rows of a product (as text) ->
+        FLOPs of the tiles that it takes, padding included. "exact": FLOPs of those that no matrix unit takes.
+        "instructions": of all threads. "moved": elements read from memory and written to it. "depth": products,
+        reductions and solved rows that wait for one another. "alive": elements alive at once.
+    """
+    flops = ZERO
+    products: Counter[str] = Counter()
+    exact = instructions = 0
+    depth: dict[Value, int] = {}
+    for value in function.values:
+        before = max((depth.get(operand.base, 0) for operand in value.reads), default=0)
+        depth[value] = before + _waits(function, value)
+        space = _elements(function, value.space) * _turns(function, value)
+        if value.kind == "product":
+            a, b = value.factors
+            flops = flops + product([*value.shape, a.shape[-1]]) * 2
+            terms = space * function.padded(a.shape[-1])
+            if not function.is_dot(value):
+                instructions += 2 * terms
+                continue
+            rows = function.padded(a.shape[-2])
+            rounded = sum(_elements(function, view.shape) for view in (a, b))  # or through shared memory
+            instructions += rounded * _turns(function, value)
+            if value.node.target is torch.ops.aten.mm.default:
+                products[str(rows)] += 2 * terms
+                instructions += terms // _NARROW_TERMS if rows < NARROW else 0
+            else:
+                exact, instructions = exact + 2 * terms, instructions + terms
+        elif value.kind == "system":
+            rows = function.padded(value.reads[0].shape[-1])
+            steps, each = (1, _TRIANGLE * rows) if ops.row(value.node.target).cpp.triangular else (rows, _PIVOT)
+            instructions += steps * each + 5 * space
+        elif value.kind != "join":
+            instructions += space * (1 if value.copies else max(1, ops.row(value.node.target).work))
+    moved = _moved(function)
+    return {
+        "tokens": function.longest,
+        "flops": str(flops),
+        "products": dict(products),
+        "exact": exact,
+        "instructions": instructions + moved,
+        "moved": moved,
+        "depth": max(depth.values(), default=0),
+        "alive": function.alive,
+    }
+
+
+def _elements(function: TritonFunction, shape: Sequence[Extent]) -> int:
+    """Of a tile in registers."""
+    return math.prod(function.padded(size) for size in shape if not size.is_one)
+
+
+def _turns(function: TritonFunction, value: Value) -> int:
+    """How many blocks of a long axis a value is computed for."""
+    if function.block is None:
+        return 1
+    size, length = function.block
+    return size.constant // length if is_blocked(value, size) or sums_over(value, size) else 1
+
+
+def _waits(function: TritonFunction, value: Value) -> int:
+    """Steps of a value in which threads wait for one another."""
+    if value.kind == "system":
+        rows = function.padded(value.reads[0].shape[-1])
+        return 2 * rows.bit_length() if ops.row(value.node.target).cpp.triangular else rows
+    return int(value.kind != "element")
+
+
+def _moved(function: TritonFunction) -> int:
+    """Elements that a call reads and writes: rows of tensors, and its scratch memory."""
+
+    def size(value: Value) -> int:
+        return math.prod(extent.at(function.longest) for extent in value.shape)
+
+    total = sum(size(value) for name, value in function.given.items() if name in function.rows)
+    for value in function.values:
+        if value.written and value.result is not None:
+            total += size(value) * (2 if function.rows[value.result][1] else 1)
+        total += size(value) if value in function.place else 0
+        total += sum(size(value) for operand in value.reads if operand.base in function.place)
+    return total

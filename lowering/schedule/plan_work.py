@@ -1,0 +1,241 @@
+"""The work of a plan in each direction, counted: of generated Triton from what its emitter recorded, of generated
+PyTorch from its graphs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import sympy
+
+from nestloop.lang.dims import parse
+from nestloop.lang.loop import LoopSpec
+from nestloop.lang.schedule import Shuffled
+from nestloop.lowering.differentiate import Piece
+from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.triton_plan import TritonPlan
+from nestloop.lowering.schedule.cost import N_TOKENS, cost
+from nestloop.lowering.schedule.roofline import B, H, N, Spacing, Work
+
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # of an element of a view
+FLOAT = 4  # bytes of what is computed
+OUTSIDE = ("prepare", "project")  # pieces of a loop of batches that PyTorch computes for all heads at once
+
+Expr = Any  # of sympy, in B, H and N
+Run = tuple[Expr, Expr]  # how often, on how many tokens
+
+
+# ---- How often -------------------------------------------------------------------------------------------------------
+
+
+def batches(spec: LoopSpec) -> list[Run]:
+    """The steps of a loop of batches."""
+    if not isinstance(spec.schedule, Shuffled):
+        return [(sympy.Integer(spec.schedule.steps), N)]
+    longer, shorter = sympy.Mod(N, spec.schedule.steps), sympy.floor(N / spec.schedule.steps)
+    return [(longer, shorter + 1), (sympy.Min(spec.schedule.steps, N) - longer, shorter)]
+
+
+def steps(spec: LoopSpec, piece: str, pieces: Collection[str]) -> list[Run]:
+    """The calls of one piece of a loop of batches."""
+    if not piece.endswith(("gradient", "update")):
+        return [(sympy.Integer(1), N)]
+    if not any(name.startswith("first_") for name in pieces):
+        return batches(spec)
+    first = sympy.ceiling(N / spec.schedule.steps) if isinstance(spec.schedule, Shuffled) else N
+    one = (sympy.Integer(1), first)
+    return [one] if piece.startswith("first_") else [*batches(spec), (sympy.Integer(-1), first)]
+
+
+def chunks(piece: str, rows: int, pieces: Collection[str], spacing: Expr) -> list[Run]:
+    """The calls of one piece of a scan over chunks of `rows` tokens; `spacing`: chunks from one state kept to the next.
+
+    "advance" is what backward runs to have again the states that were not kept.
+    """
+    rest = sympy.Mod(N, rows)
+    shorter = (sympy.Min(rest, 1), rest)
+    if piece == "advance":
+        count = sympy.ceiling(N / rows)
+        return [(count - sympy.ceiling(count / spacing), sympy.Integer(rows))]
+    whole = (sympy.floor(N / rows), sympy.Integer(rows))
+    if "partial" in pieces:
+        return [shorter] if piece == "partial" else [whole]
+    return [whole, shorter]
+
+
+def in_all(spent: Expr, runs: list[Run], rows: int | None = None) -> Expr:
+    """What runs take together; `spent`: one tile's, in n; `rows`: of a tile, where a run is several."""
+    total = sympy.Integer(0)
+    for often, tokens in runs:
+        inside = [(sympy.Integer(1), tokens)]
+        if rows is not None:
+            rest = sympy.Mod(tokens, rows)
+            inside = [(sympy.floor(tokens / rows), sympy.Integer(rows)), (sympy.Min(rest, 1), rest)]
+        total += often * sum(count * sympy.sympify(spent).subs(N_TOKENS, n) for count, n in inside)
+    return total
+
+
+def _state(plan: Plan) -> int:
+    """Elements that one chunk or step hands to the next."""
+    names = plan.kept if plan.form == "stream" else plan.tiles
+    return sum(math.prod(plan.tiles[name]) for name in names)
+
+
+def spacing(spec: LoopSpec, sizes: Mapping[str, int], rows: int, state: int) -> Expr:
+    """Chunks of a scan from one state that is kept for backward to the next."""
+    views = sum((_lead(spec, name) * _row(spec, name, sizes) for name in spec.inputs), sympy.Integer(0))
+    return Spacing(sympy.ceiling(N / rows), views * N, B * H * state)
+
+
+def _lead(spec: LoopSpec, view: str) -> Expr:
+    """Heads and sequences that a view is given for."""
+    return B if getattr(spec.inputs[view], "shared", False) else B * H
+
+
+def _row(spec: LoopSpec, view: str, sizes: Mapping[str, int]) -> int:
+    """Elements of one token's row of a view."""
+    declared = spec.inputs[view]
+    micro = getattr(spec.schedule, "micro", 1) if getattr(declared, "micro", False) else 1
+    return micro * math.prod(e.size(dict(sizes)) for e in declared.dims)
+
+
+# ---- Generated PyTorch -----------------------------------------------------------------------------------------------
+
+
+def torch_work(
+    spec: LoopSpec, plan: Plan, pieces: Mapping[str, Piece], sizes: Mapping[str, int], direction: str, dtype: str
+) -> Work:
+    """Every op a launch, its values written, and read by the next; products in the dtype of the views.
+
+    Backward runs every piece's backward, which computes the piece again. That of a scan also runs chunks again from the
+    last state kept; they are counted with their read-outs.
+    """
+    views = sum((_lead(spec, n) * _row(spec, n, sizes) for n in spec.inputs), sympy.Integer(0)) * N * BYTES[dtype]
+    if plan.form == "attention":
+        return attention(math.prod(plan.output), direction, dtype, causal=False)
+    flops = launches = values = sympy.Integer(0)
+    every = spacing(spec, sizes, plan.chunk, _state(plan)) if plan.form == "stream" else sympy.Integer(1)
+    for name, piece in pieces.items():
+        calls = [(piece.forward if direction == "forward" else piece.backward, name)]
+        calls += [(piece.forward, "advance")] if plan.form == "stream" and direction == "backward" else []
+        for module, called in calls if name != "partial" else calls[:1]:
+            spent, lead = cost(module), H if name == "prepare" else B * H  # which sequences share
+            runs = chunks(called, plan.chunk, pieces, every) if plan.form == "stream" else steps(spec, called, pieces)
+            flops += lead * in_all(spent.products, runs)
+            values += lead * in_all(spent.traffic, runs)
+            launches += sum(often for often, _ in runs) * spent.operations
+    return Work(flops, views + 2 * FLOAT * values, launches)
+
+
+ATTENTION_BACKWARD = 2.5  # products of its backward, for each of forward
+
+
+def attention(width: int, direction: str, dtype: str, causal: bool) -> Work:
+    """Softmax attention by PyTorch's fused kernels, with heads of `width` features: 4 N^2 d FLOPs a head and sequence
+    forward, half of that where no token sees a later one."""
+    backward = direction == "backward"
+    flops = (2 if causal else 4) * width * N**2 * B * H * (sympy.Rational(ATTENTION_BACKWARD) if backward else 1)
+    tensors = 8 if backward else 4  # q, k, v, o; with their cotangents
+    return Work(flops, tensors * BYTES[dtype] * width * N * B * H, sympy.Integer(2 if backward else 1), is_fused=True)
+
+
+# ---- Generated Triton ------------------------------------------------------------------------------------------------
+
+
+def triton_work(
+    spec: LoopSpec, plan: Plan, pieces: Mapping[str, Piece], sizes: Mapping[str, int], direction: str, dtype: str
+) -> Work:
+    """One kernel, a program a head and sequence, and what PyTorch computes before it for all heads at once.
+
+    `pieces`: those of the plan, of which only what PyTorch computes is read.
+    """
+    triton = plan.triton
+    assert triton is not None
+    functions = triton.work["functions"]
+    called = triton.work["kernels"][direction]["calls"]
+    plain = {name.removesuffix("_vjp") for name in called}
+    stream = plan.form == "stream"
+    every = spacing(spec, sizes, triton.rows, triton.state) if stream else sympy.Integer(1)
+    flops = exact = instructions = moved = depth = sympy.Integer(0)
+    calls: list[tuple[int, Expr]] = []
+    handed = triton.work["kernels"][direction]["alive"] - max((functions[n]["alive"] for n in called), default=0)
+    products: dict[int, Expr] = {}
+    for name in called:
+        function, piece = functions[name], name.removesuffix("_vjp")
+        if stream:
+            runs, rows = chunks(piece, triton.rows, plain, every), None
+            count = sum((often for often, _ in runs), sympy.Integer(0))
+        else:
+            runs, rows = steps(spec, piece, plain), function["tokens"]
+            whole = piece.endswith("update")
+            count = sum((often * (1 if whole else sympy.ceiling(n / rows)) for often, n in runs), sympy.Integer(0))
+            rows = None if whole else rows
+        flops += in_all(parse(function["flops"]).evaluate({"n": N_TOKENS}), runs, rows)
+        for height, padded in function["products"].items():
+            products[int(height)] = products.get(int(height), sympy.Integer(0)) + count * padded
+        exact += count * function["exact"]
+        instructions += count * function["instructions"]
+        moved += FLOAT * count * function["moved"]
+        depth += count * function["depth"]
+        calls.append((function["alive"] + handed, count))
+    steps_taken = (
+        sympy.ceiling(N / triton.rows) if stream else sum((often for often, _ in batches(spec)), sympy.Integer(0))
+    )
+    state = triton.state if stream else _state(plan)
+    if direction == "backward" or not stream:  # states, read and written between steps; forward's of a scan stay
+        moved += FLOAT * state * steps_taken * (2 if stream else 4 if direction == "forward" else 6)
+    kept = sympy.ceiling(sympy.ceiling(N / triton.rows) / every) - 1 if stream else steps_taken - 1
+    outside = [
+        (cost(piece.forward if direction == "forward" else piece.backward), H if name == "prepare" else B * H)
+        for name, piece in pieces.items()
+        if name in OUTSIDE
+    ]
+    before, values = (
+        sum((lead * getattr(spent, what).subs(N_TOKENS, N) for spent, lead in outside), sympy.Integer(0))
+        for what in ("products", "traffic")
+    )
+    return Work(
+        flops=B * H * flops + before,
+        traffic=_traffic(spec, plan, triton, direction, dtype, kept) + 2 * FLOAT * values,
+        launches=sympy.Integer(1 + sum(spent.operations for spent, _ in outside)),
+        programs=B * H,
+        outside=before,
+        products=products,
+        exact=exact,
+        instructions=instructions,
+        moved=moved,
+        calls=tuple(calls),
+        depth=depth,
+        scratch=FLOAT
+        * (triton.scratch[direction == "backward"] + (every * triton.state if direction == "backward" else 0)),
+    )
+
+
+def _traffic(spec: LoopSpec, plan: Plan, triton: TritonPlan, direction: str, dtype: str, kept: Expr) -> Expr:
+    """Bytes of a kernel's tensors, each once; `kept`: states between steps or chunks."""
+    elements: Mapping[str, int] = triton.work["elements"]
+    state = triton.state if plan.form == "stream" else _state(plan)
+    total = FLOAT * kept * B * H * state  # written by forward, read by backward
+    reads = triton.work["kernels"][direction]["reads"]
+    for name in triton.forward if direction == "forward" else triton.backward:
+        if name not in reads and name in (*spec.inputs, *spec.slow, *triton.common):
+            continue  # a kernel takes it, and no function of it needs it
+        if name in spec.inputs:
+            total += BYTES[dtype] * _lead(spec, name) * N * elements[name]
+        elif name == "d_z":
+            total += BYTES[dtype] * B * H * N * elements["z"]
+        elif name.startswith("projected_"):
+            total += FLOAT * B * H * N * elements[name]
+        elif name.startswith(("end_", "d_")):  # a state after the last step, or its cotangent
+            plain = name.removeprefix("d_").removeprefix("end_")
+            total += FLOAT * B * H * elements[plain]
+        elif not name.startswith("between_"):  # weights, which all sequences share
+            one = getattr(spec.slow.get(name), "shared", False)
+            total += FLOAT * (1 if one else H) * elements.get(name, 0)
+    if direction == "forward":
+        return total + FLOAT * B * H * (N * elements["z"] + state)
+    for name in triton.gradients:
+        walks = name in spec.inputs or name.startswith("projected_")
+        total += FLOAT * B * H * elements[name] * (N if walks else 1)
+    return total

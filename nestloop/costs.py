@@ -1,0 +1,343 @@
+"""What a loop's plans are expected to take on a GPU, which one is chosen, and why each of the others is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from nestloop.compiled import spec_of
+from nestloop.errors import NoPlanError, UnknownDtypeError
+from nestloop.inspection import loops_of, trial_sizes
+from nestloop.lang.loop import LoopSpec
+from nestloop.lang.schedule import Program
+from nestloop.lowering import names
+from nestloop.lowering.candidates import WARPS, Candidate, candidates
+from nestloop.lowering.schedule.devices import Device, device_named
+from nestloop.lowering.schedule.plan_work import attention
+from nestloop.lowering.schedule.roofline import (
+    ATTENTION,
+    DTYPES,
+    Estimate,
+    Facts,
+    Work,
+    estimate,
+    least,
+    over_lengths,
+)
+
+DIRECTIONS = ("forward", "backward")
+LONGEST = 1 << 20  # tokens, up to which a loop may overtake attention
+NOTE = "a model from vendors' figures and counts of generated code: nothing of it was measured"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One plan in one direction: expected, or the reason why there is none.
+
+    Attributes:
+        candidate: the plan.
+        warps: of a program; 0 of generated PyTorch.
+        expected: None where there is no such plan.
+        why: it was not chosen; "" for what was.
+    """
+
+    candidate: Candidate
+    warps: int
+    expected: Estimate | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Every plan of one loop on one device.
+
+    Attributes:
+        spec: the loop.
+        sizes: every dim.
+        rows: direction -> plans.
+        chosen: the fastest plan, and its warps in each direction.
+        work: direction -> what the chosen plan does.
+    """
+
+    spec: LoopSpec
+    device: Device
+    dtype: str
+    sizes: Mapping[str, int]
+    rows: Mapping[str, Sequence[Row]]
+    chosen: Candidate
+    warps: tuple[int, int]
+    work: Mapping[str, Work]
+
+    @cached_property
+    def at(self) -> Callable[[int], float]:
+        """Tokens -> seconds that forward and backward of the chosen plan are expected to take."""
+        pairs = zip(DIRECTIONS, self.warps, strict=True)
+        parts = [over_lengths(self.work[d], self.device, self.dtype, w, self.sizes) for d, w in pairs]
+        return lambda tokens: sum(part(tokens) for part in parts)
+
+    @property
+    def width(self) -> int:
+        """Features of a head of the attention that it is compared with."""
+        assert self.chosen.plan is not None
+        return math.prod(self.chosen.plan.output)
+
+    @cached_property
+    def attention_at(self) -> Callable[[int], float]:
+        """Tokens -> seconds of softmax attention, forward and backward."""
+        works = [attention(self.width, d, self.dtype, causal=self.spec.streams) for d in DIRECTIONS]
+        parts = [over_lengths(work, self.device, self.dtype, 0, self.sizes) for work in works]
+        return lambda tokens: sum(part(tokens) for part in parts)
+
+    def overtakes(self) -> int | None:
+        """The length from which on the loop takes less than softmax attention; None if that is beyond `LONGEST`."""
+        slower = [1 << p for p in range(21) if not self._is_faster(1 << p)]
+        if not slower:
+            return 1
+        low = slower[-1]
+        high = 2 * low
+        if high > LONGEST:
+            return None
+        while high - low > max(1, high // 64):
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._is_faster(middle) else (middle, high)
+        return high
+
+    def _is_faster(self, tokens: int) -> bool:
+        return self.at(tokens) < self.attention_at(tokens)
+
+
+def cost(loop: Any, device: str = "h200", dtype: str = "bf16", **dims: int) -> str:
+    """What every plan of a loop is expected to take on a GPU, forward and backward, and why one is chosen.
+
+    Args:
+        loop: a declared loop, `nl.compile(...)` of one, or a layer.
+        device: "h200", "h100", "b200", "a100" or "mi300x"; none need be there.
+        dtype: of the views: "bf16", "fp16" or "fp32".
+        dims: sizes; those not given are small ones (d = 16, H = 2, B = 2, N = 16).
+
+    Raises:
+        UnknownDeviceError, UnknownDtypeError: no such device or dtype.
+        NoPlanError: the loop is a program of operations, or a window of keys, which no kernel of its own runs.
+        CompileError: a body cannot be compiled.
+    """
+    return "\n\n".join(text(costs_of(spec.cls, {**sizes, **dims}, device, dtype)) for spec, sizes, _ in loops_of(loop))
+
+
+def costs_of(
+    loop: Any,
+    dims: Mapping[str, int],
+    device: str = "h200",
+    dtype: str = "bf16",
+    facts: Mapping[tuple[str, str, int], Facts] | None = None,
+) -> Costs:
+    """`cost` of one loop class, as values.
+
+    facts: of kernels that were compiled, by (plan's name, direction, warps).
+    """
+    figures = device_named(device)
+    if dtype not in DTYPES:
+        raise UnknownDtypeError(
+            "There is no such dtype of views.",
+            given=repr(dtype),
+            need=", ".join(DTYPES),
+            fix='write dtype="bf16"',
+        )
+    spec = names.safe(spec_of(loop), triton=True)
+    _check(spec)
+    sizes = trial_sizes(spec, dims)
+    plain = {name: size for name, size in sizes.items() if name not in ("B", "N", "n")}
+    plans = candidates(spec, plain, sizes["N"] if spec.grid else None)
+    if plans[0].plan is not None and plans[0].plan.tokens not in (None, sizes["N"]):
+        plans = candidates(spec, plain, sizes["N"])  # its graphs hold for one length
+    works: dict[str, dict[str, Work]] = {}
+    found: dict[str, dict[str, dict[int, Estimate]]] = {}
+    for one in plans:
+        if one.plan is not None:
+            works[one.name] = {d: one.work(spec, plain, d, dtype) for d in DIRECTIONS}
+            found[one.name] = {
+                d: {
+                    w: estimate(works[one.name][d], figures, dtype, w, sizes, (facts or {}).get((one.name, d, w)))
+                    for w in (WARPS if one.is_triton else (0,))
+                }
+                for d in DIRECTIONS
+            }
+    best = {name: {d: min(of[d], key=lambda w: _rank(of[d][w])) for d in DIRECTIONS} for name, of in found.items()}
+    chosen = min(found, key=lambda name: sum(found[name][d][best[name][d]].seconds for d in DIRECTIONS))
+    rows: dict[str, list[Row]] = {d: [] for d in DIRECTIONS}
+    for one in plans:
+        for d in DIRECTIONS:
+            if one.plan is None:
+                rows[d].append(Row(one, 0, None, f"no such plan: {one.reason}"))
+                continue
+            for w, expected in found[one.name][d].items():
+                is_chosen = one.name == chosen and w == best[chosen][d]
+                why = "" if is_chosen else _why(expected, found[chosen][d][best[chosen][d]], w)
+                if not is_chosen and _rank(expected) < _rank(found[chosen][d][best[chosen][d]]):
+                    why = "less here, but more in both directions together, which one plan runs"
+                rows[d].append(Row(one, w, expected, why))
+    (candidate,) = (one for one in plans if one.name == chosen)
+    return Costs(
+        spec, figures, dtype, sizes, rows, candidate, (best[chosen]["forward"], best[chosen]["backward"]), works[chosen]
+    )
+
+
+def _check(spec: LoopSpec) -> None:
+    if isinstance(spec.schedule, Program) or (spec.streams and spec.is_kernel_estimator):
+        raise NoPlanError(
+            f"The cost model has no plan of {spec.name}.",
+            where=spec.where,
+            given=f"{type(spec.schedule).__name__}, whose operations are calls of their own",
+            need="a loop of batches, or a stream that one scan over chunks runs",
+            fix="measure it: the model counts what one kernel does from the first token to the last",
+        )
+
+
+def _rank(expected: Estimate) -> tuple[float, float]:
+    """What is least is chosen: the time, then what else is needed in it."""
+    return expected.seconds, sum(expected.parts.values())
+
+
+def _why(expected: Estimate, chosen: Estimate, warps: int) -> str:
+    ratio = expected.seconds / chosen.seconds
+    longer = "as long" if ratio < 1.005 else f"{ratio:.3g} times as long"
+    parts = {
+        "products": "products of tiles, padding included",
+        "instruction issue": "instructions issued",
+        "cache": "tiles read and written again",
+        "memory": "tensors and scratch in memory" if warps else "every op's values, to memory and back",
+        "dependent steps": f"steps that wait for one another, {expected.waves:,} times over",
+        "launches": "launches of ops",
+    }
+    why = f"{longer}: {parts[expected.bound]}"
+    if expected.spilled > chosen.spilled and expected.bound in ("cache", "instruction issue"):
+        why += f", {expected.spilled:,} bytes a thread spilled"
+    if ratio < 1.005 and warps:
+        why += ", and more of the rest"
+    return why
+
+
+# ---- Text ------------------------------------------------------------------------------------------------------------
+
+_HEAD = ("plan", "warps", "GFLOP", "MB", "FLOP/B", "registers", "spills", "shared", "programs", "held", "waves", "us")
+
+
+def text(costs: Costs) -> str:
+    """All of it as lines."""
+    spec, device, sizes = costs.spec, costs.device, costs.sizes
+    lines = [
+        f"{spec.name}  ({spec.where.short})",
+        f"on {device.name} ({device.arch}, {device.multiprocessors} multiprocessors), "
+        f"{', '.join(f'{n} = {s}' for n, s in sizes.items())}, {DTYPES[costs.dtype]} views",
+        NOTE,
+    ]
+    for direction in DIRECTIONS:
+        rows = costs.rows[direction]
+        cells = [(*_HEAD, "bound by; why not"), *[_cells(row, direction) for row in rows]]
+        widths = [max(len(row[i]) for row in cells if len(row) == len(cells[0])) for i in range(len(_HEAD))]
+        lines += ["", f'{direction}: (* chosen, + what backend="triton" takes untuned)']
+        for row in cells:
+            if len(row) == 2:
+                lines.append(f"  {row[0]:<{widths[0]}}  {row[1]}")
+                continue
+            aligned = [row[0].ljust(widths[0]), *[c.rjust(w) for c, w in zip(row[1:-1], widths[1:], strict=True)]]
+            lines.append(f"  {'  '.join(aligned)}  {row[-1]}".rstrip())
+    return "\n".join([*lines, "", *_summary(costs)])
+
+
+def _cells(row: Row, direction: str) -> tuple[str, ...]:
+    mark = " *" if not row.why else ""
+    mark += " +" if row.candidate.by_default and row.warps == row.candidate.default_warps(direction) else ""
+    expected = row.expected
+    if expected is None:
+        return row.candidate.name, row.why
+    flops, moved = f"{expected.flops / 1e9:,.2f}", f"{expected.traffic / 1e6:,.1f}"
+    own = [
+        str(row.warps or "-"),
+        flops,
+        moved,
+        f"{expected.intensity:.1f}",
+        str(expected.registers or "-"),
+        f"{expected.spilled:,}" if expected.programs else "-",
+        "-" if expected.shared is None else f"{expected.shared:,}",
+        f"{expected.programs:,}" if expected.programs else "-",
+        str(expected.resident or "-"),
+        str(expected.waves or "-"),
+        f"{expected.seconds * 1e6:,.1f}",
+    ]
+    return (row.candidate.name + mark, *own, row.why or expected.bound)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:,.3g} us"
+
+
+def _summary(costs: Costs) -> list[str]:
+    sizes = costs.sizes
+    taken, bound = costs.at(sizes["N"]), roofline(costs)
+    warps = f", {costs.warps[0]} and {costs.warps[1]} warps" if costs.chosen.is_triton else ""
+    lines = [
+        f"chosen: {costs.chosen.name}{warps}: {_seconds(taken)} forward and backward",
+        f"the machine's roofline for that work: {_seconds(bound)}, {bound / taken:.0%} of it",
+    ]
+    if costs.chosen.is_triton:
+        lines.append('"auto" runs generated PyTorch on GPUs all the same, until Triton has been timed there')
+    return [*lines, *_against_attention(costs)]
+
+
+def _against_attention(costs: Costs) -> list[str]:
+    if costs.chosen.plan is None or costs.chosen.plan.form == "attention":
+        return []
+    if costs.chosen.plan.tokens is not None:
+        return ["softmax attention: not compared over lengths, since its graphs hold for one"]
+    overtakes = costs.overtakes()
+    half = ", half of that where no token sees a later one" if costs.spec.streams else ""
+    said = "at any length" if overtakes == 1 else f"from N = {overtakes:,} tokens on"
+    said = said if overtakes else f"at no length up to {LONGEST:,} tokens"
+    return [
+        f"overtakes softmax attention {said}; at N = {costs.sizes['N']:,} that takes "
+        f"{_seconds(costs.attention_at(costs.sizes['N']))}",
+        f"  (4 N^2 d FLOPs a head forward and 2.5 times that backward{half}, d = {costs.width}, at {ATTENTION:.0%} of "
+        "the vendor's rate)",
+    ]
+
+
+def roofline(costs: Costs) -> float:
+    """Seconds that the chosen plan's products, or its memory, take at the vendor's figures."""
+    return sum(least(costs.work[d], costs.device, costs.dtype, costs.sizes) for d in DIRECTIONS)
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def as_json(costs: Costs) -> dict[str, Any]:
+    """The same as JSON takes it; times in seconds."""
+    fixed = costs.chosen.plan is None or costs.chosen.plan.tokens is not None or costs.chosen.plan.form == "attention"
+    return {
+        "loop": costs.spec.name,
+        "note": NOTE,
+        "device": asdict(costs.device),
+        "dtype": costs.dtype,
+        "dims": dict(costs.sizes),
+        **{d: [_row(row, d) for row in costs.rows[d]] for d in DIRECTIONS},
+        "chosen": {
+            "plan": costs.chosen.name,
+            "warps": list(costs.warps),
+            "seconds": costs.at(costs.sizes["N"]),
+        },
+        "roofline_seconds": roofline(costs),
+        "attention_seconds": costs.attention_at(costs.sizes["N"]),
+        "overtakes_attention_at": None if fixed else costs.overtakes(),
+    }
+
+
+def _row(row: Row, direction: str) -> dict[str, Any]:
+    default = row.candidate.by_default and row.warps == row.candidate.default_warps(direction)
+    found = {"plan": row.candidate.name, "warps": row.warps, "default": default}
+    if row.expected is None:
+        return {**found, "exists": False, "why": row.why}
+    expected = asdict(row.expected)
+    more = {"bound": row.expected.bound, "intensity": row.expected.intensity}
+    return {**found, "exists": True, "chosen": not row.why, **expected, **more, "why": row.why}

@@ -218,8 +218,11 @@ def test_a_plan_that_does_not_exist_says_so():
     assert row.expected is None
     assert row.why == "no such plan: its dual form takes chunks of 16 tokens, and no others"
     assert row.why in costs.text(found)
-    text = nl.cost(zoo.Mesa)
-    assert "no such plan: a system that is no triangle" in text and "chosen: generated PyTorch: " in text
+    text = nl.cost(zoo.DepthwiseBranch)
+    assert (
+        "no such plan: its tokens mix, and a tile of all of them is more than registers hold" in text
+        and "chosen: generated PyTorch: " in text
+    )
 
 
 def test_what_is_said_is_a_model_and_json_says_the_same():

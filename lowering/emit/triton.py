@@ -218,8 +218,9 @@ class TritonFunction(TritonTiles):
 
     def _allot(self) -> None:
         """Give scratch memory to what some reader can have from memory only."""
-        for value in self.handed:
-            self._place(value)
+        for value in self.values:
+            if value in self.handed:
+                self._place(value)
         for value in self.values:
             if value.kind == "join":
                 self._place(value)

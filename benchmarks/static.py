@@ -45,7 +45,7 @@ TABLE = RESULTS / "static.json"
 # Features of a head, and the devices compiled for at each.
 CASES = {64: ("sm_90", "sm_80", "gfx942"), 32: ("sm_90",), 128: ("sm_90",)}
 HEADS = 6
-LIMIT = 60.0  # seconds that a kernel may take
+LIMIT = 60.0  # seconds of CPU that a kernel may take
 KERNELS = ("forward", "backward")
 NAMED = ("loop", "part", "d", "device", "kernel")  # what tells a row from all others
 Device = Literal["sm_80", "sm_90", "gfx942"]
@@ -88,7 +88,7 @@ class Kernel:
         """Its row: what it takes, or why it does not compile.
 
         Args:
-            limit: seconds that compiling may take.
+            limit: seconds of CPU that compiling may take.
         """
         row = {**dict(zip(NAMED, self.key, strict=True)), "code": self.code}
         try:
@@ -233,7 +233,7 @@ def main(
         d: features of a head: 32, 64 and 128 by default.
         again: compile what the table has, too.
         processes: kernels compiled at a time.
-        limit: seconds that a kernel may take.
+        limit: seconds of CPU that a kernel may take.
         json_path: the table.
     """
     unknown = set(loop) - {known.__name__ for known in zoo.loops()}

@@ -140,6 +140,7 @@ class Results:
         self.path = path
         self.head: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         kernels, no_plan = self.head.pop("kernels", []), self.head.pop("no_plan", [])
+        self.head.pop("left_out", None)  # `write` finds it again
         self.kernels: dict[Key, dict[str, Any]] = {key_of(row): row for row in kernels}
         self.no_plan: dict[tuple[str, str, int], dict[str, Any]] = {key_of(row)[:3]: row for row in no_plan}
 
@@ -149,13 +150,25 @@ class Results:
         for key in [key for key in self.kernels if key[:3] == (loop, part, d) and key[3] not in devices]:
             del self.kernels[key]
 
+    def left_out(self) -> dict[str, list[str]]:
+        """Loops that were not measured, by device and size; a run of the whole command leaves none."""
+        loops = [loop.__name__ for loop in zoo.loops()]
+        missing = {}
+        for d, devices in CASES.items():
+            without = {name for name, _, size in self.no_plan if size == d}
+            for device in devices:
+                known = without | {key[0] for key in self.kernels if key[2:4] == (d, device)}
+                missing[f"{device}, d = {d}"] = [name for name in loops if name not in known]
+        return {case: names for case, names in missing.items() if names}
+
     def write(self) -> None:
         """A row a line, in an order of their own, so that what differs in two tables is figures."""
 
         def lines(rows: dict[Any, dict[str, Any]]) -> str:
             return "[\n" + ",\n".join(f"  {json.dumps(rows[key], sort_keys=True)}" for key in sorted(rows)) + "\n ]"
 
-        text = json.dumps({**self.head, "kernels": "KERNELS", "no_plan": "NO_PLAN"}, indent=1, sort_keys=True)
+        head = {**self.head, "left_out": self.left_out()}
+        text = json.dumps({**head, "kernels": "KERNELS", "no_plan": "NO_PLAN"}, indent=1, sort_keys=True)
         text = text.replace('"KERNELS"', lines(self.kernels)).replace('"NO_PLAN"', lines(self.no_plan))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".part")

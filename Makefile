@@ -6,23 +6,32 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+# The oldest Triton that is supported, in a folder that PYTHONPATH puts before the pinned one. It is for Linux alone.
+OLDEST_TRITON := 3.6.0
+OLDEST := $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton-$(OLDEST_TRITON))
 
 # Threads that spin while they wait make two busy processes on one machine many times slower.
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test gpu install clean
+.PHONY: demo test gpu install clean oldest-triton
 .DEFAULT_GOAL := demo
 
 demo: install
 	$(PY) -m nestloop demo
 
-test: install
+test: install $(if $(OLDEST),$(OLDEST)/.installed)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
 	$(PY) -m pytest -n 2 -q --durations=15
+	@$(if $(OLDEST),$(MAKE) --no-print-directory oldest-triton,echo 'Triton $(OLDEST_TRITON) is for Linux: not tested here')
+
+# Part of `test`: generated Triton with the oldest release.
+oldest-triton: $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(PY) -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton'
+	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PY) -m pytest -n 2 -q -m oldest_triton tests/lowering
 
 # Runs on the machine's own Python where that one sees a GPU (GPU_PYTHON=... names another), else in .venv.
 GPU_PYTHON ?= python3
@@ -57,6 +66,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo 'installing nestloop and its dependencies (about 2.5 GB on disk, some minutes the first time)'
 	$(PY) -m pip install -qq -c constraints.txt setuptools
 	$(PY) -m pip install -qq -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(OLDEST)/.installed: | $(INSTALLED)
+	$(PY) -m pip install -qq --no-deps --upgrade --target $(OLDEST) triton==$(OLDEST_TRITON)
 	@touch $@
 
 clean:

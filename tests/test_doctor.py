@@ -25,6 +25,11 @@ def test_the_tested_releases_are_the_pinned_ones(root: Path):
     assert {name: tested.pin for name, tested in doctor.TESTED.items()} == {n: pins[n] for n in doctor.TESTED}
 
 
+def test_the_oldest_triton_is_tested(root: Path):
+    (version,) = re.findall(r"^OLDEST_TRITON := (\S+)$", (root / "Makefile").read_text(), re.MULTILINE)
+    assert doctor.release(version) == doctor.TESTED["triton"].oldest
+
+
 @pytest.mark.parametrize(
     ("version", "release"), [("2.13.0+cpu", (2, 13)), ("1.0.31", (1, 0)), ("2.12.0a0+git1", (2, 12))]
 )

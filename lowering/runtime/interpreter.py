@@ -1,9 +1,9 @@
 """Generated Triton on CPU tensors: Triton's interpreter, kernel by kernel, in a process that also compiles.
 
 Triton interprets when TRITON_INTERPRET is set before it is imported, and then compiles nothing. Here one kernel is
-interpreted at a time. Two things of the stock interpreter are mended on the way: bfloat16, which it computes wrongly
-(products of garbage, casts that cut off), is rounded to nearest; and what it puts in the place of `triton.language`
-while a function runs is taken back after it.
+interpreted at a time. Three things of the stock interpreter are mended on the way: bfloat16, which it computes wrongly
+(products of garbage, casts that cut off), is rounded to nearest; what it puts in the place of `triton.language` while a
+function runs is taken back after it; and a number that bounds a loop is read in a way that every numpy allows.
 """
 
 from __future__ import annotations
@@ -75,6 +75,14 @@ def _install() -> None:
 
     JITFunction.__call__ = call
     InterpretedFunction.__call__ = call_restoring
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        # Triton 3.6 calls int() on an array of one element, which numpy 2.4 refuses.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     cast, binary, unary = _BUILDER.cast_impl, _BUILDER.binary_op, _BUILDER.unary_op
     dot, convert = _BUILDER.create_dot, _BUILDER.create_fp_to_fp
 

@@ -210,16 +210,23 @@ class _Walk:
                 self._step(schedule, start, stop, {})
                 self.read(start, stop, self.weights)
             else:
+                if at % schedule.size == 0:
+                    self._clear_pending()
                 self._apply_then_update(schedule, start, stop, complete)
             start = stop
+
+    def _clear_pending(self) -> None:
+        """Nothing waits between two chunks, whatever a state says."""
+        for entry in entries(self.spec).values():
+            if entry.part == "pending":
+                self.carry[entry.name] = torch.zeros_like(self.carry[entry.name])
 
     def _apply_then_update(self, schedule: Chunked, start: int, stop: int, complete: bool) -> None:
         before = self.weights
         pending = [e for e in entries(self.spec).values() if e.part == "pending"]
         if complete:
             self._step(schedule, start, stop, {e.name: self.carry[e.name] for e in pending})
-            for entry in pending:
-                self.carry[entry.name] = torch.zeros_like(self.carry[entry.name])
+            self._clear_pending()
         else:
             anchor = {n: self.carry.get(f"{n}.anchor", self.carry[n]) for n in self.spec.fast}
             tile = {n: t[start:stop] for n, t in self.tokens.items()}

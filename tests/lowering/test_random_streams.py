@@ -270,6 +270,18 @@ def test_a_stream_that_failed_once(name: str):
     compared(loop, FOUND[name].inputs(loop, 7), *[nl.compile(loop, backend=backend) for backend in BACKENDS])
 
 
+def test_nothing_waits_where_a_chunk_begins():
+    """What a state says is pending there is no part of the chunk's step, in values and in gradients."""
+    case = RandomStream("linear", "L2", "plain", nl.Chunked(2, "apply-update"), "number", momentum=("channel gate",))
+    loop = case.declare()
+    inputs = begun(case, loop, 7, 2)
+    assert inputs.state is not None
+    for name in ("w.pending", "momentum0_channel.pending"):
+        assert not inputs.state[name].any()
+        inputs.state[name] = torch.ones_like(inputs.state[name]).requires_grad_()
+    compared(loop, inputs, *[nl.compile(loop, backend=backend) for backend in BACKENDS])
+
+
 def test_a_body_that_decides_on_the_length_of_a_chunk_is_refused():
     """The last chunk of a sequence is shorter: one graph for all chunks would be wrong for it."""
     case = RandomStream("linear", "L2", "plain", nl.Chunked(4), "number")

@@ -19,6 +19,8 @@ from tests.lowering.ops.test_rows import kwargs
 pytest.importorskip("triton")
 from nestloop.lowering.runtime.interpreter import interpreted
 
+pytestmark = pytest.mark.oldest_triton
+
 CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     **{row.name: (row.target, row.example, kwargs(row)) for row in SPELLED},
     **MORE,

@@ -19,7 +19,10 @@ from tests.lowering.runtime.test_native import Recall, doubled, single
 
 pytest.importorskip("triton")
 
-LOOPS = [zoo.LinearAttention, zoo.LinearAttentionElu, zoo.InContextGD, zoo.MTTTLinear, zoo.GatedBranch]
+LOOPS = [
+    pytest.param(loop, marks=pytest.mark.oldest_triton)
+    for loop in (zoo.LinearAttention, zoo.LinearAttentionElu, zoo.InContextGD, zoo.MTTTLinear, zoo.GatedBranch)
+]
 LARGER = [pytest.param(loop, marks=pytest.mark.slow) for loop in (zoo.MTTTMLP, zoo.MTTTMLP4, zoo.MTTTMLPSGD4)]
 SIZES = {"d": 6, "D": 16, "dx": 5, "dy": 3, "a": 5, "e": 7, "H": 2}  # D so wide that the Gram form is taken
 
@@ -167,6 +170,7 @@ def test_float32_is_the_reference_in_float64_to_rounding():
     assert_equal(differences(found, wanted), 1e-5)
 
 
+@pytest.mark.oldest_triton
 def test_bfloat16_is_as_near_as_generated_pytorch_is():
     inputs = inputs_of(zoo.MTTTLinear)
 
@@ -260,6 +264,7 @@ def test_nothing_is_written_that_was_not_asked_for(monkeypatch: pytest.MonkeyPat
     assert lowered.triton is None and lowered.not_triton == ""
 
 
+@pytest.mark.oldest_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_both_kernels_compile(kernel: str):

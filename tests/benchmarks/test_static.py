@@ -1,0 +1,97 @@
+"""The table of what Triton kernels take has every loop of the zoo, and none of them spills more than it says."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import static
+from nestloop import zoo
+from nestloop.lowering.runtime import offline
+
+DEVICE: static.Device = "sm_90"
+D = 64
+CHEAP = 3.0  # seconds of CPU that compiling may have taken: what takes longer is measured by the command alone
+TABLE = static.Results()
+FORWARD = {
+    row["loop"]: row
+    for row in TABLE.kernels.values()
+    if (row["device"], row["d"], row["kernel"]) == (DEVICE, D, "forward") and row.get("seconds", CHEAP + 1) <= CHEAP
+}
+WITHOUT = sorted({row["loop"] for row in TABLE.no_plan.values() if row["d"] == D})
+
+
+def again(loop: str) -> str:
+    return f"`python -m benchmarks.static --loop {loop}` measures it and writes the table"
+
+
+@pytest.fixture
+def same_triton() -> None:
+    pytest.importorskip("triton")
+    found, wanted = importlib.metadata.version("triton"), TABLE.head["triton"]
+    if found != wanted:
+        pytest.skip(f"the table was written with Triton {wanted}, and {found} is installed")
+
+
+@pytest.mark.parametrize("loop", [loop.__name__ for loop in zoo.loops()])
+def test_every_loop_of_the_zoo_is_in_the_table(loop: str):
+    rows = [*TABLE.kernels.values(), *TABLE.no_plan.values()]
+    assert any(row["loop"] == loop and row["d"] == D for row in rows), again(loop)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", WITHOUT)
+def test_what_had_no_triton_has_none(loop: str):
+    assert all(isinstance(plan, str) for plan in static.plans(getattr(zoo, loop), D).values()), again(loop)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("same_triton")
+@pytest.mark.parametrize("loop", FORWARD)
+def test_no_kernel_spills_more_than_it_did(loop: str):
+    row = FORWARD[loop]
+    plan = static.plans(getattr(zoo, loop), D)[row["part"]]
+    assert not isinstance(plan, str), f"there is no Triton any more: {plan}"
+    made = offline.compiled(plan, "forward", DEVICE)
+    assert made.shared <= offline.SHARED[DEVICE]
+    assert all(now <= before for now, before in zip(made.spilled, row["spilled"], strict=True)), (
+        f"{made.summary}; it was {row['spilled']}. If more is meant: {again(loop)}"
+    )
+
+
+def test_most_forward_kernels_are_compiled_again():
+    planned = {row["loop"] for row in TABLE.kernels.values() if row["d"] == D}
+    assert len(FORWARD) >= len(planned) / 2
+
+
+def test_what_is_in_the_table_is_not_compiled_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("triton")
+    path = tmp_path / "static.json"
+    chosen: dict[str, Any] = {"loop": ("CausalLinearAttention",), "device": (DEVICE,), "d": (D,), "json_path": path}
+    texts = []
+    for _ in range(2):
+        assert static.main(**chosen) == 0
+        texts.append(json.loads(path.read_text())["kernels"])
+    assert texts[0] == texts[1]
+    assert [row["kernel"] for row in texts[0]] == ["backward", "forward"]
+    assert all(row["registers"] > 0 and row["shared"] > 0 and row["seconds"] > 0 for row in texts[0])
+    left_out = json.loads(path.read_text())["left_out"]
+    assert {loop.__name__ for loop in zoo.loops()} - set(left_out["sm_90, d = 64"]) == {"CausalLinearAttention"}
+    assert capsys.readouterr().out.count("CausalLinearAttention scan 64 sm_90 forward") == 1
+
+
+def test_a_kernel_that_takes_too_long_is_written_down(tmp_path: Path):
+    pytest.importorskip("triton")
+    path = tmp_path / "static.json"
+    assert static.main(loop=("PGDN",), device=(DEVICE,), d=(D,), limit=0.5, json_path=path) == 0
+    rows = json.loads(path.read_text())["kernels"]
+    assert [row["refused"] for row in rows] == ["longer than 0.5 seconds"] * 2
+
+
+def test_a_loop_that_is_not_there(capsys: pytest.CaptureFixture[str]):
+    assert static.main(loop=("NoSuchLoop",)) == 2
+    assert "NoSuchLoop" in capsys.readouterr().out

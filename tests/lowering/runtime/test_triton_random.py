@@ -69,7 +69,7 @@ def test_random_streams_are_the_reference(family: str, batch: int, monkeypatch: 
     ("loss", "shuffled"), LOOPS, ids=[f"{loss}-{'shuffled' if s else 'full batch'}" for loss, s in LOOPS]
 )
 def test_random_loops_of_batches_are_the_reference(loss: str, shuffled: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(triton_loop, "HEIGHTS", (16,))  # several tiles to a step
+    monkeypatch.setattr(triton_loop, "TILES", ((16, 0),))  # several tiles to a step
     checked = []
 
     @seed(500 + LOOPS.index((loss, shuffled)) + CASES)

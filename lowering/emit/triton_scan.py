@@ -20,16 +20,15 @@ class TritonScan(TritonStream):
             body.append(self.load(n, self.at(n)) if n in self.starts else f"{n} = {self.zeros(n)}")
         for n in self.extra:
             if n.endswith("__pending"):
-                body.append(self.store(n, self._end(n), self.zeros(n)))
+                body.append(self.store(n, self.end(n), self.zeros(n)))
         loop = [*self.span, "if (index > 0) & (index % every == 0):"]
-        kept = [self.store(n, f"{self._between(n, 'index // every - 1')}", n) for n in self.carry]
-        kept = [line.replace(f"between_{n}_p", f"between_{n}_made") for n, line in zip(self.carry, kept, strict=True)]
+        kept = [self.store(n, self.between(n, "index // every - 1", made=True), n) for n in self.carry]
         loop += indented(kept)
         loop += self._anchored()
         for n in self.extra:
             if n.endswith("__anchor"):
                 weight = n.removesuffix("__anchor")
-                loop += ["if start + own == N:", *indented([self.store(n, self._end(n), weight)])]
+                loop += ["if start + own == N:", *indented([self.store(n, self.end(n), weight)])]
 
         def run(name: str) -> list[str]:
             function = self.functions[name]
@@ -41,18 +40,12 @@ class TritonScan(TritonStream):
                 elif plain in self.carry:
                     lines.append(f"{plain} = {result if there else self.zeros(plain)}")
                 else:
-                    lines.append(self.store(plain, self._end(plain), result if there else self.zeros(plain)))
+                    lines.append(self.store(plain, self.end(plain), result if there else self.zeros(plain)))
             return [line for line in lines if line]
 
         loop += self.either(run("chunk"), run("partial") if "partial" in self.pieces else [])
         body += [walk("index", f"0, tl.cdiv(N, {self.longest})"), *indented(loop)]
-        return body + [self.store(n, self._end(n), n) for n in self.carry]
-
-    def _end(self, name: str) -> str:
-        return f"end_{name}_made + item * {self.elements(name)}"
-
-    def _between(self, name: str, index: str) -> str:
-        return f"between_{name}_p + (({index}) * H * B + item) * {self.elements(name)}"
+        return body + [self.store(n, self.end(n), n) for n in self.carry]
 
     def _anchored(self) -> list[str]:
         """Lines that set an anchor where its period begins."""
@@ -60,14 +53,6 @@ class TritonScan(TritonStream):
             return []
         moved = [f"{n} = {n.removesuffix('__anchor')}" for n in self.anchors]
         return [f"if start % {self.anchor_period} == 0:", *indented(moved)]
-
-    def _slots(self, index: str) -> dict[str, str]:
-        """Where the states of a group lie in the program's memory."""
-        places, offset = {}, 0
-        for n in self.carry:
-            places[n] = f"states + ({index}) * {self._state}" + (f" + {offset}" if offset else "")
-            offset += self.elements(n)
-        return places
 
     def _backward(self) -> list[str]:
         gradients = self.gradients
@@ -77,9 +62,9 @@ class TritonScan(TritonStream):
         if self.halo:
             body += self._clear()
         body += [f"chunks = tl.cdiv(N, {self.longest})", "groups = tl.cdiv(chunks, every)"]
-        here = self._slots("0")
+        here = self.slots("0")
         first = [self.load(n, self.at(n)) if n in self.starts else f"{n} = {self.zeros(n)}" for n in self.carry]
-        later = [self.load(n, self._between(n, "first // every - 1")) for n in self.carry]
+        later = [self.load(n, self.between(n, "first // every - 1")) for n in self.carry]
         group = [
             "first = (groups - 1 - turn) * every",
             "last = tl.minimum(first + every, chunks)",
@@ -91,7 +76,7 @@ class TritonScan(TritonStream):
             "tl.debug_barrier()",
         ]
         if self.carry:
-            ahead, now, then = [*self.span], self._slots("index - first"), self._slots("index - first + 1")
+            ahead, now, then = [*self.span], self.slots("index - first"), self.slots("index - first + 1")
             ahead += [self.load(n, now[n]) for n in self.carry]
             ahead += self._anchored()
             ahead.append(self.call("advance", {}))
@@ -120,7 +105,7 @@ class TritonScan(TritonStream):
 
     def _pull(self) -> list[str]:
         """Lines of one chunk's backward."""
-        now = self._slots("index - first")
+        now = self.slots("index - first")
         lines = [*self.span, *[self.load(n, now[n]) for n in self.carry], *self._anchored()]
         for n in self.extra:
             if n.endswith("__update"):

@@ -144,6 +144,22 @@ class TritonStream(TritonKernels, ScanTensors):
         tokens = f"(N + {self.halo})" if self.halo and self.plain(name) not in ROWWISE else "N"
         return f"{name}_made + (item * {tokens} + start) * {width}"
 
+    def end(self, name: str) -> str:
+        """Where a part of the state that forward leaves lies."""
+        return f"end_{name}_made + item * {self.elements(name)}"
+
+    def between(self, name: str, index: str, made: bool = False) -> str:
+        """Where a kept state's part lies, as forward makes it or backward takes it."""
+        return f"between_{name}_{'made' if made else 'p'} + (({index}) * H * B + item) * {self.elements(name)}"
+
+    def slots(self, index: str) -> dict[str, str]:
+        """Where the states of a group lie, densely, in the program's memory."""
+        places, offset = {}, 0
+        for n in self.carry:
+            places[n] = f"states + ({index}) * {self._state}" + (f" + {offset}" if offset else "")
+            offset += self.elements(n)
+        return places
+
     def clear(self, name: str) -> str:
         """The line that sets a chunk's rows of a result to zero."""
         if self.alone:

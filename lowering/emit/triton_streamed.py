@@ -70,22 +70,8 @@ class TritonStreamedScan(TritonStream):
             offset += -(-self.elements(n) // 16) * 16
         return places
 
-    def _slots(self, index: str) -> dict[str, str]:
-        """Where the states of a group lie, densely, in the program's memory."""
-        places, offset = {}, 0
-        for n in self.carry:
-            places[n] = f"states + ({index}) * {self._state}" + (f" + {offset}" if offset else "")
-            offset += self.elements(n)
-        return places
-
     def step(self, name: str) -> str:
         return f"{name}_n" if self._walks(name) else "0"
-
-    def _end(self, name: str) -> str:
-        return f"end_{name}_made + item * {self.elements(name)}"
-
-    def _between(self, name: str, index: str, made: bool = False) -> str:
-        return f"between_{name}_{'made' if made else 'p'} + (({index}) * H * B + item) * {self.elements(name)}"
 
     def _read(self, states: Mapping[str, str]) -> dict[str, str]:
         """Where functions find what is no token."""
@@ -115,13 +101,13 @@ class TritonStreamedScan(TritonStream):
 
     def _forward(self) -> list[str]:
         body, first = [self._pair("forward")], self._in("pair", self.carry)
-        ends = {n: self._end(n) for n in [*self.carry, *self.extra]}
+        ends = {n: self.end(n) for n in [*self.carry, *self.extra]}
         for n in self.carry:
             body += self.fill(n, self.at(n), first[n])
         for n in self.extra:
             body += self.fill(n, None, ends[n]) if n.endswith("__pending") else []
         now, then = self._in("now", self.carry), self._in("then", self.carry)
-        kept = {n: self._between(n, "index // every - 1", True) for n in self.carry}
+        kept = {n: self.between(n, "index // every - 1", True) for n in self.carry}
         loop = [
             *self.span,
             f"now = pair + index % 2 * {self._size}",
@@ -151,7 +137,7 @@ class TritonStreamedScan(TritonStream):
         for n in self.carry:
             body += self.fill(n, self.at(f"d_end_{n}"), first[n])
         body += [f"chunks = tl.cdiv(N, {self.longest})", "groups = tl.cdiv(chunks, every)"]
-        here, now, then = self._slots("0"), self._slots("index - first"), self._slots("index - first + 1")
+        here, now, then = self.slots("0"), self.slots("index - first"), self.slots("index - first + 1")
         group = [
             "first = (groups - 1 - turn) * every",
             "last = tl.minimum(first + every, chunks)",
@@ -159,7 +145,7 @@ class TritonStreamedScan(TritonStream):
             "if first == 0:",
             *indented([x for n in self.carry for x in self.fill(n, self.at(n), here[n])]),
             "else:",
-            *indented([x for n in self.carry for x in self.fill(n, self._between(n, "first // every - 1"), here[n])]),
+            *indented([x for n in self.carry for x in self.fill(n, self.between(n, "first // every - 1"), here[n])]),
             BARRIER,
             walk("index", "first, last - 1"),
             *indented([*self.span, *self._run("advance", now, then), BARRIER]),

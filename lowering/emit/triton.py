@@ -9,38 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import fx
 
-from nestloop.lowering import ops
 from nestloop.lowering.axes import Axes
-from nestloop.lowering.emit.expressions import numbers, offset
-from nestloop.lowering.emit.padding import stays_zero
-from nestloop.lowering.emit.triton_tiles import NARROWEST, TOKENS, TritonTiles, held, walk
-from nestloop.lowering.ops.row import Element, System, Unsupported
-from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, product
+from nestloop.lowering.emit.triton_tiles import TOKENS, held, walk
+from nestloop.lowering.emit.triton_values import MOST_ELEMENTS, TRITON, TritonValues
+from nestloop.lowering.ops.strided import ZERO, Extent, NoSpelling, Strided, product
 from nestloop.lowering.schedule.order import fewest_alive, most_alive
 from nestloop.lowering.schedule.phases import NoPhases, Phase, handed_on, is_blocked, phases, sums_over
-from nestloop.lowering.schedule.values import SCALARS, Language, Value, fold, operands_of, read
-
-MOST_ELEMENTS = 1 << 16  # of one tile: more never fits the registers of a program
+from nestloop.lowering.schedule.values import SCALARS, Value, fold, read
 
 
-def number(value: Any) -> str:
-    """A Python number as Triton."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return f'float("{value}")'
-    return repr(value)
-
-
-TRITON = Language(number, lambda size: f"tl.cast({size}, S)" if size.has_tokens else f"{size}.0", in_memory=False)
-
-
-class TritonFunction(TritonTiles):
+class TritonFunction(TritonValues):
     """Writes one graph as a Triton function, which returns its results as tiles.
 
     Args:
@@ -201,10 +184,6 @@ class TritonFunction(TritonTiles):
             lines += self._ended(value)
         return lines
 
-    @staticmethod
-    def _reduced_by(value: Value) -> str:
-        return fold(value.node).by if value.kind == "fold" else "sum"
-
     def _ended(self, value: Value) -> list[str]:
         """Lines after the last block of a reduction."""
         lines = []
@@ -235,11 +214,6 @@ class TritonFunction(TritonTiles):
                     self._place(view.base)
                     self.at_once.add(view.base)
 
-    @staticmethod
-    def _domain_at(space: Sequence[Extent], axis: int) -> int:
-        """Which axis of a tile an axis of a value is, those of size 1 left out."""
-        return sum(not size.is_one for size in space[:axis])
-
     def _views(self, value: Value) -> list[tuple[Strided, tuple[Extent, ...]]]:
         """The operands of a value, with the axes over which it reads each."""
         if value.kind == "product":
@@ -247,239 +221,3 @@ class TritonFunction(TritonTiles):
         if value.kind in ("system", "join"):
             return [(view, view.shape) for view in value.reads]
         return [(view, value.space) for view in value.reads]
-
-    # ---- Values ----------------------------------------------------------------------------------------------------
-
-    def _value(self, value: Value) -> list[str]:
-        made = {
-            "element": self._element,
-            "fold": self._fold,
-            "product": self._product,
-            "along": self._along,
-            "system": self._system,
-            "join": self._join,
-        }[value.kind](value)
-        *before, text = made
-        where = value.node.meta.get("where")
-        comment = f"  # {self._named(value)}{f' {where.short}' if where else ''}"
-        if self.block is not None and sums_over(value, self.block[0]):
-            by = self._reduced_by(value)
-            text = f"{value.name} + {text}" if by == "sum" else f"tl.{by}imum({value.name}, {text})"
-            lines = [*self.pending, *before, f"{value.name} = {text}{comment}"]
-            self.pending = []
-            return lines
-        lines = [*self.pending, *before, f"{value.name} = {text}{comment}"]
-        self.pending = []
-        if value in self.handed:
-            self.there.add(value)
-        return [*lines, *self._finished(value)]
-
-    def _finished(self, value: Value) -> list[str]:
-        """Lines after a value is there: a result is written, or made what the next step takes."""
-        lines = []
-        if value.written:
-            lines += self._put(value)
-        elif value.result is not None and not any(size.has_tokens for size in held(value)):
-            dirty = [d for d, fine in enumerate(self.clean[value]) if not fine]
-            if dirty:  # what the next step takes is zero beyond its size
-                mask = " & ".join(self._mask(d, len(held(value)), held(value)[d]) for d in dirty)
-                lines.append(f"{value.name} = tl.where({mask}, {value.name}, 0)")
-        return [*lines, *(self._store(value) if value in self.place else [])]
-
-    def _named(self, value: Value) -> str:
-        return f"[{', '.join(self.axes.get(value.node, ())).replace(' ', '')}]"
-
-    def _set_clean(self, value: Value, clean: Sequence[bool | None]) -> None:
-        self.clean[value] = [bool(c) or self.whole(size) for c, size in zip(clean, held(value), strict=True)]
-
-    def _element(self, value: Value) -> list[str]:
-        domain = held(value)
-        rank = len(domain)
-        texts, cleans = [], []
-        for operand in value.operands:
-            text, clean = (operand, [None] * rank) if isinstance(operand, str) else self._tile(operand, value.space)
-            texts.append(text)
-            cleans.append(clean)
-        axes = iter(range(rank))
-        index = tuple("0" if size.is_one else self._index(next(axes), rank, size) for size in value.shape)
-        numeric = [isinstance(operand, str) for operand in value.operands]
-        if value.copies:
-            text = texts[0]
-        else:
-            if not value.operands and value.node.args:
-                texts = numbers(value.node, TRITON)
-            text = self._spelled(value.node, texts, index, numeric)
-        covered = [any(c[d] is not None for c in cleans) or self._at_all(index, d, text) for d in range(rank)]
-        if not all(covered):
-            shape = f"({', '.join(str(self.padded(size)) for size in domain)}{',' if rank == 1 else ''})"
-            tile = any(covered) or any(isinstance(o, Strided) and held(o.base) for o in value.operands)
-            text = f"tl.broadcast_to({text}, {shape})" if tile else f"tl.full({shape}, {text}, S)"
-        elif not rank and all(numeric):
-            text = f"tl.full((), {text}, {'tl.int1' if value.is_bool else 'S'})"
-        self._set_clean(value, [stays_zero(value, [clean[d] for clean in cleans]) for d in range(rank)])
-        return [text]
-
-    @staticmethod
-    def _at_all(index: tuple[str, ...], axis: int, text: str) -> bool:
-        """Whether an expression reads the position along an axis."""
-        positions = [i for i in index if i != "0"]
-        return positions[axis] in text
-
-    @staticmethod
-    def _spelled(node: fx.Node, texts: list[Any], index: tuple[str, ...], numeric: Sequence[bool]) -> str:
-        element: Any = ops.row(node.target).cpp
-        assert isinstance(element, Element)
-        spelling: Callable[..., str] | Unsupported = element.spell if element.triton is None else element.triton
-        if isinstance(spelling, Unsupported):
-            raise NoSpelling(f"{ops.row(node.target).name}: {spelling.reason}")
-        return spelling(operands_of(node, texts, index=index, numbers=numeric))
-
-    def _fold(self, value: Value) -> list[str]:
-        how, (view,) = fold(value.node), value.reads
-        space = [size for size in value.space if not size.is_one]
-        reduced = [self._domain_at(value.space, axis) for axis in value.axes if not value.space[axis].is_one]
-        text, clean = self._tile(view, value.space)
-        missing = [d for d in reduced if clean[d] is None]
-        if missing:
-            text = f"tl.broadcast_to({text}, ({', '.join(str(self.padded(size)) for size in space)},))"
-            clean = [False if d in missing else c for d, c in enumerate(clean)]
-        element = how.of(text)
-        fill = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}[how.by]
-        dirty = [d for d in reduced if not self.whole(space[d]) and (not clean[d] or how.by != "sum")]
-        if dirty:
-            mask = " & ".join(self._mask(d, len(space), space[d]) for d in dirty)
-            element = f"tl.where({mask}, {element}, {fill})"
-        for d in sorted(reduced, reverse=True):
-            element = f"tl.{how.by}({element}, {d})"
-        ended = element
-        if self.block is None or not sums_over(value, self.block[0]):  # else after the last block
-            ended = how.ends(element, str(product([value.space[axis] for axis in value.axes])))
-        self._set_clean(value, [c for d, c in enumerate(clean) if d not in reduced])
-        left = [d for d in range(len(space)) if d not in reduced]
-        if any(clean[d] is None for d in left):
-            shape = ", ".join(str(self.padded(space[d])) for d in left)
-            ended = f"tl.broadcast_to({ended}, ({shape},))"
-        return [ended]
-
-    def _factors(self, value: Value) -> tuple[Strided, Strided]:
-        """A product's operands: as they are where it is one of tiles, else over all of its axes, to be summed."""
-        a, b = value.factors
-        if self.is_dot(value):
-            return a, b
-        return self._beside(a.unsqueeze(len(a.shape)), b.unsqueeze(len(b.shape) - 2))
-
-    @staticmethod
-    def is_dot(value: Value) -> bool:
-        a, b = value.factors
-        sizes = [a.shape[-2], a.shape[-1], b.shape[-1]]
-        batch = [size for size in value.shape[:-2] if not size.is_one]
-        return not any(size.is_one for size in sizes) and not batch
-
-    @staticmethod
-    def _beside(a: Strided, b: Strided) -> tuple[Strided, Strided]:
-        rank = max(len(a.shape), len(b.shape))
-        a, b = (
-            replace(
-                v, shape=(ONE,) * (rank - len(v.shape)) + v.shape, strides=(ZERO,) * (rank - len(v.shape)) + v.strides
-            )
-            for v in (a, b)
-        )
-        shape = [n if m.is_one else m for m, n in zip(a.shape, b.shape, strict=True)]
-        return a.expand(shape), b.expand(shape)
-
-    def _product(self, value: Value) -> list[str]:
-        a, b = self._factors(value)
-        if self.is_dot(value):
-            (left, clean_a), (right, clean_b) = self._tile(a, a.shape), self._tile(b, b.shape)
-            left, right = self._full(left, clean_a, a.shape), self._full(right, clean_b, b.shape)
-            inner = a.shape[-1]
-            if not self.whole(inner):
-                left = left if clean_a[1] else f"tl.where({self._mask(1, 2, inner)}, {left}, 0)"
-                right = right if clean_b[0] else f"tl.where({self._mask(0, 2, inner)}, {right}, 0)"
-            self._set_clean(value, [clean_a[0], clean_b[1]])
-            # as in generated PyTorch, low precision is for mm alone
-            precision = "PRODUCT" if value.node.target is torch.ops.aten.mm.default else '"ieee"'
-            return [f"tiles.dot({left}, {right}, S, {precision})"]
-        space = a.shape
-        axes = [size for size in space if not size.is_one]
-        elements = math.prod(map(self.padded, axes))
-        if elements > MOST_ELEMENTS:
-            raise NoSpelling(f"a product of {elements} terms is more than registers hold")
-        (left, clean_a), (right, clean_b) = self._tile(a, space), self._tile(b, space)
-        text = f"{left} * {right}"
-        clean = [bool(x and (y or y is None)) or bool(y and x is None) for x, y in zip(clean_a, clean_b, strict=True)]
-        absent = [x is None and y is None for x, y in zip(clean_a, clean_b, strict=True)]
-        between = len(space) - 2  # the axis that the product sums over
-        if not space[between].is_one:
-            d = self._domain_at(space, between)
-            if not self.whole(space[between]) and not clean[d]:
-                text = f"tl.where({self._mask(d, len(axes), space[between])}, {text}, 0)"
-            text = f"tl.sum({text}, {d})"
-            del clean[d], absent[d]
-        if any(absent):
-            text = f"tl.broadcast_to({text}, ({', '.join(str(self.padded(s)) for s in held(value))},))"
-        self._set_clean(value, clean)
-        return [text]
-
-    def _along(self, value: Value) -> list[str]:
-        (view,) = value.reads
-        axis = self._domain_at(value.shape, value.axes[0])
-        name: str = ops.row(value.node.target).cpp.function
-        if self.turned.get(value):
-            name += "_reversed"
-            view = view.flip([value.axes[0]])
-        text, clean = self._tile(view, value.space)
-        text = self._full(text, clean, value.space)
-        if value.shape[value.axes[0]].is_one:
-            self._set_clean(value, [name != "softmax" and c for c in clean])
-            return [f"{text} - {text} + 1" if name == "softmax" else text]
-        rank = len(held(value))
-        live = self._mask(axis, rank, held(value)[axis])
-        zero = [bool(c) and d != axis and name != "softmax" for d, c in enumerate(clean)]
-        self._set_clean(value, zero)
-        return [f"tiles.{name}({text}, {axis}, {live})"]
-
-    def _system(self, value: Value) -> list[str]:
-        spelled = ops.row(value.node.target).cpp
-        assert isinstance(spelled, System)
-        a, b = value.reads
-        batch, size, vector = [s for s in value.shape[:-2] if not s.is_one], a.shape[-1], b.shape[-1].is_one
-        if len(batch) > 1 or size.is_one or (batch and spelled.triangular):
-            raise NoSpelling(f"a batch of {'triangles' if spelled.triangular else 'systems'}")
-        (left, clean_a), (right, clean_b) = self._tile(a, a.shape), self._tile(b, b.shape)
-        left, right = self._full(left, clean_a, a.shape), self._full(right, clean_b, b.shape)
-        if vector and batch:
-            right = f"{right}[:, :, None]"
-        elif vector:  # the first of as many columns as a product takes
-            right = f"tl.where({self._index(1, 2, Extent(0, NARROWEST))} == 0, {right}[:, None], 0)"
-        if spelled.triangular:
-            settings = {"upper": False, "left": True, "unitriangular": False, **value.node.kwargs}
-            upper = settings["upper"] if settings["left"] else not settings["upper"]
-            live, unit = self._mask(0, 1, size), settings["unitriangular"]
-            text = f"tiles.solve_triangular({left}, {right}, {live}, {upper}, {unit}, S, PRODUCT)"
-        else:
-            text = f"tiles.solve({left}, {right}, {size})"
-        # Beyond its size a batch may hold singular matrices.
-        self._set_clean(value, [*[False for _ in batch], True, *([] if vector else [clean_b[-1]])])
-        return [f"tl.sum({text}, {len(batch) + 1})" if vector else text]
-
-    def _join(self, value: Value) -> list[str]:
-        """Parts go to memory side by side, from which the whole is read."""
-        lines, start = [], ZERO
-        axis = value.axes[0]
-        strides = dense(value.shape)
-        for part in value.operands:
-            if isinstance(part, str):
-                raise NoSpelling("a number beside tiles")
-            text, clean = self._tile(part, part.shape)
-            text = self._full(text, clean, part.shape)
-            sizes = [size for size in part.shape if not size.is_one]
-            steps = [s for size, s in zip(part.shape, strides, strict=True) if not size.is_one]
-            index = [self._index(d, len(sizes), size) for d, size in enumerate(sizes)]
-            place = offset(self.place[value] + strides[axis] * start, index, steps)
-            mask = self._masks(sizes)
-            lines.append(f"tl.store(scratch + {place}, {text}{f', mask={mask}' if mask else ''})")
-            start = start + part.shape[axis]
-        whole, clean = self._load(Strided.of(value, value.shape), value.shape)
-        self._set_clean(value, clean)
-        return [*lines, "tl.debug_barrier()", whole]

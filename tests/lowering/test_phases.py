@@ -7,7 +7,7 @@ import pytest
 import nestloop as nl
 from nestloop import zoo
 from nestloop.lowering import names, pipeline
-from nestloop.lowering.emit.triton import TRITON
+from nestloop.lowering.emit.triton_values import TRITON
 from nestloop.lowering.ops.strided import Extent
 from nestloop.lowering.schedule.phases import NoPhases, handed_on, is_blocked, phases, sums_over
 from nestloop.lowering.schedule.values import Value, read

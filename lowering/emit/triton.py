@@ -7,7 +7,6 @@ view that no turn or broadcast gives (a slice, tiles side by side) goes through 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -16,7 +15,7 @@ from torch import fx
 
 from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.triton_tiles import TOKENS, held, walk
-from nestloop.lowering.emit.triton_values import MOST_ELEMENTS, TRITON, TritonValues
+from nestloop.lowering.emit.triton_values import TRITON, TritonValues
 from nestloop.lowering.ops.strided import ZERO, Extent, NoSpelling, Strided, product
 from nestloop.lowering.schedule.order import fewest_alive, most_alive
 from nestloop.lowering.schedule.phases import NoPhases, Phase, handed_on, is_blocked, phases, sums_over
@@ -80,9 +79,7 @@ class TritonFunction(TritonValues):
         for value in [*self.given.values(), *self.values]:
             if ZERO in value.space or any(ZERO in operand.shape for operand in value.reads):
                 raise NoSpelling(f"a tile {self._named(value)} without elements")
-            elements = math.prod(self.padded(size) for size in value.space if not size.is_one)
-            if elements > MOST_ELEMENTS:
-                raise NoSpelling(f"a tile {self._named(value)} of {elements} elements is more than registers hold")
+            self._check_size(value)
         self.clean = {v: [True] * len(held(v)) for v in self.given.values()}
         self.returned = [r for r in self.results if r not in rows]
         walked = [name for name in self.tiles if name in rows and any(size.has_tokens for size in self.tiles[name][:1])]

@@ -67,8 +67,11 @@ class TritonLoop(TritonKernels, Batches):
             raise NoSpelling("its tokens mix, and a tile of all of them is more than registers hold")
         for piece in self.pieces.values():
             for node in piece.backward.graph.find_nodes(op="placeholder"):
-                if self.walks(self.name(node.name)) and not extent(node.meta["val"].shape[0]).has_tokens:
+                if not self.walks(self.name(node.name)) or (size := extent(node.meta["val"].shape[0])).has_tokens:
+                    continue
+                if not size.is_one:
                     raise NoSpelling("its graphs hold for one number of tokens, and a tile has another")
+                self.heights = (1,)  # a call with one token: a tile is that token, and has no axis of them
 
     def _add(self, name: str, of: str, results: list[str]) -> None:
         """A piece's function, or its backward's."""
@@ -95,6 +98,8 @@ class TritonLoop(TritonKernels, Batches):
 
         carried = summed if sum(map(self.tile_elements, summed)) <= CARRIED else []
         tiles = [tile for tile in TILES if tile[0] in self.heights]
+        if self.heights == (1,):
+            tiles = [(1, length) for height, length in TILES if height == HEIGHTS[-1]]
         self.functions[name] = self.fitting(of_tile, module, tiles, [carried, []] if carried else [[]])
 
     def _summed(self, name: str, results: Sequence[str]) -> list[str]:

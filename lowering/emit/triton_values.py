@@ -78,6 +78,25 @@ class TritonValues(TritonTiles):
                 lines.append(f"{value.name} = tl.where({mask}, {value.name}, 0)")
         return [*lines, *(self._store(value) if value in self.place else [])]
 
+    def _check_size(self, value: Value) -> None:
+        """Raise `NoSpelling` for a tile that registers do not hold: which axis is too long, and what would fit."""
+        sizes = [size for size in value.space if not size.is_one]
+        elements = math.prod(map(self.padded, sizes))
+        if elements <= MOST_ELEMENTS:
+            return
+        names = self.axes.get(value.node, ())
+        found = f"a tile {self._named(value)} of {elements} elements is more than registers hold"
+        found += f" ({4 * elements:,} bytes in float32, of which a program has {4 * MOST_ELEMENTS:,})"
+        if len(names) == len(value.space):
+            longest = max(sizes, key=self.padded)
+            name, size = names[value.space.index(longest)], self.padded(longest)
+            count = sum(1 for other, n in zip(value.space, names, strict=True) if n == name and not other.is_one)
+            fits = size
+            while elements * fits**count > MOST_ELEMENTS * size**count:
+                fits //= 2
+            found += f"; its axis {name.replace(' ', '')} of {longest.at(self.longest)} may have {fits}"
+        raise NoSpelling(found)
+
     def _named(self, value: Value) -> str:
         return f"[{', '.join(self.axes.get(value.node, ())).replace(' ', '')}]"
 

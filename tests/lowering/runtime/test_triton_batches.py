@@ -216,6 +216,11 @@ def test_any_name_will_do():
     assert_equal(both(Names, inputs_of(Names)), 1e-9)
 
 
+@pytest.mark.parametrize("loop", [zoo.MTTTLinear, Recall], ids=lambda loop: loop.__name__)
+def test_one_token(loop: type[nl.Loop]):
+    assert_equal(both(loop, inputs_of(loop, 1)), 1e-9)
+
+
 @pytest.mark.parametrize(("sequences", "tokens"), [(0, 5), (2, 0)])
 def test_nothing_to_read(sequences: int, tokens: int):
     inputs = inputs_of(zoo.MTTTLinear, tokens, sequences=sequences)
@@ -238,7 +243,8 @@ def test_views_are_read_where_they_lie():
 
 REFUSED = {
     zoo.DepthwiseBranch: "its tokens mix, and a tile of all of them is more than registers hold",
-    zoo.MTTTLinear: "a tile [d,d] of 262144 elements is more than registers hold",
+    zoo.MTTTLinear: "a tile [d,d] of 262144 elements is more than registers hold (1,048,576 bytes in float32, of "
+    "which a program has 262,144); its axis d of 512 may have 256",
 }
 
 

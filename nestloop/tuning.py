@@ -242,7 +242,9 @@ def _do_bench(call: Callable[[], Any]) -> float:
 def _timed(
     found: Costs, plans: list[Candidate], timer: Timer, stop: float
 ) -> tuple[dict[Key, float | None], dict[Key, str]]:
-    """Calls of the loop, forward and backward, with each tiling."""
+    """Calls of the loop, forward and backward, with each tiling; one that the GPU refuses is none."""
+    from triton.errors import TritonError
+
     tried: dict[Key, float | None] = {}
     notes: dict[Key, str] = {}
     spec = found.spec.cls.spec  # under the declared names, which calls go by
@@ -251,11 +253,15 @@ def _timed(
         for warps in WARPS:
             if monotonic() >= stop:
                 continue
-            with tuned.trying(Tiling(plan.tiling.rows, (warps, warps))):
-                forward, backward = _seconds(spec, found.sizes, views, weights, timer)
-            for direction, seconds in zip(DIRECTIONS, (forward, backward), strict=True):
+            spent: tuple[float | None, float | None] = (None, None)
+            try:
+                with tuned.trying(Tiling(plan.tiling.rows, (warps, warps))):
+                    spent, note = _seconds(spec, found.sizes, views, weights, timer), "timed"
+            except (TritonError, torch.OutOfMemoryError) as error:
+                note = f"does not run: {str(error).strip().splitlines()[0]}"
+            for direction, seconds in zip(DIRECTIONS, spent, strict=True):
                 tried[(plan.name, direction, warps)] = seconds
-                notes[(plan.name, direction, warps)] = "timed"
+                notes[(plan.name, direction, warps)] = note
     return tried, notes
 
 

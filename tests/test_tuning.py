@@ -105,6 +105,23 @@ def test_a_gpu_times_every_candidate(loop, tmp_path: Path):
     assert tuned.tiling_for(loop.spec, DIMS) == UNTUNED  # the file that loops read is another
 
 
+def test_what_the_gpu_refuses_is_left(loop, tmp_path: Path):
+    from triton.runtime.errors import OutOfResources
+
+    def timer(call: Callable[[], Any]) -> float:
+        call()
+        tiling = tuned.tiling_for(loop.spec, DIMS)
+        if tiling.rows != 32:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        if tiling.warps == (4, 4):
+            raise torch.OutOfMemoryError("out of memory\nof a device")
+        return 1.0
+
+    found = tuning.tune(loop, {**DIMS, "B": 1, "N": 20}, "h200", "fp32", out=tmp_path / "left.json", timer=timer)
+    assert (found.entry.rows, found.entry.warps) == (32, (8, 8))
+    assert "does not run: out of memory" in found.text and "does not run: out of resource: shared memory" in found.text
+
+
 def test_loops_with_orders_and_gates_are_timed_as_long_as_the_budget_lasts(monkeypatch, tmp_path: Path):
     clock = itertools.count()
     monkeypatch.setattr(tuning, "monotonic", lambda: next(clock))

@@ -88,7 +88,7 @@ def test_a_kernel_that_takes_too_long_is_written_down(tmp_path: Path, monkeypatc
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))  # what is kept there takes no time
     path = tmp_path / "static.json"
-    assert static.main(loop=("PGDN",), device=(DEVICE,), d=(D,), limit=0.5, json_path=path) == 0
+    assert static.main(loop=("DeltaProduct",), device=(DEVICE,), d=(D,), limit=0.5, json_path=path) == 0
     rows = json.loads(path.read_text())["kernels"]
     assert [row["refused"] for row in rows] == ["longer than 0.5 seconds"] * 2
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.triton_tiles import TOKENS, held, walk
-from nestloop.lowering.emit.triton_values import TRITON, TritonValues
+from nestloop.lowering.emit.triton_values import NEUTRAL, TRITON, TritonValues
 from nestloop.lowering.ops.strided import ZERO, Extent, NoSpelling, Strided, product
 from nestloop.lowering.schedule.order import fewest_alive, most_alive
 from nestloop.lowering.schedule.phases import NoPhases, Phase, handed_on, is_blocked, phases, sums_over
@@ -146,7 +146,7 @@ class TritonFunction(TritonValues):
             given = {v for v in there if v not in self.handed and (last.get(v, -1) >= index or v.result is not None)}
             kept = {v for v in [*given, *part] if v not in self.handed and last.get(v, -1) > index}
             part[:] = fewest_alive(part, self._weight, given, kept)
-            if self.block is not None and part is self.phases[index // 2].blocks:
+            if self.block is not None:  # reductions are there before the first block
                 given |= {v for v in part if sums_over(v, self.block[0])}
             worst = max(worst, most_alive(part, self._weight, given, kept))
             there |= {v for v in part if not v.written}
@@ -170,9 +170,9 @@ class TritonFunction(TritonValues):
         self.there = before  # the next walk reads its own blocks
         self.used.add(length)
         for value in sums:
-            fill = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}[self._reduced_by(value)]
             shape = ", ".join(str(self.padded(n)) for n in held(value))
-            lines.append(f"{value.name} = tl.full(({shape}{',' if len(held(value)) == 1 else ''}), {fill}, S)")
+            sizes, start = f"({shape}{',' if len(held(value)) == 1 else ''})", NEUTRAL[self._reduced_by(value)]
+            lines.append(f"{value.name} = tl.full({sizes}, {start}, S)")
         lines.append(walk("block", f"0, {size}, {length}"))
         lines += [f"    {line}" for line in [f"in_block = block + i{length}", *inside]]
         if any(value in self.handed for value in phase.blocks):

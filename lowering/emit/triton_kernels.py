@@ -92,6 +92,18 @@ class TritonKernels:
     def tile_elements(self, name: str) -> int:
         return math.prod(map(padded, self.shapes[self.plain(name)]))
 
+    def room_for(self, names: Sequence[str]) -> int:
+        """Elements that tiles take side by side in a program's memory (`side_by_side`)."""
+        return sum(aligned(self.elements(n)) for n in names)
+
+    def side_by_side(self, part: str, names: Sequence[str]) -> dict[str, str]:
+        """Where tiles lie in a part of a program's memory, each from the start of a cache line."""
+        places, offset = {}, 0
+        for n in names:
+            places[n] = f"{part} + {offset}" if offset else part
+            offset += aligned(self.elements(n))
+        return places
+
     @staticmethod
     def working(functions: Sequence[TritonFunction]) -> int:
         """Elements that functions work in, of which one runs at a time."""
@@ -264,6 +276,11 @@ class TritonKernels:
     def more(self, function: TritonFunction) -> list[str]:
         """What a call says of its rows beside where they lie."""
         return []
+
+
+def aligned(elements: int) -> int:
+    """So many elements, up to the end of a cache line."""
+    return -(-elements // 16) * 16
 
 
 def zeros(sizes: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.batches import Batches
 from nestloop.lowering.emit.torch import TITLES
 from nestloop.lowering.emit.triton import TritonFunction
-from nestloop.lowering.emit.triton_kernels import ALIVE, TritonKernels, indented, zeros
+from nestloop.lowering.emit.triton_kernels import ALIVE, TritonKernels, aligned, indented, zeros
 from nestloop.lowering.emit.triton_tiles import walk
 from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.ops.strided import NoSpelling, extent
@@ -183,11 +183,11 @@ class TritonLoop(TritonKernels, Batches):
     @property
     def _state(self) -> int:
         """Elements of the fast weights, each from the start of a cache line."""
-        return sum(-(-self.elements(n) // 16) * 16 for n in self.fast)
+        return self.room_for(self.fast)
 
     def _parts(self, which: str) -> tuple[dict[str, int], int]:
         """Where the parts of a program's memory begin, behind what its functions work in; and how much it is."""
-        size = -(-self.working(self._functions_of(which)) // 16) * 16
+        size = aligned(self.working(self._functions_of(which)))
         wanted = (
             {"states": 2, "sums": 1} if which == "forward" else {"states": 1, "sums": 1, "cotangents": 2, "pulled": 1}
         )
@@ -202,11 +202,7 @@ class TritonLoop(TritonKernels, Batches):
 
     def _in(self, part: str) -> dict[str, str]:
         """Where each fast weight, or what has its shape, lies in a part of the program's memory."""
-        places, offset = {}, 0
-        for n in self.fast:
-            places[n] = f"{part} + {offset}" if offset else part
-            offset += -(-self.elements(n) // 16) * 16
-        return places
+        return self.side_by_side(part, self.fast)
 
     def place(self, name: str, made: bool = False) -> str:
         if made:

@@ -11,7 +11,7 @@ from torch import fx
 
 from nestloop.lowering.emit.scan import ROWWISE
 from nestloop.lowering.emit.triton import TritonFunction
-from nestloop.lowering.emit.triton_kernels import indented
+from nestloop.lowering.emit.triton_kernels import aligned, indented
 from nestloop.lowering.emit.triton_stream import TritonStream
 from nestloop.lowering.emit.triton_tiles import walk
 from nestloop.lowering.ops.strided import NoSpelling
@@ -53,22 +53,15 @@ class TritonStreamedScan(TritonStream):
     @property
     def _size(self) -> int:
         """Elements of a state in the program's memory, each part from the start of a cache line."""
-        return sum(-(-self.elements(n) // 16) * 16 for n in self.carry)
+        return self.room_for(self.carry)
 
     def _scratch(self, which: str) -> int:
         """What functions work in, then two states, or two cotangents of one and what the last chunk leaves."""
-        size = -(-super()._scratch(which) // 16) * 16 + 2 * self._size
-        return size + (sum(-(-self.elements(n) // 16) * 16 for n in self.extra) if which == "backward" else 0)
+        size = aligned(super()._scratch(which)) + 2 * self._size
+        return size + (self.room_for(self.extra) if which == "backward" else 0)
 
     def _pair(self, which: str) -> str:
-        return f"pair = scratch + {-(-super()._scratch(which) // 16) * 16}"
-
-    def _in(self, part: str, names: Sequence[str]) -> dict[str, str]:
-        places, offset = {}, 0
-        for n in names:
-            places[n] = f"{part} + {offset}" if offset else part
-            offset += -(-self.elements(n) // 16) * 16
-        return places
+        return f"pair = scratch + {aligned(super()._scratch(which))}"
 
     def step(self, name: str) -> str:
         return f"{name}_n" if self._walks(name) else "0"
@@ -100,13 +93,13 @@ class TritonStreamedScan(TritonStream):
     # ---- Forward ---------------------------------------------------------------------------------------------------
 
     def _forward(self) -> list[str]:
-        body, first = [self._pair("forward")], self._in("pair", self.carry)
+        body, first = [self._pair("forward")], self.side_by_side("pair", self.carry)
         ends = {n: self.end(n) for n in [*self.carry, *self.extra]}
         for n in self.carry:
             body += self.fill(n, self.at(n), first[n])
         for n in self.extra:
             body += self.fill(n, None, ends[n]) if n.endswith("__pending") else []
-        now, then = self._in("now", self.carry), self._in("then", self.carry)
+        now, then = self.side_by_side("now", self.carry), self.side_by_side("then", self.carry)
         kept = {n: self.between(n, "index // every - 1", True) for n in self.carry}
         loop = [
             *self.span,
@@ -124,7 +117,7 @@ class TritonStreamedScan(TritonStream):
         loop += self.either(self._run("chunk", now, {**ends, **then}), partial)
         body += [f"chunks = tl.cdiv(N, {self.longest})", walk("index", "0, chunks"), *indented(loop)]
         body += [f"last = pair + chunks % 2 * {self._size}", BARRIER]
-        last = self._in("last", self.carry)
+        last = self.side_by_side("last", self.carry)
         return body + [x for n in self.carry for x in self.fill(n, last[n], ends[n])]
 
     # ---- Backward --------------------------------------------------------------------------------------------------
@@ -133,7 +126,7 @@ class TritonStreamedScan(TritonStream):
         shared = [n for n in self.shared if n in self.gradients]
         places = {n: f"{n}_made + item * {self.elements(n)}" for n in shared}
         body = [self._pair("backward"), f"left = pair + {2 * self._size}", *self.clear_all(shared, places)]
-        first = self._in("pair", self.carry)
+        first = self.side_by_side("pair", self.carry)
         for n in self.carry:
             body += self.fill(n, self.at(f"d_end_{n}"), first[n])
         body += [f"chunks = tl.cdiv(N, {self.longest})", "groups = tl.cdiv(chunks, every)"]
@@ -154,7 +147,7 @@ class TritonStreamedScan(TritonStream):
         ]
         body += [walk("turn", "0, groups"), *indented(group)]
         body.append(f"pulled = pair + chunks % 2 * {self._size}")
-        pulled = self._in("pulled", self.carry)
+        pulled = self.side_by_side("pulled", self.carry)
         return body + [x for n in self.starts for x in self.fill(n, pulled[n], f"{n}_made + item * {self.elements(n)}")]
 
     def _pull(self, states: Mapping[str, str]) -> list[str]:
@@ -165,8 +158,8 @@ class TritonStreamedScan(TritonStream):
             f"d_now = pair + ago % 2 * {self._size}",
             f"d_then = pair + (ago + 1) % 2 * {self._size}",
         ]
-        now, then = self._in("d_now", self.carry), self._in("d_then", self.carry)
-        left = self._in("left", self.extra)
+        now, then = self.side_by_side("d_now", self.carry), self.side_by_side("d_then", self.carry)
+        left = self.side_by_side("left", self.extra)
         read = {n for f in self._functions_of("backward") for n in f.inputs}
         copies, zeros = [], []
         for n in self.extra:

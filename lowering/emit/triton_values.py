@@ -20,6 +20,7 @@ from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided
 from nestloop.lowering.schedule.phases import sums_over
 from nestloop.lowering.schedule.values import Language, Value, fold, operands_of
 
+NEUTRAL = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}  # what a reduction starts at
 MOST_ELEMENTS = 1 << 16  # of one tile: more never fits the registers of a program
 
 
@@ -155,11 +156,10 @@ class TritonValues(TritonTiles):
             text = f"tl.broadcast_to({text}, ({', '.join(str(self.padded(size)) for size in space)},))"
             clean = [False if d in missing else c for d, c in enumerate(clean)]
         element = how.of(text)
-        fill = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}[how.by]
         dirty = [d for d in reduced if not self.whole(space[d]) and (not clean[d] or how.by != "sum")]
         if dirty:
             mask = " & ".join(self._mask(d, len(space), space[d]) for d in dirty)
-            element = f"tl.where({mask}, {element}, {fill})"
+            element = f"tl.where({mask}, {element}, {NEUTRAL[how.by]})"
         for d in sorted(reduced, reverse=True):
             element = f"tl.{how.by}({element}, {d})"
         ended = element

@@ -172,22 +172,23 @@ def tiling_for(spec: LoopSpec, sizes: Mapping[str, int]) -> Tiling:
     if not found:
         return UNTUNED
     if not fitting:
-        raise StaleTuningError(
-            f"The tiling of {spec.name} was tuned with another Triton.",
-            where=spec.where,
-            given=f"{path}: Triton {', '.join(e.triton for e in found)}",
-            need=f"Triton {triton_version()}, which is installed",
-            fix=_AGAIN.format(spec.name),
-        )
+        given = f"Triton {', '.join(e.triton for e in found)}"
+        raise _stale(spec, "with another Triton", given, f"Triton {triton_version()}, which is installed")
     if fitting[0].declared != digest(spec):
-        raise StaleTuningError(
-            f"The tiling of {spec.name} was tuned for another declaration.",
-            where=spec.where,
-            given=f"{path}: a declaration with digest {fitting[0].declared}",
-            need=f"the one that is there, {digest(spec)}",
-            fix=_AGAIN.format(spec.name),
-        )
+        given = f"a declaration with digest {fitting[0].declared}"
+        raise _stale(spec, "for another declaration", given, f"the one that is there, {digest(spec)}")
     return fitting[0].tiling
+
+
+def _stale(spec: LoopSpec, how: str, given: str, need: str) -> StaleTuningError:
+    """The refusal of a tiling that was tuned for what is no more."""
+    return StaleTuningError(
+        f"The tiling of {spec.name} was tuned {how}.",
+        where=spec.where,
+        given=f"{path_beside(spec)}: {given}",
+        need=need,
+        fix=_AGAIN.format(spec.name),
+    )
 
 
 def _device() -> str:

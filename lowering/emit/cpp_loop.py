@@ -145,6 +145,8 @@ class CppEmitter(CppPieces):
             "S* parts = items + H * B * ITEM; (void)STATE, (void)parts;",
             "if (ranges > 1 && !items) return 1;",
         ]
+        if which == "backward":
+            declared.append("std::vector<std::atomic<long>> turns(H);  // the sequence whose sums are next, by head")
         room = "longest < 1 ? 16 : (longest + 15) / 16 * 16"
         *close, returned = CLOSE_THREADS
         body = [
@@ -259,8 +261,6 @@ class CppEmitter(CppPieces):
             *[f"    std::swap(d_{n}, d_{n}_before);" for n in fast],
             "    pull_gradient(head, sequence, step, 0);",
             "}",
-            "const long range = 0; (void)range;",
-            *(["#pragma omp ordered", "{", *inside([*starts, *sums]), "}"] if starts or sums else []),
         ]
         state = f"{_EACH_PART} add_to(parts + part * PART, STATE, items + item * ITEM + slot * STATE);"
         summed = [
@@ -317,7 +317,7 @@ class CppEmitter(CppPieces):
             *self._pulls(made, again),
             *local_function("at_item", "long item, long slot", at_item),
             *local_function("at_part", "long part", at_part),
-            *_whole_or_shared(_over_items(whole, ordered=bool(starts or sums)), in_ranges),
+            *_whole_or_shared(_in_turn(whole, [*starts, *sums]), in_ranges),
         ]
         part = 2 * self._state.constant + size.constant
         return self._unit("backward", _BACKWARD, "bool separate, ", 4 * self._state.constant, part, lines)
@@ -402,9 +402,31 @@ class CppEmitter(CppPieces):
         return [*self._once(name), *self._over_tiles(name, bounds, order, lines)]
 
 
-def _over_items(lines: Sequence[str], ordered: bool = False) -> list[str]:
+def _over_items(lines: Sequence[str]) -> list[str]:
     """A loop over heads and sequences."""
-    return loop_over("item", "H * B", ["const long head = item / B, sequence = item % B;", *lines], ordered)
+    return loop_over("item", "H * B", ["const long head = item / B, sequence = item % B;", *lines])
+
+
+def _in_turn(lines: Sequence[str], sums: Sequence[str]) -> list[str]:
+    """A loop over heads and sequences, behind which `sums` run in the order of a head's sequences.
+
+    The heads of one sequence come first, so that threads seldom meet at the sums of one head.
+    """
+    if not sums:
+        return _over_items(lines)
+    turn = [
+        "const long head = item % H, sequence = item / H;",
+        "if (memory) {",
+        *inside(lines),
+        "}",
+        "await_turn(turns[head], sequence);",
+        "if (memory) {",
+        "    const long range = 0; (void)range;",
+        *inside(sums),
+        "}",
+        "turns[head].store(sequence + 1, std::memory_order_release);",
+    ]
+    return loop_over("item", "H * B", turn, in_order=True)
 
 
 def _over_parts(lines: Sequence[str]) -> list[str]:

@@ -5,6 +5,9 @@
 // on padded copies.
 #pragma once
 
+#include <sched.h>
+
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -12,6 +15,7 @@
 #include <limits>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #ifndef SCALAR
 #define SCALAR float
@@ -403,6 +407,12 @@ void add_to(const S* from, long count, S* to) {
     for (long i = 0; i < count; i++) to[i] += from[i];
 }
 void zero(S* to, long count) { std::memset(to, 0, count * sizeof(S)); }
+
+// Until the threads before have added to a sum: in the order of their turns, whoever is first. Not asleep, which costs
+// more than the sums do, and not in the way of a thread that has no core of its own.
+void await_turn(const std::atomic<long>& turn, long mine) {
+    while (turn.load(std::memory_order_acquire) != mine) sched_yield();
+}
 
 // Tiles of at most `rows` tokens, as even as can be.
 long tile_count(long tokens, long rows) { return (tokens + rows - 1) / rows; }

@@ -103,12 +103,13 @@ def numbered(functions: Iterable[CppFunction]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def loop_over(name: str, count: str, lines: Sequence[str], ordered: bool = False) -> list[str]:
-    """A loop whose turns the threads of a region share out; `ordered`: a block in it runs in the order of the turns."""
+def loop_over(name: str, count: str, lines: Sequence[str], in_order: bool = False) -> list[str]:
+    """A loop whose turns the threads of a region share out; `in_order`: begun in their order, and by a thread that has
+    no memory too, because others wait for it."""
     return [
-        f"#pragma omp for {'ordered ' if ordered else ''}schedule(dynamic, 1)",
+        f"#pragma omp for schedule({'monotonic : ' if in_order else ''}dynamic, 1)",
         f"for (long {name} = 0; {name} < {count}; {name}++) {{",
-        "    if (!memory) continue;",
+        *([] if in_order else ["    if (!memory) continue;"]),
         *[f"    {line}" for line in flat(lines)],
         "}",
     ]

@@ -348,16 +348,22 @@ class NestedLoopOp:
                 made = output if isinstance(output, tuple) else (output,)
                 ctx.mark_non_differentiable(*[made[i] for i in between])
                 if not torch.compiler.is_compiling():  # Dynamo has its own way of leaving them out
-                    ctx._materialize_non_diff_grads = False  # as large as all states kept, and read by nobody
+                    ctx.set_materialize_grads(False)
+                    ctx.like = [(t.shape, t.dtype) for t in made[:cotangents]]
                 ctx.save_for_backward(*inputs, *[made[i] for i in states])
 
             @staticmethod
-            def backward(ctx: Any, *grads: Tensor) -> Any:
+            def backward(ctx: Any, *grads: Tensor | None) -> Any:
                 saved = ctx.saved_tensors
                 inputs = saved[:inputs_count]
                 order = saved[inputs_count : inputs_count + 1] if ordered else ()
                 kept = saved[inputs_count + len(order) :]
-                made = backward_op(*inputs, *kept, *grads[:cotangents], *order)
+                given = list(grads[:cotangents])
+                for index, grad in enumerate(given):
+                    if grad is None:  # nobody reads that state: one tile of zeros, for all heads and sequences
+                        shape, dtype = ctx.like[index]
+                        given[index] = inputs[0].new_zeros(shape[2:], dtype=dtype).expand(shape)
+                made = backward_op(*inputs, *kept, *given, *order)
                 made = tuple(made) if isinstance(made, (tuple, list)) else (made,)
                 return (*made, None) if ordered else made
 

@@ -169,24 +169,28 @@ class CppEmitter(CppPieces):
     def _forward(self) -> str:
         fast, at, one = self.fast, 1 + len(self.fast) + self.losses, "(head * B + sequence)"
         step, begin, new = list(_STEP), [], []
-        end = [f"S* end_{n} = made[{1 + i}] + {one} * {self.widths[n]}; (void)end_{n};" for i, n in enumerate(fast)]
-        losses = [f"S* losses = made[{1 + len(fast)}] + {one} * (steps + 1);"] if self.losses else []
+        end = [
+            f"S* end_{n} = made[{1 + i}].data + {one} * {self.widths[n]}; (void)end_{n};" for i, n in enumerate(fast)
+        ]
+        losses = [f"S* losses = made[{1 + len(fast)}].data + {one} * (steps + 1);"] if self.losses else []
         for i, n in enumerate(fast):
             width, first = self.widths[n], f"{n}_all.at(head, sequence)" if n in self.starts else "nullptr"
-            step.append(
-                f"const S* {n} = step ? made[{at + i}] + (((step - 1) * H + head) * B + sequence) * {width} : {first};"
-            )
+            before = f"made[{at + i}].data + (((step - 1) * H + head) * B + sequence) * {width}"
+            step.append(f"const S* {n} = step ? {before} : {first};")
             step.append(f"(void){n};")
-            where = f"made[{at + i}] + ((step * H + head) * B + sequence) * {width}"
+            where = f"made[{at + i}].data + ((step * H + head) * B + sequence) * {width}"
             new.append(f"S* {n}_new = step + 1 < steps ? {where} : end_{n};")
             begin.append(f"copy({first}, {width}, end_{n});" if n in self.starts else f"zero(end_{n}, {width});")
         update = [*self._given_lines("update"), *step, *end, *new, *losses]
         update += ["losses[step] = total / S(stop - start);"] if self.losses else []
         update += self._each_variant(lambda v: self._update(f"{v}update"))
-        call = self._call("readout", "n", {"z": f"made[0] + ({one} * N + from) * {self.widths['z']}"})
+        tile = [self._call("readout", "n", {"z": "z_tile"})]
+        tile.append(
+            f"put(z_tile, nullptr, from, n, {self.widths['z']}, made[0].at(head, sequence), made[0].token, false);"
+        )
         given = self._given_lines("readout", *(["final_loss"] if self.losses else []))
         read = [*given, *end, *[f"const S* {n} = end_{n}; (void){n};" for n in fast]]
-        read += [*self._once("readout"), *self._over_tiles("readout", ("0L", "N"), "nullptr", [call])]
+        read += [*self._once("readout"), *self._over_tiles("readout", ("0L", "N"), "nullptr", tile)]
         if self.losses:
             call = self._call("final_loss", "n", {"loss_after": "&total"})
             read += ["total = 0;", *self._once("final_loss")]
@@ -243,12 +247,12 @@ class CppEmitter(CppPieces):
         zeros = [f"zero(d_{n}, {self.widths[n]});" for n in shared]
         # Sums over sequences, and over ranges of one, in their order.
         sums = [
-            f"(sequence + range ? add_to : copy)(d_{n}, {self.widths[n]}, {made[n]} + head * {self.widths[n]});"
+            f"(sequence + range ? add_to : copy)(d_{n}, {self.widths[n]}, {made[n]}.data + head * {self.widths[n]});"
             for n in shared
         ]
         starts = [
-            f"if (separate) copy(d_{n}, {self.widths[n]}, {made[n]} + {one} * {self.widths[n]});\n"
-            f"else (sequence ? add_to : copy)(d_{n}, {self.widths[n]}, {made[n]} + head * {self.widths[n]});"
+            f"if (separate) copy(d_{n}, {self.widths[n]}, {made[n]}.data + {one} * {self.widths[n]});\n"
+            f"else (sequence ? add_to : copy)(d_{n}, {self.widths[n]}, {made[n]}.data + head * {self.widths[n]});"
             for n in self.starts
         ]
         whole = [
@@ -326,9 +330,8 @@ class CppEmitter(CppPieces):
         """The phases of backward as functions; `again`: whether the gradient of a step is summed up once more."""
         fast = self.fast
         finals = ["final_loss_vjp"] if self.losses else []
-        first = {n: "sequence * N * H + head" if self._side_by_side(n) else "head * B + sequence" for n in self.tokens}
         places = [
-            f"S* d_{n}_rows = {made[n]} + ({first[n]}) * {'' if self._side_by_side(n) else 'N * '}{self.widths[n]};"
+            f"S* d_{n}_rows = {made[n]}.at(head, sequence); const long d_{n}_apart = {made[n]}.token;"
             for n in self.tokens
             if n in made
         ]
@@ -373,14 +376,6 @@ class CppEmitter(CppPieces):
             *local_function("pull_gradient", _AT_STEP + ", long range", gradient),
         ]
 
-    def _side_by_side(self, name: str) -> bool:
-        """Whether a token's cotangents of all heads lie in one row, as the products that read them take them."""
-        return name in self.captured.projected
-
-    def _apart(self, name: str) -> str:
-        """How far apart the rows of a token input's cotangent are."""
-        return f"{'H * ' if self._side_by_side(name) else ''}{self.widths[name]}"
-
     def _pull(self, piece: str, bounds: tuple[str, str], order: str, written: list[str], again: str) -> list[str]:
         """Lines that run a piece's backward over tiles; token cotangents go to their rows, set where nothing was.
 
@@ -392,13 +387,13 @@ class CppEmitter(CppPieces):
         lines = [self._call(name, "n", {f"d_{n}": f"d_{n}_tile" for n in seen})]
         for n in seen:
             add = "true" if n in written else again
-            lines.append(f"put(d_{n}_tile, {order}, from, n, {self.widths[n]}, d_{n}_rows, {self._apart(n)}, {add});")
+            lines.append(f"put(d_{n}_tile, {order}, from, n, {self.widths[n]}, d_{n}_rows, d_{n}_apart, {add});")
         written += seen
         # A token input that only other steps' gradients depend on is zero here.
         others = {n for v in self.variants for n in self.reached(f"{v}gradient")} if "gradient" in piece else set()
         for n in self.tokens:
             if n in others and n not in seen and n not in written:
-                lines.append(f"clear({order}, from, n, {self.widths[n]}, d_{n}_rows, {self._apart(n)}, {again});")
+                lines.append(f"clear({order}, from, n, {self.widths[n]}, d_{n}_rows, d_{n}_apart, {again});")
         return [*self._once(name), *self._over_tiles(name, bounds, order, lines)]
 
 
@@ -456,5 +451,5 @@ _BACKWARD = "Cotangents of forward's inputs, each step recomputed from the state
 _SIGNATURE = """// {doc}
 extern "C" int {name}(long H, long B, long N, long longest, int threads, long ranges, {more}long steps,
     const std::int64_t* bounds, const double* weights, const double* rates, const Tensor* given,
-    const std::int64_t* orders, long order_head, long order_sequence, S* const* made) {{
+    const std::int64_t* orders, long order_head, long order_sequence, const Tensor* made) {{
 """

@@ -26,12 +26,10 @@ class CppPiece(CppStream):
         for index, (result, made) in enumerate(zip(piece.results, self.made, strict=True)):
             width = self.widths[result.removesuffix("_new")]
             if made in ("z", "losses"):
-                body.append(f"S* {made}_rows = made[{index}] + (head * B + sequence) * N * {width};")
-                places[result] = f"{made}_tile" if self.halo else f"{made}_rows"
-                if self.halo:
-                    after.append(f"copy({made}_tile + {self.halo * width}, own * {width}, {made}_rows);")
+                places[result] = f"{made}_tile"
+                after.append(self._put(made, f"made[{index}]"))
             else:
-                body.append(f"S* {self._safe(result)} = made[{index}] + (head * B + sequence) * {width};")
+                body.append(f"S* {self._safe(result)} = made[{index}].data + (head * B + sequence) * {width};")
                 places[self._safe(result)] = self._safe(result)
         body += [*self._takes(name), *self._call(name, places), *self._unmade(name, piece.results, places), *after]
         lines = [*self._open("forward", "H * B"), *[f"        {line}" for line in flat(body)], *CLOSE]
@@ -50,6 +48,6 @@ class CppPiece(CppStream):
                 body.append(f"(void)d_{self._safe(result)};")
         for n in self.carried:
             if n in made:
-                places[f"d_{safe(n)}"] = f"{made[n]} + (head * B + sequence) * {self.widths[n]}"
+                places[f"d_{safe(n)}"] = f"{made[n]}.data + (head * B + sequence) * {self.widths[n]}"
         body += [*self._takes(f"{name}_vjp"), *self._call(f"{name}_vjp", places), *after]
         return self._in_groups("Cotangents of forward's inputs.", made, body)

@@ -60,6 +60,7 @@ class CppPieces(Batches):
         read = {n for name in names for n in self.functions[name].inputs}
         layout = [(f"{n}_tile", Extent(self.widths[n], 0)) for n in [*self.tokens, "d_z"] if n in read]
         layout += [(f"gradient_{n}", Extent(0, self.widths[n])) for n in self.fast]
+        layout += [("z_tile", Extent(self.widths["z"], 0))] if which == "forward" else []
         if which == "backward":
             made = {n for name in self.pieces for n in self.reached(name)}
             layout += [(f"d_{n}_tile", Extent(self.widths[n], 0)) for n in self.tokens if n in made]

@@ -21,17 +21,14 @@ class CppScan(CppStream):
             own = n in self.starts
             body.append(f"const S* {c} = {f'{c}_all.at(head, sequence)' if own else 'nullptr'};")
         for n in [*self.carry, *self.extra]:
-            body.append(f"S* end_{n} = made[{at[f'end_{n}']}] + (head * B + sequence) * {widths[n]};")
+            body.append(f"S* end_{n} = made[{at[f'end_{n}']}].data + (head * B + sequence) * {widths[n]};")
         for n in self.extra:
             if n.endswith("__pending"):
                 body.append(f"zero(end_{n}, {widths[n]});")
-        for n in ("z", "losses"):
-            if n in at:
-                body.append(f"S* {n}_rows = made[{at[n]}] + (head * B + sequence) * N * {widths[n]};")
         loop = [*self._span]
         kept = []
         for i, n in enumerate(self.carry):
-            place = f"made[{len(at) + i}] + (((index / every - 1) * H + head) * B + sequence) * {widths[n]}"
+            place = f"made[{len(at) + i}].data + (((index / every - 1) * H + head) * B + sequence) * {widths[n]}"
             kept.append(f"    copy({safe(n)}, {widths[n]}, {place});")
         loop += ["if (index && index % every == 0) {", *kept, "}"]
         if self.anchor_period:
@@ -51,8 +48,7 @@ class CppScan(CppStream):
             for result in results:
                 plain = result.removesuffix("_new")
                 if result in ("z", "losses"):
-                    direct = f"{result}_rows + from * {widths[result]}"
-                    places[result] = f"{result}_tile" if self.halo else direct
+                    places[result] = f"{result}_tile"
                 elif plain in self.carry:
                     places[self._safe(result)] = f"next_{safe(plain)}"
                     changed.append(safe(plain))
@@ -61,12 +57,7 @@ class CppScan(CppStream):
             lines = [*self._takes(name), *self._call(name, places), *self._unmade(name, results, places)]
             for c in changed:
                 lines += [f"std::swap(now_{c}, next_{c});", f"{c} = now_{c};"]
-            if self.halo:
-                for n in ("z", "losses"):
-                    if n in results:
-                        to = f"{n}_rows + from * {widths[n]}"
-                        lines.append(f"copy({n}_tile + {self.halo * widths[n]}, own * {widths[n]}, {to});")
-            return lines
+            return [*lines, *[self._put(n, f"made[{at[n]}]") for n in ("z", "losses") if n in results]]
 
         loop += self._either(run("chunk"), run("partial") if "partial" in self.pieces else [])
         body += ["for (long index = 0; index < chunks; index++) {", *[f"    {line}" for line in flat(loop)], "}"]
@@ -137,7 +128,7 @@ class CppScan(CppStream):
         body.append("for (long first = (chunks - 1) / every * every; first >= 0; first -= every) {")
         body += [*[f"    {line}" for line in flat(group)], "}"]
         for n in self.starts:
-            body.append(f"copy(d_{safe(n)}, {widths[n]}, {made[n]} + (head * B + sequence) * {widths[n]});")
+            body.append(f"copy(d_{safe(n)}, {widths[n]}, {made[n]}.data + (head * B + sequence) * {widths[n]});")
         doc = "Cotangents of forward's inputs, each chunk recomputed from the state it started with."
         return self._in_groups(doc, made, body)
 

@@ -31,7 +31,7 @@ from nestloop.lowering.streams.step import VALID, identifier
 
 SIGNATURE = """// {doc}
 extern "C" int {name}(long H, long B, long N, long longest, int threads, long every, long groups,
-    const Tensor* given, S* const* made) {{
+    const Tensor* given, const Tensor* made) {{
     (void)every, (void)groups;
 """
 
@@ -236,11 +236,10 @@ class CppStream(ScanTensors):
         """Where the tokens' cotangents go."""
         lines = []
         for n in self.seen:
-            rows = f"(N + {self.halo})" if self.halo else "N"
-            c, width = safe(n), self.widths[n]
-            lines.append(f"S* d_{c}_rows = {made[n]} + (head * B + sequence) * {rows} * {width};")
+            c = safe(n)
+            lines.append(f"S* d_{c}_rows = {made[n]}.at(head, sequence); const long d_{c}_apart = {made[n]}.token;")
             if self.halo:
-                lines.append(f"zero(d_{c}_rows, {rows} * {width});")
+                lines.append(f"clear(nullptr, 0, N + {self.halo}, {self.widths[n]}, d_{c}_rows, d_{c}_apart, false);")
         return lines
 
     def _in_groups(self, doc: str, made: Mapping[str, str], body: list[str]) -> str:
@@ -249,7 +248,7 @@ class CppStream(ScanTensors):
         for n in self.shared:
             if n in made:
                 c, width = safe(n), self.widths[n]
-                item.append(f"S* d_{c} = {made[n]} + (head * groups + group) * {width};")
+                item.append(f"S* d_{c} = {made[n]}.data + (head * groups + group) * {width};")
                 item.append(f"zero(d_{c}, {width});")
         lines = [
             *self._open("backward", "H * groups"),
@@ -261,17 +260,21 @@ class CppStream(ScanTensors):
         ]
         return SIGNATURE.format(name="backward", doc=doc) + indented(lines) + "}"
 
+    def _put(self, name: str, made: str) -> str:
+        """The line that puts a tile's rows of its own, of z or the losses, where they belong."""
+        width = self.widths[name]
+        tile = f"{name}_tile + {self.halo * width}" if self.halo else f"{name}_tile"
+        return f"put({tile}, nullptr, from, own, {width}, {made}.at(head, sequence), {made}.token, false);"
+
     def _token_cotangents(self, name: str) -> tuple[dict[str, str], list[str]]:
         """Where a piece puts its tokens' cotangents, and lines after it."""
         places, after = {}, []
         for n in self.seen:
-            c, width = safe(n), self.widths[n]
-            rows = f"d_{c}_rows + from * {width}"
-            if n not in self.nonzero(name):
-                after += [] if self.halo else [f"zero({rows}, own * {width});"]
-            elif self.halo:
+            c = safe(n)
+            rows = f"{self.widths[n]}, d_{c}_rows, d_{c}_apart"
+            if n in self.nonzero(name):
                 places[f"d_{c}"] = f"d_{c}_tile"
-                after.append(f"add_to(d_{c}_tile, n * {width}, {rows});")
-            else:
-                places[f"d_{c}"] = rows
+                after.append(f"put(d_{c}_tile, nullptr, from, n, {rows}, {'true' if self.halo else 'false'});")
+            elif not self.halo:
+                after.append(f"clear(nullptr, from, own, {rows}, false);")
         return places, after

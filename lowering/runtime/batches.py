@@ -73,9 +73,9 @@ class BatchCode:
         self.plan, self.module, self.loop = plan, module, loop
         self.common = getattr(module, "common", None)
 
-    def memory(self, call: Call, name: str, row: Sequence[int]) -> Tensor:
-        """What the code writes a cotangent to: of tokens one for each head and sequence, of what sequences share as
-        many as it adds up apart."""
+    def memory(self, call: Call, name: str, row: Sequence[int], like: Tensor | None = None) -> Tensor:
+        """What the code writes z to, or a cotangent: of tokens one for each head and sequence, of what sequences share
+        as many as it adds up apart. `like`: what that is a cotangent of."""
         raise NotImplementedError
 
     def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
@@ -89,7 +89,7 @@ class BatchCode:
         """
         loop = self.loop
         call = Call(self, list(tensors[:-1]), tensors[-1], low)
-        made = {"z": call.new(call.length, *loop.tiles["z"])}
+        made = {"z": self.memory(call, "z", loop.tiles["z"])}
         made |= {f"end_{n}": call.new(*loop.tiles[n]) for n in loop.ends}
         made |= {"losses": call.new(call.steps + 1)} if loop.losses else {}
         lead = (max(call.steps - 1, 0),)
@@ -109,7 +109,7 @@ class BatchCode:
         values.update(zip(names, rest, strict=True))
         call.separate = any(values[n].shape[1] > 1 for n in loop.fast)
         rows = {n: values[n].shape[3:] if self.is_token(n) else values[n].shape[2:] for n in self.plan.gradients}
-        made = {name: self.memory(call, name, row) for name, row in rows.items()}
+        made = {name: self.memory(call, name, row, values[name]) for name, row in rows.items()}
         self.run("backward", call, [(n, values[n]) for n in self.plan.backward], made)
         found = [made.get(n) for n in loop.inputs]
         if self.common is not None:
@@ -167,6 +167,25 @@ class Call:
 
     def new(self, *shape: int, lead: tuple[int, ...] = ()) -> Tensor:
         return self.like.new_empty(*lead, self.heads, self.sequences, *shape, dtype=self.dtype)
+
+
+def side_by_side(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory for tokens [H, B, N, *] in which the heads of a token lie side by side, as a layer's projections read and
+    write them."""
+    heads, sequences, length, *row = shape
+    return like.new_empty(sequences, length, heads, *row).movedim(2, 0)
+
+
+def laid_out(like: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """Memory for the cotangent of tokens [H, B, N, *], in the order in which those lie, each row in one piece; where
+    heads share them, for a cotangent of each."""
+    shape = (heads, *like.shape[1:])
+    made = torch.empty_like(like, dtype=dtype) if like.shape[0] == heads else None
+    return (
+        made
+        if made is not None and made[:1, :1, :1].is_contiguous()
+        else side_by_side(like.new_empty(0, dtype=dtype), shape)
+    )
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

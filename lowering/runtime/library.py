@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
 from nestloop.lang.loop import LoopSpec
-from nestloop.lowering.runtime.batches import LOW, compute_dtype
+from nestloop.lowering.runtime.batches import LOW, compute_dtype, side_by_side
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.refusals import singular_system
@@ -27,6 +27,7 @@ from nestloop.lowering.runtime.tiles import Singular, like_lead
 from nestloop.lowering.runtime.triton import TritonBatches, TritonCode, TritonStream
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
+_META = torch.device("meta")
 _DEVICE_ROWS = 256  # a device works on so many times more tokens at once than fit a CPU's cache
 
 
@@ -80,6 +81,20 @@ class Signature:
         ends = [[heads, sequences, *self.tiles[n]] for n in self.ends]
         losses = [[heads, sequences, steps + 1]] if self.losses else []
         return [[heads, sequences, length, *self.tiles["z"]], *ends, *losses, *[[max(steps - 1, 0), *e] for e in ends]]
+
+    def empty(self, inputs: Sequence[Tensor], dtype: torch.dtype, device: torch.device | None = None) -> list[Tensor]:
+        """Memory for forward's results, as an op's callers see it."""
+        like = inputs[0].new_empty(0, dtype=dtype, device=device)
+        named = zip(self.results, self.shapes(inputs), strict=True)
+        return [side_by_side(like, shape) if name == "z" else like.new_empty(shape) for name, shape in named]
+
+    def empty_cotangents(self, inputs: Sequence[Tensor], device: torch.device | None = None) -> list[Tensor]:
+        """Memory for the inputs' cotangents: of tokens in the order in which those lie."""
+        named = zip(self.inputs, inputs, strict=True)
+        return [
+            torch.empty_like(t, device=device) if name in self.tokens else t.new_empty(t.shape, device=device)
+            for name, t in named
+        ]
 
 
 def _count_attention_on_cpu() -> None:
@@ -202,7 +217,7 @@ class NestedLoopOp:
         def kernel(*tensors: Tensor) -> Any:
             inputs, order = self._split(tensors)
             made = self._made("forward", inputs, order, inputs)
-            owned = _owned(made, self.signature.shapes(inputs), inputs)
+            owned = _owned(made, self.signature.empty(inputs, made[0].dtype, _META), inputs)
             if self.signature.results[0] == "z":
                 owned[0] = owned[0].to(self._output_dtype(inputs))
             return tuple(owned) if len(owned) > 1 else owned[0]
@@ -257,7 +272,7 @@ class NestedLoopOp:
     def _forward_fake(self, *tensors: Tensor) -> Any:
         inputs, _ = self._split(tensors)
         dtype = compute_dtype(inputs)
-        made = [inputs[0].new_empty(shape, dtype=dtype) for shape in self.signature.shapes(inputs)]
+        made = self.signature.empty(inputs, dtype)
         if self.signature.results[0] == "z":
             made[0] = made[0].to(self._output_dtype(inputs))
         return tuple(made) if len(made) > 1 else made[0]
@@ -275,14 +290,14 @@ class NestedLoopOp:
             made = self._made("backward", given, order, given[:count])
             # where no step was taken, the cotangent of an initial fast weight is the end's, one per sequence
             made = [like_lead(g, t) for g, t in zip(made, given, strict=False)]
-            owned = _owned(made, [list(t.shape) for t in given[:count]], given)
+            owned = _owned(made, self.signature.empty_cotangents(given[:count], _META), given)
             owned = [g.to(t.dtype) for g, t in zip(owned, given, strict=False)]
             return tuple(owned) if len(owned) > 1 else owned[0]
 
         return kernel
 
     def _backward_fake(self, *tensors: Tensor) -> Any:
-        made = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors[: len(self.signature.inputs)]]
+        made = self.signature.empty_cotangents(tensors[: len(self.signature.inputs)])
         return tuple(made) if len(made) > 1 else made[0]
 
     def _forward_flops(self, flops: Callable[[int, int], tuple[int, int]]) -> Callable[..., int]:
@@ -391,14 +406,15 @@ def _as_it_says(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _owned(made: Sequence[Tensor], shapes: Sequence[Sequence[int]], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Results with memory of their own, whole: an op's results alias neither its inputs nor each other."""
+def _owned(made: Sequence[Tensor], laid: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Results with memory of their own, laid out as `laid`: an op's results alias neither inputs nor each other."""
     taken = {t.untyped_storage().data_ptr() for t in inputs}
     owned = []
-    for tensor, shape in zip(made, shapes, strict=True):
-        tensor = tensor.expand(*shape).contiguous()
-        if tensor.untyped_storage().data_ptr() in taken:
-            tensor = tensor.clone()
+    for tensor, like in zip(made, laid, strict=True):
+        tensor = tensor.expand(*like.shape)
+        in_place = all(n == 1 or a == b for n, a, b in zip(like.shape, tensor.stride(), like.stride(), strict=True))
+        if not in_place or tensor.untyped_storage().data_ptr() in taken:
+            tensor = tensor.new_empty_strided(like.shape, like.stride()).copy_(tensor)
         taken.add(tensor.untyped_storage().data_ptr())
         owned.append(tensor)
     return owned

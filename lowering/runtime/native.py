@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nestloop.lowering.runtime import compiler
-from nestloop.lowering.runtime.batches import BatchCode, BatchLoop, Call
+from nestloop.lowering.runtime.batches import BatchCode, BatchLoop, Call, laid_out, side_by_side
 from nestloop.lowering.runtime.tiles import Singular
 
 _ITEMS = 16  # heads times sequences times ranges of tokens: enough to share out to as many cores
@@ -88,9 +88,9 @@ class NativeLibrary:
         before: Sequence[Any],
         given: Sequence[tuple[str, Tensor]],
         after: Sequence[Any],
-        made: Sequence[Tensor],
+        made: Sequence[tuple[str, Tensor]],
     ) -> None:
-        """Call a function of the library: (heads, sequences, before, tensors by name, after, results).
+        """Call a function of the library: (heads, sequences, before, tensors by name, after, results by name).
 
         Args:
             lead: heads and sequences.
@@ -102,18 +102,18 @@ class NativeLibrary:
             Singular: a linear system has no solution.
         """
         if not all(lead):  # nothing but sums over no heads, or no sequences
-            for tensor in made:
+            for _, tensor in made:
                 tensor.zero_()
             return
         kept = [(n, readable(t, self.walks(n))) for n, t in given]
         tensors = [argument(t, self.walks(n), n.startswith("between_")) for n, t in kept]
-        results = [t.data_ptr() for t in made]
+        results = [argument(t, self.walks(n), n.startswith("between_")) for n, t in made]
         code = getattr(self.library(dtype), function)(
             *map(ctypes.c_long, lead),
             *before,
             (TensorArgument * len(tensors))(*tensors),
             *after,
-            (ctypes.c_void_p * len(results))(*results),
+            (TensorArgument * len(results))(*results),
         )
         if code == 1:
             raise MemoryError(f"no memory for the tiles of {self.name}")
@@ -137,13 +137,14 @@ class NativeModule(BatchCode, NativeLibrary):
         BatchCode.__init__(self, plan, module, loop)
 
     def walks(self, name: str) -> bool:
-        return name == "d_z" or self.is_token(name) or name.startswith("between_")
+        return name in ("z", "d_z") or self.is_token(name) or name.startswith("between_")
 
-    def memory(self, call: Call, name: str, row: Sequence[int]) -> Tensor:
-        if name in self.plan.common and self.is_token(name):  # heads side by side
-            return call.like.new_empty(call.sequences, call.length, call.heads, *row).movedim(2, 0)
+    def memory(self, call: Call, name: str, row: Sequence[int], like: Tensor | None = None) -> Tensor:
+        if name == "z":
+            return side_by_side(call.new(0), (call.heads, call.sequences, call.length, *row))
         if self.is_token(name):
-            return call.new(call.length, *row)
+            assert like is not None
+            return laid_out(like, call.heads, call.dtype)
         sequences = call.sequences if call.separate and name in self.loop.fast else 1
         return call.like.new_empty(call.heads, sequences, *row)
 
@@ -167,7 +168,7 @@ class NativeModule(BatchCode, NativeLibrary):
         )
         place = ctypes.c_void_p(None if order is None else order.data_ptr())
         after = (place, ctypes.c_long(head), ctypes.c_long(sequence))
-        self.call(function, (call.heads, call.sequences), call.dtype, before, given, after, list(made.values()))
+        self.call(function, (call.heads, call.sequences), call.dtype, before, given, after, list(made.items()))
 
 
 def readable(tensor: Tensor, walked: bool) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nestloop.lowering.runtime.batches import laid_out
 from nestloop.lowering.runtime.native import NativeLibrary, NativePlan
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ class NativeStream(NativeLibrary):
         if not self._tokens(inputs):
             return self.module.forward(*tensors, None, 1)
         values = dict(zip(self.signature.inputs, inputs, strict=True))
-        made = [inputs[0].new_empty(shape) for shape in self.signature.shapes(inputs)]
-        self._run("forward", inputs, [(n, values[n]) for n in self.plan.forward], made, 1)
+        made = self.signature.empty(inputs, inputs[0].dtype)
+        named = list(zip(self.signature.results, made, strict=True))
+        self._run("forward", inputs, [(n, values[n]) for n in self.plan.forward], named, 1)
         return made
 
     def backward(self, *tensors: Tensor, low: torch.dtype | None) -> Sequence[Tensor]:
@@ -63,10 +65,13 @@ class NativeStream(NativeLibrary):
         groups = groups_of(heads, sequences)
         made = {}
         for name in self.plan.gradients:
+            if name in signature.tokens:
+                made[name] = laid_out(values[name], heads, inputs[0].dtype)
+                continue
             shared = name in signature.slow or (name.endswith("__initial") and signature.chunk)
             made[name] = inputs[0].new_empty(heads, groups if shared else sequences, *values[name].shape[2:])
         given = [(n, values[n]) for n in self.plan.backward]
-        self._run("backward", inputs, given, list(made.values()), groups)
+        self._run("backward", inputs, given, list(made.items()), groups)
         return [made.get(n, t.new_zeros(()).expand_as(t)) for n, t in zip(signature.inputs, inputs, strict=True)]
 
     def _tokens(self, inputs: Sequence[Tensor]) -> int:
@@ -77,10 +82,15 @@ class NativeStream(NativeLibrary):
         return max(t.shape[0] for t in inputs), inputs[0].shape[1]  # the first is a view, which sequences never share
 
     def walks(self, name: str) -> bool:
-        return name in (*self.signature.tokens, "d_z", "d_losses") or name.startswith("between_")
+        return name in (*self.signature.tokens, "z", "losses", "d_z", "d_losses") or name.startswith("between_")
 
     def _run(
-        self, function: str, inputs: Sequence[Tensor], given: list[tuple[str, Tensor]], made: list[Tensor], groups: int
+        self,
+        function: str,
+        inputs: Sequence[Tensor],
+        given: list[tuple[str, Tensor]],
+        made: list[tuple[str, Tensor]],
+        groups: int,
     ) -> None:
         tokens = self._tokens(inputs)
         before = (

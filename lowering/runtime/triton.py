@@ -170,8 +170,8 @@ class TritonBatches(BatchCode, TritonCode):
         BatchCode.__init__(self, plan, module, loop)
         self._numbers: dict[Any, list[Tensor]] = {}
 
-    def memory(self, call: Call, name: str, row: Sequence[int]) -> Tensor:
-        return call.new(*([call.length] if self.is_token(name) else []), *row)
+    def memory(self, call: Call, name: str, row: Sequence[int], like: Tensor | None = None) -> Tensor:
+        return call.new(*([call.length] if name == "z" or self.is_token(name) else []), *row)
 
     def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
         arguments: list[Any] = []

@@ -337,6 +337,7 @@ def plan(lowered: Lowered) -> Plan:
         name=re.sub(r"\W", "_", spec.name).lower(),
         source="" if source is None else source.text,
         inputs=() if source is None else source.fast_inputs,
+        shared={} if source is None else dict(source.shared),
         tiles={} if form != "loop" else tiles,
         output=captured.output,
         tokens=captured.tokens,

@@ -58,10 +58,13 @@ class TorchSource:
     Attributes:
         text: the module's source.
         fast_inputs: the fast weights that `forward` takes; those frozen at zero are absent unless a state is carried.
+        shared: what all steps share, which `common` makes, and `forward` and `backward` take: one head's tile of each,
+            of what has a row for each token that row.
     """
 
     text: str
     fast_inputs: tuple[str, ...]
+    shared: Mapping[str, tuple[int, ...]]
 
 
 class TorchEmitter:
@@ -119,7 +122,9 @@ class TorchEmitter:
             imported=", ".join(imported),
             schedule=_schedule_text(schedule),
         )
-        return TorchSource(f"{head}\n\n{body}\n", tuple(self.starts))
+        shared = {n: tuple(map(int, self.captured.hoisted[n].shape)) for n in self.hoisted}
+        shared |= {n: tuple(map(int, self.captured.projected[n].shape[1:])) for n in self.projected}
+        return TorchSource(f"{head}\n\n{body}\n", tuple(self.starts), shared)
 
     def _sized_by(self, function: TileFunction) -> str | None:
         return next(
@@ -229,13 +234,9 @@ class TorchEmitter:
         head = f'def common_vjp({", ".join(given)}):\n    """{doc}"""\n'
         return [forward, head + indent("\n".join(lines), "    ")]
 
-    def _shared(self) -> list[str]:
-        """The line that computes what all steps share."""
-        return [f"{_tuple(self.common)} = common({', '.join([*self.inputs, '_low'])})"] if self.common else []
-
     def _forward(self) -> str:
         fast = self.fast
-        lines = [f"N = {self.tokens[0]}.shape[2]", "_between, _losses = [], []", *self._shared()]
+        lines = [f"N = {self.tokens[0]}.shape[2]", "_between, _losses = [], []"]
         lines.append("for _step, (_start, _stop) in enumerate(schedule.batches(N)):")
         loop = self._gradients(self.losses)
         loop += self._each_variant(lambda variant: [self._call(f"{variant}update", fast)])
@@ -253,7 +254,7 @@ class TorchEmitter:
         returned = ["join(_z)", *fast, *(["stack(_losses, -1)"] if self.losses else [])]
         returned += [f"stack([state[{j}] for state in _between[:-1]], 0, {name})" for j, name in enumerate(fast)]
         lines.append(f"return {', '.join(returned)}")
-        arguments = ", ".join([*self.tokens, *self.starts, *self.slow, "_order", "_low", "_rows"])
+        arguments = ", ".join([*self.inputs, *self.common, "_order", "_low", "_rows"])
         doc = (
             "z, the fast weights at the end" + (", inner losses" if self.losses else "") + ", the states between steps."
         )
@@ -262,7 +263,7 @@ class TorchEmitter:
     def _backward(self) -> str:
         fast, slow, tokens = self.fast, self.slow, self.tiled
         shuffled = self.spec.schedule.needs_order
-        lines = [f"N = {self.tokens[0]}.shape[2]", "_batches = schedule.batches(N)", *self._shared()]
+        lines = [f"N = {self.tokens[0]}.shape[2]", "_batches = schedule.batches(N)"]
         first = ", ".join(name if name in self.starts else "None" for name in fast)
         later = ", ".join(f"between_{name}[i]" for name in fast)
         lines.append(f"_starts = [({first},)] + [({later},) for i in range(len(_batches) - 1)]")
@@ -294,15 +295,7 @@ class TorchEmitter:
         )
         lines.append(indent("\n".join(loop), "    "))
         lines += [f"d_{n} = add(d_{n}, untake(_pieces_{n}, _order, {n}))" for n in seen if shuffled]
-        if self.common:
-            lines += [f"d_{n} = zeros({n}) if d_{n} is None else d_{n}" for n in self.common]
-            given = [*self.inputs, *self.common, *[f"d_{n}" for n in self.common], "_low"]
-            lines.append(f"{_tuple([f'c_{n}' for n in self.inputs])} = common_vjp({', '.join(given)})")
-            pulled = {
-                n for piece in ("project", "prepare") if piece in self.pieces for n in self._nonzero(f"{piece}_vjp")
-            }
-            lines += [f"d_{n} = add(d_{n}, c_{n})" for n in self.inputs if n in pulled]
-        inputs = self.inputs
+        inputs = [*self.inputs, *self.common]
         lines.append(f"return {', '.join(f'zeros({n}) if d_{n} is None else d_{n}' for n in inputs)}")
         cotangents = ["d_z", *[f"d_{n}" for n in fast], *(["d_losses"] if self.losses else [])]
         states = [*[f"end_{n}" for n in fast], *[f"between_{n}" for n in fast]]

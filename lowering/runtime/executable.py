@@ -62,7 +62,7 @@ def build(
     if native is not None:
         name = f"{path.stem}_{backend}_{cache.digest(native.text)}"  # a module of PyTorch goes with several of C++
     if name not in EXECUTABLES:
-        signature = _signature(spec, plan, heads, losses)
+        signature = _signature(spec, plan, heads, losses, wide is not None)
         settings = (inductor, backend, double)
         code = _code(spec, plan, signature, *settings)
         other = None if wide is None else lambda: _code(spec, wide(), signature, *settings)
@@ -82,7 +82,7 @@ def _code(spec: LoopSpec, plan: Plan, signature: Signature, inductor: bool, back
         check_triton(spec, plan)
     native = plan.triton if backend == "triton" else plan.native if backend != "torch" and not reason else None
     library = None if native is None else _library(spec, plan.name, native, module, signature)
-    return Code(module, plan.rows, library, pays(spec, plan) if backend == "auto" else None)
+    return Code(module, plan.rows, tuple(plan.shared), library, pays(spec, plan) if backend == "auto" else None)
 
 
 def no_native_reason(plan: Plan, inductor: bool, backend: str, double: bool) -> str:
@@ -171,7 +171,7 @@ def compiled_pieces(module: types.ModuleType, plan: Plan) -> types.ModuleType:
     return copy
 
 
-def _signature(spec: LoopSpec, plan: Plan, heads: int, losses: bool) -> Signature:
+def _signature(spec: LoopSpec, plan: Plan, heads: int, losses: bool, decides: bool) -> Signature:
     learns = plan.form == "loop"
     return Signature(
         tokens=tuple(spec.inputs),
@@ -183,6 +183,8 @@ def _signature(spec: LoopSpec, plan: Plan, heads: int, losses: bool) -> Signatur
         steps=spec.schedule.steps_on if learns else lambda length: 1,
         ordered=spec.schedule.needs_order and learns,
         heads=heads,
+        shared=plan.shared,
+        decides=decides,
     )
 
 

@@ -7,9 +7,9 @@ ordinary op.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
 from nestloop.lang.loop import LoopSpec
-from nestloop.lowering.runtime.batches import LOW, compute_dtype, side_by_side
+from nestloop.lowering.runtime.batches import LOW, compute_dtype, is_token, side_by_side, summed
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.refusals import singular_system
@@ -27,6 +27,8 @@ from nestloop.lowering.runtime.tiles import Singular, like_lead
 from nestloop.lowering.runtime.triton import TritonBatches, TritonCode, TritonStream
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
+MOST_ARGUMENTS = 64  # of an operator of PyTorch
+KEPT = ("between_", "shared_", "first_form")  # results for backward alone
 _META = torch.device("meta")
 _DEVICE_ROWS = 256  # a device works on so many times more tokens at once than fit a CPU's cache
 
@@ -44,6 +46,9 @@ class Signature:
         ordered: whether the op takes an order.
         states: whether fast weights are results (not for a kernel estimator).
         heads: H.
+        shared: what all steps share, one head's tile of each, of what has a row for each token that row. `forward`
+            makes it, and it is kept for `backward` where the op may have as many arguments.
+        decides: whether a call's weights decide between two forms. Then that is kept too, and `shared` is of the first.
     """
 
     tokens: tuple[str, ...]
@@ -55,6 +60,8 @@ class Signature:
     steps: Callable[[int], int]
     ordered: bool
     heads: int
+    shared: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    decides: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -62,7 +69,15 @@ class Signature:
 
     @property
     def results(self) -> tuple[str, ...]:
-        return ("z", *[f"end_{n}" for n in self.ends], *(["losses"] if self.losses else []), *self.between)
+        losses = ("losses",) if self.losses else ()
+        return ("z", *[f"end_{n}" for n in self.ends], *losses, *self.between, *self.kept_shared)
+
+    @property
+    def kept_shared(self) -> tuple[str, ...]:
+        """Results that hold what all steps share, and [H, 1] whether that is of the first form."""
+        names = [f"shared_{n}" for n in self.shared] + (["first_form"] if self.decides else [])
+        others = 2 * len(self.ends) + len(self.between) + 2 + self.losses + self.ordered  # states, cotangents, z
+        return tuple(names) if len(self.inputs) + len(names) + others <= MOST_ARGUMENTS else ()
 
     @property
     def between(self) -> tuple[str, ...]:
@@ -71,7 +86,7 @@ class Signature:
     @property
     def saved(self) -> tuple[str, ...]:
         """The results that backward reads."""
-        return tuple(r for r in self.results if r.startswith(("end_", "between_")))
+        return tuple(r for r in self.results if r.startswith(("end_", *KEPT)))
 
     def shapes(self, inputs: Sequence[Tensor]) -> list[list[Any]]:
         """Shapes of forward's results."""
@@ -80,13 +95,19 @@ class Signature:
         steps = self.steps(length)
         ends = [[heads, sequences, *self.tiles[n]] for n in self.ends]
         losses = [[heads, sequences, steps + 1]] if self.losses else []
-        return [[heads, sequences, length, *self.tiles["z"]], *ends, *losses, *[[max(steps - 1, 0), *e] for e in ends]]
+        between = [[max(steps - 1, 0), *end] for end in ends]
+        shared = []
+        for name in [n.removeprefix("shared_") for n in self.kept_shared]:
+            lead = (sequences, length) if is_token(name) else (1,)
+            shared.append([heads, *lead, *self.shared.get(name, ())])
+        return [[heads, sequences, length, *self.tiles["z"]], *ends, *losses, *between, *shared]
 
     def empty(self, inputs: Sequence[Tensor], dtype: torch.dtype, device: torch.device | None = None) -> list[Tensor]:
         """Memory for forward's results, as an op's callers see it."""
         like = inputs[0].new_empty(0, dtype=dtype, device=device)
         named = zip(self.results, self.shapes(inputs), strict=True)
-        return [side_by_side(like, shape) if name == "z" else like.new_empty(shape) for name, shape in named]
+        beside = {"z", *[f"shared_{n}" for n in self.shared if is_token(n)]}
+        return [side_by_side(like, shape) if name in beside else like.new_empty(shape) for name, shape in named]
 
     def empty_cotangents(self, inputs: Sequence[Tensor], device: torch.device | None = None) -> list[Tensor]:
         """Memory for the inputs' cotangents: of tokens in the order in which those lie."""
@@ -118,6 +139,7 @@ class Code:
         module: the generated module, with `forward` and `backward`; with `conditioned` where there are weights that it
             is not precise with.
         rows: tokens, of all sequences together, that are worked on at a time on a CPU.
+        shared: names of what its `common` makes, which all steps share.
         native: the same two functions in C++, for tensors on a CPU, or in Triton, for all; None where the generated
             module does for all.
         pays: (heads, sequences, tokens) -> whether C++ is to run there; None for always. Both keep the same states, so
@@ -126,6 +148,7 @@ class Code:
 
     module: ModuleType
     rows: int
+    shared: Sequence[str] = ()
     native: NativeModule | NativeStream | TritonBatches | TritonStream | None = None
     pays: Callable[[int, int, int], bool] | None = None
 
@@ -150,8 +173,7 @@ class NestedLoopOp:
         flops: (sequences, length) -> FLOPs of the products in (forward, backward).
         spec: the loop, for its errors.
         wide: makes the code for weights that `code` is not precise with. The weights of a call decide, inside the op:
-            to `torch.compile` and the like it is one op all the same. Backward decides anew: both start each step from
-            the states that forward kept, so they go together.
+            to `torch.compile` and the like it is one op all the same.
 
     Attributes:
         ran: which of the two the last call took, if there are two: GRAM or WIDE.
@@ -172,7 +194,7 @@ class NestedLoopOp:
         order = ["Tensor order"] if signature.ordered else []
         results = signature.results
         saved = [f"Tensor {r}" for r in signature.saved]
-        self.cotangents = [r for r in results if not r.startswith("between_")]
+        self.cotangents = [r for r in results if not r.startswith(KEPT)]
         grads = [f"Tensor d_{c}" for c in self.cotangents]
         forward = f"{name}({', '.join(inputs + order)}) -> ({', '.join(['Tensor'] * len(results))})"
         backward = (
@@ -205,18 +227,19 @@ class NestedLoopOp:
         assert self._make_wide is not None
         return self._make_wide()
 
-    def _code_for(self, inputs: Sequence[Tensor]) -> Code:
-        """The code for a call with these inputs, in whichever dtype."""
+    def _code_for(self, inputs: Sequence[Tensor], decided: Tensor | None) -> Code:
+        """The code for a call with these inputs, in the compute dtype; `decided`: what forward has kept of that."""
         conditioned = getattr(self.code.module, "conditioned", None)
         if conditioned is None or self._make_wide is None:
             return self.code
-        self.ran = GRAM if conditioned(*_prepare(inputs, inputs)[0]) else WIDE
-        return self.code if self.ran is GRAM else self._wide
+        first = conditioned(*inputs) if decided is None else bool(decided.all())
+        self.ran = GRAM if first else WIDE
+        return self.code if first else self._wide
 
     def _forward_kernel(self) -> Callable[..., Any]:
         def kernel(*tensors: Tensor) -> Any:
             inputs, order = self._split(tensors)
-            made = self._made("forward", inputs, order, inputs)
+            made = self._made("forward", inputs, order)
             owned = _owned(made, self.signature.empty(inputs, made[0].dtype, _META), inputs)
             if self.signature.results[0] == "z":
                 owned[0] = owned[0].to(self._output_dtype(inputs))
@@ -224,35 +247,75 @@ class NestedLoopOp:
 
         return kernel
 
-    def _made(self, name: str, tensors: list[Tensor], order: Tensor | None, inputs: list[Tensor]) -> Sequence[Tensor]:
+    def _made(self, name: str, tensors: list[Tensor], order: Tensor | None) -> list[Tensor]:
         """The results of `forward` or `backward`. Raises `SingularSystemError`."""
-        in_triton = isinstance(self.code.native, TritonCode)  # which reads tensors in the dtype that they have
-        computed, low = (tensors, None) if in_triton else _prepare(tensors, inputs)
-        code = self._code_for(computed[: len(inputs)])
+        names = list(self.signature.inputs)
+        if name == "backward":
+            names += [*self.signature.saved, *[f"d_{c}" for c in self.cotangents]]
+        given = dict(zip(names, tensors, strict=True))
+        inputs = [given[n] for n in self.signature.inputs]
+        computed, low = _prepare(inputs, inputs)
         with _as_it_says(inputs[0].device.type):
+            code = self._code_for(computed, given.pop("first_form", None))
+            kept = {n: given.pop(f"shared_{n}") for n in self.signature.shared if f"shared_{n}" in given}
+            common = getattr(code.module, "common", None)
+            if common is None:
+                shared = {}
+            elif kept and code is self.code:
+                shared = kept
+            else:
+                shared = dict(zip(code.shared, common(*computed, low), strict=True))
+            rest = {n: t for n, t in given.items() if n not in self.signature.inputs}
+            every = {**dict(zip(self.signature.inputs, inputs, strict=True)), **shared, **rest}
             try:
-                if in_triton:
-                    return getattr(code.native, name)(*tensors, order)
-                if code.runs_native(inputs, getattr(self.signature, "halo", 0)):
-                    return getattr(code.native, name)(*computed, order, low=low)
-                return self._in_groups(code, name, computed, order, low, inputs)
+                made = self._run(code, name, every, order, low)
             except Singular as met:
                 raise singular_system(self.spec, str(met)) from None
+            if name == "forward":
+                return [*made, *self._kept(code, shared, computed)]
+            found, of_shared = list(made[: len(inputs)]), made[len(inputs) :]
+            if common is not None:
+                more = code.module.common_vjp(*computed, *shared.values(), *of_shared, low)
+                found = [_add(a, b, like) for a, b, like in zip(found, more, inputs, strict=True)]
+            return found
+
+    def _kept(self, code: Code, shared: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+        """What a call keeps of what all steps share: nothing but zeros where they take the other form."""
+        shapes = dict(zip(self.signature.results, self.signature.shapes(inputs), strict=True))
+        first = code is self.code
+        like = inputs[0].new_full((), float(first), dtype=compute_dtype(inputs))
+        return [
+            shared[n.removeprefix("shared_")] if first and n != "first_form" else like.expand(shapes[n])
+            for n in self.signature.kept_shared
+        ]
+
+    def _run(
+        self, code: Code, name: str, given: Mapping[str, Tensor], order: Tensor | None, low: Any
+    ) -> Sequence[Tensor]:
+        """`forward` or `backward` of what runs."""
+        inputs, tensors = [given[n] for n in self.signature.inputs], list(given.values())
+        if isinstance(code.native, TritonCode):  # which reads tensors in the dtype that they have
+            return getattr(code.native, name)(*tensors, order)
+        computed = _prepare(tensors, inputs)[0]
+        if code.runs_native(inputs, getattr(self.signature, "halo", 0)):
+            return getattr(code.native, name)(*computed, order)
+        return self._in_groups(code, name, dict(zip(given, computed, strict=True)), order, low)
 
     def _in_groups(
-        self, code: Code, name: str, tensors: list[Tensor], order: Tensor | None, low: Any, inputs: list[Tensor]
+        self, code: Code, name: str, given: Mapping[str, Tensor], order: Tensor | None, low: Any
     ) -> Sequence[Tensor]:
         """Run generated code on groups of sequences whose tiles stay in cache, and put the results together.
 
         A result that has one row per sequence is joined; the cotangent of what sequences share is summed.
         """
-        function = getattr(code.module, name)
+        function, tensors = getattr(code.module, name), list(given.values())
+        inputs = [given[n] for n in self.signature.inputs]
         sequences, length = max(t.shape[1] for t in inputs), inputs[0].shape[2]
         rows = code.rows if inputs[0].device.type == "cpu" else code.rows * _DEVICE_ROWS
         size = max(1, rows // max(length, 1))
         if size >= sequences:
             return function(*tensors, order, low, rows)
-        axes = [2 if n.startswith("between_") else 1 for n in self._names(name)]
+        axes = [2 if n.startswith("between_") else 1 for n in given]
         parts = []
         for start in range(0, sequences, size):
             stop = min(start + size, sequences)
@@ -261,13 +324,10 @@ class NestedLoopOp:
         if name == "forward":
             joined = [2 if n.startswith("between_") else 1 for n in self.signature.results]
             sizes = [min(start + size, sequences) - start for start in range(0, sequences, size)]
-            return [_join(p, axis, sizes) for p, axis in zip(zip(*parts, strict=True), joined, strict=True)]
-        gathered = zip(zip(*parts, strict=True), inputs, strict=True)
+            return [_join(p, axis, sizes) for p, axis in zip(zip(*parts, strict=True), joined, strict=False)]
+        taken = [t for n, t in given.items() if n in self.signature.inputs or n in code.shared]
+        gathered = zip(zip(*parts, strict=True), taken, strict=True)
         return [torch.cat(p, 1) if like.shape[1] > 1 else torch.stack(p).sum(0) for p, like in gathered]
-
-    def _names(self, function: str) -> list[str]:
-        """Names of the tensors that a generated function takes."""
-        return [*self.signature.inputs, *([*self.signature.saved, *self.cotangents] if function == "backward" else [])]
 
     def _forward_fake(self, *tensors: Tensor) -> Any:
         inputs, _ = self._split(tensors)
@@ -287,7 +347,7 @@ class NestedLoopOp:
 
         def kernel(*tensors: Tensor) -> Any:
             given, order = self._split(tensors)
-            made = self._made("backward", given, order, given[:count])
+            made = self._made("backward", given, order)
             # where no step was taken, the cotangent of an initial fast weight is the end's, one per sequence
             made = [like_lead(g, t) for g, t in zip(made, given, strict=False)]
             owned = _owned(made, self.signature.empty_cotangents(given[:count], _META), given)
@@ -321,7 +381,7 @@ class NestedLoopOp:
             made = made if isinstance(made, tuple) else (made,)
             unfolded = []
             for index, tensor in enumerate(made):
-                axis = 1 if op is self.forward_op and index >= len(self.cotangents) else 0
+                axis = 1 if op is self.forward_op and self.signature.results[index].startswith("between_") else 0
                 split = tensor.unflatten(axis, (size, -1)).movedim(axis, 0)
                 if op is self.backward_op:
                     split = _sum_to(split, tensors[index], in_dims[index])
@@ -348,7 +408,7 @@ class NestedLoopOp:
         forward_op, backward_op = self.forward_op, self.backward_op
         results = self.signature.results
         states = tuple(results.index(name) for name in self.signature.saved)
-        between = tuple(i for i, name in enumerate(results) if name.startswith("between_"))
+        between = tuple(i for i, name in enumerate(results) if name.startswith(KEPT))
         inputs_count, cotangents, ordered = len(self.signature.inputs), len(self.cotangents), self.signature.ordered
 
         class NestedLoop(torch.autograd.Function):
@@ -418,6 +478,11 @@ def _owned(made: Sequence[Tensor], laid: Sequence[Tensor], inputs: Sequence[Tens
         taken.add(tensor.untyped_storage().data_ptr())
         owned.append(tensor)
     return owned
+
+
+def _add(a: Tensor, b: Tensor | None, like: Tensor) -> Tensor:
+    """Two cotangents together; the second one may be zero, and both not yet added up over what shares `like`."""
+    return a if b is None else summed(a, like) + summed(b, like)
 
 
 def _sum_to(split: Tensor, original: Tensor, dim: int | None) -> Tensor:

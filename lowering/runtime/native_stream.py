@@ -42,7 +42,7 @@ class NativeStream(NativeLibrary):
         super().__init__(name, plan)
         self.module, self.signature = module, signature
 
-    def forward(self, *tensors: Tensor, low: torch.dtype | None) -> Sequence[Tensor]:
+    def forward(self, *tensors: Tensor) -> Sequence[Tensor]:
         """Inputs [H, B, ..] and no order -> results, as the PyTorch module's `forward`, but in the compute dtype."""
         inputs = list(tensors[:-1])
         if not self._tokens(inputs):
@@ -53,7 +53,7 @@ class NativeStream(NativeLibrary):
         self._run("forward", inputs, [(n, values[n]) for n in self.plan.forward], named, 1)
         return made
 
-    def backward(self, *tensors: Tensor, low: torch.dtype | None) -> Sequence[Tensor]:
+    def backward(self, *tensors: Tensor) -> Sequence[Tensor]:
         """Inputs, what forward kept, cotangents of its results and no order -> cotangents of the inputs."""
         signature = self.signature
         inputs = list(tensors[: len(signature.inputs)])

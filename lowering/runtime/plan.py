@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class Plan:
         name: the loop's name, as an identifier.
         source: the generated module's text; empty for "attention".
         inputs: fast weights that `forward` takes (those frozen at zero may be absent).
+        shared: what all steps share: one head's tile of each, of what has a row for each token that row.
         tiles: shape of each fast weight's tile.
         output: shape of one token's output.
         tokens: the one sequence length the plan is for, or None.
@@ -54,6 +55,7 @@ class Plan:
     kept: tuple[str, ...] = ()
     chunk: int = 0
     why: str = ""
+    shared: dict[str, tuple[int, ...]] = field(default_factory=dict)
     native: NativePlan | None = None
     not_native: str = ""
     triton: TritonPlan | None = None
@@ -70,13 +72,13 @@ def read(fingerprint: str | None) -> Plan | None:
         return None
     try:
         kept = json.loads(_path(fingerprint).read_text())
-        tiles = {name: tuple(shape) for name, shape in kept.pop("tiles").items()}
+        tiles, shared = ({n: tuple(shape) for n, shape in kept.pop(k).items()} for k in ("tiles", "shared"))
         pieces = {name: tuple(flops) for name, flops in kept.pop("pieces").items()}
         native = _remade(NativePlan, kept.pop("native"))
         triton = _remade(TritonPlan, kept.pop("triton"))
         for name in ("inputs", "output", "results", "kept"):
             kept[name] = tuple(kept[name])
-        return Plan(**kept, tiles=tiles, pieces=pieces, native=native, triton=triton)
+        return Plan(**kept, tiles=tiles, shared=shared, pieces=pieces, native=native, triton=triton)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # absent, or written by another version: lowered again and written again
 

@@ -20,7 +20,7 @@ from nestloop.lang.schedule import Causal, Chunked, Program
 from nestloop.lang.state import Entry, State, counts_tokens, entries
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, no_native_reason
-from nestloop.lowering.runtime.library import Code, NestedLoopOp, Signature
+from nestloop.lowering.runtime.library import MOST_ARGUMENTS, Code, NestedLoopOp, Signature
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.refusals import check_triton, no_native
@@ -104,8 +104,6 @@ class StreamOp:
         return dict(zip(self.signature.made, made, strict=False))
 
 
-MOST_ARGUMENTS = 64  # of an operator of PyTorch
-
 STREAM_OPS: dict[str, StreamOp] = {}
 
 
@@ -154,7 +152,7 @@ def build_stream(
             library = TritonStream(plan.name, triton, module, signature)
         # C++ with chunks of its own keeps other states than PyTorch: neither can go back from the other's.
         alike = native is not None and native.rows == plan.chunk
-        code = Code(module, plan.rows, library, pays(spec, plan) if backend == "auto" and alike else None)
+        code = Code(module, plan.rows, (), library, pays(spec, plan) if backend == "auto" and alike else None)
         op = NestedLoopOp(name, code, signature, flops(spec, plan, heads), spec)
         STREAM_OPS[name] = StreamOp(op, signature)
     return name

@@ -22,6 +22,7 @@ class Batches:
     Attributes:
         fast, slow, hoisted, tokens: names, in generated code, of what `forward` takes or makes.
         starts: fast weights that it takes.
+        prepare: what makes `hoisted`, if there is any.
         variants: prefixes of the pieces of the first step and the others, or of all.
         whole: whether a tile must hold all tokens.
     """
@@ -47,6 +48,7 @@ class Batches:
             for name, piece in pieces.items()
             if name not in OUTSIDE and not (carried and name.startswith("first_"))
         }
+        self.prepare = pieces.get("prepare")
         self.variants = ["first_", ""] if "first_gradient" in self.pieces else [""]
         if "gradient" not in self.pieces:
             self.variants = ["first_"]

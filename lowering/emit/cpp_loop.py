@@ -14,6 +14,7 @@ from textwrap import indent
 from types import MappingProxyType
 
 from nestloop.lowering.emit.cpp_pieces import CppPieces
+from nestloop.lowering.emit.cpp_prepare import CppPrepare
 from nestloop.lowering.emit.expressions import rows
 from nestloop.lowering.emit.repeats import written
 from nestloop.lowering.emit.unit import (
@@ -37,10 +38,11 @@ class CppEmitter(CppPieces):
 
     def emit(self, rows: int) -> NativePlan:
         """The translation unit, for tiles of about `rows` tokens."""
-        systems = numbered(self.functions.values())
+        prepare = CppPrepare(self.captured, self.prepare, self.identifier)
+        functions = [*prepare.functions.values(), *self.functions.values()]
+        systems = numbered(functions)
         plan = "A tile holds all tokens: they mix." if self.whole else f"The cost model takes {rows}."
-        parts = written(list(self.functions.values()))
-        parts += [self._forward(), self._backward()]
+        parts = [*written(functions), *prepare.write(), self._forward(), self._backward()]
         return NativePlan(
             header(self.captured, plan) + "\n\n".join(parts) + "\n",
             tuple(map(self.original, self.given("forward"))),
@@ -50,6 +52,9 @@ class CppEmitter(CppPieces):
             self.whole,
             rows,
             systems,
+            prepare=tuple(map(self.original, prepare.inputs("prepare"))),
+            prepare_vjp=tuple(map(self.original, prepare.inputs("prepare_vjp"))),
+            pulled=tuple(self.original(n).removeprefix("d_") for n in prepare.results("prepare_vjp")),
         )
 
     # ---- Calls -----------------------------------------------------------------------------------------------------

@@ -295,12 +295,11 @@ class TorchEmitter:
         )
         lines.append(indent("\n".join(loop), "    "))
         lines += [f"d_{n} = add(d_{n}, untake(_pieces_{n}, _order, {n}))" for n in seen if shuffled]
-        inputs = [*self.inputs, *self.common]
-        lines.append(f"return {', '.join(f'zeros({n}) if d_{n} is None else d_{n}' for n in inputs)}")
+        lines.append(f"return {_tuple([f'd_{n}' for n in [*self.inputs, *self.common]])}")
         cotangents = ["d_z", *[f"d_{n}" for n in fast], *(["d_losses"] if self.losses else [])]
         states = [*[f"end_{n}" for n in fast], *[f"between_{n}" for n in fast]]
-        arguments = ", ".join([*inputs, *states, *cotangents, "_order", "_low", "_rows"])
-        doc = "Cotangents of forward's inputs, each step recomputed from the state it started from."
+        arguments = ", ".join([*self.inputs, *self.common, *states, *cotangents, "_order", "_low", "_rows"])
+        doc = "Cotangents of forward's inputs, None for zero, each step recomputed from the state it started from."
         return f'def backward({arguments}):\n    """{doc}"""\n' + indent("\n".join(filter(None, lines)), "    ")
 
     def _pull(

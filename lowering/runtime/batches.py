@@ -5,7 +5,7 @@ What all steps share (`common` of the PyTorch module, large products for all hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
@@ -47,6 +47,7 @@ class BatchLoop:
         batches: tokens -> (start, stop) of each step.
         weight: tokens of a batch -> what each token's loss counts.
         losses: whether the inner losses are a result.
+        shared: shape of one head's tile of what all steps share.
     """
 
     inputs: tuple[str, ...]
@@ -57,6 +58,7 @@ class BatchLoop:
     batches: Callable[[int], list[tuple[int, int]]]
     weight: Callable[[int], float]
     losses: bool
+    shared: Mapping[str, tuple[int, ...]]
 
 
 class BatchCode:
@@ -93,9 +95,9 @@ class BatchCode:
         self.run("forward", call, [(n, values[n]) for n in self.plan.forward], made)
         return list(made.values())
 
-    def backward(self, *tensors: Tensor) -> Sequence[Tensor]:
+    def backward(self, *tensors: Tensor) -> Sequence[Tensor | None]:
         """Inputs, what all steps share, the states and cotangents of the results, and the order -> cotangents of the
-        inputs and of what all steps share."""
+        inputs and of what all steps share, None for zero."""
         loop = self.loop
         call = Call(self, list(tensors[: len(loop.inputs)]), tensors[-1])
         states = [f"end_{n}" for n in loop.ends] + [f"between_{n}" for n in loop.ends]
@@ -105,7 +107,7 @@ class BatchCode:
         rows = {n: values[n].shape[3:] if self.is_token(n) else values[n].shape[2:] for n in self.plan.gradients}
         made = {name: self.memory(call, name, row, values[name]) for name, row in rows.items()}
         self.run("backward", call, [(n, values[n]) for n in self.plan.backward], made)
-        return [summed(made[n], values[n]) if n in made else zero(values[n]) for n in self._names]
+        return [summed(made[n], values[n]) if n in made else None for n in self._names]
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -180,8 +182,3 @@ def summed(partial: Tensor, like: Tensor) -> Tensor:
 def is_token(shared: str) -> bool:
     """Whether what all steps share has one row for each token."""
     return shared.startswith("projected_")
-
-
-def zero(like: Tensor) -> Tensor:
-    """A cotangent that is zero, without memory."""
-    return like.new_zeros(()).expand_as(like)

@@ -15,7 +15,7 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import cache, compiler
 from nestloop.lowering.runtime.batches import BatchLoop
 from nestloop.lowering.runtime.library import Code, NestedLoopOp, Signature
-from nestloop.lowering.runtime.native import NativeModule, NativePlan
+from nestloop.lowering.runtime.native import NativeModule, NativePlan, with_pieces
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.refusals import check_triton, no_native
 from nestloop.lowering.runtime.triton import TritonBatches
@@ -82,6 +82,7 @@ def _code(spec: LoopSpec, plan: Plan, signature: Signature, inductor: bool, back
         check_triton(spec, plan)
     native = plan.triton if backend == "triton" else plan.native if backend != "torch" and not reason else None
     library = None if native is None else _library(spec, plan.name, native, module, signature)
+    module = library.prepared() if isinstance(library, NativeModule) else module
     return Code(module, plan.rows, tuple(plan.shared), library, pays(spec, plan) if backend == "auto" else None)
 
 
@@ -140,6 +141,7 @@ def _library(
         batches=spec.schedule.batches,
         weight=spec.schedule.weight,
         losses=signature.losses,
+        shared=signature.shared,
     )
     if isinstance(plan, TritonPlan):
         return TritonBatches(name, plan, module, loop)
@@ -160,15 +162,9 @@ def _attention(scale: float | None) -> Executable:
 
 def compiled_pieces(module: types.ModuleType, plan: Plan) -> types.ModuleType:
     """A copy of a generated module whose pieces go through `torch.compile`: each compiles once for all steps."""
-    copy = types.ModuleType(f"{module.__name__}_inductor")
-    copy.__dict__.update(module.__dict__)
     pieces = [name for piece in plan.pieces for name in (piece, f"{piece}_vjp")]
-    for name in [*pieces, *(["advance"] if hasattr(module, "advance") else [])]:
-        setattr(copy, name, torch.compile(getattr(module, name)))
-    for name in ("forward", "backward"):
-        function = getattr(module, name)
-        setattr(copy, name, types.FunctionType(function.__code__, copy.__dict__, name, function.__defaults__))
-    return copy
+    pieces += ["advance"] if hasattr(module, "advance") else []
+    return with_pieces(module, **{name: torch.compile(getattr(module, name)) for name in pieces})
 
 
 def _signature(spec: LoopSpec, plan: Plan, heads: int, losses: bool, decides: bool) -> Signature:

@@ -275,9 +275,10 @@ class NestedLoopOp:
                 return [*made, *self._kept(code, shared, computed)]
             found, of_shared = list(made[: len(inputs)]), made[len(inputs) :]
             if common is not None:
-                more = code.module.common_vjp(*computed, *shared.values(), *of_shared, low)
-                found = [_add(a, b, like) for a, b, like in zip(found, more, inputs, strict=True)]
-            return found
+                given_shared = map(_filled, of_shared, shared.values())
+                more = code.module.common_vjp(*computed, *shared.values(), *given_shared, low)
+                found = [_add(a, b, like) for a, b, like in zip(found, more, computed, strict=True)]
+            return list(map(_filled, found, computed))
 
     def _kept(self, code: Code, shared: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """What a call keeps of what all steps share: nothing but zeros where they take the other form."""
@@ -289,9 +290,7 @@ class NestedLoopOp:
             for n in self.signature.kept_shared
         ]
 
-    def _run(
-        self, code: Code, name: str, given: Mapping[str, Tensor], order: Tensor | None, low: Any
-    ) -> Sequence[Tensor]:
+    def _run(self, code: Code, name: str, given: Mapping[str, Tensor], order: Tensor | None, low: Any) -> Sequence[Any]:
         """`forward` or `backward` of what runs."""
         inputs, tensors = [given[n] for n in self.signature.inputs], list(given.values())
         if isinstance(code.native, TritonCode):  # which reads tensors in the dtype that they have
@@ -303,7 +302,7 @@ class NestedLoopOp:
 
     def _in_groups(
         self, code: Code, name: str, given: Mapping[str, Tensor], order: Tensor | None, low: Any
-    ) -> Sequence[Tensor]:
+    ) -> Sequence[Tensor | None]:
         """Run generated code on groups of sequences whose tiles stay in cache, and put the results together.
 
         A result that has one row per sequence is joined; the cotangent of what sequences share is summed.
@@ -327,7 +326,10 @@ class NestedLoopOp:
             return [_join(p, axis, sizes) for p, axis in zip(zip(*parts, strict=True), joined, strict=False)]
         taken = [t for n, t in given.items() if n in self.signature.inputs or n in code.shared]
         gathered = zip(zip(*parts, strict=True), taken, strict=True)
-        return [torch.cat(p, 1) if like.shape[1] > 1 else torch.stack(p).sum(0) for p, like in gathered]
+        return [
+            None if p[0] is None else torch.cat(p, 1) if like.shape[1] > 1 else torch.stack(p).sum(0)
+            for p, like in gathered
+        ]
 
     def _forward_fake(self, *tensors: Tensor) -> Any:
         inputs, _ = self._split(tensors)
@@ -480,9 +482,16 @@ def _owned(made: Sequence[Tensor], laid: Sequence[Tensor], inputs: Sequence[Tens
     return owned
 
 
-def _add(a: Tensor, b: Tensor | None, like: Tensor) -> Tensor:
-    """Two cotangents together; the second one may be zero, and both not yet added up over what shares `like`."""
-    return a if b is None else summed(a, like) + summed(b, like)
+def _add(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor | None:
+    """Two cotangents together, None being zero; neither need have been added up over what shares `like`."""
+    if a is None or b is None:
+        return b if a is None else a
+    return summed(a, like) + summed(b, like)
+
+
+def _filled(cotangent: Tensor | None, like: Tensor) -> Tensor:
+    """A cotangent that may be None, for zero, as a tensor."""
+    return like.new_zeros(()).expand_as(like) if cotangent is None else cotangent
 
 
 def _sum_to(split: Tensor, original: Tensor, dim: int | None) -> Tensor:

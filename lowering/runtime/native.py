@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nestloop.lowering.runtime import compiler
-from nestloop.lowering.runtime.batches import BatchCode, BatchLoop, Call, laid_out, side_by_side
+from nestloop.lowering.runtime.batches import BatchCode, BatchLoop, Call, laid_out, side_by_side, summed
 from nestloop.lowering.runtime.tiles import Singular
 
 _ITEMS = 16  # heads times sequences times ranges of tokens: enough to share out to as many cores
@@ -31,6 +32,9 @@ class NativePlan:
         whole: whether a tile must hold all tokens.
         rows: tokens of a tile, where it need not; of a scan, of a chunk.
         systems: the user's line of each linear system, by their numbers in the C++ from 1.
+        prepare, prepare_vjp: names of the tensors that these take, in order; none where the PyTorch module makes what
+            is of slow weights alone. The first one's results are those of `common` that have no tokens.
+        pulled: names of the slow weights that the second one makes cotangents of.
     """
 
     text: str
@@ -41,6 +45,9 @@ class NativePlan:
     whole: bool
     rows: int
     systems: tuple[str, ...] = ()
+    prepare: tuple[str, ...] = ()
+    prepare_vjp: tuple[str, ...] = ()
+    pulled: tuple[str, ...] = ()
 
 
 class TensorArgument(ctypes.Structure):
@@ -148,6 +155,40 @@ class NativeModule(BatchCode, NativeLibrary):
         sequences = call.sequences if call.separate and name in self.loop.fast else 1
         return call.like.new_empty(call.heads, sequences, *row)
 
+    def prepared(self) -> ModuleType:
+        """The PyTorch module, with `prepare` and its backward in C++ where tensors are on a CPU and products keep their
+        precision."""
+        if not self.plan.prepare:
+            return self.module
+
+        def pieces(name: str, given: tuple[str, ...], made: Sequence[str], like: Sequence[str]) -> Callable[..., Any]:
+            original = getattr(self.module, name)
+            names = list(inspect.signature(original).parameters)[:-1]
+
+            def piece(*arguments: Any) -> Any:
+                *tensors, low = arguments
+                if low is not None or tensors[0].device.type != "cpu":
+                    return original(*arguments)
+                values = dict(zip(names, tensors, strict=True))
+                heads = max(t.shape[0] for t in tensors)
+                rows = [values[n].shape[2:] if n in values else self.loop.shared[n] for n in like]
+                results = [tensors[0].new_empty(heads, 1, *row) for row in rows]
+                before, named = (ctypes.c_int(torch.get_num_threads()),), list(zip(made, results, strict=True))
+                self.call(
+                    f"every_{name}", (heads, 1), tensors[0].dtype, before, [(n, values[n]) for n in given], (), named
+                )
+                return tuple(summed(r, values[n]) if n in values else r for n, r in zip(like, results, strict=True))
+
+            return piece
+
+        hoisted = [n for n in self.plan.common if not self.is_token(n)]
+        pulled = [f"d_{n}" for n in self.plan.pulled]
+        return with_pieces(
+            self.module,
+            prepare=pieces("prepare", self.plan.prepare, hoisted, hoisted),
+            prepare_vjp=pieces("prepare_vjp", self.plan.prepare_vjp, pulled, self.plan.pulled),
+        )
+
     def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
         plan, items = self.plan, call.heads * call.sequences
         order, head, sequence = None, 0, 0
@@ -169,6 +210,17 @@ class NativeModule(BatchCode, NativeLibrary):
         place = ctypes.c_void_p(None if order is None else order.data_ptr())
         after = (place, ctypes.c_long(head), ctypes.c_long(sequence))
         self.call(function, (call.heads, call.sequences), call.dtype, before, given, after, list(made.items()))
+
+
+def with_pieces(module: ModuleType, **pieces: Callable[..., Any]) -> ModuleType:
+    """A copy of a generated module, whose functions call these pieces instead of its own."""
+    copy = ModuleType(f"{module.__name__}_with_{'_'.join(pieces)}")
+    copy.__dict__.update(module.__dict__)
+    for name, function in vars(module).items():
+        if isinstance(function, FunctionType) and function.__globals__ is vars(module):
+            setattr(copy, name, FunctionType(function.__code__, copy.__dict__, name, function.__defaults__))
+    copy.__dict__.update(pieces)
+    return copy
 
 
 def readable(tensor: Tensor, walked: bool) -> Tensor:

@@ -58,7 +58,7 @@ def test_a_nearly_rank_4_decoder_takes_the_wide_form(backend: str, monkeypatch: 
     inputs, op = inputs_with(NEARLY_RANK_4, weak=True), nl.compile(zoo.MTTTMLP, backend=backend)
     precise = errors(op, inputs)
     assert op.ran == ["the wide form"]
-    monkeypatch.setattr(NestedLoopOp, "_code_for", lambda op, inputs: op.code)  # always the Gram form
+    monkeypatch.setattr(NestedLoopOp, "_code_for", lambda op, inputs, decided: op.code)  # always the Gram form
     rounded = errors(op, inputs)
     by_definition = errors(nl.compile(zoo.MTTTMLP, backend="reference"), inputs)  # what the inputs' own rounding costs
     assert max(precise.values()) < 3 * max(by_definition.values()) < 1e-3

@@ -14,7 +14,7 @@ OLDEST := $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton-$(OLDEST_TRITON)
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test gpu install clean oldest-triton
+.PHONY: demo test gpu wheels install clean oldest-triton
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -37,10 +37,17 @@ oldest-triton: $(OLDEST)/.installed
 GPU_PYTHON ?= python3
 gpu:
 	@if $(GPU_PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null; then \
-	    PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu; \
+	    if ls wheels/*.whl >/dev/null 2>&1; then \
+	        $(GPU_PYTHON) -m pip install -q --no-index --no-deps --upgrade --target wheels/installed wheels/*.whl; \
+	    fi; \
+	    PYTHONPATH=.:wheels/installed $(GPU_PYTHON) -m benchmarks.gpu; \
 	else \
 	    $(MAKE) --no-print-directory install && $(PY) -m benchmarks.gpu; \
 	fi
+
+# fla-core's kernels, for `make gpu` to measure beside on a machine that nothing can be downloaded to.
+wheels:
+	python3 -m pip download -q --no-deps --only-binary=:all: --dest wheels -c constraints.txt fla-core einops
 
 install: $(INSTALLED)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor
 from benchmarks import machine
 
 
-def problem(loop: Any, batch: int, tokens: int, heads: int, d: int, device: str) -> tuple[dict[str, Tensor], ...]:
+def problem(
+    loop: Any, batch: int, tokens: int, heads: int, d: int, device: str, seed: int = 0
+) -> tuple[dict[str, Tensor], ...]:
     """Views and weights of a loop: keys of length one, gates as a layer makes them."""
     spec = loop.spec
     sizes = {"d": d, "dk": d, "dv": d, "H": heads}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
@@ -48,9 +51,15 @@ def time_once(function: Callable[[], Tensor], leaves: list[Tensor], device: str)
 
 
 def values_of(function: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor | None]:
-    """The output, and the gradient of each leaf for a cotangent of ones."""
+    """The output, and the gradient of each leaf for the cotangent of `cotangent`."""
     y = function()
-    return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)]
+    return [y.detach(), *torch.autograd.grad(y, leaves, cotangent(y.shape, y.dtype, y.device), allow_unused=True)]
+
+
+@cache
+def cotangent(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random numbers: of ones, a normalised output would have no gradient but rounding."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
 
 
 def distance(a: Tensor | None, b: Tensor | None) -> float:

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,50 +36,68 @@ def _gelu_gradient(z: Tensor) -> Tensor:
     return 0.5 * z * slope + 0.5 * (1 + inside)
 
 
-def _rates(views: Tensors, start: int) -> tuple[Tensor, Tensor]:
+def _rates(eta: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
     """C [.., b, b] of one chunk with 1 and tau_t eta_s, and its last row as a column."""
-    eta, tau = (views[name][:, :, start : start + CHUNK] for name in ("eta", "tau"))
     return torch.tril(tau.unsqueeze(-1) * eta.unsqueeze(-2)), (tau[..., -1:] * eta).unsqueeze(-1)
 
 
-def ttt_linear(views: Tensors, weights: Tensors) -> Tensor:
-    """TTT-Linear's core in the dual form, chunk by chunk (arXiv 2407.04620, appendix A): [B, H, N, d]."""
+def ttt_linear_chunk(state: Tensors, views: Tensors, weights: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+    """One chunk of TTT-Linear's core in the dual form (arXiv 2407.04620, appendix A): z [B, H, b, d], the state."""
     gamma, beta = (weights[name].unsqueeze(1) for name in ("gamma", "beta"))
-    w, b = weights["w"], weights["b"].unsqueeze(1)
+    w, b, k, q, v = state["w"], state["b"], views["k"], views["q"], views["v"]
+    mix, last = _rates(views["eta"], views["tau"])
+    delta = _norm_gradient(k @ w + b, v - k, gamma, beta)
+    z = q @ w + b - (mix * (q @ k.mT) + mix) @ delta
+    after = {"w": w - k.mT @ (last * delta), "b": b - (last * delta).sum(-2, keepdim=True)}
+    return q + _norm(z, gamma, beta), after
+
+
+def ttt_mlp_chunk(state: Tensors, views: Tensors, weights: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+    """One chunk of TTT-MLP's core in the dual form: z [B, H, b, d], the state."""
+    gamma, beta = (weights[name].unsqueeze(1) for name in ("gamma", "beta"))
+    w1, b1, w2, b2 = (state[name] for name in ("w1", "b1", "w2", "b2"))
+    k, q, v = (views[name] for name in "kqv")
+    mix, last = _rates(views["eta"], views["tau"])
+    z1 = k @ w1 + b1
+    hidden = F.gelu(z1, approximate="tanh")
+    delta2 = _norm_gradient(hidden @ w2 + b2, v - k, gamma, beta)
+    delta1 = (delta2 @ w2.mT) * _gelu_gradient(z1)
+    read = F.gelu(q @ w1 + b1 - (mix * (q @ k.mT) + mix) @ delta1, approximate="tanh")
+    z = read @ w2 + b2 - (mix * (read @ hidden.mT) + mix) @ delta2
+    after = {
+        "w1": w1 - k.mT @ (last * delta1),
+        "b1": b1 - (last * delta1).sum(-2, keepdim=True),
+        "w2": w2 - hidden.mT @ (last * delta2),
+        "b2": b2 - (last * delta2).sum(-2, keepdim=True),
+    }
+    return q + _norm(z, gamma, beta), after
+
+
+CHUNKS = {"TTTLinear": ttt_linear_chunk, "TTTMLP": ttt_mlp_chunk}
+
+
+def over_chunks(step: Callable[..., Any], views: Tensors, weights: Tensors) -> Tensor:
+    """A loop over chunks: [B, H, N, d]."""
+    heads = {name: weights[name] for name in ("w", "w1", "w2") if name in weights}
+    state = heads | {name: weights[name].unsqueeze(1) for name in ("b", "b1", "b2") if name in weights}
     outputs = []
     for start in range(0, views["k"].shape[2], CHUNK):
-        k, q, v = (views[name][:, :, start : start + CHUNK] for name in "kqv")
-        mix, last = _rates(views, start)
-        delta = _norm_gradient(k @ w + b, v - k, gamma, beta)
-        z = q @ w + b - (mix * (q @ k.mT) + mix) @ delta
-        outputs.append(q + _norm(z, gamma, beta))
-        w = w - k.mT @ (last * delta)
-        b = b - (last * delta).sum(-2, keepdim=True)
+        z, state = step(state, {n: t[:, :, start : start + CHUNK] for n, t in views.items()}, weights)
+        outputs.append(z)
     return torch.cat(outputs, 2)
+
+
+def ttt_linear(views: Tensors, weights: Tensors) -> Tensor:
+    """TTT-Linear's core in the dual form, chunk by chunk."""
+    return over_chunks(ttt_linear_chunk, views, weights)
 
 
 def ttt_mlp(views: Tensors, weights: Tensors) -> Tensor:
-    """TTT-MLP's core in the dual form, chunk by chunk: [B, H, N, d]."""
-    gamma, beta = (weights[name].unsqueeze(1) for name in ("gamma", "beta"))
-    w1, w2 = weights["w1"], weights["w2"]
-    b1, b2 = (weights[name].unsqueeze(1) for name in ("b1", "b2"))
-    outputs = []
-    for start in range(0, views["k"].shape[2], CHUNK):
-        k, q, v = (views[name][:, :, start : start + CHUNK] for name in "kqv")
-        mix, last = _rates(views, start)
-        z1 = k @ w1 + b1
-        hidden = F.gelu(z1, approximate="tanh")
-        delta2 = _norm_gradient(hidden @ w2 + b2, v - k, gamma, beta)
-        delta1 = (delta2 @ w2.mT) * _gelu_gradient(z1)
-        read = F.gelu(q @ w1 + b1 - (mix * (q @ k.mT) + mix) @ delta1, approximate="tanh")
-        z = read @ w2 + b2 - (mix * (read @ hidden.mT) + mix) @ delta2
-        outputs.append(q + _norm(z, gamma, beta))
-        w1, b1 = w1 - k.mT @ (last * delta1), b1 - (last * delta1).sum(-2, keepdim=True)
-        w2, b2 = w2 - hidden.mT @ (last * delta2), b2 - (last * delta2).sum(-2, keepdim=True)
-    return torch.cat(outputs, 2)
+    """TTT-MLP's core in the dual form, chunk by chunk."""
+    return over_chunks(ttt_mlp_chunk, views, weights)
 
 
-def _fla(op: str) -> ModuleType | None:
+def fla_naive(op: str) -> ModuleType | None:
     """One op's naive functions of the fla-core package, loaded by file: its package imports Triton."""
     found = importlib.util.find_spec("fla")
     if found is None or not found.submodule_search_locations:
@@ -94,7 +113,7 @@ def _fla(op: str) -> ModuleType | None:
 
 def fla_functions() -> dict[str, Callable[[Tensors], Tensor]]:
     """fla-core's own PyTorch functions by loop, on views [B, H, N, *]; chunked where it has one. Empty without it."""
-    delta, gated, gla = _fla("delta_rule"), _fla("gated_delta_rule"), _fla("gla")
+    delta, gated, gla = fla_naive("delta_rule"), fla_naive("gated_delta_rule"), fla_naive("gla")
     if delta is None or gated is None or gla is None:
         return {}
 

@@ -1,207 +1,306 @@
-"""`make gpu`, or `python -m benchmarks.gpu`: everything that wants a GPU, in one command; needs torch and nothing else.
+"""`make gpu`, or `python -m benchmarks.gpu`: everything that wants a GPU, in one command; needs torch and Triton alone.
 
-First every loop of the zoo against the reference on the device (float64, values and gradients), then streams in
-generated Triton beside generated PyTorch (how far apart they are, and times), the MTTT-MLP layer and whole ViT-S/16
-training steps beside what people write without a compiler: medians of interleaved rounds, with the
-device's own GEMM rate. The table is printed last; the figures go to `$OUT/gpu.json`, or `benchmarks/results/gpu.json`.
+First, in several processes, which fill the compilers' caches: every loop of the zoo against the reference on the device
+(float64) and its generated Triton against generated PyTorch (float32), values and gradients. Then the cases of
+`gpu_cases` in this process alone: the plans of each in turn on fresh random inputs, forward and forward + backward, as
+medians beside the time that the device's own copy and GEMM rates allow. What is absent (JAX, fla-core), fails, or has
+no time left is put down as such. The table is printed last; the figures go to `$OUT/gpu.json`, or
+`benchmarks/results/gpu.json`, after every case.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import nestloop as nl
-from benchmarks import machine, peers
-from benchmarks.calls import distance, problem, time_once, values_of
-from nestloop import models, zoo
+from benchmarks import machine
+from benchmarks.calls import cotangent, distance, values_of
+from benchmarks.gpu_cases import SETS, Case, Plan, Run, cases, training_steps
+from nestloop import zoo
 from tests.drawn import draw
 
-STREAMS = ("CausalLinearAttention", "RetNet", "GLA", "DeltaNet", "GatedDeltaNet", "TTTLinear", "TTTMLP")
 LOOPS = {loop.__name__: loop for loop in zoo.loops()}
+SECONDS = 500  # of a command, which a lent machine stops at 600
+BARS = {"float64 against the reference": 1e-10, "Triton against PyTorch, float32": 1e-4}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the command itself")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="begin nothing new after so long")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
+    device, quick = options.device, options.quick
+    if device == "cuda" and not torch.cuda.is_available():
         print(f"torch {torch.__version__} sees no CUDA device, so nothing was measured.", file=sys.stderr)
         return 2
-    result: dict[str, Any] = {
-        "machine": machine.facts(),
-        "device": machine.kind(options.device),
-        "quick": options.quick,
-    }
-    result["agreement"] = {name: agreement(loop, options.device) for name, loop in LOOPS.items()}
-    dtype, size = (torch.bfloat16, 8192) if options.device == "cuda" else (torch.float32, 1024)
-    result["gemm_tflops"] = machine.gemm_rate(options.device, dtype, size) / 1e3
-    sizes = [(2, 64, 96, 3)] if options.quick else [(256, 196, 384, 6), (4, 12_544, 192, 3), (1, 50_176, 192, 3)]
-    result["layer"] = [layer_times(*size, options.device, 2 if options.quick else 9) for size in sizes]
-    shapes = [(1, 40, 2, 16)] if options.quick else [(4, 2048, 32, 64), (1, 8192, 32, 64)]
-    dtypes = [torch.float32] if options.quick else [torch.float32, torch.bfloat16]
-    result["streams"] = [
-        stream_times(name, shape, dtype, options.device, 1 if options.quick else 9)
-        for name in STREAMS
-        for shape in shapes
-        for dtype in dtypes
-    ]
-    result["training_step"] = {
-        mixer: training_step(mixer, options.device, options.quick)
-        for mixer in ("self_attention", "linear_attention", "mttt_linear", "mttt_mlp")
-    }
+    until = time.monotonic() + options.seconds
     folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
-    path = folder / ("gpu-quick.json" if options.quick else "gpu.json")
-    if not options.quick or "OUT" in os.environ:
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    missed = [name for name, error in result["agreement"].items() if error > 1e-10]
-    report(result, missed)
+    kept = folder / ("gpu-quick.json" if quick else "gpu.json") if not quick or "OUT" in os.environ else None
+    result: dict[str, Any] = {"machine": machine.facts(), "device": machine.kind(device), "quick": quick}
+    chosen = [i for i, case in enumerate(cases(device, quick)) if options.only in case.name]
+    result["agreement"] = prepare(device, quick, chosen, until)
+    result |= {
+        "gemm_tflops": gemm_tflops(device, quick),
+        "copy_gb_s": machine.copy_rate(device, 2**20 if quick else 2**30),
+    }
+    result["cases"], result["training_step"] = [], {}
+    for index, case in enumerate(cases(device, quick)):
+        if index in chosen:
+            result["cases"].append(measure(case, device, 2 if quick else 15, until, result))
+            keep(kept, result)
+    for name, images, make in () if options.only else training_steps(device, quick):
+        result["training_step"][name] = images_a_second(images, make, device, until, quick)
+        keep(kept, result)
+    report(result)
+    missed = [n for n, found in result["agreement"].items() if any(is_missed(kind, e) for kind, e in found.items())]
     return 1 if missed else 0
 
 
-def agreement(loop: type[nl.Loop], device: str) -> float:
-    """The worst relative difference from the reference in float64, over the output and every gradient."""
+def keep(path: Path | None, result: Mapping[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+# ---- In several processes --------------------------------------------------------------------------------------------
+
+
+def prepare(device: str, quick: bool, chosen: list[int], until: float) -> dict[str, dict[str, Any]]:
+    """How far every loop is off, by kind; each case is called once beside, so that the caches have what it compiles."""
+    tasks: dict[Any, str] = {}
+    found: dict[str, dict[str, Any]] = {name: {} for name in LOOPS}
+    if device == "cpu":
+        return {name: agreement(name, device) for name in LOOPS}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, min(12, machine.cores() - 2)), context) as pool:
+        for index in chosen:
+            tasks[pool.submit(warm, index, device, quick)] = ""
+        for name in LOOPS:
+            tasks[pool.submit(agreement, name, device)] = name
+        try:
+            for task in as_completed(tasks, timeout=max(until - time.monotonic() - 200, 60)):
+                if name := tasks[task]:
+                    found[name] = outcome(task.result)
+        except TimeoutError:
+            for process in list(pool._processes.values()):
+                process.terminate()
+    nothing = {kind: "no time left" for kind in BARS}
+    return {name: made or nothing for name, made in found.items()}
+
+
+def warm(index: int, device: str, quick: bool) -> None:
+    """Call each plan of a case once, forward and backward."""
+    case = list(cases(device, quick))[index]
+    for make in case.plans.values():
+        outcome(lambda make=make: once(make()(0), case, device))  # type: ignore[misc]
+
+
+def agreement(name: str, device: str) -> dict[str, Any]:
+    """The worst relative differences over the output and every gradient, by kind; a message where there is no such
+    code."""
+    kinds = [(("torch", "reference"), torch.float64), (("triton", "torch"), torch.float32)]
+    return {
+        kind: outcome(lambda b=backends, t=dtype: apart(LOOPS[name], b, t, device))  # type: ignore[misc]
+        for kind, (backends, dtype) in zip(BARS, kinds, strict=True)
+    }
+
+
+def apart(loop: type[nl.Loop], backends: tuple[str, str], dtype: torch.dtype, device: str) -> float:
+    """How far two backends are apart, relative to the largest element of each tensor."""
     torch.manual_seed(0)
     tokens = 16
-    views, weights = ({n: t.detach().to(device) for n, t in drawn.items()} for drawn in draw(loop.spec, tokens))
+    views, weights = ({n: t.detach().to(device, dtype) for n, t in drawn.items()} for drawn in draw(loop.spec, tokens))
     order = torch.rand(2, tokens).argsort(-1).to(device) if loop.spec.schedule.needs_order else None
     leaves = [t.requires_grad_() for t in [*views.values(), *weights.values()]]
     found = []
-    for backend in ("torch", "reference"):
+    for backend in backends:
         z, _ = nl.compile(loop, backend=backend)(views, weights, order=order)
         cotangent = torch.linspace(-1, 1, z.numel(), device=device, dtype=z.dtype).reshape(z.shape)
         gradients = torch.autograd.grad((z * cotangent).sum(), leaves, allow_unused=True)
-        found.append(
-            [z.detach(), *[torch.zeros_like(t) if g is None else g for g, t in zip(gradients, leaves, strict=True)]]
-        )
+        zero = [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, leaves, strict=True)]
+        found.append([z.detach(), *zero])
     largest = max(float(t.abs().max()) for t in found[1])
     return max(
         float((a - b).abs().max()) / max(float(b.abs().max()), 1e-4 * largest) for a, b in zip(*found, strict=True)
     )
 
 
-def layer_times(batch: int, tokens: int, width: int, heads: int, device: str, rounds: int) -> dict[str, Any]:
-    """Median and best ms of forward + backward under bfloat16 autocast, the peers in turn."""
-    torch.manual_seed(0)
-    eager = nl.Layer(zoo.MTTTMLP, width, heads, backend="torch").to(device)
-    fused = nl.Layer(zoo.MTTTMLP, width, heads, backend="torch", inductor=True).to(device)
-    fused.load_state_dict(eager.state_dict())
-    parameters: dict[str, torch.Tensor] = dict(eager.named_parameters())
-    x = torch.randn(batch, tokens, width, device=device, requires_grad=True)
-    compiled = {"vmap(grad), compiled": peers.vmap_grad, "closed form, compiled": peers.closed_form}
-    runs: dict[str, Callable[[], torch.Tensor]] = {"nestloop, eager": lambda: eager(x)}
-    if device == "cuda":
-        runs["nestloop, inductor"] = lambda: fused(x)
-        runs |= {name: partial(torch.compile(peer), parameters, x) for name, peer in compiled.items()}
-    else:
-        runs |= {name.replace("compiled", "eager"): partial(peer, parameters, x) for name, peer in compiled.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(rounds + 2):
-        for name, run in runs.items():
-            elapsed = timed(partial(_forward_backward, run), device)
-            if index >= 2:
-                times[name].append(elapsed)
-    size = {"B": batch, "N": tokens, "D": width, "H": heads}
-    return {**size, **{name: [statistics.median(t) * 1e3, min(t) * 1e3] for name, t in times.items()}}
+def outcome(call: Callable[[], Any]) -> Any:
+    """What a call returns, or its failure as a message: the other figures are wanted all the same."""
+    try:
+        return call()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def stream_times(
-    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, rounds: int
-) -> dict[str, Any]:
-    """Median and best ms of forward + backward of a loop's two backends, and how far Triton is off PyTorch.
+def is_missed(kind: str, error: Any) -> bool:
+    return isinstance(error, float) and not error <= BARS[kind]
 
-    shape: sequences, tokens, heads and features of a head. What Triton refuses or cannot run is put down as a message.
-    """
-    views, weights = problem(getattr(zoo, name), *shape, device)
-    views = {n: t.detach().to(dtype).requires_grad_() for n, t in views.items()}
-    leaves = [*views.values(), *weights.values()]
-    found: dict[str, Any] = {"loop": name, "B, N, H, d": shape, "dtype": str(dtype).removeprefix("torch.")}
-    made = {}
-    for backend in ("torch", "triton"):
-        call = partial(_output, nl.compile(getattr(zoo, name), backend=backend), views, weights)
-        run = partial(time_once, call, leaves, device)
-        try:
-            made[backend] = values_of(call, leaves)
-            times = [run() for _ in range(rounds + 2)][2:]
-        except Exception as error:  # the other figures are wanted all the same
-            found[backend] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+# ---- In turn -------------------------------------------------------------------------------------------------------
+
+
+def measure(case: Case, device: str, rounds: int, until: float, rates: Mapping[str, Any]) -> dict[str, Any]:
+    """Median and best ms of each plan of a case, and its floor."""
+    row: dict[str, Any] = {"case": case.name, **case.sizes, "plans": {}}
+    made: dict[str, Plan] = {}
+    values: dict[str, list[Tensor | None]] = {}
+    for name, make in case.plans.items():
+        if time.monotonic() > until:
+            row["plans"][name] = "no time left"
             continue
-        found[backend] = [statistics.median(times), min(times)]
-    if len(made) == 2:
-        found["off by"] = max(map(distance, made["triton"], made["torch"]))
-    return found
+        plan = outcome(make)
+        first = plan if isinstance(plan, str) else outcome(lambda p=plan: once(p(0), case, device))  # type: ignore[misc]
+        if isinstance(first, str):
+            row["plans"][name] = first
+            continue
+        made[name], values[name] = plan, first
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
+    for index in range(rounds + SETS):  # the first ones warm up
+        if index >= SETS and time.monotonic() > until + 30:
+            break
+        for name, plan in made.items():
+            spent = timed(plan(index % SETS), case, device)
+            times[name] += [spent] if index >= SETS else []
+    for name, spent_by in times.items():
+        kinds = {"forward": [f for f, _ in spent_by], "forward + backward": [b for _, b in spent_by]}
+        row["plans"][name] = {k: [statistics.median(v), min(v), max(v)] for k, v in kinds.items() if v and v[0] > 0}
+        row["plans"][name] |= {} if spent_by else {"not timed": "no time left"}
+        if case.counted in values and name != case.counted and len(values[name]) == len(values[case.counted]):
+            row["plans"][name]["off by"] = max(map(distance, values[name], values[case.counted]))
+    if case.counted in made:
+        row["floor"] = outcome(lambda: floor(made[case.counted](0), case, device, rates))
+    row["targets"] = [
+        {"faster": a, "slower": b, "wanted": wanted, "found": ratio(row["plans"], a, b)}
+        for a, b, wanted in case.targets
+    ]
+    return row
 
 
-def _output(op: nl.CompiledLoop, views: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    return op(views, weights)[0]
+def ratio(plans: Mapping[str, Any], faster: str, slower: str) -> float | None:
+    """How many times faster a plan is, by the medians of forward + backward; None where one was not measured."""
+    found = [plans.get(name) for name in (faster, slower)]
+    times = [p["forward + backward"][0] for p in found if isinstance(p, dict) and "forward + backward" in p]
+    return times[1] / times[0] if len(times) == 2 else None
 
 
-def _forward_backward(run: Callable[[], torch.Tensor]) -> None:
-    run().float().sum().backward()
+def once(run: Run, case: Case, device: str) -> list[Tensor | None]:
+    """The output and the gradients of one call; nothing of a plan that PyTorch does not differentiate."""
+    if run.forward is None:
+        assert run.whole is not None
+        run.whole()
+        return []
+    with autocast(case, device):
+        forward = run.forward
+        return values_of(lambda: forward(), list(run.leaves))
 
 
-def training_step(mixer: str, device: str, quick: bool) -> float:
-    """Images a second of whole ViT-S/16 training steps (AdamW, bfloat16 autocast)."""
-    size, batch, depth = (32, 4, 1) if quick else (224, 256, 12)
-    fused = {} if device == "cpu" or mixer == "self_attention" else {"inductor": True}
-    model = models.create(f"vit_s16_{mixer}", image_size=size, depth=depth, **fused).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    images = torch.randn(batch, 3, size, size, device=device)
-    labels = torch.randint(1000, (batch,), device=device)
-
-    def step() -> None:
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = torch.nn.functional.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    spent = [timed(step, device) for _ in range(3 if quick else 8)]
-    return batch / statistics.median(spent[-5:])
+def autocast(case: Case, device: str) -> Any:
+    return torch.autocast(device, dtype=case.dtype) if "layer" in case.name else nullcontext()
 
 
-def timed(function: Callable[[], None], device: str) -> float:
-    """Seconds of one call, the device's work included."""
-    machine.synchronize(device)
-    start = time.perf_counter()
-    with torch.autocast(device, dtype=torch.bfloat16):
-        function()
-    machine.synchronize(device)
-    return time.perf_counter() - start
+def timed(run: Run, case: Case, device: str) -> tuple[float, float]:
+    """Milliseconds of forward, and of forward and backward; 0 for the first where that is no call of its own."""
+    clock = machine.Clock(device)
+    if run.forward is None:
+        assert run.whole is not None
+        clock.mark()
+        run.whole()
+        clock.mark()
+        return 0.0, clock.between(0, 1)
+    with autocast(case, device):
+        clock.mark()
+        y = run.forward()
+        clock.mark()
+    torch.autograd.grad(y, list(run.leaves), cotangent(y.shape, y.dtype, y.device), allow_unused=True)
+    clock.mark()
+    return clock.between(0, 1), clock.between(0, 2)
 
 
-def report(result: dict[str, Any], missed: list[str]) -> None:
-    print("agreement with the reference, float64 (bar 1e-10)")
-    for name, error in result["agreement"].items():
-        print(f"  {name:<20} {error:.1e}{'  MISSED' if name in missed else ''}")
-    print(f"GEMM {result['gemm_tflops']:.1f} TFLOP/s")
-    for row in result["layer"]:
-        print("MTTT-MLP layer, forward + backward, bf16 autocast: " + " ".join(f"{k}={row[k]}" for k in "BNDH"))
-        for name, value in row.items():
-            if isinstance(value, list):
-                print(f"  {name:<24} median {value[0]:9.2f} ms   best {value[1]:9.2f} ms")
-    for row in result["streams"]:
-        print(f"{row['loop']}, forward + backward, {row['dtype']}, B, N, H, d = {row['B, N, H, d']}")
-        for backend in ("torch", "triton"):
-            value = row[backend]
-            shown = value if isinstance(value, str) else f"median {value[0]:9.2f} ms   best {value[1]:9.2f} ms"
-            print(f"  nestloop, {backend:<14} {shown}")
-        if "off by" in row:
-            print(f"  off by {row['off by']:.1e}")
+def floor(run: Run, case: Case, device: str, rates: Mapping[str, Any]) -> dict[str, Any]:
+    """Milliseconds that products at the GEMM rate take, or reading each input and writing each output once at the copy
+    rate, whichever is more."""
+    assert run.forward is not None
+    with FlopCounterMode(display=False) as forward, autocast(case, device):
+        y = run.forward()
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(y, list(run.leaves), cotangent(y.shape, y.dtype, y.device), allow_unused=True)
+    moved = sum(t.nbytes for t in run.leaves) + y.nbytes
+    both = forward.get_total_flops() + backward.get_total_flops()
+    found = {"forward": (forward.get_total_flops(), moved), "forward + backward": (both, 3 * moved)}
+    return {
+        kind: max(flops / rates["gemm_tflops"] / 1e9, size / rates["copy_gb_s"] / 1e6)
+        for kind, (flops, size) in found.items()
+    }
+
+
+def gemm_tflops(device: str, quick: bool) -> float:
+    dtype, size = (torch.bfloat16, 8192) if device == "cuda" else (torch.float32, 256 if quick else 1024)
+    return machine.gemm_rate(device, dtype, size) / 1e3
+
+
+def images_a_second(images: int, make: Callable[[], Callable[[], None]], device: str, until: float, quick: bool) -> Any:
+    if time.monotonic() > until:
+        return "no time left"
+
+    def rate() -> float:
+        step, spent = make(), []
+        for _ in range(3 if quick else 8):
+            clock = machine.Clock(device)
+            clock.mark()
+            step()
+            clock.mark()
+            spent.append(clock.between(0, 1))
+        return 1e3 * images / statistics.median(spent[-5:])
+
+    return outcome(rate)
+
+
+# ---- The table -----------------------------------------------------------------------------------------------------
+
+
+def report(result: Mapping[str, Any]) -> None:
+    print(f"agreement (bars {', '.join(f'{kind}: {bar:g}' for kind, bar in BARS.items())})")
+    for name, found in result["agreement"].items():
+        errors = [
+            (f"{e:.1e}" if isinstance(e, float) else e[:60]) + "  MISSED" * is_missed(k, e) for k, e in found.items()
+        ]
+        print(f"  {name:<26} {'   '.join(errors)}")
+    print(f"GEMM {result['gemm_tflops']:.1f} TFLOP/s, copies {result['copy_gb_s']:.0f} GB/s; medians in ms")
+    for row in result["cases"]:
+        sizes = " ".join(f"{n}={row[n]}" for n in "BNDHdT" if n in row)
+        least = row.get("floor")
+        shown = f"   floor {' / '.join(f'{ms:.3f}' for ms in least.values())}" if isinstance(least, dict) else ""
+        print(f"{row['case']} {sizes}: forward / forward + backward{shown}")
+        for name, found in row["plans"].items():
+            if isinstance(found, str):
+                print(f"  {name:<24} {found[:90]}")
+                continue
+            times = [f"{found[k][0]:9.3f}" if k in found else "        -" for k in ("forward", "forward + backward")]
+            off = f"   off by {found['off by']:.1e}" if "off by" in found else ""
+            print(f"  {name:<24} {' / '.join(times)}{off}   {found.get('not timed', '')}".rstrip())
+        for target in row["targets"]:
+            reached = "not measured" if target["found"] is None else f"{target['found']:.2f}x"
+            print(f"  {target['faster']} over {target['slower']}: {reached} (wanted {target['wanted']}x)")
     print("ViT-S/16 training, images/s")
-    for mixer, rate in result["training_step"].items():
-        print(f"  {mixer:<20} {rate:9.1f}")
+    for name, rate in result["training_step"].items():
+        print(f"  {name:<24} {f'{rate:9.1f}' if isinstance(rate, float) else rate}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,42 @@ def gemm_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: int
     return 2 * size**3 / best / 1e9
 
 
+def copy_rate(device: str = "cpu", size: int = 2**30, repeats: int = 5) -> float:
+    """GB/s of copying `size` bytes, read and written, the best of `repeats`."""
+    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):
+        clock = Clock(device)
+        clock.mark()
+        target.copy_(source)
+        clock.mark()
+        best = min(best, clock.between(0, 1))
+    return 2 * size / best / 1e6
+
+
+class Clock:
+    """Milliseconds between marks: by the device's own events on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.marks: list[Any] = []
+        synchronize(device)
+
+    def mark(self) -> None:
+        if self.device != "cuda":
+            self.marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append(event)
+
+    def between(self, first: int, last: int) -> float:
+        """From one mark to another, by their numbers."""
+        synchronize(self.device)
+        a, b = self.marks[first], self.marks[last]
+        return float(a.elapsed_time(b)) if self.device == "cuda" else (b - a) * 1e3
+
+
 def processor() -> str:
     """The model of the processor."""
     try:

@@ -21,7 +21,7 @@ def learner(fast: Parameters, x: Tensor) -> Tensor:
 
 def views(p: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
     """k and q [B, H, N, d]."""
-    heads = p["fast.w1"].shape[0]
+    heads = p["slow.g"].shape[0]
     k, q = (F.linear(x, p[f"views.{v}.weight"], p[f"views.{v}.bias"]) for v in "kq")
     return k.unflatten(-1, (heads, -1)).transpose(1, 2), q.unflatten(-1, (heads, -1)).transpose(1, 2)
 
@@ -31,21 +31,38 @@ def project(p: Parameters, z: Tensor) -> Tensor:
     return F.linear(z.transpose(1, 2).flatten(2), p["out.weight"], p["out.bias"])
 
 
-def vmap_grad(p: Parameters, x: Tensor) -> Tensor:
-    """The loop as its definition: the gradient of one head's loss, mapped over heads and images."""
-    heads, width = p["fast.w1"].shape[0], x.shape[-1]
+def linear(fast: Parameters, x: Tensor) -> Tensor:
+    return x @ fast["w"]
+
+
+def zero_weight(p: Parameters) -> Tensor:
+    """What MTTT-Linear's fast weights [H, d, d] start from."""
+    heads, d, _ = p["slow.g"].shape
+    return p["slow.g"].new_zeros(heads, d, d)
+
+
+def vmap_grad(p: Parameters, x: Tensor, steps: int = 1) -> Tensor:
+    """The loop as its definition: gradients of one head's loss, mapped over heads and images.
+
+    MTTT-Linear's where the parameters have no norm, with `steps` steps on all tokens.
+    """
+    heads, width, normed = p["slow.g"].shape[0], x.shape[-1], "slow.scale" in p
+    names, learns = (FAST, learner) if normed else (("w",), linear)
 
     def head(k: Tensor, q: Tensor, x: Tensor, fast: Parameters, slow: Parameters) -> Tensor:
         def loss(fast: Parameters) -> Tensor:
-            decoded = learner(fast, k) @ slow["g"] + p["slow.g_bias"]
-            normed = F.layer_norm(decoded, (width,), eps=1e-6) * slow["scale"] + slow["shift"]
-            return 0.5 * heads * (normed - x).square().mean()
+            decoded = learns(fast, k) @ slow["g"] + p["slow.g_bias"]
+            if normed:
+                decoded = F.layer_norm(decoded, (width,), eps=1e-6) * slow["scale"] + slow["shift"]
+            return 0.5 * heads * (decoded - x).square().mean()
 
-        gradients = grad(loss)(fast)
-        return learner({name: fast[name] - gradients[name] for name in FAST}, q)
+        for _ in range(steps):
+            gradients = grad(loss)(fast)
+            fast = {name: fast[name] - gradients[name] for name in names}
+        return learns(fast, q)
 
-    fast = {name: p[f"fast.{name}"] for name in FAST}
-    slow = {name: p[f"slow.{name}"] for name in ("g", "scale", "shift")}
+    fast = {name: p[f"fast.{name}"] for name in FAST} if normed else {"w": zero_weight(p)}
+    slow = {name: p[f"slow.{name}"] for name in (("g", "scale", "shift") if normed else ("g",))}
     over_heads = vmap(head, in_dims=(0, 0, None, 0, 0))
     over_images = vmap(over_heads, in_dims=(0, 0, 0, None, None))
     return project(p, over_images(*views(p, x), x, fast, slow))

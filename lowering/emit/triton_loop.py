@@ -134,9 +134,9 @@ class TritonLoop(TritonKernels, Batches):
     def emit(self) -> TritonPlan:
         """The module."""
         plan = "One program a head and sequence walks the steps, tile of tokens by tile."
-        kernels = [self._kernel("forward"), self._kernel("backward")]
+        kernels = {name: self._kernel(name) for name in ("forward", "backward")}
         return TritonPlan(
-            text=self.module(plan, kernels),
+            text=self.module(plan, [*kernels.values()]),
             forward=tuple(map(self.original, self.given("forward"))),
             backward=tuple(map(self.original, self.given("backward"))),
             gradients=tuple(map(self.original, self.gradients)),
@@ -146,7 +146,7 @@ class TritonLoop(TritonKernels, Batches):
             forward_launches=(self._launch("forward"),),
             backward_launches=(self._launch("backward"),),
             common=(*self.hoisted, *self.captured.projected),
-            work=work(self.functions, self.shapes, self._functions_of, self._alive),
+            work=work(self.functions, self.shapes, kernels, self._functions_of, self._alive),
         )
 
     def _launch(self, which: str) -> Launch:

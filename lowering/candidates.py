@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering import pipeline
@@ -23,7 +24,8 @@ class Candidate:
     """One plan.
 
     Attributes:
-        name: "generated PyTorch", "PyTorch's attention", or "Triton" with the tokens of its chunks or tiles.
+        name: "generated PyTorch", "PyTorch's attention", or "Triton" with the tokens of its chunks or tiles, "at once"
+            where a program a head and sequence walks the state alone.
         plan: None where there is none.
         pieces: of its lowering.
         tiling: what makes it, of Triton.
@@ -43,15 +45,15 @@ class Candidate:
         return self.name.startswith("Triton")
 
     def default_warps(self, direction: str) -> int:
-        """Warps that its plan takes, unless it is told others."""
+        """Warps that its plan takes, unless it is told others; of several kernels, the most."""
         assert self.plan is not None and self.plan.triton is not None
-        return self.plan.triton.warps[direction == "backward"]
+        return max(launch.warps for launch in self.plan.triton.launches(direction))
 
-    def work(self, spec: LoopSpec, sizes: Mapping[str, int], direction: str, dtype: str) -> Work:
-        """What "forward" or "backward" does, for views of a dtype."""
+    def work(self, spec: LoopSpec, sizes: Mapping[str, int], direction: str, dtype: str) -> tuple[Work, ...]:
+        """What each kernel of "forward" or "backward" does, for views of a dtype."""
         assert self.plan is not None
-        count = triton_work if self.is_triton else torch_work
-        return count(spec, self.plan, self.pieces, sizes, direction, dtype)
+        parts = (spec, self.plan, self.pieces, sizes, direction, dtype)
+        return triton_work(*parts) if self.is_triton else (torch_work(*parts),)
 
 
 def candidates(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> list[Candidate]:
@@ -77,10 +79,10 @@ def candidates(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> 
         return [*found, Candidate("Triton", None, {}, reason=plan.not_triton)]
     texts = []
     what = "chunks" if spec.streams else "tiles"
-    for rows in ROWS:
-        tiling = Tiling(rows=rows)
+    for rows, levels in product(ROWS, (1, 2) if spec.streams else (None,)):
+        tiling = Tiling(rows=rows, levels=levels)
         made = plan_for(spec, sizes, tokens, False, False, part=part, triton=True, tiling=tiling)
-        name = f"Triton, {what} of {rows}"
+        name = f"Triton, {what} of {rows}{', at once' if levels == 2 else ''}"
         if made.triton is None:
             found.append(Candidate(name, None, {}, tiling, made.not_triton))
             continue

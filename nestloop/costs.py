@@ -59,7 +59,7 @@ class Costs:
         sizes: every dim.
         rows: direction -> plans.
         chosen: the fastest plan, and its warps in each direction.
-        work: direction -> what the chosen plan does.
+        work: direction -> what each kernel of the chosen plan does.
     """
 
     spec: LoopSpec
@@ -69,7 +69,7 @@ class Costs:
     rows: Mapping[str, Sequence[Row]]
     chosen: Candidate
     warps: tuple[int, int]
-    work: Mapping[str, Work]
+    work: Mapping[str, Sequence[Work]]
 
     @cached_property
     def at(self) -> Callable[[int], float]:
@@ -88,7 +88,7 @@ class Costs:
     def attention_at(self) -> Callable[[int], float]:
         """Tokens -> seconds of softmax attention, forward and backward."""
         works = [attention(self.width, d, self.dtype, causal=self.spec.streams) for d in DIRECTIONS]
-        parts = [over_lengths(work, self.device, self.dtype, 0, self.sizes) for work in works]
+        parts = [over_lengths([work], self.device, self.dtype, 0, self.sizes) for work in works]
         return lambda tokens: sum(part(tokens) for part in parts)
 
     def overtakes(self) -> int | None:
@@ -135,7 +135,7 @@ def costs_of(
 ) -> Costs:
     """`cost` of one loop class, as values.
 
-    facts: of kernels that were compiled, by (plan's name, direction, warps).
+    facts: of kernels that were compiled, by (plan's name, kernel, warps).
     """
     figures = device_named(device)
     if dtype not in DTYPES:
@@ -152,14 +152,14 @@ def costs_of(
     plans = candidates(spec, plain, sizes["N"] if spec.grid else None)
     if plans[0].plan is not None and plans[0].plan.tokens not in (None, sizes["N"]):
         plans = candidates(spec, plain, sizes["N"])  # its graphs hold for one length
-    works: dict[str, dict[str, Work]] = {}
+    works: dict[str, dict[str, Sequence[Work]]] = {}
     found: dict[str, dict[str, dict[int, Estimate]]] = {}
     for one in plans:
         if one.plan is not None:
             works[one.name] = {d: one.work(spec, plain, d, dtype) for d in DIRECTIONS}
             found[one.name] = {
                 d: {
-                    w: estimate(works[one.name][d], figures, dtype, w, sizes, (facts or {}).get((one.name, d, w)))
+                    w: estimate(works[one.name][d], figures, dtype, w, sizes, _shown(one, d, w, facts or {}))
                     for w in (WARPS if one.is_triton else (0,))
                 }
                 for d in DIRECTIONS
@@ -182,6 +182,16 @@ def costs_of(
     return Costs(
         spec, figures, dtype, sizes, rows, candidate, (best[chosen]["forward"], best[chosen]["backward"]), works[chosen]
     )
+
+
+def _shown(
+    one: Candidate, direction: str, warps: int, facts: Mapping[tuple[str, str, int], Facts]
+) -> list[Facts | None] | None:
+    """What compiling the kernels of a direction showed."""
+    if not one.is_triton:
+        return None
+    assert one.plan is not None and one.plan.triton is not None
+    return [facts.get((one.name, launch.kernel, warps)) for launch in one.plan.triton.launches(direction)]
 
 
 def _check(spec: LoopSpec) -> None:

@@ -67,12 +67,23 @@ class TritonKernels:
         parts = [function.write() for function in self.functions.values()]
         return head + "\n\n" + "\n\n\n".join([*parts, *kernels]) + "\n"
 
-    def frame(self, name: str, doc: str, given: Sequence[str], room: str, body: Sequence[str]) -> str:
-        """A kernel; `room`: elements of memory that a program works in, as Triton."""
+    def frame(self, name: str, doc: str, given: Sequence[str], room: str, body: Sequence[str], parts: str = "") -> str:
+        """A kernel.
+
+        Args:
+            room: elements of memory that a program works in, as Triton.
+            parts: programs of each head and sequence, as Triton, of which each is one `part`; "" for one alone.
+        """
+        split = [
+            f"parts = {parts}",
+            "part, program = (tl.program_id(0) % parts).to(tl.int64), tl.program_id(0) // parts",
+        ]
+        program, place = ("program", "item * parts + part") if parts else ("tl.program_id(0)", "item")
         start = [
-            "head, sequence = (tl.program_id(0) // B).to(tl.int64), (tl.program_id(0) % B).to(tl.int64)",
+            *(split if parts else []),
+            f"head, sequence = ({program} // B).to(tl.int64), ({program} % B).to(tl.int64)",
             "item = head * B + sequence",
-            f"scratch = memory + item * ({room})",
+            f"scratch = memory + {f'({place})' if parts else place} * ({room})",
         ]
         count = [f"i{size} = tl.arange(0, {size})" for size in sorted(self.used)]
         given = [*given, "S: tl.constexpr", "PRODUCT: tl.constexpr"]

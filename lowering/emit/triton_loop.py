@@ -19,7 +19,7 @@ from nestloop.lowering.emit.triton_kernels import ALIVE, TritonKernels, aligned,
 from nestloop.lowering.emit.triton_tiles import walk
 from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.ops.strided import NoSpelling, extent
-from nestloop.lowering.runtime.triton_plan import TritonPlan
+from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan
 
 BARRIER = "tl.debug_barrier()"
 HEIGHTS = (64, 32, 16)  # tokens of a tile
@@ -134,20 +134,23 @@ class TritonLoop(TritonKernels, Batches):
     def emit(self) -> TritonPlan:
         """The module."""
         plan = "One program a head and sequence walks the steps, tile of tokens by tile."
-        kernels = [self._kernel("forward"), self._kernel("backward")]
+        kernels = {name: self._kernel(name) for name in ("forward", "backward")}
         return TritonPlan(
-            text=self.module(plan, kernels),
+            text=self.module(plan, [*kernels.values()]),
             forward=tuple(map(self.original, self.given("forward"))),
             backward=tuple(map(self.original, self.given("backward"))),
             gradients=tuple(map(self.original, self.gradients)),
             rows=max(f.longest for f in self.functions.values()),
-            scratch=(self._room("forward"), self._room("backward")),
             state=0,
-            warps=(self.warps_for(self._alive("forward")), self.warps_for(self._alive("backward"))),
             wide=tuple(n for n in self.given("backward") if n != "d_losses" and self.elements(n) % 16 == 0),
+            forward_launches=(self._launch("forward"),),
+            backward_launches=(self._launch("backward"),),
             common=(*self.hoisted, *self.captured.projected),
-            work=work(self.functions, self.shapes, self._functions_of, self._alive),
+            work=work(self.functions, self.shapes, kernels, self._functions_of, self._alive),
         )
+
+    def _launch(self, which: str) -> Launch:
+        return Launch(which, "sequences", self.warps_for(self._alive(which)), self._room(which))
 
     def _kernel(self, which: str) -> str:
         self.used = set()

@@ -46,7 +46,6 @@ TABLE = RESULTS / "static.json"
 CASES = {64: ("sm_90", "sm_80", "gfx942"), 32: ("sm_90",), 128: ("sm_90",)}
 HEADS = 6
 LIMIT = 60.0  # seconds of CPU that a kernel may take
-KERNELS = ("forward", "backward")
 NAMED = ("loop", "part", "d", "device", "kernel")  # what tells a row from all others
 Device = Literal["sm_80", "sm_90", "gfx942"]
 Key = tuple[str, str, int, str, str]
@@ -62,7 +61,7 @@ class Kernel:
         part: "loop" of batches, "scan" of a stream, "update" or "read" of a program.
         d: features of a head.
         device: one of offline.TARGETS.
-        kernel: "forward" or "backward".
+        kernel: its name in the plan.
         plan: its Triton.
     """
 
@@ -144,11 +143,12 @@ class Results:
         self.kernels: dict[Key, dict[str, Any]] = {key_of(row): row for row in kernels}
         self.no_plan: dict[tuple[str, str, int], dict[str, Any]] = {key_of(row)[:3]: row for row in no_plan}
 
-    def forget(self, loop: str, part: str, d: int, devices: Sequence[str] = ()) -> None:
-        """Drop the rows of a part of a loop, but for these devices'."""
+    def forget(self, loop: str, part: str, d: int, devices: Sequence[str] = (), kernels: Sequence[str] = ()) -> None:
+        """Drop the rows of a part of a loop, but for these kernels on these devices."""
         self.no_plan.pop((loop, part, d), None)
-        for key in [key for key in self.kernels if key[:3] == (loop, part, d) and key[3] not in devices]:
-            del self.kernels[key]
+        for key in [key for key in self.kernels if key[:3] == (loop, part, d)]:
+            if key[3] not in devices or key[4] not in kernels:
+                del self.kernels[key]
 
     def left_out(self) -> dict[str, list[str]]:
         """Loops that were not measured, by device and size; a run of the whole command leaves none."""
@@ -196,8 +196,8 @@ def kernels(results: Results, loops: Sequence[str], devices: Sequence[str], size
                 results.forget(name, part, d)
                 results.no_plan[name, part, d] = {"loop": name, "part": part, "d": d, "why": plan}
                 continue
-            results.forget(name, part, d, CASES[d])
-            yield from (Kernel(name, part, d, *which, plan) for which in product(targets, KERNELS))
+            results.forget(name, part, d, CASES[d], plan.kernels)
+            yield from (Kernel(name, part, d, *which, plan) for which in product(targets, plan.kernels))
 
 
 def recorded(running: set[Future[dict[str, Any]]], results: Results, at_most: int) -> set[Future[dict[str, Any]]]:

@@ -43,9 +43,9 @@ class Candidate:
         return self.name.startswith("Triton")
 
     def default_warps(self, direction: str) -> int:
-        """Warps that its plan takes, unless it is told others."""
+        """Warps that its plan takes, unless it is told others; of several kernels, the most."""
         assert self.plan is not None and self.plan.triton is not None
-        return self.plan.triton.warps[direction == "backward"]
+        return max(launch.warps for launch in self.plan.triton.launches(direction))
 
     def work(self, spec: LoopSpec, sizes: Mapping[str, int], direction: str, dtype: str) -> Work:
         """What "forward" or "backward" does, for views of a dtype."""

@@ -149,7 +149,7 @@ def _triton(
     _check_steps(captured)
     heights = HEIGHTS if tiling.rows is None else (tiling.rows,)
     made = TritonLoop(captured, differentiated, losses, carried, heights).emit()
-    return made if tiling.warps is None else replace(made, warps=tiling.warps)
+    return made if tiling.warps is None else made.with_warps(tiling.warps)
 
 
 def _check_steps(captured: Captured) -> None:
@@ -263,7 +263,7 @@ def stream_stages(
             close = replace(close, longest=close.longest // 2, traced=None)
             kernels, not_triton = _emitted(_triton_scan, scan_in(close))
         if kernels is not None and part == "scan" and tiling.warps is not None:
-            kernels = replace(kernels, warps=tiling.warps)
+            kernels = kernels.with_warps(tiling.warps)
     captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)
     return LoweredStream(captured, typing, form, made, applied, source, native, not_native, kernels, not_triton, part)
 

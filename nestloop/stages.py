@@ -205,7 +205,7 @@ def _triton(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
 
 
 def compiled(lowered: AnyLowered, stage: str, device: str) -> str:
-    """Both kernels at one stage, with what they take."""
+    """Every kernel at one stage, with what they take."""
     if device not in offline.TARGETS:
         raise UnknownStageError(
             "There is no such device to compile for.",
@@ -218,7 +218,7 @@ def compiled(lowered: AnyLowered, stage: str, device: str) -> str:
     check_triton(lowered.spec, plan)
     assert plan.triton is not None
     parts = []
-    for kernel in ("forward", "backward"):
+    for kernel in plan.triton.kernels:
         made = offline.compiled(plan.triton, kernel, device)
         if stage not in made.text:
             raise UnknownStageError(

@@ -7,7 +7,7 @@ for it: registers, spills and shared memory are then facts, with which the cost 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -206,7 +206,7 @@ def _compiled(
                 if left <= 0:
                     continue
                 assert plan.plan is not None and plan.plan.triton is not None
-                kernel = replace(plan.plan.triton, warps=(warps, warps))
+                kernel = plan.plan.triton.with_warps((warps, warps))
                 tried[key] = None
                 try:
                     made = offline.compiled(kernel, direction, found.device.arch, found.dtype, timeout=left)

@@ -92,7 +92,7 @@ def test_tune_writes_a_file_beside_the_declaration(capsys, monkeypatch, loops: P
     from nestloop.lowering.runtime import offline
 
     def compiled(plan, kernel, device, dtype, timeout):
-        return offline.Compiled(kernel, device, dtype, plan.warps[0], 128, (0, 0), 1024, 0.1, {})
+        return offline.Compiled(kernel, device, dtype, plan.options(kernel)["num_warps"], 128, (0, 0), 1024, 0.1, {})
 
     monkeypatch.setattr(offline, "compiled", compiled)
     words = ["tune", f"{loops}:Recall", "--device", "h100", "--budget", "60", "--shape", "B=4,H=2,N=64,d=16"]

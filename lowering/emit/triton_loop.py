@@ -6,7 +6,7 @@ from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_steps import BARRIER, KEPT, WHOLE, TritonSteps
 from nestloop.lowering.emit.triton_tiles import walk
 from nestloop.lowering.emit.triton_work import work
-from nestloop.lowering.runtime.triton_plan import TritonPlan
+from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan
 
 
 class TritonLoop(TritonSteps):
@@ -22,13 +22,16 @@ class TritonLoop(TritonSteps):
             backward=tuple(map(self.original, self.given("backward"))),
             gradients=tuple(map(self.original, self.gradients)),
             rows=max(f.longest for f in self.functions.values()),
-            scratch=(self._room("forward"), self._room("backward")),
             state=0,
-            warps=(self.warps_for(self._alive("forward")), self.warps_for(self._alive("backward"))),
             wide=tuple(n for n in self.given("backward") if n != "d_losses" and self.elements(n) % 16 == 0),
+            forward_launches=(self._launch("forward"),),
+            backward_launches=(self._launch("backward"),),
             common=(*self.hoisted, *self.captured.projected),
             work=work(self.functions, self.shapes, self.functions_of, self._alive),
         )
+
+    def _launch(self, which: str) -> Launch:
+        return Launch(which, "sequences", self.warps_for(self._alive(which)), self._room(which))
 
     def _kernel(self, which: str) -> str:
         self.used = set()

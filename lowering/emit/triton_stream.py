@@ -16,7 +16,7 @@ from nestloop.lowering.emit.triton_kernels import TritonKernels, indented
 from nestloop.lowering.emit.triton_tiles import padded
 from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.ops.strided import NoSpelling
-from nestloop.lowering.runtime.triton_plan import TritonPlan
+from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan
 from nestloop.lowering.streams.step import VALID, identifier
 
 
@@ -79,12 +79,16 @@ class TritonStream(TritonKernels, ScanTensors):
             backward=tuple(self.given("backward")),
             gradients=tuple(self.gradients),
             rows=self.rows,
-            scratch=(self._scratch("forward"), self._scratch("backward")),
             state=self._state,
-            warps=(self.warps_for(self._alive("forward")), self.warps_for(self._alive("backward"))),
             wide=tuple(n for n in self.given("backward") if self.elements(n) % 16 == 0),
+            forward_launches=(self._launch("forward"),),
+            backward_launches=(self._launch("backward"),),
             work=work(self.functions, self.shapes, self._functions_of, self._alive),
         )
+
+    def _launch(self, which: str) -> Launch:
+        states = self._state if which == "backward" else 0
+        return Launch(which, "sequences", self.warps_for(self._alive(which)), self._scratch(which), states)
 
     def _kernel(self, which: str) -> str:
         self.used = set()

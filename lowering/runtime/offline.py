@@ -38,7 +38,7 @@ class Compiled:
     """One kernel on one device.
 
     Attributes:
-        kernel: "forward" or "backward".
+        kernel: its name.
         device: one of TARGETS.
         dtype: of the tokens: "bf16", "fp16" or "fp32".
         warps: of a program.
@@ -75,7 +75,7 @@ def compiled(
     """One kernel of a plan, compiled.
 
     Args:
-        kernel: "forward" or "backward".
+        kernel: its name.
         device: one of TARGETS.
         dtype: of the tokens.
         timeout: seconds of CPU that Triton, and then its assembler, may take.
@@ -120,7 +120,7 @@ def _signature(function: Any, dtype: str, wide: Collection[str]) -> tuple[dict[s
         elif name == "d_z_p" or (name.endswith("_p") and not name.startswith(_COMPUTED)):
             types[name] = f"*{dtype}"
             multiples.add(name)
-        elif name.endswith(("_p", "_made")):
+        elif name.endswith(("_p", "_made", "_handed")):
             types[name] = "*fp32"
             multiples.add(name)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.native import NativePlan
-from nestloop.lowering.runtime.triton_plan import TritonPlan
+from nestloop.lowering.runtime.triton_plan import Handed, Launch, TritonPlan
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def read(fingerprint: str | None) -> Plan | None:
         tiles = {name: tuple(shape) for name, shape in kept.pop("tiles").items()}
         pieces = {name: tuple(flops) for name, flops in kept.pop("pieces").items()}
         native = _remade(NativePlan, kept.pop("native"))
-        triton = _remade(TritonPlan, kept.pop("triton"))
+        triton = _remade_triton(kept.pop("triton"))
         for name in ("inputs", "output", "results", "kept"):
             kept[name] = tuple(kept[name])
         return Plan(**kept, tiles=tiles, pieces=pieces, native=native, triton=triton)
@@ -86,6 +86,16 @@ def _remade(kind: Any, kept: dict[str, Any] | None) -> Any:
     if kept is None:
         return None
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()})
+
+
+def _remade_triton(kept: dict[str, Any] | None) -> TritonPlan | None:
+    """The same of generated Triton, whose kernels are values of their own."""
+    if kept is not None:
+        for direction in ("forward", "backward"):
+            kept[f"{direction}_launches"] = [Launch(**one) for one in kept[f"{direction}_launches"]]
+            kept[f"{direction}_handed"] = [Handed(**one) for one in kept[f"{direction}_handed"]]
+    made: TritonPlan | None = _remade(TritonPlan, kept)
+    return made
 
 
 def keep(fingerprint: str | None, plan: Plan) -> None:

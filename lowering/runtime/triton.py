@@ -6,7 +6,7 @@ they compute. Inputs are read where they lie, in the dtype that they have.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -42,22 +42,25 @@ class TritonCode:
 
     def launch(
         self,
-        function: str,
+        direction: str,
         lead: tuple[int, int],
         given: Sequence[Any],
         made: Sequence[Tensor],
         more: Sequence[Any],
         counts: Sequence[int],
-        room: int,
+        parts: Mapping[str, int],
+        every: int,
         like: Tensor,
         dtype: torch.dtype,
     ) -> None:
-        """Run a kernel, one program for each head and sequence.
+        """Run the kernels of "forward" or "backward", one after the other, all with the same arguments.
 
         Args:
-            given, made, more: its first arguments: tensors that it reads (`pointers`), results, and others.
-            counts: its last arguments, after heads and sequences: tokens, and steps or chunks.
-            room: elements of memory that a program works in.
+            given, made, more: the first of them: tensors that are read (`pointers`), results, and others; before the
+                rest come what one leaves for another and the memory that programs work in.
+            counts: the last of them, after heads and sequences: tokens, and steps or chunks.
+            parts: programs of each head and sequence, by what they are over (`Launch`).
+            every: chunks from one state that is kept to the next.
             like: the first view, whose device and dtype of products it takes.
             dtype: the compute dtype.
         """
@@ -66,17 +69,24 @@ class TritonCode:
                 tensor.zero_()
             return
         heads, sequences = lead
-        memory = like.new_empty(max(heads * sequences * room, 1), dtype=dtype)
-        kernel, grid = getattr(self.kernels, function), (heads * sequences, 1)
-        values = [*given, *made, *more, memory, heads, sequences, *counts]
-        arguments = dict(zip(kernel.arg_names, values, strict=False)) | self.settings(dtype, like.dtype)
-        if like.device.type == "cpu":
-            from nestloop.lowering.runtime.interpreter import interpreted
+        items, launches = heads * sequences, self.plan.launches(direction)
 
-            interpreted(kernel, grid, arguments)
-        else:
-            with torch.cuda.device(like.device):
-                kernel[grid](**arguments, **self.plan.options(function, nvidia=torch.version.hip is None))
+        def space(elements: int) -> Tensor:
+            return like.new_empty(max(items * elements, 1), dtype=dtype)
+
+        handed = [space(parts[one.over] * one.elements) for one in self.plan.handed(direction)]
+        memory = space(max(parts[one.over] * (one.scratch + every * one.states) for one in launches))
+        values = [*given, *made, *more, *handed, memory, heads, sequences, *counts]
+        for one in launches:
+            kernel, grid = getattr(self.kernels, one.kernel), (items * parts[one.over], 1)
+            arguments = dict(zip(kernel.arg_names, values, strict=False)) | self.settings(dtype, like.dtype)
+            if like.device.type == "cpu":
+                from nestloop.lowering.runtime.interpreter import interpreted
+
+                interpreted(kernel, grid, arguments)
+            else:
+                with torch.cuda.device(like.device):
+                    kernel[grid](**arguments, **self.plan.options(one.kernel, nvidia=torch.version.hip is None))
 
     @staticmethod
     def settings(dtype: torch.dtype, given: torch.dtype) -> dict[str, Any]:
@@ -148,16 +158,17 @@ class TritonStream(TritonCode):
     def _lead(inputs: Sequence[Tensor]) -> tuple[int, int]:
         return max(t.shape[0] for t in inputs), inputs[0].shape[1]  # the first is a view, which sequences never share
 
-    def _run(self, function: str, inputs: Sequence[Tensor], given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
-        dtype, backward = compute_dtype(inputs), function == "backward"
-        every = self.signature.spacing(inputs) if self.signature.chunk else 1
-        room = self.plan.scratch[backward] + (every * self.plan.state if backward else 0)
+    def _run(self, direction: str, inputs: Sequence[Tensor], given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
+        dtype, tokens, signature = compute_dtype(inputs), self._tokens(inputs), self.signature
+        every = signature.spacing(inputs) if signature.chunk else 1
+        chunks = -(-tokens // signature.chunk) if signature.chunk else 1
+        parts = {"sequences": 1, "chunks": chunks, "groups": -(-chunks // every)}
         arguments: list[Any] = []
         for name, tensor in given.items():
             walked = name in (*self.signature.tokens, "d_z", "d_losses")
             arguments += pointers(tensor, walked, name.startswith("between_"))
-        counts = (self._tokens(inputs), every)
-        self.launch(function, self._lead(inputs), arguments, [*made.values()], (), counts, room, inputs[0], dtype)
+        lead, counts = self._lead(inputs), (tokens, every)
+        self.launch(direction, lead, arguments, [*made.values()], (), counts, parts, every, inputs[0], dtype)
 
 
 class TritonBatches(BatchCode, TritonCode):
@@ -179,8 +190,8 @@ class TritonBatches(BatchCode, TritonCode):
             arguments += pointers(tensor, name == "d_z" or self.is_token(name), name.startswith("between_"))
         order = [] if call.order is None else pointers(call.order, False, False)
         more, counts = [*order, *self._steps(call)], (call.length, call.steps)
-        lead, room = (call.heads, call.sequences), self.plan.scratch[function == "backward"]
-        self.launch(function, lead, arguments, [*made.values()], more, counts, room, call.like, call.dtype)
+        lead, parts = (call.heads, call.sequences), {"sequences": 1}
+        self.launch(function, lead, arguments, [*made.values()], more, counts, parts, 1, call.like, call.dtype)
 
     def _steps(self, call: Call) -> list[Tensor]:
         """Bounds, weights and rates where the tensors are: kept, so that only the first call moves them there."""

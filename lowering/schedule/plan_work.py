@@ -208,7 +208,7 @@ def triton_work(
         calls=tuple(calls),
         depth=depth,
         scratch=FLOAT
-        * (triton.scratch[direction == "backward"] + (every * triton.state if direction == "backward" else 0)),
+        * sum((launch.scratch + every * launch.states for launch in triton.launches(direction)), sympy.Integer(0)),
     )
 
 

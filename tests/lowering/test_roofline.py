@@ -151,7 +151,7 @@ def test_registers_are_about_what_the_compiler_takes():
     found, _ = plans(zoo.CausalLinearAttention, dk=64, dv=64)
     (one,) = (c for c in found if c.name == "Triton, chunks of 32")
     assert one.plan is not None and one.plan.triton is not None
-    made = offline.compiled(dataclasses.replace(one.plan.triton, warps=(4, 4)), "forward")
+    made = offline.compiled(one.plan.triton.with_warps((4, 4)), "forward")
     expected, spilled = registers(H200, one.plan.triton.work["kernels"]["forward"]["alive"], 4)
     assert abs(made.registers - expected) < 40 and made.spilled[0] == spilled == 0
 

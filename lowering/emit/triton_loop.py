@@ -1,31 +1,44 @@
-"""The Triton emitter for loops of batches: one program walks the schedule for one head of one sequence."""
+"""The Triton emitter for loops of batches: one program walks the schedule for one head of one sequence; or, where these
+are few, kernels over ranges of tokens follow one another (`triton_ranges`)."""
 
 from __future__ import annotations
 
 from nestloop.lowering.emit.triton_kernels import indented
-from nestloop.lowering.emit.triton_steps import BARRIER, KEPT, WHOLE, TritonSteps
+from nestloop.lowering.emit.triton_ranges import TritonRanges
+from nestloop.lowering.emit.triton_steps import BARRIER, KEPT, WHOLE
 from nestloop.lowering.emit.triton_tiles import walk
 from nestloop.lowering.emit.triton_work import work
-from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan
+from nestloop.lowering.runtime.triton_plan import InRanges, Launch, TritonPlan
 
 
-class TritonLoop(TritonSteps):
+class TritonLoop(TritonRanges):
     """Writes the module of one lowered loop."""
 
     def emit(self) -> TritonPlan:
         """The module."""
-        plan = "One program a head and sequence walks the steps, tile of tokens by tile."
+        plan = (
+            "One program a head and sequence walks the steps, tile of tokens by tile; or one a range of tokens sums up,\n"
+            "and one a head and sequence takes the step."
+        )
+        ranged = {which: self.range_kernels(which) for which in ("forward", "backward")}
         kernels = [self._kernel("forward"), self._kernel("backward")]
+        kernels += [self.write_kernel(kernel) for made in ranged.values() for kernel in made]
         return TritonPlan(
             text=self.module(plan, kernels),
             forward=tuple(map(self.original, self.given("forward"))),
             backward=tuple(map(self.original, self.given("backward"))),
             gradients=tuple(map(self.original, self.gradients)),
-            rows=max(f.longest for f in self.functions.values()),
+            rows=self.rows,
             state=0,
             wide=tuple(n for n in self.given("backward") if n != "d_losses" and self.elements(n) % 16 == 0),
             forward_launches=(self._launch("forward"),),
             backward_launches=(self._launch("backward"),),
+            ranges=InRanges(
+                forward_launches=tuple(map(self.launch, ranged["forward"])),
+                backward_launches=tuple(map(self.launch, ranged["backward"])),
+                forward_handed=self.handed("forward"),
+                backward_handed=self.handed("backward"),
+            ),
             common=(*self.hoisted, *self.captured.projected),
             work=work(self.functions, self.shapes, self.functions_of, self._alive),
         )
@@ -53,7 +66,8 @@ class TritonLoop(TritonSteps):
         step = [*self.numbers, *self.turns("forward"), *self.gradient(self.held("now"))]
         step += [self.loss("step", "loss_sum", "stop - start")] if self.losses else []
         step += [BARRIER, *self.update()]
-        body = [*self.start(), BARRIER, walk("step", "0, steps"), *indented(step), *self.read_out(WHOLE)]
+        body = [*self.start(), BARRIER, walk("step", "0, steps"), *indented(step)]
+        body += [self.turn("forward"), *self.read_out(WHOLE)]
         return [*body, self.loss("steps", "loss_after", "N")] if self.losses else body
 
     def _backward(self) -> list[str]:
@@ -66,5 +80,6 @@ class TritonLoop(TritonSteps):
             *self.pull_read_out(WHOLE, "cotangents"),
             walk("back", "0, steps"),
             *indented(step),
+            self.turn("backward"),
             *self.give_back(),
         ]

@@ -94,15 +94,15 @@ class TritonSteps(TritonPieces):
 
     # ---- Calls -----------------------------------------------------------------------------------------------------
 
-    def arguments(self, which: str) -> list[str]:
-        """What a kernel of a direction takes, as its launch gives it."""
+    def arguments(self, which: str, handed: Sequence[str] = ()) -> list[str]:
+        """What a kernel of a direction takes, as its launch gives it; `handed`: what kernels leave for one another."""
         made = self.gradients if which == "backward" else [*self.results, *[f"between_{n}" for n in self.fast]]
         given: list[str] = []
         for n in self.given(which):
             given += [f"{n}_p"] if n.startswith("between_") else self.pointers(n, self.walks(n))
         given += [f"{n}_made" for n in made]
         given += ["order_p", "order_h", "order_b"] if self.ordered else []
-        return [*given, "bounds", "weights", "rates", "memory", "H", "B", "N", "steps"]
+        return [*given, "bounds", "weights", "rates", *handed, "memory", "H", "B", "N", "steps"]
 
     @property
     def results(self) -> list[str]:
@@ -154,11 +154,14 @@ class TritonSteps(TritonPieces):
 
     def turns(self, which: str) -> list[str]:
         """Lines that say in which half of its memory a step finds the state, or its cotangent, and where it puts it."""
-        prefix, part, index = ("", "states", "step") if which == "forward" else ("d_", "cotangents", "back")
-        return [
-            f"{prefix}now = {part} + {index} % 2 * {self.state}",
-            f"{prefix}then = {part} + ({index} + 1) % 2 * {self.state}",
-        ]
+        index, then = ("step", "then") if which == "forward" else ("back", "d_then")
+        part = "states" if which == "forward" else "cotangents"
+        return [self.turn(which, index), f"{then} = {part} + ({index} + 1) % 2 * {self.state}"]
+
+    def turn(self, which: str, index: str = "steps") -> str:
+        """The first of them; by itself, after the last step."""
+        now = "now = states" if which == "forward" else "d_now = cotangents"
+        return f"{now} + {index} % 2 * {self.state}"
 
     # ---- Forward ---------------------------------------------------------------------------------------------------
 
@@ -207,8 +210,7 @@ class TritonSteps(TritonPieces):
     def read_out(self, share: Share) -> list[str]:
         """Lines that read the tokens out, and sum up the loss after the last step."""
         bounds, now = (share.first, share.last), self.held("now")
-        lines = [f"now = states + steps % 2 * {self.state}"]
-        lines += self._over_tiles("readout", bounds, self._read("readout", now), {})
+        lines = self._over_tiles("readout", bounds, self._read("readout", now), {})
         if self.losses:
             lines.append("loss_after = " + zeros([]))
             lines += self._over_tiles("final_loss", bounds, self._read("final_loss", now), {})
@@ -310,7 +312,4 @@ class TritonSteps(TritonPieces):
     def give_back(self) -> list[str]:
         """Lines that write the cotangents of the fast weights that forward took."""
         last = self.held("d_now")
-        lines = [f"d_now = cotangents + steps % 2 * {self.state}"]
-        for n in self.starts:
-            lines += self.fill(n, last[n], f"{n}_made + item * {self.elements(n)}")
-        return lines
+        return [x for n in self.starts for x in self.fill(n, last[n], f"{n}_made + item * {self.elements(n)}")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,12 +16,15 @@ from nestloop.lang.schedule import Program
 from nestloop.lowering import names
 from nestloop.lowering.candidates import WARPS, Candidate, candidates
 from nestloop.lowering.schedule.devices import Device, device_named
-from nestloop.lowering.schedule.plan_work import attention
+from nestloop.lowering.schedule.plan_work import attention, ranges
 from nestloop.lowering.schedule.roofline import (
     ATTENTION,
     DTYPES,
+    B,
     Estimate,
     Facts,
+    H,
+    N,
     Work,
     estimate,
     least,
@@ -58,7 +61,7 @@ class Costs:
         spec: the loop.
         sizes: every dim.
         rows: direction -> plans.
-        chosen: the fastest plan, and its warps in each direction.
+        chosen: the fastest plan of those that calls of these sizes take, and its warps in each direction.
         work: direction -> what the chosen plan does.
     """
 
@@ -152,11 +155,13 @@ def costs_of(
     plans = candidates(spec, plain, sizes["N"] if spec.grid else None)
     if plans[0].plan is not None and plans[0].plan.tokens not in (None, sizes["N"]):
         plans = candidates(spec, plain, sizes["N"])  # its graphs hold for one length
+    plans = [_taken(one, spec, sizes, figures) for one in plans]
     works: dict[str, dict[str, Work]] = {}
     found: dict[str, dict[str, dict[int, Estimate]]] = {}
     for one in plans:
         if one.plan is not None:
-            works[one.name] = {d: one.work(spec, plain, d, dtype) for d in DIRECTIONS}
+            shares = one.ranges(spec, figures)
+            works[one.name] = {d: one.work(spec, plain, d, dtype, shares) for d in DIRECTIONS}
             found[one.name] = {
                 d: {
                     w: estimate(works[one.name][d], figures, dtype, w, sizes, (facts or {}).get((one.name, d, w)))
@@ -165,7 +170,8 @@ def costs_of(
                 for d in DIRECTIONS
             }
     best = {name: {d: min(of[d], key=lambda w: _rank(of[d][w])) for d in DIRECTIONS} for name, of in found.items()}
-    chosen = min(found, key=lambda name: sum(found[name][d][best[name][d]].seconds for d in DIRECTIONS))
+    taken = [one.name for one in plans if one.plan is not None and one.is_taken]
+    chosen = min(taken, key=lambda name: sum(found[name][d][best[name][d]].seconds for d in DIRECTIONS))
     rows: dict[str, list[Row]] = {d: [] for d in DIRECTIONS}
     for one in plans:
         for d in DIRECTIONS:
@@ -177,11 +183,24 @@ def costs_of(
                 why = "" if is_chosen else _why(expected, found[chosen][d][best[chosen][d]], w)
                 if not is_chosen and _rank(expected) < _rank(found[chosen][d][best[chosen][d]]):
                     why = "less here, but more in both directions together, which one plan runs"
+                    why = why if one.is_taken else "less, but sizes alone decide whether tokens are shared out"
                 rows[d].append(Row(one, w, expected, why))
     (candidate,) = (one for one in plans if one.name == chosen)
     return Costs(
         spec, figures, dtype, sizes, rows, candidate, (best[chosen]["forward"], best[chosen]["backward"]), works[chosen]
     )
+
+
+def _taken(one: Candidate, spec: LoopSpec, sizes: Mapping[str, int], device: Device) -> Candidate:
+    """A plan as calls of these sizes take it: sizes alone decide whether tokens are shared out in ranges."""
+    if not one.is_triton or one.plan is None or one.plan.triton is None or spec.streams:
+        return one
+    shared = ranges(spec, one.plan.triton.rows, device.multiprocessors)
+    several = shared.subs({B: sizes["B"], H: sizes["H"], N: sizes["N"]}) > 1
+    if one.in_ranges and not several:
+        reason = "heads and sequences fill the device, or the tokens of a step are few"
+        return replace(one, plan=None, reason=reason, by_default=False)
+    return replace(one, by_default=one.by_default and one.in_ranges == several, is_taken=one.in_ranges == several)
 
 
 def _check(spec: LoopSpec) -> None:

@@ -149,12 +149,13 @@ def tune(
 
 
 def _plans(found: Costs) -> list[Candidate]:
-    """Its plans in Triton, the one that should be fastest first."""
+    """Its plans in Triton that calls of these sizes take, the one that should be fastest first."""
     least: dict[str, float] = {}
     candidates: dict[str, Candidate] = {}
     reason = "PyTorch's own attention runs it"
     for direction in DIRECTIONS:
-        for name in {row.candidate.name for row in found.rows[direction] if row.candidate.is_triton}:
+        taken = [row.candidate for row in found.rows[direction] if row.candidate.is_triton and row.candidate.is_taken]
+        for name in {candidate.name for candidate in taken}:
             rows = [row for row in found.rows[direction] if row.candidate.name == name]
             seconds = [row.expected.seconds for row in rows if row.expected is not None]
             reason = rows[0].candidate.reason or reason
@@ -206,20 +207,24 @@ def _compiled(
                 if left <= 0:
                     continue
                 assert plan.plan is not None and plan.plan.triton is not None
-                kernel = plan.plan.triton.with_warps((warps, warps))
+                kernels = plan.plan.triton.with_warps((warps, warps))
                 tried[key] = None
+                made = []
                 try:
-                    made = offline.compiled(kernel, direction, found.device.arch, found.dtype, timeout=left)
+                    for one in kernels.launches(direction):
+                        which = (kernels, one.kernel, found.device.arch, found.dtype)
+                        made.append(offline.compiled(*which, timeout=left))
+                        left = max(1, stop - monotonic())
                 except NoPlanError as error:
                     notes[key] = f"does not compile: {error.given}"
                     continue
-                notes[key] = (
-                    f"{made.registers} registers, {made.spilled[0]:,} bytes spilled, {made.shared:,} of shared memory"
-                )
-                if made.shared > found.device.program_shared:
+                shared = max(m.shared for m in made)
+                most = Facts(max(m.registers for m in made), max(m.spilled[0] for m in made), shared)
+                notes[key] = f"{most.registers} registers, {most.spilled:,} bytes spilled, {shared:,} of shared memory"
+                if shared > found.device.program_shared:
                     notes[key] += f", and {found.device.name} has {found.device.program_shared:,}"
                     continue
-                facts[key] = Facts(made.registers, made.spilled[0], made.shared)
+                facts[key] = most
     again = costs_of(found.spec.cls, dims, found.device.name, found.dtype, facts)
     for direction in DIRECTIONS:
         for row in again.rows[direction]:

@@ -17,8 +17,8 @@ class TritonLoop(TritonRanges):
     def emit(self) -> TritonPlan:
         """The module."""
         plan = (
-            "One program a head and sequence walks the steps, tile of tokens by tile; or one a range of tokens sums up,\n"
-            "and one a head and sequence takes the step."
+            "One program a head and sequence walks the steps, tile of tokens by tile; or, where these are few, one a\n"
+            "range of tokens sums up what a step needs, and one a head and sequence takes it."
         )
         ranged = {which: self.range_kernels(which) for which in ("forward", "backward")}
         kernels = [self._kernel("forward"), self._kernel("backward")]

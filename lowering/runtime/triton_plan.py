@@ -9,7 +9,6 @@ from typing import Any
 
 from nestloop.lowering.runtime.batches import ranges_within
 
-
 WORTH = 4  # tiles, of the tallest, that a range has at least: with fewer, launches take what ranges save
 
 

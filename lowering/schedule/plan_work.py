@@ -16,13 +16,14 @@ from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 from nestloop.lowering.schedule.cost import N_TOKENS, cost
-from nestloop.lowering.schedule.roofline import B, H, N, Spacing, Work
+from nestloop.lowering.schedule.roofline import B, H, N, Ranges, Spacing, Work
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # of an element of a view
 FLOAT = 4  # bytes of what is computed
 OUTSIDE = ("prepare", "project")  # pieces of a loop of batches that PyTorch computes for all heads at once
 
 Expr = Any  # of sympy, in B, H and N
+_ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
 Run = tuple[Expr, Expr]  # how often, on how many tokens
 
 
@@ -143,12 +144,27 @@ def attention(width: int, direction: str, dtype: str, causal: bool) -> Work:
 # ---- Generated Triton ------------------------------------------------------------------------------------------------
 
 
-def triton_work(
-    spec: LoopSpec, plan: Plan, pieces: Mapping[str, Piece], sizes: Mapping[str, int], direction: str, dtype: str
-) -> Work:
-    """One kernel, a program a head and sequence, and what PyTorch computes before it for all heads at once.
+def ranges(spec: LoopSpec, rows: int, programs: int) -> Expr:
+    """Ranges of tokens of a loop of batches with tiles of `rows`, on a device that runs so many programs at once."""
+    longest = sympy.ceiling(N / spec.schedule.steps) if isinstance(spec.schedule, Shuffled) else N
+    return Ranges(B * H, longest, sympy.Integer(rows), sympy.Integer(programs))
 
-    `pieces`: those of the plan, of which only what PyTorch computes is read.
+
+def triton_work(
+    spec: LoopSpec,
+    plan: Plan,
+    pieces: Mapping[str, Piece],
+    sizes: Mapping[str, int],
+    direction: str,
+    dtype: str,
+    shares: Expr = _ONE,
+) -> Work:
+    """Its kernels, a program a head and sequence, and what PyTorch computes before them for all heads at once.
+
+    Args:
+        pieces: those of the plan, of which only what PyTorch computes is read.
+        shares: programs of each head and sequence, between which a loop of batches shares its tokens out. What runs
+            once a head and sequence is counted with each of them: they wait for it.
     """
     triton = plan.triton
     assert triton is not None
@@ -169,7 +185,8 @@ def triton_work(
         else:
             runs, rows = steps(spec, piece, plain), function["tokens"]
             whole = piece.endswith("update")
-            count = sum((often * (1 if whole else sympy.ceiling(n / rows)) for often, n in runs), sympy.Integer(0))
+            each = [(often, _ONE if whole else sympy.ceiling(sympy.ceiling(n / rows) / shares)) for often, n in runs]
+            count = sum((often * tiles for often, tiles in each), sympy.Integer(0))
             rows = None if whole else rows
         flops += in_all(parse(function["flops"]).evaluate({"n": N_TOKENS}), runs, rows)
         for height, padded in function["products"].items():
@@ -185,6 +202,11 @@ def triton_work(
     state = triton.state if stream else _state(plan)
     if direction == "backward" or not stream:  # states, read and written between steps; forward's of a scan stay
         moved += FLOAT * state * steps_taken * (2 if stream else 4 if direction == "forward" else 6)
+    launches = sympy.Integer(0)
+    for one in triton.launches(direction):
+        launches += steps_taken if one.each_step else 1
+        if one.over == "sequences" and triton.handed(direction):  # sums of the ranges, added up
+            moved += FLOAT * state * (shares + 2) * (steps_taken if one.each_step else 1)
     kept = sympy.ceiling(sympy.ceiling(N / triton.rows) / every) - 1 if stream else steps_taken - 1
     outside = [
         (cost(piece.forward if direction == "forward" else piece.backward), H if name == "prepare" else B * H)
@@ -198,8 +220,8 @@ def triton_work(
     return Work(
         flops=B * H * flops + before,
         traffic=_traffic(spec, plan, triton, direction, dtype, kept) + 2 * FLOAT * values,
-        launches=sympy.Integer(1 + sum(spent.operations for spent, _ in outside)),
-        programs=B * H,
+        launches=launches + sum(spent.operations for spent, _ in outside),
+        programs=B * H * shares,
         outside=before,
         products=products,
         exact=exact,
@@ -207,9 +229,16 @@ def triton_work(
         moved=moved,
         calls=tuple(calls),
         depth=depth,
-        scratch=FLOAT
-        * sum((launch.scratch + every * launch.states for launch in triton.launches(direction)), sympy.Integer(0)),
+        scratch=FLOAT * _scratch(triton, direction, every, shares),
     )
+
+
+def _scratch(triton: TritonPlan, direction: str, every: Expr, shares: Expr) -> Expr:
+    """Elements that a program works in, and its share of what kernels leave for one another."""
+    own = max(launch.scratch for launch in triton.launches(direction))
+    states = sum((every * launch.states for launch in triton.launches(direction)), _ZERO)
+    handed = [one.elements / (shares if one.over == "sequences" else _ONE) for one in triton.handed(direction)]
+    return own + states + sum(handed, _ZERO)
 
 
 def _traffic(spec: LoopSpec, plan: Plan, triton: TritonPlan, direction: str, dtype: str, kept: Expr) -> Expr:

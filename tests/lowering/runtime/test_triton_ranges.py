@@ -189,6 +189,20 @@ def test_a_plan_from_the_cache_is_the_same():
     assert {one.warps for one in warped.in_ranges().launches("backward")} == {16}
 
 
+def test_explain_says_what_has_a_program_of_its_own():
+    text = nl.explain(nl.compile(zoo.MTTTLinear, backend="triton", d=6, D=16))
+    assert text.endswith(
+        """runs: generated Triton, for tensors on a GPU
+  (backend 'triton'; tensors on a CPU are interpreted)
+  in parallel over heads and sequences: a program of each walks all steps; where these are fewer than the
+  GPU's multiprocessors, over ranges of 64 tokens of a step or more too, whose sums are added up in order
+"""
+        + text[text.index("  rewritten: ") :]
+    )
+    assert "a program of each" not in nl.explain(nl.compile(zoo.DeltaNet, backend="triton"))
+    assert "runs: nothing" in nl.explain(nl.compile(zoo.DepthwiseBranch, backend="triton"))
+
+
 @pytest.mark.oldest_triton
 @pytest.mark.slow
 def test_every_kernel_compiles():

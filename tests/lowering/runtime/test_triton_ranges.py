@@ -30,7 +30,6 @@ pytest.importorskip("triton")
 
 SIZES = {"d": 6, "D": 16, "dx": 5, "dy": 3, "a": 5, "e": 7, "H": 2}
 ZOO = (zoo.MTTTLinear, zoo.GatedBranch)
-LARGER = (zoo.MTTTMLP, zoo.MTTTMLP4, zoo.MTTTMLPSGD4)
 
 
 @pytest.fixture(autouse=True)
@@ -55,11 +54,9 @@ CASES = [
     *[pytest.param(loop, 101, 7, id=f"{loop.__name__}-7", marks=pytest.mark.slow) for loop in ZOO],
     pytest.param(zoo.GatedBranch, 64, 4, id="no tile is shorter", marks=pytest.mark.oldest_triton),
     pytest.param(zoo.GatedBranch, 5, 7, id="more ranges than tokens"),
-    *[
-        pytest.param(loop, tokens, count, id=f"{loop.__name__}-{count}", marks=pytest.mark.slow)
-        for loop in LARGER
-        for tokens, count in ((33, 2), (69, 3), (115, 7))
-    ],
+    pytest.param(zoo.MTTTMLP, 33, 2, id="MTTTMLP-2", marks=pytest.mark.slow),
+    pytest.param(zoo.MTTTMLP4, 35, 3, id="MTTTMLP4-3", marks=pytest.mark.slow),
+    pytest.param(zoo.MTTTMLPSGD4, 101, 7, id="MTTTMLPSGD4-7", marks=pytest.mark.slow),
 ]
 
 
@@ -88,7 +85,7 @@ def test_orders_states_and_views_that_some_steps_read(loop, carried: int, share_
     monkeypatch.setattr(triton_pieces, "CARRIED", carried)
     share_out(2)
     given = {"order_per_sequence": True, "carried": True} if loop is Recall else {}
-    assert is_reference(loop, inputs_of(loop, 70, **given))
+    assert is_reference(loop, inputs_of(loop, 50, sequences=1, **given))
 
 
 @pytest.mark.slow

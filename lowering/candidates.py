@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from nestloop.lang.loop import LoopSpec
@@ -25,8 +26,8 @@ class Candidate:
     """One plan.
 
     Attributes:
-        name: "generated PyTorch", "PyTorch's attention", or "Triton" with the tokens of its chunks or tiles, and "in
-            ranges" where tokens are shared out.
+        name: "generated PyTorch", "PyTorch's attention", or "Triton" with the tokens of its chunks or tiles, "at once"
+            where a program a head and sequence walks the state alone, "in ranges" where tokens are shared out.
         plan: None where there is none.
         pieces: of its lowering.
         tiling: what makes it, of Triton.
@@ -61,11 +62,13 @@ class Candidate:
         assert self.plan is not None and self.plan.triton is not None
         return ranges(spec, self.plan.triton.rows, device.multiprocessors)
 
-    def work(self, spec: LoopSpec, sizes: Mapping[str, int], direction: str, dtype: str, shares: Any = 1) -> Work:
-        """What "forward" or "backward" does, for views of a dtype; `shares`: its `ranges`."""
+    def work(
+        self, spec: LoopSpec, sizes: Mapping[str, int], direction: str, dtype: str, shares: Any = 1
+    ) -> tuple[Work, ...]:
+        """What each kernel of "forward" or "backward" does, for views of a dtype; `shares`: its `ranges`."""
         assert self.plan is not None
-        given = (spec, self.plan, self.pieces, sizes, direction, dtype)
-        return triton_work(*given, shares) if self.is_triton else torch_work(*given)
+        parts = (spec, self.plan, self.pieces, sizes, direction, dtype)
+        return triton_work(*parts, shares) if self.is_triton else (torch_work(*parts),)
 
 
 def candidates(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> list[Candidate]:
@@ -91,10 +94,10 @@ def candidates(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> 
         return [*found, Candidate("Triton", None, {}, reason=plan.not_triton)]
     texts = []
     what = "chunks" if spec.streams else "tiles"
-    for rows in ROWS:
-        tiling = Tiling(rows=rows)
+    for rows, levels in product(ROWS, (1, 2) if spec.streams else (None,)):
+        tiling = Tiling(rows=rows, levels=levels)
         made = plan_for(spec, sizes, tokens, False, False, part=part, triton=True, tiling=tiling)
-        name = f"Triton, {what} of {rows}"
+        name = f"Triton, {what} of {rows}{', at once' if levels == 2 else ''}"
         if made.triton is None:
             found.append(Candidate(name, None, {}, tiling, made.not_triton))
             continue

@@ -29,6 +29,7 @@ from nestloop.lowering.emit.triton_loop import TritonLoop
 from nestloop.lowering.emit.triton_piece import TritonPiece
 from nestloop.lowering.emit.triton_pieces import HEIGHTS
 from nestloop.lowering.emit.triton_scan import TritonScan
+from nestloop.lowering.emit.triton_split import ALIVE_SPLIT, LONGEST_SPLIT, TritonSplitScan
 from nestloop.lowering.emit.triton_stream import TritonStream
 from nestloop.lowering.emit.triton_streamed import TritonStreamedScan
 from nestloop.lowering.ops import NoSpelling
@@ -37,6 +38,7 @@ from nestloop.lowering.runtime.native import NativePlan
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling, TritonPlan
 from nestloop.lowering.schedule.cost import cost, rows_in_cache, tile_rows
+from nestloop.lowering.streams.affine import is_affine
 from nestloop.lowering.streams.forms import Form, choose, pieces_of
 from nestloop.lowering.streams.step import identifier
 
@@ -157,6 +159,7 @@ def _check_steps(captured: Captured) -> None:
         raise NoSpelling("a kernel estimator has no steps to walk")
 
 
+SHORTEST = 16  # tokens of a chunk in Triton, where any number is legal
 PARTS = ("scan", "inside", "inside partial", "update", "read")
 
 
@@ -251,25 +254,75 @@ def stream_stages(
     own = scan if close is form else scan_in(close)
     native, not_native = _emitted(CppScan if part == "scan" else CppPiece, own)
     kernels, not_triton = None, ""
-    if triton:
-        free = part == "scan" and tokens is None and form.longest_cpp
-        if part == "scan" and tiling.rows not in (None, close.longest):
-            not_triton = "" if free else f"its {form.name} form takes chunks of {close.longest} tokens, and no others"
-            close, free = replace(close, longest=tiling.rows, traced=None), 0
-            own = own if not_triton else scan_in(close)
-        if not not_triton:
-            kernels, not_triton = _emitted(_triton_scan if part == "scan" else TritonPiece, own)
-        while free and kernels is None and close.longest > 16:  # a tile of fewer tokens may fit registers
-            close = replace(close, longest=close.longest // 2, traced=None)
-            kernels, not_triton = _emitted(_triton_scan, scan_in(close))
-        if kernels is not None and part == "scan" and tiling.warps is not None:
-            kernels = kernels.with_warps(tiling.warps)
+    if triton and part != "scan":
+        kernels, not_triton = _emitted(TritonPiece, own)
+    elif triton:
+        lengths = {form.longest: scan, close.longest: own}
+
+        def of_length(rows: int) -> tuple[Any, ...]:
+            if rows not in lengths:
+                lengths[rows] = scan_in(replace(close, longest=rows, traced=None))
+            return lengths[rows]
+
+        free = bool(tokens is None and form.longest_cpp)
+        levels = (2, 1) if is_affine(made["chunk"], emitter.carry) else (1,)
+        kernels, not_triton = _triton_scan(of_length, form, close.longest, free, levels, tiling)
     captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)
     return LoweredStream(captured, typing, form, made, applied, source, native, not_native, kernels, not_triton, part)
 
 
-def _triton_scan(*scan: Any) -> TritonStream:
-    """A scan in Triton: its state in registers where it fits there beside what a chunk computes, else in memory."""
+def _triton_scan(
+    of_length: Callable[[int], tuple[Any, ...]],
+    form: Form,
+    longest: int,
+    free: bool,
+    levels: tuple[int, ...],
+    tiling: Tiling,
+) -> tuple[TritonPlan | None, str]:
+    """A scan in Triton, or why there is none.
+
+    Args:
+        of_length: tokens of a chunk -> the scan, as emitters take it.
+        longest: tokens of a chunk where the state stays with its program.
+        free: whether any number of tokens makes a chunk.
+        levels: the kinds that may be taken, the best first, unless `tiling` names one.
+    """
+    if tiling.rows not in (None, longest) and not free:
+        return None, f"its {form.name} form takes chunks of {longest} tokens, and no others"
+    made: TritonPlan | None = None
+    reason = ""
+    for level in levels if tiling.levels is None else (tiling.levels,):
+        emit = {1: _in_one, 2: _split}[level]
+        first = min(form.longest, LONGEST_SPLIT) if free and level == 2 else longest
+        rows = tiling.rows or first
+        made, reason = _spelled(lambda: emit(of_length, rows, free and tiling.rows is None))  # noqa: B023
+        if made is not None:
+            break
+    return made if made is None or tiling.warps is None else made.with_warps(tiling.warps), reason
+
+
+def _split(of_length: Callable[[int], tuple[Any, ...]], rows: int, free: bool) -> TritonPlan:
+    """Only the state walked in order: with the longest chunks that fit registers, or the shortest."""
+    scan = TritonSplitScan(*of_length(rows))
+    while free and scan.alive > ALIVE_SPLIT and rows > SHORTEST:
+        rows //= 2
+        scan = TritonSplitScan(*of_length(rows))
+    return scan.emit()
+
+
+def _in_one(of_length: Callable[[int], tuple[Any, ...]], rows: int, free: bool) -> TritonPlan:
+    """All in one kernel: with fewer tokens where so many do not fit registers at all."""
+    while True:
+        try:
+            return _with_state(*of_length(rows)).emit()
+        except NoSpelling:
+            if not free or rows <= SHORTEST:
+                raise
+        rows //= 2
+
+
+def _with_state(*scan: Any) -> TritonStream:
+    """The state in registers where it fits there beside what a chunk computes, else in memory."""
     made: list[TritonStream] = []
     refused = None
     for kind in (TritonScan, TritonStreamedScan):

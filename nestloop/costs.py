@@ -53,6 +53,10 @@ class Row:
     why: str = ""
 
 
+# What each kernel of a plan does in each direction, and its warps, forward and backward.
+Ran = tuple[Mapping[str, Sequence[Work]], tuple[int, int]]
+
+
 @dataclass(frozen=True)
 class Costs:
     """Every plan of one loop on one device.
@@ -62,7 +66,8 @@ class Costs:
         sizes: every dim.
         rows: direction -> plans.
         chosen: the fastest plan of those that calls of these sizes take, and its warps in each direction.
-        work: direction -> what the chosen plan does.
+        work: direction -> what each kernel of the chosen plan does.
+        other: what and with which warps calls of other lengths run, which share their tokens out where these do not.
     """
 
     spec: LoopSpec
@@ -72,14 +77,26 @@ class Costs:
     rows: Mapping[str, Sequence[Row]]
     chosen: Candidate
     warps: tuple[int, int]
-    work: Mapping[str, Work]
+    work: Mapping[str, Sequence[Work]]
+    other: Ran | None = None
 
     @cached_property
     def at(self) -> Callable[[int], float]:
         """Tokens -> seconds that forward and backward of the chosen plan are expected to take."""
-        pairs = zip(DIRECTIONS, self.warps, strict=True)
-        parts = [over_lengths(self.work[d], self.device, self.dtype, w, self.sizes) for d, w in pairs]
+        own = self._over_lengths((self.work, self.warps))
+        if self.other is None:
+            return own
+        other, in_ranges = self._over_lengths(self.other), self.chosen.in_ranges
+        return lambda tokens: (own if self._several(tokens) == in_ranges else other)(tokens)
+
+    def _over_lengths(self, ran: Ran) -> Callable[[int], float]:
+        work, warps = ran
+        pairs = zip(DIRECTIONS, warps, strict=True)
+        parts = [over_lengths(work[d], self.device, self.dtype, w, self.sizes) for d, w in pairs]
         return lambda tokens: sum(part(tokens) for part in parts)
+
+    def _several(self, tokens: int) -> bool:
+        return several_ranges(self.chosen, self.spec, {**self.sizes, "N": tokens}, self.device)
 
     @property
     def width(self) -> int:
@@ -91,7 +108,7 @@ class Costs:
     def attention_at(self) -> Callable[[int], float]:
         """Tokens -> seconds of softmax attention, forward and backward."""
         works = [attention(self.width, d, self.dtype, causal=self.spec.streams) for d in DIRECTIONS]
-        parts = [over_lengths(work, self.device, self.dtype, 0, self.sizes) for work in works]
+        parts = [over_lengths([work], self.device, self.dtype, 0, self.sizes) for work in works]
         return lambda tokens: sum(part(tokens) for part in parts)
 
     def overtakes(self) -> int | None:
@@ -138,7 +155,7 @@ def costs_of(
 ) -> Costs:
     """`cost` of one loop class, as values.
 
-    facts: of kernels that were compiled, by (plan's name, direction, warps).
+    facts: of kernels that were compiled, by (plan's name, kernel, warps).
     """
     figures = device_named(device)
     if dtype not in DTYPES:
@@ -156,7 +173,7 @@ def costs_of(
     if plans[0].plan is not None and plans[0].plan.tokens not in (None, sizes["N"]):
         plans = candidates(spec, plain, sizes["N"])  # its graphs hold for one length
     plans = [_taken(one, spec, sizes, figures) for one in plans]
-    works: dict[str, dict[str, Work]] = {}
+    works: dict[str, dict[str, Sequence[Work]]] = {}
     found: dict[str, dict[str, dict[int, Estimate]]] = {}
     for one in plans:
         if one.plan is not None:
@@ -164,7 +181,7 @@ def costs_of(
             works[one.name] = {d: one.work(spec, plain, d, dtype, shares) for d in DIRECTIONS}
             found[one.name] = {
                 d: {
-                    w: estimate(works[one.name][d], figures, dtype, w, sizes, (facts or {}).get((one.name, d, w)))
+                    w: estimate(works[one.name][d], figures, dtype, w, sizes, _shown(one, d, w, facts or {}))
                     for w in (WARPS if one.is_triton else (0,))
                 }
                 for d in DIRECTIONS
@@ -175,7 +192,7 @@ def costs_of(
     rows: dict[str, list[Row]] = {d: [] for d in DIRECTIONS}
     for one in plans:
         for d in DIRECTIONS:
-            if one.plan is None:
+            if one.plan is None or one.reason:
                 rows[d].append(Row(one, 0, None, f"no such plan: {one.reason}"))
                 continue
             for w, expected in found[one.name][d].items():
@@ -186,21 +203,39 @@ def costs_of(
                     why = why if one.is_taken else "less, but sizes alone decide whether tokens are shared out"
                 rows[d].append(Row(one, w, expected, why))
     (candidate,) = (one for one in plans if one.name == chosen)
-    return Costs(
-        spec, figures, dtype, sizes, rows, candidate, (best[chosen]["forward"], best[chosen]["backward"]), works[chosen]
-    )
+    ran = {name: (works[name], (of["forward"], of["backward"])) for name, of in best.items()}
+    beside = (one for one in plans if one.plan is not None and one.tiling == candidate.tiling)
+    other = next((ran[one.name] for one in beside if one.in_ranges != candidate.in_ranges), None)
+    work, warps = ran[chosen]
+    return Costs(spec, figures, dtype, sizes, rows, candidate, warps, work, other if candidate.is_triton else None)
+
+
+def several_ranges(one: Candidate, spec: LoopSpec, sizes: Mapping[str, int], device: Device) -> bool:
+    """Whether calls of these sizes share the tokens of a loop of batches out in ranges."""
+    assert one.plan is not None and one.plan.triton is not None
+    shared = ranges(spec, one.plan.triton.rows, device.multiprocessors)
+    return bool(shared.subs({B: sizes["B"], H: sizes["H"], N: sizes["N"]}) > 1)
 
 
 def _taken(one: Candidate, spec: LoopSpec, sizes: Mapping[str, int], device: Device) -> Candidate:
     """A plan as calls of these sizes take it: sizes alone decide whether tokens are shared out in ranges."""
     if not one.is_triton or one.plan is None or one.plan.triton is None or spec.streams:
         return one
-    shared = ranges(spec, one.plan.triton.rows, device.multiprocessors)
-    several = shared.subs({B: sizes["B"], H: sizes["H"], N: sizes["N"]}) > 1
+    several = several_ranges(one, spec, sizes, device)
     if one.in_ranges and not several:
         reason = "heads and sequences fill the device, or the tokens of a step are few"
-        return replace(one, plan=None, reason=reason, by_default=False)
+        return replace(one, reason=reason, by_default=False, is_taken=False)
     return replace(one, by_default=one.by_default and one.in_ranges == several, is_taken=one.in_ranges == several)
+
+
+def _shown(
+    one: Candidate, direction: str, warps: int, facts: Mapping[tuple[str, str, int], Facts]
+) -> list[Facts | None] | None:
+    """What compiling the kernels of a direction showed."""
+    if not one.is_triton:
+        return None
+    assert one.plan is not None and one.plan.triton is not None
+    return [facts.get((one.name, launch.kernel, warps)) for launch in one.plan.triton.launches(direction)]
 
 
 def _check(spec: LoopSpec) -> None:

@@ -29,7 +29,8 @@ from nestloop.lowering.runtime.refusals import check_triton
 from nestloop.lowering.runtime.triton_plan import Tiling
 from nestloop.lowering.schedule.roofline import Facts
 
-Key = tuple[str, str, int]  # a plan's name, a direction, warps
+Key = tuple[str, str, int]  # a plan's name, a direction or a kernel, warps
+MOST = ("registers", "spilled", "shared")  # of several kernels, the most is said
 Timer = Callable[[Callable[[], Any]], float]
 
 
@@ -139,6 +140,7 @@ def tune(
         triton=tuned.triton_version(),
         rows=plan.tiling.rows,
         warps=warps,
+        levels=plan.tiling.levels,
         how="compiled" if timer is None else "timed",
         seconds=(tried[(plan.name, "forward", warps[0])] or 0.0, tried[(plan.name, "backward", warps[1])] or 0.0),
         shape={"B": found.sizes["B"], "N": found.sizes["N"], "dtype": dtype},
@@ -198,6 +200,7 @@ def _compiled(
 ) -> tuple[dict[Key, float | None], dict[Key, str]]:
     """Kernels compiled, one after the other, and what the model makes of them."""
     facts: dict[Key, Facts] = {}
+    fitting: set[Key] = set()
     notes: dict[Key, str] = {}
     tried: dict[Key, float | None] = {}
     for plan in plans:
@@ -207,29 +210,32 @@ def _compiled(
                 if left <= 0:
                     continue
                 assert plan.plan is not None and plan.plan.triton is not None
-                kernels = plan.plan.triton.with_warps((warps, warps))
+                chosen = plan.plan.triton.with_warps((warps, warps))
                 tried[key] = None
-                made = []
+                shown: dict[Key, Facts] = {}
                 try:
-                    for one in kernels.launches(direction):
-                        which = (kernels, one.kernel, found.device.arch, found.dtype)
-                        made.append(offline.compiled(*which, timeout=left))
-                        left = max(1, stop - monotonic())
+                    for launch in chosen.launches(direction):
+                        left = stop - monotonic()
+                        kernel = launch.kernel
+                        made = offline.compiled(chosen, kernel, found.device.arch, found.dtype, timeout=max(left, 1))
+                        shown[plan.name, kernel, warps] = Facts(made.registers, made.spilled[0], made.shared)
                 except NoPlanError as error:
                     notes[key] = f"does not compile: {error.given}"
                     continue
-                shared = max(m.shared for m in made)
-                most = Facts(max(m.registers for m in made), max(m.spilled[0] for m in made), shared)
-                notes[key] = f"{most.registers} registers, {most.spilled:,} bytes spilled, {shared:,} of shared memory"
-                if shared > found.device.program_shared:
+                most = Facts(*(max(getattr(one, name) for one in shown.values()) for name in MOST))
+                notes[key] = (
+                    f"{most.registers} registers, {most.spilled:,} bytes spilled, {most.shared:,} of shared memory"
+                )
+                if most.shared > found.device.program_shared:
                     notes[key] += f", and {found.device.name} has {found.device.program_shared:,}"
                     continue
-                facts[key] = most
+                facts |= shown
+                fitting.add(key)
     again = costs_of(found.spec.cls, dims, found.device.name, found.dtype, facts)
     for direction in DIRECTIONS:
         for row in again.rows[direction]:
             key = (row.candidate.name, direction, row.warps)
-            if key in facts and row.expected is not None:
+            if key in fitting and row.expected is not None:
                 tried[key] = row.expected.seconds
     return tried, notes
 
@@ -260,7 +266,7 @@ def _timed(
                 continue
             spent: tuple[float | None, float | None] = (None, None)
             try:
-                with tuned.trying(Tiling(plan.tiling.rows, (warps, warps))):
+                with tuned.trying(Tiling(plan.tiling.rows, (warps, warps), plan.tiling.levels)):
                     spent, note = _seconds(spec, found.sizes, views, weights, timer), "timed"
             except (TritonError, torch.OutOfMemoryError) as error:
                 note = f"does not run: {str(error).strip().splitlines()[0]}"

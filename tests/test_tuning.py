@@ -34,6 +34,7 @@ from nestloop import zoo
 class Recall(zoo.CausalLinearAttention):
     '''Linear attention under another name.'''
 """
+BACKWARD = ("backward_states", "backward_cotangents", "backward_tokens")
 DIMS = {"H": 2, "dk": 16, "dv": 16}
 
 
@@ -65,7 +66,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str, int]]:
         if plan.rows == 16:
             raise NoPlanError("It does not compile.", given="no such instruction")
         shared = 1 << 20 if plan.rows == 64 else 1 << 14  # more than there is
-        spilled = 4096 if (kernel, warps) == ("backward", 4) else 0
+        spilled = 4096 if kernel.startswith("backward") and warps == 4 else 0
         return Compiled(kernel, device, dtype, warps, 128, (spilled, spilled), shared, 0.1, {})
 
     monkeypatch.setattr(offline, "compiled", compiled)
@@ -74,11 +75,14 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str, int]]:
 
 def test_without_a_gpu_candidates_are_compiled_and_their_facts_decide(loop, compiler, tmp_path: Path):
     found = tuning.tune(loop, {**DIMS, "B": 64, "N": 1024})
-    assert len(compiler) == len(set(compiler)) == 3 * 2 * 2 and found.left == 0
-    assert found.plan == "Triton, chunks of 32"  # of 16 does not compile, of 64 does not fit
+    kernels = {kernel for rows, kernel, _ in compiler if rows == 32}
+    assert kernels == {"forward", "backward", "forward_states", "forward_outputs", *BACKWARD}
+    assert set(compiler) >= {(32, kernel, warps) for kernel in kernels for warps in (4, 8)} and found.left == 0
+    kinds = ("Triton, chunks of 32", "Triton, chunks of 32, at once")  # of 16 does not compile, of 64 does not fit
+    assert found.plan in kinds and found.entry.levels == 1 + kinds.index(found.plan)
     assert found.entry.warps[1] == 8 and found.entry.rows == 32 and found.entry.how == "compiled"
     assert {key for key, seconds in found.tried.items() if seconds is not None} == {
-        ("Triton, chunks of 32", direction, warps) for direction in ("forward", "backward") for warps in (4, 8)
+        (kind, direction, warps) for kind in kinds for direction in ("forward", "backward") for warps in (4, 8)
     }
     assert "no h200 is here: kernels were compiled for it, and none was run; times are a model's" in found.text
     assert "does not compile: no such instruction" in found.text
@@ -94,12 +98,14 @@ def test_a_gpu_times_every_candidate(loop, tmp_path: Path):
         call()
         tiling = tuned.tiling_for(loop.spec, DIMS)
         calls.append(tiling)
-        return {16: 1.0, 32: 2.0, 64: 3.0}[tiling.rows or 0] + {4: 0.1, 8: 0.0}[(tiling.warps or (0,))[0]]
+        slower = {16: 1.0, 32: 2.0, 64: 3.0}[tiling.rows or 0] + {4: 0.1, 8: 0.0}[(tiling.warps or (0,))[0]]
+        return slower + {1: 0.5, 2: 0.0}[tiling.levels or 0]
 
     out = tmp_path / "other.json"
     found = tuning.tune(loop, {**DIMS, "B": 1, "N": 20}, "b200", "fp32", out=out, timer=timer)
-    assert len(calls) == 3 * 2 * 2 and len(set(calls)) == 6
+    assert len(calls) == 3 * 2 * 2 * 2 and len(set(calls)) == 12
     assert (found.entry.rows, found.entry.warps, found.entry.seconds) == (16, (8, 8), (1.0, 1.0))
+    assert found.entry.levels == 2 and found.plan == "Triton, chunks of 16, at once"
     assert (found.entry.how, found.entry.device, found.entry.dims) == ("timed", "b200", DIMS)
     assert found.entry.shape == {"B": 1, "N": 20, "dtype": "fp32"} and out.exists()
     assert tuned.tiling_for(loop.spec, DIMS) == UNTUNED  # the file that loops read is another
@@ -181,7 +187,8 @@ def test_warps_are_part_of_the_plan(loop, tmp_path: Path):
     tiling = tuned.tiling_for(loop.spec, DIMS)
     plan = plan_for(loop.spec, DIMS, None, False, False, part="scan", triton=True, tiling=tiling)
     assert plan.triton is not None and plan.triton.rows == 16
-    assert [plan.triton.options(kernel)["num_warps"] for kernel in plan.triton.kernels] == [8, 4]
+    assert {one.warps for one in plan.triton.forward_launches} == {8}
+    assert {one.warps for one in plan.triton.backward_launches} == {4}
 
 
 def test_other_sizes_and_loops_are_left_as_they_are(loop, tmp_path: Path):

@@ -21,10 +21,12 @@ class TritonLoop(TritonRanges):
             "range of tokens sums up what a step needs, and one a head and sequence takes it."
         )
         ranged = {which: self.range_kernels(which) for which in ("forward", "backward")}
-        kernels = [self._kernel("forward"), self._kernel("backward")]
-        kernels += [self.write_kernel(kernel) for made in ranged.values() for kernel in made]
+        kernels = {name: self._kernel(name) for name in ("forward", "backward")}
+        kernels |= {kernel.name: self.write_kernel(kernel) for made in ranged.values() for kernel in made}
+        called = {name: self.functions_of(name) for name in ranged}
+        called |= {kernel.name: self.called(kernel) for made in ranged.values() for kernel in made}
         return TritonPlan(
-            text=self.module(plan, kernels),
+            text=self.module(plan, [*kernels.values()]),
             forward=tuple(map(self.original, self.given("forward"))),
             backward=tuple(map(self.original, self.given("backward"))),
             gradients=tuple(map(self.original, self.gradients)),
@@ -40,7 +42,7 @@ class TritonLoop(TritonRanges):
                 backward_handed=self.handed("backward"),
             ),
             common=(*self.hoisted, *self.captured.projected),
-            work=work(self.functions, self.shapes, self.functions_of, self._alive),
+            work=work(self.functions, self.shapes, kernels, called.__getitem__, lambda name: self.alive(called[name])),
         )
 
     def _launch(self, which: str) -> Launch:

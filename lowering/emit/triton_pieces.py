@@ -131,4 +131,5 @@ class TritonPieces(TritonKernels, Batches):
 
     def alive(self, functions: Sequence[TritonFunction]) -> int:
         """Elements of the tiles that are alive at once, those that the tiles of tokens hand on among them."""
-        return max(f.alive + sum(self.tile_elements(r) for r in f.returned if r not in SUMS) for f in functions)
+        handed = {f: sum(self.tile_elements(r) for r in f.returned if r not in SUMS) for f in functions}
+        return max((f.alive + more for f, more in handed.items()), default=0)

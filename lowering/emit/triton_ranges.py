@@ -68,11 +68,11 @@ class TritonRanges(TritonSteps):
         return self.frame(kernel.name, kernel.doc, given, room, lines, parts, step)
 
     def launch(self, kernel: Kernel) -> Launch:
-        functions = self._called(kernel)
-        warps = self.warps_for(self.alive(functions) if functions else 0)
+        warps = self.warps_for(self.alive(self.called(kernel)))
         return Launch(kernel.name, kernel.over, warps, self._works_in(kernel), each_step=kernel.each_step)
 
-    def _called(self, kernel: Kernel) -> list[TritonFunction]:
+    def called(self, kernel: Kernel) -> list[TritonFunction]:
+        """The functions that a kernel may call."""
         return [f for f in self.functions.values() if kernel.calls and f.name.endswith(kernel.calls)]
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ class TritonRanges(TritonSteps):
 
     def _works_in(self, kernel: Kernel) -> int:
         """Elements that a program works in."""
-        return aligned(self.working(self._called(kernel)))
+        return aligned(self.working(self.called(kernel)))
 
     def _memory(self, which: str, in_range: bool) -> list[str]:
         """Lines that find what a head and sequence keeps, and the sums of its ranges or of one."""

@@ -16,16 +16,21 @@ from nestloop.lowering.emit.triton_kernels import TritonKernels, indented
 from nestloop.lowering.emit.triton_tiles import padded
 from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.ops.strided import NoSpelling
-from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan
+from nestloop.lowering.runtime.triton_plan import Handed, Launch, TritonPlan
 from nestloop.lowering.streams.step import VALID, identifier
 
 
 class TritonStream(TritonKernels, ScanTensors):
     """What the modules of a scan and of one piece share.
 
+    Attributes:
+        spread: how it runs, in words.
+
     Raises:
         NoSpelling: something in it has no Triton; the text is the reason.
     """
+
+    spread = "one program a head and sequence"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,6 +40,10 @@ class TritonStream(TritonKernels, ScanTensors):
         self.alone = self.form == "sequential"  # a tile is one token, and has no axis of them
         self.shapes = self._declared()
         self.functions: dict[str, TritonFunction] = {}
+        self._add_functions()
+        self.used: set[int] = set()
+
+    def _add_functions(self) -> None:
         for name, piece in self.pieces.items():
             doc = f"{TITLES[name]}. Makes {', '.join(piece.results)}."
             self._add(name, piece.forward, list(piece.results), doc)
@@ -44,7 +53,6 @@ class TritonStream(TritonKernels, ScanTensors):
             left = [r for r in self.pieces["chunk"].results if r.endswith("_new")]
             wanted = [r if r.removesuffix("_new") in self.carry else None for r in left]
             self._add(name, module, wanted, f"{TITLES[name]}.")
-        self.used: set[int] = set()
 
     def _declared(self) -> dict[str, tuple[int, ...]]:
         """Sizes of one token's row, or of a weight's tile, without axes of size 1."""
@@ -72,41 +80,58 @@ class TritonStream(TritonKernels, ScanTensors):
     def emit(self) -> TritonPlan:
         """The module."""
         what = f"A scan over chunks of {self.longest} tokens" if self.longest else "One piece"
-        kernels = [self._kernel("forward"), self._kernel("backward")]
+        forward, backward = (self._launches(which) for which in ("forward", "backward"))
+        kernels = {one.kernel: self._kernel("forward", one) for one in forward}
+        kernels |= {one.kernel: self._kernel("backward", one) for one in backward}
         return TritonPlan(
-            text=self.module(f"{what}, one program a head and sequence: the {self.form} form.", kernels),
+            text=self.module(f"{what}, {self.spread}: the {self.form} form.", [*kernels.values()]),
             forward=tuple(self.given("forward")),
             backward=tuple(self.given("backward")),
             gradients=tuple(self.gradients),
             rows=self.rows,
             state=self._state,
             wide=tuple(n for n in self.given("backward") if self.elements(n) % 16 == 0),
-            forward_launches=(self._launch("forward"),),
-            backward_launches=(self._launch("backward"),),
-            work=work(self.functions, self.shapes, self._functions_of, self._alive),
+            forward_launches=forward,
+            backward_launches=backward,
+            forward_handed=self._handed("forward"),
+            backward_handed=self._handed("backward"),
+            work=work(self.functions, self.shapes, kernels, self._functions_of, self._alive),
         )
 
-    def _launch(self, which: str) -> Launch:
+    def _launches(self, which: str) -> tuple[Launch, ...]:
+        """The kernels of a direction."""
         states = self._state if which == "backward" else 0
-        return Launch(which, "sequences", self.warps_for(self._alive(which)), self._scratch(which), states)
+        return (Launch(which, "sequences", self.warps_for(self._alive(which)), self._scratch(which), states),)
 
-    def _kernel(self, which: str) -> str:
+    def _handed(self, which: str) -> tuple[Handed, ...]:
+        """What the kernels of a direction leave for one another."""
+        return ()
+
+    def _written(self, kernel: str) -> tuple[str, list[str]]:
+        """A sentence on a kernel, and its lines."""
+        if kernel == "forward":
+            return f"{', '.join(self.made)}: one head and sequence a program.", self._forward()
+        doc = "Cotangents of forward's inputs, each chunk recomputed from the state it started with."
+        states = [f"states = scratch + {self._scratch(kernel)}"] if self.kept else []
+        return doc, [*states, *self._backward()]
+
+    def _kernel(self, which: str, launch: Launch) -> str:
         self.used = set()
-        body = self._forward() if which == "forward" else self._backward()
-        doc = {
-            "forward": f"{', '.join(self.made)}: one head and sequence a program.",
-            "backward": "Cotangents of forward's inputs, each chunk recomputed from the state it started with.",
-        }[which]
+        doc, body = self._written(launch.kernel)
         made = self.made + [f"between_{n}" for n in self.kept] if which == "forward" else self.gradients
         given: list[str] = []
         for n in self.given(which):
             given += [f"{n}_p"] if n.startswith("between_") else self.pointers(n, self._walks(n))
-        given += [*[f"{n}_made" for n in made], "memory", "H", "B", "N", "every"]
-        room = f"{self._scratch(which)}"
-        if which == "backward" and self.kept:
-            room += f" + every * {self._state}"
-            body = [f"states = scratch + {self._scratch(which)}", *body]
-        return self.frame(which, doc, given, room, body)
+        given += [f"{n}_made" for n in made]
+        given += [*[one.name for one in self._handed(which)], "memory", "H", "B", "N", "every"]
+        room = f"{launch.scratch}" + (f" + every * {launch.states}" if launch.states else "")
+        return self.frame(launch.kernel, doc, given, room, body, self.parts.get(launch.over, ""))
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Programs of each head and sequence, as Triton, by what they are over."""
+        chunks = f"tl.cdiv(N, {self.rows})"
+        return {"chunks": chunks, "groups": f"tl.cdiv({chunks}, every)"}
 
     def _forward(self) -> list[str]:
         raise NotImplementedError
@@ -124,6 +149,7 @@ class TritonStream(TritonKernels, ScanTensors):
         return sum(self.elements(n) for n in self.kept)
 
     def _functions_of(self, which: str) -> list[TritonFunction]:
+        """The functions that a kernel calls."""
         chosen = [n for n in self.functions if (which == "backward") == n.endswith("_vjp") or n == "advance"]
         return [self.functions[n] for n in chosen]
 

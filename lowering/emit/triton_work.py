@@ -4,6 +4,7 @@ memory and registers, and which functions a kernel calls."""
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ _NARROW_TERMS = 64  # multiply-adds for each thread and instruction of a narrow 
 def work(
     functions: Mapping[str, TritonFunction],
     shapes: Mapping[str, Sequence[int]],
+    texts: Mapping[str, str],
     called: Callable[[str], Sequence[TritonFunction]],
     alive: Callable[[str], int],
 ) -> dict[str, Any]:
@@ -35,22 +37,25 @@ def work(
     Args:
         functions: all of them.
         shapes: sizes of one token's row, or of a weight's tile, by name.
+        texts: every kernel's source, by its name.
         called: the functions that a kernel may call.
         alive: elements alive at once in a kernel.
 
     Returns:
         "functions": name -> `of_function`; "elements": name -> of a row or a weight; "kernels": name -> "calls", names
-        of functions, "reads", names of their inputs, and "alive".
+        of functions, "reads" and "writes", names of tensors, "handed", of what kernels leave for one another, "alive".
     """
     updates = [f for name, f in functions.items() if name.endswith("update_vjp")]
     again = any(name.startswith("gradient_") for f in updates for name in f.inputs)  # backward sums the gradient too
     kernels = {}
-    for kernel in ("forward", "backward"):
-        names = [f.name for f in called(kernel) if f.results and (kernel == "backward" or f.name != "advance")]
+    for kernel, text in texts.items():
+        names = [f.name for f in called(kernel) if f.results and (kernel != "forward" or f.name != "advance")]
         if kernel == "backward" and not again:
             names = [name for name in names if not name.endswith("gradient")]
-        read = sorted({name for called in names for name in functions[called].inputs})
-        kernels[kernel] = {"calls": names, "reads": read, "alive": alive(kernel)}
+        reads, writes, handed = (
+            sorted(set(re.findall(rf"(\w+){end} \+", text))) for end in ("_p", "_made", "(?<=_handed)")
+        )
+        kernels[kernel] = {"calls": names, "reads": reads, "writes": writes, "handed": handed, "alive": alive(kernel)}
     return {
         "functions": {name: of_function(f) for name, f in functions.items()},
         "elements": {name: math.prod(shape) for name, shape in shapes.items()},

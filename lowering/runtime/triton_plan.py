@@ -31,10 +31,12 @@ class Tiling:
     Attributes:
         rows: tokens of a chunk, where any number is legal, or of every tile of a loop of batches.
         warps: warps of a program of every kernel, forward and backward.
+        levels: of a scan: 1, all of a head and sequence in one program; 2, only its state.
     """
 
     rows: int | None = None
     warps: tuple[int, int] | None = None
+    levels: int | None = None
 
 
 UNTUNED = Tiling()

@@ -43,6 +43,7 @@ class Entry:
         how: "timed" or "compiled".
         seconds: that forward and backward took, or are expected to take.
         shape: the call that it was tuned at: B, N and the views' dtype.
+        levels: of a scan, as of a `Tiling`; None for the compiler's own choice.
     """
 
     loop: str
@@ -55,10 +56,11 @@ class Entry:
     how: str
     seconds: tuple[float, float]
     shape: dict[str, Any]
+    levels: int | None = None
 
     @property
     def tiling(self) -> Tiling:
-        return Tiling(self.rows, self.warps)
+        return Tiling(self.rows, self.warps, self.levels)
 
 
 def triton_version() -> str:
@@ -117,8 +119,12 @@ def read(path: Path) -> list[Entry]:
 
 def _entry(kept: Mapping[str, Any]) -> Entry:
     entry = Entry(**{**kept, "warps": tuple(kept["warps"]), "seconds": tuple(kept["seconds"])})
-    whole = [*entry.warps, *([] if entry.rows is None else [entry.rows]), *entry.dims.values()]
-    if len(entry.warps) != 2 or any(type(number) is not int or number < 1 for number in whole):
+    whole = [*entry.warps, *[n for n in (entry.rows, entry.levels) if n is not None], *entry.dims.values()]
+    if (
+        len(entry.warps) != 2
+        or any(type(number) is not int or number < 1 for number in whole)
+        or (entry.levels or 1) > 2
+    ):
         raise ValueError(f"rows {entry.rows}, warps {list(entry.warps)}, dims {entry.dims}")
     return entry
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -14,7 +15,7 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Shuffled
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.runtime.plan import Plan
-from nestloop.lowering.runtime.triton_plan import TritonPlan
+from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan
 from nestloop.lowering.schedule.cost import N_TOKENS, cost
 from nestloop.lowering.schedule.roofline import B, H, N, Ranges, Spacing, Work
 
@@ -23,7 +24,6 @@ FLOAT = 4  # bytes of what is computed
 OUTSIDE = ("prepare", "project")  # pieces of a loop of batches that PyTorch computes for all heads at once
 
 Expr = Any  # of sympy, in B, H and N
-_ZERO, _ONE = sympy.Integer(0), sympy.Integer(1)
 Run = tuple[Expr, Expr]  # how often, on how many tokens
 
 
@@ -157,38 +157,76 @@ def triton_work(
     sizes: Mapping[str, int],
     direction: str,
     dtype: str,
-    shares: Expr = _ONE,
-) -> Work:
-    """Its kernels, a program a head and sequence, and what PyTorch computes before them for all heads at once.
+    shares: Expr = 1,
+) -> tuple[Work, ...]:
+    """Of each kernel, and with the first what PyTorch computes before it for all heads at once.
 
     Args:
         pieces: those of the plan, of which only what PyTorch computes is read.
-        shares: programs of each head and sequence, between which a loop of batches shares its tokens out. What runs
-            once a head and sequence is counted with each of them: they wait for it.
+        shares: ranges of tokens of each head and sequence.
     """
     triton = plan.triton
     assert triton is not None
-    functions = triton.work["functions"]
-    called = triton.work["kernels"][direction]["calls"]
-    plain = {name.removesuffix("_vjp") for name in called}
-    stream = plan.form == "stream"
-    every = spacing(spec, sizes, triton.rows, triton.state) if stream else sympy.Integer(1)
+    one = sympy.Integer(1)
+    every = spacing(spec, sizes, triton.rows, triton.state) if plan.form == "stream" else one
+    chunks = sympy.ceiling(N / triton.rows)
+    parts = {"sequences": one, "chunks": chunks, "groups": sympy.ceiling(chunks / every), "ranges": shares}
+    outside = [
+        (cost(piece.forward if direction == "forward" else piece.backward), H if name == "prepare" else B * H)
+        for name, piece in pieces.items()
+        if name in OUTSIDE
+    ]
+    before, values = (
+        sum((lead * getattr(spent, what).subs(N_TOKENS, N) for spent, lead in outside), sympy.Integer(0))
+        for what in ("products", "traffic")
+    )
+    first, *rest = (
+        _kernel_work(spec, plan, triton, launch, parts, every, direction, dtype)
+        for launch in triton.launches(direction)
+    )
+    first = replace(
+        first,
+        flops=first.flops + before,
+        traffic=first.traffic + 2 * FLOAT * values,
+        launches=first.launches + sum(spent.operations for spent, _ in outside),
+        outside=before,
+    )
+    return (first, *rest)
+
+
+def _kernel_work(
+    spec: LoopSpec,
+    plan: Plan,
+    triton: TritonPlan,
+    launch: Launch,
+    parts: Mapping[str, Expr],
+    every: Expr,
+    direction: str,
+    dtype: str,
+) -> Work:
+    """What one kernel does; `parts`: programs of each head and sequence, by what they are over."""
+    functions, kernel = triton.work["functions"], triton.work["kernels"][launch.kernel]
+    stream, alone = plan.form == "stream", len(triton.launches(direction)) == 1
+    plain = {name.removesuffix("_vjp") for name in (functions if stream else kernel["calls"])}
     flops = exact = instructions = moved = depth = sympy.Integer(0)
     calls: list[tuple[int, Expr]] = []
-    handed = triton.work["kernels"][direction]["alive"] - max((functions[n]["alive"] for n in called), default=0)
+    handed = kernel["alive"] - max((functions[n]["alive"] for n in kernel["calls"]), default=0)
     products: dict[int, Expr] = {}
-    for name in called:
-        function, piece = functions[name], name.removesuffix("_vjp")
+    for name in kernel["calls"]:
+        function, piece = functions[name], name.removesuffix("_vjp").removesuffix("_state")
         if stream:
+            piece = "chunk" if piece == "advance" and direction == "forward" else piece
             runs, rows = chunks(piece, triton.rows, plain, every), None
             count = sum((often for often, _ in runs), sympy.Integer(0))
         else:
             runs, rows = steps(spec, piece, plain), function["tokens"]
             whole = piece.endswith("update")
-            each = [(often, _ONE if whole else sympy.ceiling(sympy.ceiling(n / rows) / shares)) for often, n in runs]
-            count = sum((often * tiles for often, tiles in each), sympy.Integer(0))
+            shares = parts["ranges"] if launch.over == "ranges" else sympy.Integer(1)
+            tiles = [(often, 1 if whole else sympy.ceiling(sympy.ceiling(n / rows) / shares)) for often, n in runs]
+            count = sum((often * each for often, each in tiles), sympy.Integer(0))
             rows = None if whole else rows
         flops += in_all(parse(function["flops"]).evaluate({"n": N_TOKENS}), runs, rows)
+        count = count / parts[launch.over] if stream else count
         for height, padded in function["products"].items():
             products[int(height)] = products.get(int(height), sympy.Integer(0)) + count * padded
         exact += count * function["exact"]
@@ -200,55 +238,48 @@ def triton_work(
         sympy.ceiling(N / triton.rows) if stream else sum((often for often, _ in batches(spec)), sympy.Integer(0))
     )
     state = triton.state if stream else _state(plan)
-    if direction == "backward" or not stream:  # states, read and written between steps; forward's of a scan stay
+    if alone and (direction == "backward" or not stream):  # states, read and written between; forward's of a scan stay
         moved += FLOAT * state * steps_taken * (2 if stream else 4 if direction == "forward" else 6)
-    launches = sympy.Integer(0)
-    for one in triton.launches(direction):
-        launches += steps_taken if one.each_step else 1
-        if one.over == "sequences" and triton.handed(direction):  # sums of the ranges, added up
-            moved += FLOAT * state * (shares + 2) * (steps_taken if one.each_step else 1)
-    kept = sympy.ceiling(sympy.ceiling(N / triton.rows) / every) - 1 if stream else steps_taken - 1
-    outside = [
-        (cost(piece.forward if direction == "forward" else piece.backward), H if name == "prepare" else B * H)
-        for name, piece in pieces.items()
-        if name in OUTSIDE
-    ]
-    before, values = (
-        sum((lead * getattr(spent, what).subs(N_TOKENS, N) for spent, lead in outside), sympy.Integer(0))
-        for what in ("products", "traffic")
+    left = sum(
+        (parts[one.over] * one.elements for one in triton.handed(direction) if one.name in kernel["handed"]),
+        sympy.Integer(0),
     )
+    often = steps_taken if launch.each_step else sympy.Integer(1)
+    if launch.over != "chunks":  # whose functions read and write it themselves
+        moved += FLOAT * often * left / parts[launch.over]
+    kept = sympy.ceiling(sympy.ceiling(N / triton.rows) / every) - 1 if stream else steps_taken - 1
+    passes = sympy.Integer(1)  # over the tokens
+    if launch.each_step and launch.over == "ranges":
+        passes = sum((count * tokens for count, tokens in batches(spec)), sympy.Integer(0)) / N
     return Work(
-        flops=B * H * flops + before,
-        traffic=_traffic(spec, plan, triton, direction, dtype, kept) + 2 * FLOAT * values,
-        launches=launches + sum(spent.operations for spent, _ in outside),
-        programs=B * H * shares,
-        outside=before,
+        flops=B * H * flops,
+        traffic=passes * _traffic(spec, plan, triton, kernel, direction, dtype, kept) + FLOAT * B * H * often * left,
+        launches=often,
+        programs=B * H * parts[launch.over],
         products=products,
         exact=exact,
         instructions=instructions,
         moved=moved,
         calls=tuple(calls),
         depth=depth,
-        scratch=FLOAT * _scratch(triton, direction, every, shares),
+        scratch=FLOAT * (launch.scratch + every * launch.states),
     )
 
 
-def _scratch(triton: TritonPlan, direction: str, every: Expr, shares: Expr) -> Expr:
-    """Elements that a program works in, and its share of what kernels leave for one another."""
-    own = max(launch.scratch for launch in triton.launches(direction))
-    states = sum((every * launch.states for launch in triton.launches(direction)), _ZERO)
-    handed = [one.elements / (shares if one.over == "sequences" else _ONE) for one in triton.handed(direction)]
-    return own + states + sum(handed, _ZERO)
-
-
-def _traffic(spec: LoopSpec, plan: Plan, triton: TritonPlan, direction: str, dtype: str, kept: Expr) -> Expr:
+def _traffic(
+    spec: LoopSpec,
+    plan: Plan,
+    triton: TritonPlan,
+    kernel: Mapping[str, Any],
+    direction: str,
+    dtype: str,
+    kept: Expr,
+) -> Expr:
     """Bytes of a kernel's tensors, each once; `kept`: states between steps or chunks."""
     elements: Mapping[str, int] = triton.work["elements"]
-    state = triton.state if plan.form == "stream" else _state(plan)
-    total = FLOAT * kept * B * H * state  # written by forward, read by backward
-    reads = triton.work["kernels"][direction]["reads"]
+    total = sympy.Integer(0)
     for name in triton.forward if direction == "forward" else triton.backward:
-        if name not in reads and name in (*spec.inputs, *spec.slow, *triton.common):
+        if name not in kernel["reads"]:
             continue  # a kernel takes it, and no function of it needs it
         if name in spec.inputs:
             total += BYTES[dtype] * _lead(spec, name) * N * elements[name]
@@ -256,15 +287,16 @@ def _traffic(spec: LoopSpec, plan: Plan, triton: TritonPlan, direction: str, dty
             total += BYTES[dtype] * B * H * N * elements["z"]
         elif name.startswith("projected_"):
             total += FLOAT * B * H * N * elements[name]
+        elif name.startswith("between_"):
+            total += FLOAT * kept * B * H * elements[name.removeprefix("between_")]
         elif name.startswith(("end_", "d_")):  # a state after the last step, or its cotangent
             plain = name.removeprefix("d_").removeprefix("end_")
             total += FLOAT * B * H * elements[plain]
-        elif not name.startswith("between_"):  # weights, which all sequences share
+        else:  # weights, which all sequences share
             one = getattr(spec.slow.get(name), "shared", False)
             total += FLOAT * (1 if one else H) * elements.get(name, 0)
-    if direction == "forward":
-        return total + FLOAT * B * H * (N * elements["z"] + state)
-    for name in triton.gradients:
-        walks = name in spec.inputs or name.startswith("projected_")
-        total += FLOAT * B * H * elements[name] * (N if walks else 1)
+    for name in kernel["writes"]:
+        plain = name.removeprefix("between_").removeprefix("end_")
+        often = N if name == "z" or name in spec.inputs or name.startswith("projected_") else 1
+        total += FLOAT * B * H * elements.get(plain, 0) * (kept if name.startswith("between_") else often)
     return total

@@ -7,7 +7,7 @@ either vendors' figures (`devices`) or, below, shares of them; none was fitted t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +69,7 @@ class Ranges(sympy.Function):
 
 @dataclass(frozen=True)
 class Work:
-    """What one direction of a plan does, as expressions in B, H and N.
+    """What one kernel of a plan does, or all that PyTorch runs of it, as expressions in B, H and N.
 
     Attributes:
         flops: of its products, at the sizes that values have.
@@ -128,10 +128,12 @@ class Estimate:
 
     Attributes:
         flops, traffic: FLOPs of its products and bytes of memory.
-        seconds: the largest of `parts`.
-        parts: what it is bound by -> seconds.
-        registers, spilled, shared: of a thread, bytes of a thread, bytes of a program (None where not known).
-        programs, resident, waves: of the call; that a multiprocessor holds at once; turns that takes.
+        seconds: the largest of `parts`; of several kernels, their sum.
+        parts: what it is bound by -> seconds, of all kernels.
+        registers, spilled, shared: of a thread, bytes of a thread, bytes of a program (None where not known); of
+            several kernels, the most.
+        programs, resident, waves: of the call, or the slowest kernel's; that a multiprocessor holds at once; turns
+            that takes.
     """
 
     flops: int
@@ -245,9 +247,34 @@ def on_device(
 
 
 def estimate(
-    work: Work, device: Device, dtype: str, warps: int, shape: Mapping[str, int], facts: Facts | None = None
+    works: Sequence[Work],
+    device: Device,
+    dtype: str,
+    warps: int,
+    shape: Mapping[str, int],
+    facts: Sequence[Facts | None] | None = None,
 ) -> Estimate:
-    """The same in numbers, at sizes of "B", "H" and "N"."""
+    """The same in numbers, at sizes of "B", "H" and "N", of kernels that run one after the other."""
+    shown = facts or [None] * len(works)
+    each = [_of_one(work, device, dtype, warps, shape, one) for work, one in zip(works, shown, strict=True)]
+    slowest = max(each, key=lambda one: one.seconds)
+    return Estimate(
+        sum(one.flops for one in each),
+        sum(one.traffic for one in each),
+        sum(one.seconds for one in each),
+        {part: sum(one.parts[part] for one in each) for part in slowest.parts},
+        max(one.registers for one in each),
+        max(one.spilled for one in each),
+        max((one.shared for one in each if one.shared is not None), default=None),
+        slowest.programs,
+        slowest.resident,
+        slowest.waves,
+    )
+
+
+def _of_one(
+    work: Work, device: Device, dtype: str, warps: int, shape: Mapping[str, int], facts: Facts | None
+) -> Estimate:
     at = {B: shape["B"], H: shape["H"], N: shape["N"]}
     parts, taken, held = on_device(work, device, dtype, warps, facts)
     numbers = {name: float(sympy.sympify(part).subs(at)) for name, part in parts.items()}
@@ -265,17 +292,23 @@ def estimate(
 
 
 def over_lengths(
-    work: Work, device: Device, dtype: str, warps: int, shape: Mapping[str, int]
+    works: Sequence[Work], device: Device, dtype: str, warps: int, shape: Mapping[str, int]
 ) -> Callable[[int], float]:
     """N -> the seconds of `estimate`, for many of them."""
-    parts, _, _ = on_device(work, device, dtype, warps)
-    given = [sympy.sympify(part).subs({B: shape["B"], H: shape["H"]}) for part in parts.values()]
-    each = sympy.lambdify(N, given, [{"Spacing": spacing_within, "Ranges": ranges_of}, "math"])
-    return lambda tokens: float(max(each(tokens)))
+    kernels = []
+    for work in works:
+        parts, _, _ = on_device(work, device, dtype, warps)
+        given = [sympy.sympify(part).subs({B: shape["B"], H: shape["H"]}) for part in parts.values()]
+        kernels.append(sympy.lambdify(N, given, [{"Spacing": spacing_within, "Ranges": ranges_of}, "math"]))
+    return lambda tokens: float(sum(max(each(tokens)) for each in kernels))
 
 
-def least(work: Work, device: Device, dtype: str, shape: Mapping[str, int]) -> float:
+def least(works: Sequence[Work], device: Device, dtype: str, shape: Mapping[str, int]) -> float:
     """Seconds of the machine's roofline: the products at the vendor's rate, or the memory at its bandwidth."""
+    return sum(_least(work, device, dtype, shape) for work in works)
+
+
+def _least(work: Work, device: Device, dtype: str, shape: Mapping[str, int]) -> float:
     at = {B: shape["B"], H: shape["H"], N: shape["N"]}
     rate = device.tf32 if dtype == "fp32" else device.bf16
     flops, traffic = (float(sympy.sympify(e).subs(at)) for e in (work.flops, work.traffic))

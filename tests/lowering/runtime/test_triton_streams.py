@@ -6,6 +6,7 @@ The interpreter sees no races and no layouts; the compiler runs nothing. Each ke
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ from nestloop.lowering import pipeline
 from nestloop.lowering.emit import triton_kernels, triton_streamed
 from nestloop.lowering.lower import STREAM_OPS
 from nestloop.lowering.ops.strided import NoSpelling
-from nestloop.lowering.runtime import cache, offline, tiles
+from nestloop.lowering.runtime import cache, offline, tiles, tuned
 from nestloop.lowering.runtime.triton import TritonStream
+from nestloop.lowering.runtime.triton_plan import Tiling
 from tests.drawn import SIZES
-from tests.lowering.comparison import assert_equal, differences, run
+from tests.lowering.comparison import assert_equal, differences, run, run_in_parts
 from tests.lowering.runtime.test_native import Causally, doubled, inputs_of, single
 from tests.lowering.runtime.test_native_streams import STREAMS, drawn
 
@@ -66,6 +68,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setitem(SIZES, name, size)
     monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path))  # what is generated depends on these numbers
     monkeypatch.setattr(pipeline, "TritonScan", refused)
+    monkeypatch.setattr(pipeline, "is_affine", lambda piece, carry: False)  # all of it in one kernel
     monkeypatch.setattr(triton_kernels, "SHORTEST_BLOCKED", 32)
     monkeypatch.setattr(triton_kernels, "ALIVE", 0)
     monkeypatch.setattr(triton_streamed, "BLOCKS", (0, 16))
@@ -84,6 +87,61 @@ def test_a_state_that_lies_in_memory(loop: type[nl.Loop]):
     assert_equal(differences(run(op, inputs), run(nl.compile(loop, backend="torch"), inputs)), 1e-9)
     (path,) = cache.cache_dir().glob("*_scan_triton*.py")
     assert "pair = scratch" in path.read_text()
+
+
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Several chunks to few tokens; memory that nothing was written to holds no numbers."""
+    monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path))
+    monkeypatch.setattr(pipeline, "LONGEST_SPLIT", 16)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def kernels_of_scan() -> str:
+    """The generated Triton of the only scan in the cache."""
+    (path,) = cache.cache_dir().glob("*_scan_triton*.py")
+    return path.read_text()
+
+
+AFFINE = [
+    *[zoo.CausalLinearAttention, zoo.CosFormer, zoo.NormAttention, zoo.RetNet, zoo.LightningAttentionFla, zoo.GLA],
+    *[zoo.HGRN2, zoo.RWKV6, zoo.Mamba2, zoo.SimpleGLA, zoo.DeltaNet, zoo.GatedDeltaNet, zoo.KDA, zoo.Comba, zoo.GDN2],
+    *[zoo.Longhorn, zoo.DeltaProduct, zoo.Mesa],
+]
+
+
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.parametrize("loop", AFFINE, ids=lambda loop: loop.__name__)
+def test_chunks_of_an_affine_state_run_at_once(loop: type[nl.Loop]):
+    """An incomplete chunk last, in calls of which the second goes on from the first one's state: the reference."""
+    torch.manual_seed(0)
+    inputs = drawn(loop, 37)
+    found = run_in_parts(nl.compile(loop, backend="triton"), inputs, [20], losses=False)
+    wanted = run(nl.compile(loop, backend="reference"), inputs, losses=False)
+    assert_equal(differences(found, wanted), 1e-9)
+    assert "def forward_outputs(" in kernels_of_scan() and "def backward_tokens(" in kernels_of_scan()
+
+
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.parametrize("loop", [zoo.RetNet, zoo.GatedDeltaNet, zoo.TTTLinear], ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize("levels", [1, 2])
+def test_each_kind_of_scan_gives_losses_and_their_gradients(loop: type[nl.Loop], levels: int):
+    """Of a state that is affine or is not, in one kernel or in several."""
+    torch.manual_seed(0)
+    inputs = drawn(loop, 37)
+    with tuned.trying(Tiling(rows=16, levels=levels)):
+        found = run(nl.compile(loop, backend="triton"), inputs)
+    assert_equal(differences(found, run(nl.compile(loop, backend="torch"), inputs)), 1e-9)
+    assert ("def forward_outputs(" in kernels_of_scan()) == (levels == 2)
+
+
+def test_a_state_that_is_not_affine_stays_with_its_program():
+    assert plan_of(zoo.TTTLinear).kernels == ("forward", "backward")
+    # conjugate gradients read the state, and what it becomes does not
+    wanted = ("forward_states", "forward_outputs", "backward_states", "backward_cotangents", "backward_tokens")
+    assert plan_of(zoo.MesaNet).kernels[:5] == wanted
 
 
 @pytest.mark.parametrize(("a", "e"), [(1, 5), (16, 5), (5, 33)], ids=str)
@@ -177,16 +235,17 @@ def plan_of(loop: type[nl.Loop], **sizes: int):
 @pytest.mark.parametrize("device", ["sm_90", "sm_80", "gfx942"])
 def test_kernels_compile_for_devices_that_are_not_there(device: str):
     plan = plan_of(zoo.DeltaNet, dk=64, dv=64)
-    made = offline.compiled(plan, "forward", device)
-    assert made.shared <= offline.SHARED[device] and made.registers <= 512
-    assert max(made.spilled) <= 64 or device != "sm_90"  # kept from one chunk to the next, and read once in each
-    assert "dot" in made.text["ttgir"]
-    assert "mfma" in made.text["amdgcn"] if device == "gfx942" else "mma" in made.text["ptx"]
+    for launch in plan.forward_launches:
+        made = offline.compiled(plan, launch.kernel, device)
+        assert made.shared <= offline.SHARED[device] and made.registers <= 512
+        assert not any(made.spilled) or device != "sm_90"
+        assert "dot" in made.text["ttgir"]
+        assert "mfma" in made.text["amdgcn"] if device == "gfx942" else "mma" in made.text["ptx"]
 
 
 @pytest.mark.parametrize("device", ["sm_90", "gfx942"])
 def test_linear_systems_compile(device: str):
-    made = offline.compiled(plan_of(zoo.Mesa), "forward", device)
+    made = offline.compiled(plan_of(zoo.Mesa), "forward_outputs", device)
     assert made.shared <= offline.SHARED[device] and max(made.spilled) <= 128
 
 
@@ -195,14 +254,14 @@ def test_what_does_not_compile_is_refused():
     plan = plan_of(zoo.CausalLinearAttention)
     broken = dataclasses.replace(plan, text=plan.text.replace("tl.cdiv(", "tl.no_such_function("))
     with pytest.raises(NoPlanError) as refusal:
-        offline.compiled(broken, "forward")
-    assert str(refusal.value).startswith("The forward kernel does not compile for sm_90.")
+        offline.compiled(broken, "forward_states")
+    assert str(refusal.value).startswith("The forward_states kernel does not compile for sm_90.")
 
 
 @pytest.mark.oldest_triton
 def test_inspect_shows_every_stage_of_a_kernel():
     text = nl.inspect(zoo.CausalLinearAttention, "triton")
-    assert "def forward(" in text and "decay.py" in text and "@triton.jit" in text
+    assert "def forward_states(" in text and "decay.py" in text and "@triton.jit" in text
     assert nl.inspect(zoo.LaCT, "triton") == f"none: {UNPLANNED[zoo.LaCT]}"
     ttir = nl.inspect(zoo.CausalLinearAttention, "ttir")
-    assert ttir.startswith("// forward for sm_90, bf16: ") and "// backward for sm_90, bf16: " in ttir
+    assert ttir.startswith("// forward_states for sm_90, bf16: ") and "// backward_tokens for sm_90, bf16: " in ttir

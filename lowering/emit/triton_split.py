@@ -1,0 +1,269 @@
+"""A scan over chunks in Triton of which only the state is walked in order: all else runs for all chunks at once.
+
+Forward, one program a head and sequence walks the state alone and leaves what each chunk starts with; then every chunk
+is read out by a program of its own. Backward, groups of chunks make their states again, each from the one kept; one
+program walks the state's cotangent in reverse and leaves what reaches the state that each chunk leaves; then every
+chunk's program pulls that back to its tokens. What all chunks give a weight is added up in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import fx
+
+from nestloop.lowering.emit.scan import ROWWISE, TITLES
+from nestloop.lowering.emit.triton import TritonFunction
+from nestloop.lowering.emit.triton_kernels import ALIVE, indented
+from nestloop.lowering.emit.triton_stream import TritonStream
+from nestloop.lowering.emit.triton_tiles import walk
+from nestloop.lowering.ops.strided import NoSpelling
+from nestloop.lowering.runtime.triton_plan import Handed, Launch
+from nestloop.lowering.streams.step import VALID
+
+BLOCKS = (0, 32, 16)  # lengths of the blocks of a long axis, the best first; 0: all of it
+LONGEST_SPLIT = 64  # tokens of a chunk
+# Elements alive at once, at which chunks are made shorter: kernels of one chunk hold no state beside them.
+ALIVE_SPLIT = ALIVE * 4 // 3
+
+
+class TritonSplitScan(TritonStream):
+    """Writes the module of a scan whose chunks run at once, but for the state.
+
+    Raises:
+        NoSpelling: something in it has no Triton; the text is the reason.
+    """
+
+    spread = "the state in one program a head and sequence, all else in one a chunk"
+
+    def _add_functions(self) -> None:
+        if self.halo or self.anchors or self.alone:
+            raise NoSpelling("a window, an anchor of its own period or a token alone is kept in registers")
+        if not self.carry:
+            raise NoSpelling("no state is handed on")
+        tokens = [*self.tokens, "d_z", "d_losses"]
+        carried = {f"d_{n}" for n in self.carry}
+        own = [*tokens, *ROWWISE, *self.carry, *self.shared]
+        for name, piece in self.pieces.items():
+            left = [None if r.removesuffix("_new") in self.carry else r for r in piece.results]
+            self._add_one(name, piece.forward, left, f"{TITLES[name]}. Makes {', '.join(filter(None, left))}.", own)
+            wrt = [None if n == VALID else f"d_{n}" for n in piece.wrt]
+            rest = [None if r in carried else r for r in wrt]
+            rows = [*own, *[f"d_{n}" for n in [*self.tokens, *self.shared]], *[f"d_{n}_new" for n in self.carry]]
+            self._add_one(f"{name}_vjp", piece.backward, rest, f"Cotangents of the tokens of {name}.", rows)
+            states = [r if r in carried else None for r in wrt]
+            doc = f"Cotangents of the state that {name} starts with."
+            self._add_one(f"{name}_state_vjp", piece.backward, states, doc, [*tokens, *self.carry])
+        results = [r for r in self.pieces["chunk"].results if r.endswith("_new")]
+        wanted = [r if r.removesuffix("_new") in self.carry else None for r in results]
+        self._add_one("advance", self.states["advance"], wanted, f"{TITLES['advance']}.", tokens)
+
+    def _add_one(
+        self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str, rows: Collection[str]
+    ) -> None:
+        """A function; `rows`: what it reads and writes itself."""
+        per_token, axes = [*self.tokens, "d_z", "d_losses"], self._axes(module)
+        own: dict[str, tuple[int, bool | str]] = {n: (0, False) for n in rows}
+
+        def of_tile(height: int, block: tuple[int, int] | None, sums: Sequence[str]) -> TritonFunction:
+            return TritonFunction(name, module, results, per_token, doc, axes, height, own, block=block)
+
+        self.functions[name] = self.fitting(of_tile, module, [(self.rows, length) for length in BLOCKS], [[]])
+
+    # ---- Kernels ---------------------------------------------------------------------------------------------------
+
+    def _launches(self, which: str) -> tuple[Launch, ...]:
+        over = {"forward_states": "sequences", "forward_outputs": "chunks"}
+        if which == "backward":
+            over = {"backward_states": "groups", "backward_cotangents": "sequences", "backward_tokens": "chunks"}
+            over |= {"backward_sums": "sequences"} if self._summed else {}
+        return tuple(
+            Launch(kernel, parts, self.warps_for(self._alive(kernel)), self._scratch(kernel))
+            for kernel, parts in over.items()
+        )
+
+    def _functions_of(self, which: str) -> list[TritonFunction]:
+        ends = {"forward_outputs": "", "backward_cotangents": "_state_vjp", "backward_tokens": "_vjp"}
+        if which in ends:
+            return [self.functions[f"{name}{ends[which]}"] for name in self.pieces]
+        return [self.functions["advance"]] if which.endswith("_states") else []
+
+    def _handed(self, which: str) -> tuple[Handed, ...]:
+        states = Handed("states_handed", "chunks", self._size)
+        if which == "forward":
+            return (states,)
+        made = [states, Handed("cotangents_handed", "chunks", self._size)]
+        return (*made, *([Handed("sums_handed", "chunks", self.room_for(self._summed))] if self._summed else []))
+
+    @property
+    def _size(self) -> int:
+        """Elements of a state, each part from the start of a cache line."""
+        return self.room_for(self.carry)
+
+    @property
+    def _summed(self) -> list[str]:
+        """Weights whose cotangents chunks add up."""
+        return [n for n in self.shared if n in self.gradients]
+
+    def _written(self, kernel: str) -> tuple[str, list[str]]:
+        docs = {
+            "forward_states": ("The state that each chunk starts with, and the last.", self._states),
+            "forward_outputs": ("Every chunk's read-out.", self._outputs),
+            "backward_states": ("The state that each chunk starts with, again from those kept.", self._states_again),
+            "backward_cotangents": ("What reaches the state that each chunk leaves, and the first.", self._cotangents),
+            "backward_tokens": ("Cotangents of every chunk's tokens.", self._pull),
+            "backward_sums": ("Cotangents of weights, added up over chunks.", self._sums),
+        }
+        doc, lines = docs[kernel]
+        chunks = [] if kernel in ("forward_outputs", "backward_tokens") else [f"chunks = {self.parts['chunks']}"]
+        return doc, [*chunks, *lines()]
+
+    # ---- Memory ----------------------------------------------------------------------------------------------------
+
+    def step(self, name: str) -> str:
+        return f"{name}_n" if self._walks(name) else "0"
+
+    def _slots(self, handed: str, names: Sequence[str], index: str = "index") -> dict[str, str]:
+        """Where a chunk's part of what kernels leave for one another lies."""
+        chunks = "parts" if index == "part" else "chunks"
+        return self.side_by_side(f"{handed}_handed + (item * {chunks} + {index}) * {self.room_for(names)}", names)
+
+    def _store_all(self, slots: dict[str, str], value: str) -> list[str]:
+        """Lines that write the state, or its cotangent; `value`: what is called so, of each part."""
+        return [self.store(n, slots[n], value.format(n)) for n in slots]
+
+    # ---- Forward ---------------------------------------------------------------------------------------------------
+
+    def _advance(self) -> list[str]:
+        """Lines that make the state of the next chunk."""
+        made = self.functions["advance"].results
+        after = [f"{n} = {f'{n}_new' if f'{n}_new' in made else self.zeros(n)}" for n in self._changed]
+        return [line for line in [self.call("advance", {}), *after] if line]
+
+    @property
+    def _changed(self) -> list[str]:
+        """The parts of the state that a complete chunk changes."""
+        return [n for n in self.carry if f"{n}_new" in self.pieces["chunk"].results]
+
+    def _states(self) -> list[str]:
+        body = self.read_only("forward_states")
+        body += [self.load(n, self.at(n)) for n in self.carry]
+        for n in self.extra:
+            if n.endswith("__pending"):
+                body.append(self.store(n, self.end(n), self.zeros(n)))
+        kept = [self.store(n, self.between(n, "index // every - 1", made=True), n) for n in self.carry]
+        loop = [*self.span, *self._store_all(self._slots("states", self.carry), "{}")]
+        loop += ["if (index > 0) & (index % every == 0):", *indented(kept)]
+        anchors = [n for n in self.extra if n.endswith("__anchor")]
+        if anchors:
+            weights = [self.store(n, self.end(n), n.removesuffix("__anchor")) for n in anchors]
+            loop += ["if start + own == N:", *indented(weights)]
+        loop += self.either(self._advance(), ["pass"])
+        body += [walk("index", "0, chunks"), *indented(loop)]
+        return body + [self.store(n, self.end(n), n) for n in self.carry]
+
+    def _outputs(self) -> list[str]:
+        read = {**self._slots("states", self.carry, "part"), **self._places(self.shared)}
+
+        def run(name: str) -> list[str]:
+            function, lines = self.functions[name], [self.call(name, read)]
+            last = []
+            for result in self.pieces[name].results:
+                plain, there = result.removesuffix("_new"), result in function.results
+                if result in ROWWISE:
+                    lines += [] if there else [self.clear(result)]
+                elif plain not in self.carry:
+                    last.append(self.store(plain, self.end(plain), result if there else self.zeros(plain)))
+            return [line for line in [*lines, *(["if start + own == N:", *indented(last)] if last else [])] if line]
+
+        return ["index = part", *self.span, *self.either(run("chunk"), run("partial") if self._has_partial else [])]
+
+    # ---- Backward --------------------------------------------------------------------------------------------------
+
+    def _states_again(self) -> list[str]:
+        first = [self.load(n, self.at(n)) for n in self.carry]
+        later = [self.load(n, self.between(n, "part - 1")) for n in self.carry]
+        slots = self._slots("states", self.carry)
+        loop = [*self.span, *self._store_all(slots, "{}"), *self._advance()]
+        return [
+            *self.read_only("backward_states"),
+            "first = part * every",
+            "last = tl.minimum(first + every, chunks)",
+            "if part == 0:",
+            *indented(first),
+            "else:",
+            *indented(later),
+            walk("index", "first, last - 1"),
+            *indented(loop),
+            *self._store_all(self._slots("states", self.carry, "last - 1"), "{}"),
+        ]
+
+    def _cotangents(self) -> list[str]:
+        body = self.read_only("backward_cotangents")
+        body += [self.load(f"d_{n}", self.at(f"d_end_{n}")) for n in self.carry]
+        read = self._slots("states", self.carry)
+
+        def pull(name: str) -> list[str]:
+            function = self.functions[f"{name}_state_vjp"]
+            lines = [*self._ends(function, "chunks"), self.call(function.name, {**read, **passed}, "c_")]
+            for n in self.carry:
+                found = f"d_{n}" in function.results
+                if name != "chunk" or n not in self._changed:  # what the chunk does not change passes by
+                    lines += [f"d_{n} += c_d_{n}"] if found else []
+                else:
+                    lines.append(f"d_{n} = {f'c_d_{n}' if found else self.zeros(n)}")
+            return [line for line in lines if line]
+
+        passed = {f"d_{n}_new": f"d_{n}" for n in self.carry}
+        loop = ["index = chunks - 1 - back", *self.span]
+        loop += self._store_all(self._slots("cotangents", self.carry), "d_{}")
+        loop += self.either(pull("chunk"), pull("partial") if self._has_partial else [])
+        last = []
+        for n in self.extra:
+            if n.endswith("__anchor"):  # the last chunk's first weights are its anchor
+                weight = n.removesuffix("__anchor")
+                last += [self.load(f"d_{n}", self.at(f"d_end_{n}")), f"d_{weight} += d_{n}"]
+        if last:
+            loop += ["if back == 0:", *indented(last)]
+        body += [walk("back", "0, chunks"), *indented(loop)]
+        return body + [self.store(n, f"{n}_made + item * {self.elements(n)}", f"d_{n}") for n in self.carry]
+
+    def _pull(self) -> list[str]:
+        read = {**self._slots("states", self.carry, "part"), **self._places(self.shared)}
+        read |= {f"d_{n}_new": place for n, place in self._slots("cotangents", self.carry, "part").items()}
+        sums = self._slots("sums", self._summed, "part")
+        read |= {f"d_{n}": place for n, place in sums.items()}
+
+        def pull(name: str) -> list[str]:
+            function = self.functions[f"{name}_vjp"]
+            lines = [*self._ends(function, "parts"), self.call(function.name, read), *self.token_cotangents(name)]
+            none = [n for n in self._summed if f"d_{n}" not in function.results]
+            return [line for line in [*lines, *self.clear_all(none, sums)] if line]
+
+        return ["index = part", *self.span, *self.either(pull("chunk"), pull("partial") if self._has_partial else [])]
+
+    def _sums(self) -> list[str]:
+        sums = self._slots("sums", self._summed)
+        loop = []
+        for n in self._summed:
+            loop += [self.load(n, sums[n], f"d_{n}_here"), f"d_{n} += d_{n}_here"]
+        return [
+            *[f"d_{n} = {self.zeros(n)}" for n in self._summed],
+            walk("index", "0, chunks"),
+            *indented(loop),
+            *[self.store(n, f"{n}_made + item * {self.elements(n)}", f"d_{n}") for n in self._summed],
+        ]
+
+    # ---- Parts of kernels ------------------------------------------------------------------------------------------
+
+    @property
+    def _has_partial(self) -> bool:
+        return "partial" in self.pieces
+
+    def _places(self, names: Sequence[str]) -> dict[str, str]:
+        return {n: self.at(n) for n in names}
+
+    def _ends(self, function: TritonFunction, chunks: str) -> list[str]:
+        """Lines that read the cotangents of what only the last chunk leaves."""
+        names = [n for n in self.extra if f"d_{n}_new" in function.inputs]
+        return [self.load(f"d_{n}", self.at(f"d_end_{n}"), f"d_{n}_new", f"index + 1 == {chunks}") for n in names]

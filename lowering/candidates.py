@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering import pipeline
@@ -12,7 +13,8 @@ from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.lower import plan_for
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling
-from nestloop.lowering.schedule.plan_work import torch_work, triton_work
+from nestloop.lowering.schedule.devices import Device
+from nestloop.lowering.schedule.plan_work import ranges, torch_work, triton_work
 from nestloop.lowering.schedule.roofline import Work
 
 ROWS = (16, 32, 64)  # tokens of a chunk or tile
@@ -25,12 +27,14 @@ class Candidate:
 
     Attributes:
         name: "generated PyTorch", "PyTorch's attention", or "Triton" with the tokens of its chunks or tiles, "at once"
-            where a program a head and sequence walks the state alone.
+            where a program a head and sequence walks the state alone, "in ranges" where tokens are shared out.
         plan: None where there is none.
         pieces: of its lowering.
         tiling: what makes it, of Triton.
         reason: why there is none.
         by_default: whether it is what `backend="triton"` takes, untuned.
+        in_ranges: whether a range of tokens has a program, not a head and sequence.
+        is_taken: whether calls take it, sizes alone deciding between a program for each range and one for all of them.
     """
 
     name: str
@@ -39,6 +43,8 @@ class Candidate:
     tiling: Tiling = UNTUNED
     reason: str = ""
     by_default: bool = False
+    in_ranges: bool = False
+    is_taken: bool = True
 
     @property
     def is_triton(self) -> bool:
@@ -49,15 +55,24 @@ class Candidate:
         assert self.plan is not None and self.plan.triton is not None
         return max(launch.warps for launch in self.plan.triton.launches(direction))
 
-    def work(self, spec: LoopSpec, sizes: Mapping[str, int], direction: str, dtype: str) -> tuple[Work, ...]:
-        """What each kernel of "forward" or "backward" does, for views of a dtype."""
+    def ranges(self, spec: LoopSpec, device: Device) -> Any:
+        """Ranges of tokens that have a program each on a device, in B, H and N; 1 of a plan that has none."""
+        if not self.in_ranges:
+            return 1
+        assert self.plan is not None and self.plan.triton is not None
+        return ranges(spec, self.plan.triton.rows, device.multiprocessors)
+
+    def work(
+        self, spec: LoopSpec, sizes: Mapping[str, int], direction: str, dtype: str, shares: Any = 1
+    ) -> tuple[Work, ...]:
+        """What each kernel of "forward" or "backward" does, for views of a dtype; `shares`: its `ranges`."""
         assert self.plan is not None
         parts = (spec, self.plan, self.pieces, sizes, direction, dtype)
-        return triton_work(*parts) if self.is_triton else (torch_work(*parts),)
+        return triton_work(*parts, shares) if self.is_triton else (torch_work(*parts),)
 
 
 def candidates(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> list[Candidate]:
-    """Generated PyTorch, then Triton with each number of tokens.
+    """Generated PyTorch, then Triton with each number of tokens, and the same in ranges.
 
     Args:
         sizes: every dim but N and n.
@@ -92,4 +107,12 @@ def candidates(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> 
         heights = sorted({f["tokens"] for f in plan.triton.work["functions"].values()})
         name = f"Triton, {what} of {', '.join(map(str, heights))}"
         found.append(Candidate(name, plan, first.pieces, by_default=True))
-    return found
+    return [one for alone in found for one in (alone, *_in_ranges(alone))]
+
+
+def _in_ranges(one: Candidate) -> list[Candidate]:
+    """The same plan with its tokens shared out in ranges, where it may be."""
+    if not one.is_triton or one.plan is None or one.plan.triton is None or one.plan.triton.ranges is None:
+        return []
+    plan = replace(one.plan, triton=one.plan.triton.in_ranges())
+    return [replace(one, name=f"{one.name}, in ranges", plan=plan, in_ranges=True)]

@@ -25,8 +25,9 @@ from nestloop.lowering.emit.cpp_scan import CppScan
 from nestloop.lowering.emit.stream import StreamEmitter, StreamSource
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
 from nestloop.lowering.emit.triton_kernels import ALIVE
-from nestloop.lowering.emit.triton_loop import HEIGHTS, TritonLoop
+from nestloop.lowering.emit.triton_loop import TritonLoop
 from nestloop.lowering.emit.triton_piece import TritonPiece
+from nestloop.lowering.emit.triton_pieces import HEIGHTS
 from nestloop.lowering.emit.triton_scan import TritonScan
 from nestloop.lowering.emit.triton_split import ALIVE_SPLIT, LONGEST_SPLIT, TritonSplitScan
 from nestloop.lowering.emit.triton_stream import TritonStream

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,12 +16,15 @@ from nestloop.lang.schedule import Program
 from nestloop.lowering import names
 from nestloop.lowering.candidates import WARPS, Candidate, candidates
 from nestloop.lowering.schedule.devices import Device, device_named
-from nestloop.lowering.schedule.plan_work import attention
+from nestloop.lowering.schedule.plan_work import attention, ranges
 from nestloop.lowering.schedule.roofline import (
     ATTENTION,
     DTYPES,
+    B,
     Estimate,
     Facts,
+    H,
+    N,
     Work,
     estimate,
     least,
@@ -50,6 +53,10 @@ class Row:
     why: str = ""
 
 
+# What each kernel of a plan does in each direction, and its warps, forward and backward.
+Ran = tuple[Mapping[str, Sequence[Work]], tuple[int, int]]
+
+
 @dataclass(frozen=True)
 class Costs:
     """Every plan of one loop on one device.
@@ -58,8 +65,9 @@ class Costs:
         spec: the loop.
         sizes: every dim.
         rows: direction -> plans.
-        chosen: the fastest plan, and its warps in each direction.
+        chosen: the fastest plan of those that calls of these sizes take, and its warps in each direction.
         work: direction -> what each kernel of the chosen plan does.
+        other: what and with which warps calls of other lengths run, which share their tokens out where these do not.
     """
 
     spec: LoopSpec
@@ -70,13 +78,25 @@ class Costs:
     chosen: Candidate
     warps: tuple[int, int]
     work: Mapping[str, Sequence[Work]]
+    other: Ran | None = None
 
     @cached_property
     def at(self) -> Callable[[int], float]:
         """Tokens -> seconds that forward and backward of the chosen plan are expected to take."""
-        pairs = zip(DIRECTIONS, self.warps, strict=True)
-        parts = [over_lengths(self.work[d], self.device, self.dtype, w, self.sizes) for d, w in pairs]
+        own = self._over_lengths((self.work, self.warps))
+        if self.other is None:
+            return own
+        other, in_ranges = self._over_lengths(self.other), self.chosen.in_ranges
+        return lambda tokens: (own if self._several(tokens) == in_ranges else other)(tokens)
+
+    def _over_lengths(self, ran: Ran) -> Callable[[int], float]:
+        work, warps = ran
+        pairs = zip(DIRECTIONS, warps, strict=True)
+        parts = [over_lengths(work[d], self.device, self.dtype, w, self.sizes) for d, w in pairs]
         return lambda tokens: sum(part(tokens) for part in parts)
+
+    def _several(self, tokens: int) -> bool:
+        return several_ranges(self.chosen, self.spec, {**self.sizes, "N": tokens}, self.device)
 
     @property
     def width(self) -> int:
@@ -152,11 +172,13 @@ def costs_of(
     plans = candidates(spec, plain, sizes["N"] if spec.grid else None)
     if plans[0].plan is not None and plans[0].plan.tokens not in (None, sizes["N"]):
         plans = candidates(spec, plain, sizes["N"])  # its graphs hold for one length
+    plans = [_taken(one, spec, sizes, figures) for one in plans]
     works: dict[str, dict[str, Sequence[Work]]] = {}
     found: dict[str, dict[str, dict[int, Estimate]]] = {}
     for one in plans:
         if one.plan is not None:
-            works[one.name] = {d: one.work(spec, plain, d, dtype) for d in DIRECTIONS}
+            shares = one.ranges(spec, figures)
+            works[one.name] = {d: one.work(spec, plain, d, dtype, shares) for d in DIRECTIONS}
             found[one.name] = {
                 d: {
                     w: estimate(works[one.name][d], figures, dtype, w, sizes, _shown(one, d, w, facts or {}))
@@ -165,11 +187,12 @@ def costs_of(
                 for d in DIRECTIONS
             }
     best = {name: {d: min(of[d], key=lambda w: _rank(of[d][w])) for d in DIRECTIONS} for name, of in found.items()}
-    chosen = min(found, key=lambda name: sum(found[name][d][best[name][d]].seconds for d in DIRECTIONS))
+    taken = [one.name for one in plans if one.plan is not None and one.is_taken]
+    chosen = min(taken, key=lambda name: sum(found[name][d][best[name][d]].seconds for d in DIRECTIONS))
     rows: dict[str, list[Row]] = {d: [] for d in DIRECTIONS}
     for one in plans:
         for d in DIRECTIONS:
-            if one.plan is None:
+            if one.plan is None or one.reason:
                 rows[d].append(Row(one, 0, None, f"no such plan: {one.reason}"))
                 continue
             for w, expected in found[one.name][d].items():
@@ -177,11 +200,32 @@ def costs_of(
                 why = "" if is_chosen else _why(expected, found[chosen][d][best[chosen][d]], w)
                 if not is_chosen and _rank(expected) < _rank(found[chosen][d][best[chosen][d]]):
                     why = "less here, but more in both directions together, which one plan runs"
+                    why = why if one.is_taken else "less, but sizes alone decide whether tokens are shared out"
                 rows[d].append(Row(one, w, expected, why))
     (candidate,) = (one for one in plans if one.name == chosen)
-    return Costs(
-        spec, figures, dtype, sizes, rows, candidate, (best[chosen]["forward"], best[chosen]["backward"]), works[chosen]
-    )
+    ran = {name: (works[name], (of["forward"], of["backward"])) for name, of in best.items()}
+    beside = (one for one in plans if one.plan is not None and one.tiling == candidate.tiling)
+    other = next((ran[one.name] for one in beside if one.in_ranges != candidate.in_ranges), None)
+    work, warps = ran[chosen]
+    return Costs(spec, figures, dtype, sizes, rows, candidate, warps, work, other if candidate.is_triton else None)
+
+
+def several_ranges(one: Candidate, spec: LoopSpec, sizes: Mapping[str, int], device: Device) -> bool:
+    """Whether calls of these sizes share the tokens of a loop of batches out in ranges."""
+    assert one.plan is not None and one.plan.triton is not None
+    shared = ranges(spec, one.plan.triton.rows, device.multiprocessors)
+    return bool(shared.subs({B: sizes["B"], H: sizes["H"], N: sizes["N"]}) > 1)
+
+
+def _taken(one: Candidate, spec: LoopSpec, sizes: Mapping[str, int], device: Device) -> Candidate:
+    """A plan as calls of these sizes take it: sizes alone decide whether tokens are shared out in ranges."""
+    if not one.is_triton or one.plan is None or one.plan.triton is None or spec.streams:
+        return one
+    several = several_ranges(one, spec, sizes, device)
+    if one.in_ranges and not several:
+        reason = "heads and sequences fill the device, or the tokens of a step are few"
+        return replace(one, reason=reason, by_default=False, is_taken=False)
+    return replace(one, by_default=one.by_default and one.in_ranges == several, is_taken=one.in_ranges == several)
 
 
 def _shown(

@@ -23,6 +23,7 @@ from nestloop.lowering.runtime.compiler import find
 from nestloop.lowering.runtime.executable import not_native
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.tiles import LOST_BITS
+from nestloop.lowering.runtime.triton_plan import WORTH
 from nestloop.lowering.runtime.work import expected
 from nestloop.stages import STAGES, AnyLowered, compiled, optimizer_text, schedule_text, state_elements
 
@@ -96,9 +97,10 @@ def explain_text(loop: Any, dims: Mapping[str, int], op: CompiledLoop | None = N
     """`explain` of one loop class (or several, as a tuple)."""
     if isinstance(loop, (tuple, list)):
         return "\n\n".join(explain_text(part, dims) for part in loop)
-    spec = names.safe(spec_of(loop))
+    triton = op is not None and op.requested == "triton"
+    spec = names.safe(spec_of(loop), triton)
     sizes = trial_sizes(spec, dims)
-    return "\n".join(_explain(_lower(spec, sizes), sizes, op))
+    return "\n".join(_explain(_lower(spec, sizes, triton), sizes, op))
 
 
 def trial_sizes(spec: LoopSpec, dims: Mapping[str, int]) -> dict[str, int]:
@@ -271,6 +273,8 @@ def _backend(
     """What runs, with why; whether it is C++; and what was chosen by cost."""
     inductor = op is not None and op.inductor
     requested = "auto" if op is None else op.requested
+    if requested == "triton":
+        return _in_triton(plan), False, []
     missing = not_native(plan, build_now=False)
     chosen: list[str] = []
     native = requested != "torch" and not inductor and not missing
@@ -287,6 +291,20 @@ def _backend(
     lines = ["runs: generated PyTorch" + (", its pieces compiled by torch.compile" if inductor else ", eager")]
     why = "inductor=True" if inductor else "asked for" if requested == "torch" else f"no C++ here: {missing}"
     return [*lines, f"  (backend 'torch': {'expected to be faster' if chosen else why})"], False, chosen
+
+
+def _in_triton(plan: Plan) -> list[str]:
+    """What runs where Triton was asked for, and what has a program of its own."""
+    if plan.triton is None:
+        return [f"runs: nothing: generated Triton was asked for, and there is none: {plan.not_triton}"]
+    lines = ["runs: generated Triton, for tensors on a GPU", "  (backend 'triton'; tensors on a CPU are interpreted)"]
+    if plan.triton.ranges is None:
+        return [*lines, "  in parallel over heads and sequences"]
+    lines.append(
+        "  in parallel over heads and sequences: a program of each walks all steps; where these are fewer than the"
+    )
+    tokens = f"{WORTH * plan.triton.rows} tokens of a step"
+    return [*lines, f"  GPU's multiprocessors, over ranges of {tokens} or more too, whose sums are added up in order"]
 
 
 def _gram(op: CompiledLoop | None) -> list[str]:

@@ -151,12 +151,13 @@ def tune(
 
 
 def _plans(found: Costs) -> list[Candidate]:
-    """Its plans in Triton, the one that should be fastest first."""
+    """Its plans in Triton that calls of these sizes take, the one that should be fastest first."""
     least: dict[str, float] = {}
     candidates: dict[str, Candidate] = {}
     reason = "PyTorch's own attention runs it"
     for direction in DIRECTIONS:
-        for name in {row.candidate.name for row in found.rows[direction] if row.candidate.is_triton}:
+        taken = [row.candidate for row in found.rows[direction] if row.candidate.is_triton and row.candidate.is_taken]
+        for name in {candidate.name for candidate in taken}:
             rows = [row for row in found.rows[direction] if row.candidate.name == name]
             seconds = [row.expected.seconds for row in rows if row.expected is not None]
             reason = rows[0].candidate.reason or reason

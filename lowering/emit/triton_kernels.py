@@ -35,6 +35,7 @@ from nestloop.lowering.emit import tiles
 ALIVE = 8 * 32 * TILE_REGISTERS
 SHORTEST_BLOCKED = 128  # an axis that is shorter is never walked in blocks
 PIECE = 4096  # numbers that are copied at a time
+TOGETHER = 4  # pieces that are on their way at once, where many are added up
 
 
 class TritonKernels:
@@ -67,12 +68,22 @@ class TritonKernels:
         parts = [function.write() for function in self.functions.values()]
         return head + "\n\n" + "\n\n\n".join([*parts, *kernels]) + "\n"
 
-    def frame(self, name: str, doc: str, given: Sequence[str], room: str, body: Sequence[str], parts: str = "") -> str:
+    def frame(
+        self,
+        name: str,
+        doc: str,
+        given: Sequence[str],
+        room: str,
+        body: Sequence[str],
+        parts: str = "",
+        counted: Sequence[str] = (),
+    ) -> str:
         """A kernel.
 
         Args:
             room: elements of memory that a program works in, as Triton.
             parts: programs of each head and sequence, as Triton, of which each is one `part`; "" for one alone.
+            counted: arguments that differ from launch to launch, for which it is compiled once all the same.
         """
         split = [
             f"parts = {parts}",
@@ -88,7 +99,8 @@ class TritonKernels:
         count = [f"i{size} = tl.arange(0, {size})" for size in sorted(self.used)]
         given = [*given, "S: tl.constexpr", "PRODUCT: tl.constexpr"]
         lines = [f"def {name}({', '.join(given)}):", f'    """{doc}"""', *indented([*start, *count, *body])]
-        return "@triton.jit\n" + "\n".join(lines)
+        once = f"(do_not_specialize={list(counted)})" if counted else ""
+        return f"@triton.jit{once}\n" + "\n".join(lines)
 
     @staticmethod
     def pointers(name: str, walked: bool) -> list[str]:
@@ -236,10 +248,15 @@ class TritonKernels:
         nothing = zeros([height, *map(padded, shape)])
         return f"tl.store({' + '.join(places)}, {nothing}, mask={' & '.join(masks)})"
 
-    def fill(self, name: str, source: str | None, *places: str, added: bool = False) -> list[str]:
+    def fill(
+        self, name: str, source: str | None, *places: str, added: bool = False, parts: tuple[str, int] | None = None
+    ) -> list[str]:
         """Lines that write a weight's numbers, or zeros, to places: in pieces, of which each fits registers.
 
-        added: to what is there.
+        Args:
+            added: to what is there.
+            parts: how many sources there are, from the given one on, and elements from one to the next: they are added
+                up in their order.
         """
         size = self.elements(name)
         length = min(padded(size), PIECE)
@@ -248,12 +265,18 @@ class TritonKernels:
         if size % length:
             masked = f", mask={index} < {size}"
         tile = zeros([length])
-        if source is not None:
+        if source is not None and parts is None:
             tile = f"tl.load({source} + {index}{masked}{', other=0' if masked else ''}).to(S)"
         if added:
             (there,) = places
             tile += f" + tl.load({there} + {index}{masked}{', other=0' if masked else ''})"
-        lines = [f"tile{length} = {tile}", *[f"tl.store({place} + {index}, tile{length}{masked})" for place in places]]
+        lines = [f"tile{length} = {tile}"]
+        if source is not None and parts is not None:
+            count, apart = parts
+            lines.append(f"for one in tl.range(0, {count}, loop_unroll_factor={TOGETHER}):")
+            other = ", other=0" if masked else ""
+            lines.append(f"    tile{length} += tl.load({source} + one * {apart} + {index}{masked}{other})")
+        lines += [f"tl.store({place} + {index}, tile{length}{masked})" for place in places]
         return lines if size <= length else [walk("piece", f"0, {size}, {length}"), *indented(lines)]
 
     def clear_all(self, names: Sequence[str], places: Mapping[str, str]) -> list[str]:

@@ -119,6 +119,13 @@ class BatchCode:
         return name in self.loop.tokens or is_token(name)
 
 
+def ranges_within(items: int, tiles: int, most: int) -> int:
+    """Ranges of tokens that are worked on apart, each of one tile or more: as many as give no more than `most` in all,
+    one where there are items (heads and sequences) enough. It depends on sizes alone, and so do the sums over ranges.
+    """
+    return max(1, min(tiles, most // max(items, 1)))
+
+
 class Call:
     """One call: its sizes, and the numbers of its steps.
 

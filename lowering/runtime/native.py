@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from nestloop.lowering.runtime import compiler
-from nestloop.lowering.runtime.batches import BatchCode, BatchLoop, Call, laid_out, side_by_side, summed
+from nestloop.lowering.runtime.batches import (
+    BatchCode,
+    BatchLoop,
+    Call,
+    laid_out,
+    ranges_within,
+    side_by_side,
+    summed,
+)
 from nestloop.lowering.runtime.tiles import Singular
 
 _ITEMS = 16  # heads times sequences times ranges of tokens: enough to share out to as many cores
@@ -129,9 +137,8 @@ class NativeLibrary:
 
 
 def ranges_of(items: int, tiles: int) -> int:
-    """Ranges of tokens that are worked on apart: one where there are items enough to share out to the cores, and else
-    as many as make enough, each of one tile or more. It depends on sizes alone, and so do the sums over ranges."""
-    return 1 if items >= _ITEMS else max(1, min(tiles, -(-_ITEMS // max(items, 1))))
+    """Ranges of tokens of each of so many heads and sequences: as few as make enough to share out to the cores."""
+    return ranges_within(items, tiles, items + _ITEMS - 1)
 
 
 class NativeModule(BatchCode, NativeLibrary):

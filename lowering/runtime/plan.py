@@ -9,7 +9,7 @@ from typing import Any
 
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.native import NativePlan
-from nestloop.lowering.runtime.triton_plan import Handed, Launch, TritonPlan
+from nestloop.lowering.runtime.triton_plan import Handed, InRanges, Launch, TritonPlan
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,11 @@ def _remade(kind: Any, kept: dict[str, Any] | None) -> Any:
 def _remade_triton(kept: dict[str, Any] | None) -> TritonPlan | None:
     """The same of generated Triton, whose kernels are values of their own."""
     if kept is not None:
-        for direction in ("forward", "backward"):
-            kept[f"{direction}_launches"] = [Launch(**one) for one in kept[f"{direction}_launches"]]
-            kept[f"{direction}_handed"] = [Handed(**one) for one in kept[f"{direction}_handed"]]
+        for part in (kept, *([kept["ranges"]] if kept["ranges"] else [])):
+            for direction in ("forward", "backward"):
+                part[f"{direction}_launches"] = [Launch(**one) for one in part[f"{direction}_launches"]]
+                part[f"{direction}_handed"] = [Handed(**one) for one in part[f"{direction}_handed"]]
+        kept["ranges"] = _remade(InRanges, kept["ranges"])
     made: TritonPlan | None = _remade(TritonPlan, kept)
     return made
 

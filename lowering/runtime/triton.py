@@ -17,7 +17,7 @@ from torch import Tensor
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.batches import BatchCode, BatchLoop, Call, compute_dtype
 from nestloop.lowering.runtime.native import readable
-from nestloop.lowering.runtime.triton_plan import TritonPlan
+from nestloop.lowering.runtime.triton_plan import TritonPlan, ranges_of
 
 if TYPE_CHECKING:
     from nestloop.lowering.runtime.streams import StreamSignature
@@ -42,6 +42,7 @@ class TritonCode:
 
     def launch(
         self,
+        plan: TritonPlan,
         direction: str,
         lead: tuple[int, int],
         given: Sequence[Any],
@@ -52,10 +53,13 @@ class TritonCode:
         every: int,
         like: Tensor,
         dtype: torch.dtype,
+        steps: int = 0,
     ) -> None:
-        """Run the kernels of "forward" or "backward", one after the other, all with the same arguments.
+        """Run the kernels of "forward" or "backward", one after the other, all with the same arguments, those of a step
+        with its number too.
 
         Args:
+            plan: the plan, or what it is in ranges.
             given, made, more: the first of them: tensors that are read (`pointers`), results, and others; before the
                 rest come what one leaves for another and the memory that programs work in.
             counts: the last of them, after heads and sequences: tokens, and steps or chunks.
@@ -63,30 +67,32 @@ class TritonCode:
             every: chunks from one state that is kept to the next.
             like: the first view, whose device and dtype of products it takes.
             dtype: the compute dtype.
+            steps: of a loop of batches.
         """
         if not all(lead):  # nothing but sums over no heads, or no sequences
             for tensor in made:
                 tensor.zero_()
             return
         heads, sequences = lead
-        items, launches = heads * sequences, self.plan.launches(direction)
+        items = heads * sequences
 
         def space(elements: int) -> Tensor:
             return like.new_empty(max(items * elements, 1), dtype=dtype)
 
-        handed = [space(parts[one.over] * one.elements) for one in self.plan.handed(direction)]
-        memory = space(max(parts[one.over] * (one.scratch + every * one.states) for one in launches))
+        handed = [space(parts[one.over] * one.elements) for one in plan.handed(direction)]
+        memory = space(max(parts[one.over] * (one.scratch + every * one.states) for one in plan.launches(direction)))
         values = [*given, *made, *more, *handed, memory, heads, sequences, *counts]
-        for one in launches:
+        for one, step in plan.turns(direction, steps):
             kernel, grid = getattr(self.kernels, one.kernel), (items * parts[one.over], 1)
             arguments = dict(zip(kernel.arg_names, values, strict=False)) | self.settings(dtype, like.dtype)
+            arguments |= {"step": step} if one.each_step else {}
             if like.device.type == "cpu":
                 from nestloop.lowering.runtime.interpreter import interpreted
 
                 interpreted(kernel, grid, arguments)
             else:
                 with torch.cuda.device(like.device):
-                    kernel[grid](**arguments, **self.plan.options(one.kernel, nvidia=torch.version.hip is None))
+                    kernel[grid](**arguments, **plan.options(one.kernel, nvidia=torch.version.hip is None))
 
     @staticmethod
     def settings(dtype: torch.dtype, given: torch.dtype) -> dict[str, Any]:
@@ -108,6 +114,11 @@ def pointers(tensor: Tensor, walked: bool, between: bool) -> list[Any]:
     tensor = readable(tensor, walked)
     strides = [tensor.stride(axis) if tensor.shape[axis] > 1 else 0 for axis in (0, 1)]
     return [tensor, *strides, *([tensor.stride(2)] if walked else [])]
+
+
+def programs(device: torch.device) -> int:
+    """How many a device runs at once, each on a multiprocessor of its own."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 class TritonStream(TritonCode):
@@ -168,7 +179,7 @@ class TritonStream(TritonCode):
             walked = name in (*self.signature.tokens, "d_z", "d_losses")
             arguments += pointers(tensor, walked, name.startswith("between_"))
         lead, counts = self._lead(inputs), (tokens, every)
-        self.launch(direction, lead, arguments, [*made.values()], (), counts, parts, every, inputs[0], dtype)
+        self.launch(self.plan, direction, lead, arguments, [*made.values()], (), counts, parts, every, inputs[0], dtype)
 
 
 class TritonBatches(BatchCode, TritonCode):
@@ -182,16 +193,30 @@ class TritonBatches(BatchCode, TritonCode):
         self._numbers: dict[Any, list[Tensor]] = {}
 
     def memory(self, call: Call, name: str, row: Sequence[int], like: Tensor | None = None) -> Tensor:
-        return call.new(*([call.length] if name == "z" or self.is_token(name) else []), *row)
+        if name == "z" or self.is_token(name):
+            return call.new(call.length, *row)
+        parts = 1 if name in self.loop.fast else self.ranges(call)  # each program adds up its own
+        return call.like.new_empty(call.heads, call.sequences * parts, *row, dtype=call.dtype)
+
+    def ranges(self, call: Call) -> int:
+        """Ranges of tokens that have a program each; one where a program walks all steps."""
+        longest = max(
+            (stop - start for start, stop in zip(call.bounds[::2], call.bounds[1::2], strict=True)), default=0
+        )
+        return ranges_of(call.heads * call.sequences, longest, self.plan.rows, programs(call.like.device))
 
     def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
         arguments: list[Any] = []
         for name, tensor in given:
             arguments += pointers(tensor, name == "d_z" or self.is_token(name), name.startswith("between_"))
         order = [] if call.order is None else pointers(call.order, False, False)
-        more, counts = [*order, *self._steps(call)], (call.length, call.steps)
-        lead, parts = (call.heads, call.sequences), {"sequences": 1}
-        self.launch(function, lead, arguments, [*made.values()], more, counts, parts, 1, call.like, call.dtype)
+        ranges = self.ranges(call)
+        plan, counts = (self.plan, ()) if ranges == 1 else (self.plan.in_ranges(), (ranges,))
+        parts, counts = {"sequences": 1, "ranges": ranges}, (call.length, call.steps, *counts)
+        lead, more = (call.heads, call.sequences), [*order, *self._steps(call)]
+        results = [*made.values()]
+        like, dtype, steps = call.like, call.dtype, call.steps
+        self.launch(plan, function, lead, arguments, results, more, counts, parts, 1, like, dtype, steps)
 
     def _steps(self, call: Call) -> list[Tensor]:
         """Bounds, weights and rates where the tensors are: kept, so that only the first call moves them there."""

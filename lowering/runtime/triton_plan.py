@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
 from typing import Any
+
+from nestloop.lowering.runtime.batches import ranges_within
+
+WORTH = 4  # tiles, of the tallest, that a range has at least: with fewer, launches take what ranges save
+
+
+def ranges_of(items: int, tokens: int, rows: int, programs: int) -> int:
+    """Ranges of a step's tokens that have a program each; 1 where one program walks all steps.
+
+    Args:
+        items: heads times sequences.
+        tokens: of the longest step.
+        rows: of a tile, at most.
+        programs: that the device runs at once, each on a multiprocessor of its own.
+    """
+    return ranges_within(items, -(-tokens // rows) // WORTH, programs)
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,7 @@ class Launch:
         warps: of a program.
         scratch: elements of memory that a program works in.
         states: elements more for each chunk from one state that is kept to the next.
+        each_step: whether it runs once for every step of a loop of batches, in turn with its neighbours that do.
     """
 
     kernel: str
@@ -43,6 +61,7 @@ class Launch:
     warps: int
     scratch: int
     states: int = 0
+    each_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,11 +80,21 @@ class Handed:
 
 
 @dataclass(frozen=True)
+class InRanges:
+    """How a loop of batches runs where its tokens are shared out in ranges: fields as of a `TritonPlan`."""
+
+    forward_launches: tuple[Launch, ...]
+    backward_launches: tuple[Launch, ...]
+    forward_handed: tuple[Handed, ...]
+    backward_handed: tuple[Handed, ...]
+
+
+@dataclass(frozen=True)
 class TritonPlan:
     """Generated Triton and how it is called.
 
     Attributes:
-        text: the module, with the kernels of `forward_launches` and `backward_launches`.
+        text: the module, with all `kernels`.
         forward, backward: names of the tensors that all kernels of a direction take, in order.
         gradients: names of the inputs that `backward` gives a cotangent of, in order; the others' are zero.
         rows: tokens of a chunk of a scan, or of a tile; of one piece, the most that it takes.
@@ -73,6 +102,7 @@ class TritonPlan:
         wide: names of the tensors whose rows are a multiple of 16 elements long.
         forward_launches, backward_launches: the kernels, in order.
         forward_handed, backward_handed: what they leave for one another.
+        ranges: of a loop of batches, what it runs in place of them where heads and sequences are few.
         common: of a loop of batches, names of what all steps share, which the PyTorch module makes.
         work: what its kernels do, for the cost model (`emit.triton_work.work`).
     """
@@ -88,6 +118,7 @@ class TritonPlan:
     backward_launches: tuple[Launch, ...]
     forward_handed: tuple[Handed, ...] = ()
     backward_handed: tuple[Handed, ...] = ()
+    ranges: InRanges | None = None
     common: tuple[str, ...] = ()
     work: dict[str, Any] = field(default_factory=dict)
 
@@ -99,24 +130,45 @@ class TritonPlan:
         """What the kernels of "forward" or "backward" leave for one another."""
         return self.forward_handed if direction == "forward" else self.backward_handed
 
+    def turns(self, direction: str, steps: int) -> Iterator[tuple[Launch, int]]:
+        """The kernels of "forward" or "backward" with the step that each runs in, of so many."""
+        order = range(steps) if direction == "forward" else range(steps - 1, -1, -1)
+        for each_step, group in groupby(self.launches(direction), lambda launch: launch.each_step):
+            kernels = list(group)
+            yield from ((launch, step) for step in (order if each_step else (0,)) for launch in kernels)
+
+    def in_ranges(self) -> TritonPlan:
+        """The plan with its tokens shared out in ranges."""
+        assert self.ranges is not None
+        return replace(self, **{one.name: getattr(self.ranges, one.name) for one in fields(self.ranges)}, ranges=None)
+
+    @property
+    def all_launches(self) -> tuple[Launch, ...]:
+        """Of every kernel, those over ranges last."""
+        others = () if self.ranges is None else self.in_ranges().all_launches
+        return (*self.forward_launches, *self.backward_launches, *others)
+
     @property
     def kernels(self) -> tuple[str, ...]:
         """The names of all kernels, in order."""
-        return tuple(launch.kernel for launch in (*self.forward_launches, *self.backward_launches))
+        return tuple(launch.kernel for launch in self.all_launches)
 
     def with_warps(self, warps: Sequence[int]) -> TritonPlan:
         """The same with so many warps a program, forward and backward."""
-        forward, backward = (
-            tuple(replace(launch, warps=count) for launch in self.launches(direction))
-            for direction, count in zip(("forward", "backward"), warps, strict=True)
-        )
-        return replace(self, forward_launches=forward, backward_launches=backward)
+        made: Any = {"ranges": None if self.ranges is None else replace(self.ranges, **_warped(self.ranges, warps))}
+        return replace(self, **_warped(self, warps), **made)
 
     def options(self, kernel: str, nvidia: bool = True) -> dict[str, Any]:
         """How a kernel is compiled.
 
         A bound on registers is given to NVIDIA's assembler because without one it may, for large kernels, take 32.
         """
-        (warps,) = (one.warps for one in (*self.forward_launches, *self.backward_launches) if one.kernel == kernel)
+        (warps,) = (one.warps for one in self.all_launches if one.kernel == kernel)
         bound = {"maxnreg": min(255, 65_536 // (32 * warps))} if nvidia else {}
         return {"num_warps": warps, "num_stages": 1, **bound}
+
+
+def _warped(plan: TritonPlan | InRanges, warps: Sequence[int]) -> dict[str, Any]:
+    """The launches of a plan with so many warps, by the names of its fields."""
+    pairs = zip(("forward_launches", "backward_launches"), warps, strict=True)
+    return {name: tuple(replace(launch, warps=count) for launch in getattr(plan, name)) for name, count in pairs}

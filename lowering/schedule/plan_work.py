@@ -17,7 +17,7 @@ from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan
 from nestloop.lowering.schedule.cost import N_TOKENS, cost
-from nestloop.lowering.schedule.roofline import B, H, N, Spacing, Work
+from nestloop.lowering.schedule.roofline import B, H, N, Ranges, Spacing, Work
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # of an element of a view
 FLOAT = 4  # bytes of what is computed
@@ -144,19 +144,33 @@ def attention(width: int, direction: str, dtype: str, causal: bool) -> Work:
 # ---- Generated Triton ------------------------------------------------------------------------------------------------
 
 
+def ranges(spec: LoopSpec, rows: int, programs: int) -> Expr:
+    """Ranges of tokens of a loop of batches with tiles of `rows`, on a device that runs so many programs at once."""
+    longest = sympy.ceiling(N / spec.schedule.steps) if isinstance(spec.schedule, Shuffled) else N
+    return Ranges(B * H, longest, sympy.Integer(rows), sympy.Integer(programs))
+
+
 def triton_work(
-    spec: LoopSpec, plan: Plan, pieces: Mapping[str, Piece], sizes: Mapping[str, int], direction: str, dtype: str
+    spec: LoopSpec,
+    plan: Plan,
+    pieces: Mapping[str, Piece],
+    sizes: Mapping[str, int],
+    direction: str,
+    dtype: str,
+    shares: Expr = 1,
 ) -> tuple[Work, ...]:
     """Of each kernel, and with the first what PyTorch computes before it for all heads at once.
 
-    `pieces`: those of the plan, of which only what PyTorch computes is read.
+    Args:
+        pieces: those of the plan, of which only what PyTorch computes is read.
+        shares: ranges of tokens of each head and sequence.
     """
     triton = plan.triton
     assert triton is not None
     one = sympy.Integer(1)
     every = spacing(spec, sizes, triton.rows, triton.state) if plan.form == "stream" else one
     chunks = sympy.ceiling(N / triton.rows)
-    parts = {"sequences": one, "chunks": chunks, "groups": sympy.ceiling(chunks / every)}
+    parts = {"sequences": one, "chunks": chunks, "groups": sympy.ceiling(chunks / every), "ranges": shares}
     outside = [
         (cost(piece.forward if direction == "forward" else piece.backward), H if name == "prepare" else B * H)
         for name, piece in pieces.items()
@@ -207,10 +221,12 @@ def _kernel_work(
         else:
             runs, rows = steps(spec, piece, plain), function["tokens"]
             whole = piece.endswith("update")
-            count = sum((often * (1 if whole else sympy.ceiling(n / rows)) for often, n in runs), sympy.Integer(0))
+            shares = parts["ranges"] if launch.over == "ranges" else sympy.Integer(1)
+            tiles = [(often, 1 if whole else sympy.ceiling(sympy.ceiling(n / rows) / shares)) for often, n in runs]
+            count = sum((often * each for often, each in tiles), sympy.Integer(0))
             rows = None if whole else rows
         flops += in_all(parse(function["flops"]).evaluate({"n": N_TOKENS}), runs, rows)
-        count = count / parts[launch.over]
+        count = count / parts[launch.over] if stream else count
         for height, padded in function["products"].items():
             products[int(height)] = products.get(int(height), sympy.Integer(0)) + count * padded
         exact += count * function["exact"]
@@ -228,13 +244,17 @@ def _kernel_work(
         (parts[one.over] * one.elements for one in triton.handed(direction) if one.name in kernel["handed"]),
         sympy.Integer(0),
     )
+    often = steps_taken if launch.each_step else sympy.Integer(1)
     if launch.over != "chunks":  # whose functions read and write it themselves
-        moved += FLOAT * left / parts[launch.over]
+        moved += FLOAT * often * left / parts[launch.over]
     kept = sympy.ceiling(sympy.ceiling(N / triton.rows) / every) - 1 if stream else steps_taken - 1
+    passes = sympy.Integer(1)  # over the tokens
+    if launch.each_step and launch.over == "ranges":
+        passes = sum((count * tokens for count, tokens in batches(spec)), sympy.Integer(0)) / N
     return Work(
         flops=B * H * flops,
-        traffic=_traffic(spec, plan, triton, kernel, direction, dtype, kept) + FLOAT * B * H * left,
-        launches=sympy.Integer(1),
+        traffic=passes * _traffic(spec, plan, triton, kernel, direction, dtype, kept) + FLOAT * B * H * often * left,
+        launches=often,
         programs=B * H * parts[launch.over],
         products=products,
         exact=exact,

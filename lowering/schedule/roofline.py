@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 
 from nestloop.lowering.runtime.tiles import spacing_within
+from nestloop.lowering.runtime.triton_plan import ranges_of
 from nestloop.lowering.schedule.devices import Device
 
 B, H, N = (sympy.Symbol(name, integer=True, positive=True) for name in "BHN")
@@ -52,6 +53,17 @@ class Spacing(sympy.Function):
         """The number, where all are."""
         if all(number.is_Integer for number in (count, budget, state)):
             return sympy.Integer(spacing_within(int(count), int(budget), int(state)))
+        return None
+
+
+class Ranges(sympy.Function):
+    """Ranges of tokens that have a program each, `ranges_of(items, tokens, rows, programs)`, once these are numbers."""
+
+    @classmethod
+    def eval(cls, items: Any, tokens: Any, rows: Any, programs: Any) -> Any:
+        """The number, where all are."""
+        if all(number.is_Integer for number in (items, tokens, rows, programs)):
+            return sympy.Integer(ranges_of(int(items), int(tokens), int(rows), int(programs)))
         return None
 
 
@@ -287,7 +299,7 @@ def over_lengths(
     for work in works:
         parts, _, _ = on_device(work, device, dtype, warps)
         given = [sympy.sympify(part).subs({B: shape["B"], H: shape["H"]}) for part in parts.values()]
-        kernels.append(sympy.lambdify(N, given, [{"Spacing": spacing_within}, "math"]))
+        kernels.append(sympy.lambdify(N, given, [{"Spacing": spacing_within, "Ranges": ranges_of}, "math"]))
     return lambda tokens: float(sum(max(each(tokens)) for each in kernels))
 
 

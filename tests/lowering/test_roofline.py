@@ -226,6 +226,26 @@ def test_a_plan_that_does_not_exist_says_so():
     )
 
 
+@pytest.mark.slow
+def test_sizes_decide_whether_tokens_are_shared_out():
+    few, many = (costs.costs_of(zoo.MTTTMLP, {"B": 4, "H": 3, "N": n, "d": 64, "D": 192}) for n in (196, 50_176))
+    for found, several in ((few, False), (many, True)):
+        assert found.chosen.in_ranges == several
+        for row in found.rows["backward"]:
+            if row.candidate.in_ranges and several:
+                assert row.expected is not None and row.expected.programs == 132  # 12 heads and sequences, 11 ranges
+            elif row.candidate.in_ranges and row.expected is None:
+                assert row.why.startswith("no such plan: heads and sequences fill the device, or the tokens of a step")
+            if row.candidate.by_default and row.warps == row.candidate.default_warps("backward"):
+                assert row.candidate.in_ranges == several
+    alone = [row for row in many.rows["forward"] if row.candidate.is_triton and not row.candidate.in_ranges]
+    chosen = next(row for row in many.rows["forward"] if not row.why)
+    for row in alone:
+        assert row.expected is not None and chosen.expected is not None
+        assert row.expected.programs == 12 and row.expected.seconds > 4 * chosen.expected.seconds
+    assert few.at(50_176) < 2 * many.at(50_176) and many.at(196) < 2 * few.at(196)  # by whichever plan a length takes
+
+
 def test_what_is_said_is_a_model_and_json_says_the_same():
     found = costs.costs_of(zoo.MTTTLinear, {"B": 4, "H": 2, "N": 64, "d": 16}, "b200", "fp32")
     text, said = costs.text(found), json.loads(json.dumps(costs.as_json(found)))
@@ -233,8 +253,9 @@ def test_what_is_said_is_a_model_and_json_says_the_same():
     assert said["note"] in text and said["device"]["arch"] == "sm_100" and said["dims"]["N"] == 64
     assert f"chosen: {said['chosen']['plan']}" in text
     for direction in ("forward", "backward"):
-        assert [row["chosen"] for row in said[direction]].count(True) == 1
-        for row in said[direction]:
+        rows = [row for row in said[direction] if row["exists"]]
+        assert [row["chosen"] for row in rows].count(True) == 1
+        for row in rows:
             assert row["seconds"] == max(row["parts"].values()) and row["parts"][row["bound"]] == row["seconds"]
 
 

@@ -12,7 +12,7 @@ import nestloop as nl
 from nestloop import zoo
 from nestloop.errors import NoPlanError
 from nestloop.lowering import pipeline
-from nestloop.lowering.emit import triton_kernels, triton_loop
+from nestloop.lowering.emit import triton_kernels, triton_pieces
 from nestloop.lowering.runtime import offline
 from tests.lowering.comparison import Inputs, assert_equal, differences, random_inputs, run
 from tests.lowering.runtime.test_native import Recall, doubled, single
@@ -36,7 +36,7 @@ def fresh_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles to a step, the last not complete."""
-    monkeypatch.setattr(triton_loop, "TILES", ((16, 0),))
+    monkeypatch.setattr(triton_pieces, "TILES", ((16, 0),))
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hidden axis is walked in blocks, and so are tokens."""
     monkeypatch.setattr(triton_kernels, "SHORTEST_BLOCKED", 32)
     monkeypatch.setattr(triton_kernels, "ALIVE", 0)
-    monkeypatch.setattr(triton_loop, "TILES", ((16, 0), (16, 16)))
+    monkeypatch.setattr(triton_pieces, "TILES", ((16, 0), (16, 16)))
 
 
 def inputs_of(loop: type[nl.Loop], tokens: int = 19, **settings: Any) -> Inputs:
@@ -103,7 +103,7 @@ def test_a_long_axis_in_blocks(loop: type[nl.Loop]):
     "carried", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["from a state", "from the start"]
 )
 def test_shuffled_batches_with_sums_in_memory(carried: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(triton_loop, "CARRIED", 0)
+    monkeypatch.setattr(triton_pieces, "CARRIED", 0)
     inputs = inputs_of(Recall, 35, sequences=2, order_per_sequence=carried, carried=carried)
     assert_equal(both(Recall, inputs, losses=carried), 1e-9)
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 import nestloop as nl
 from nestloop.errors import NoPlanError
 from nestloop.lowering import pipeline
-from nestloop.lowering.emit import triton_loop
+from nestloop.lowering.emit import triton_pieces
 from nestloop.lowering.runtime import tiles, tuned
 from nestloop.lowering.runtime.triton_plan import Tiling
 from tests.lowering.comparison import Inputs, assert_equal, differences, run
@@ -76,7 +76,7 @@ def test_random_streams_are_the_reference(family: str, batch: int, monkeypatch: 
     ("loss", "shuffled"), LOOPS, ids=[f"{loss}-{'shuffled' if s else 'full batch'}" for loss, s in LOOPS]
 )
 def test_random_loops_of_batches_are_the_reference(loss: str, shuffled: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(triton_loop, "TILES", ((16, 0),))  # several tiles to a step
+    monkeypatch.setattr(triton_pieces, "TILES", ((16, 0),))  # several tiles to a step
     checked = []
 
     @seed(500 + LOOPS.index((loss, shuffled)) + CASES)

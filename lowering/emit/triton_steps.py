@@ -1,0 +1,315 @@
+"""The parts of a step of a loop of batches as lines of a Triton program, and where these find what they read.
+
+What a step hands to the next lies in a program's memory; a piece reads of it what it needs, tile of tokens by tile.
+Cotangents of what sequences share are each program's own, and are summed outside: no result depends on who is first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from nestloop.lowering.emit.triton import TritonFunction
+from nestloop.lowering.emit.triton_kernels import aligned, indented, zeros
+from nestloop.lowering.emit.triton_pieces import TritonPieces
+from nestloop.lowering.emit.triton_tiles import walk
+
+BARRIER = "tl.debug_barrier()"
+# How many tiles of every fast weight a kernel keeps in memory for a head and sequence, by what they are.
+KEPT = {
+    "forward": {"states": 2, "sums": 1},
+    "backward": {"states": 1, "sums": 1, "cotangents": 2, "pulled": 1},
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a program does of the work on a head and sequence, in names of generated code.
+
+    Attributes:
+        first, last: of the tokens that it reads out, the first and the one after the last.
+        part: its number among all that add up cotangents of what sequences share.
+    """
+
+    first: str
+    last: str
+    part: str
+
+
+WHOLE = Share("0", "N", "item")
+
+
+class TritonSteps(TritonPieces):
+    """What the kernels of one lowered loop share."""
+
+    # ---- Memory ----------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> int:
+        """Elements of the fast weights, each from the start of a cache line."""
+        return self.room_for(self.fast)
+
+    def parts(self, functions: Sequence[TritonFunction], kept: Mapping[str, int]) -> tuple[dict[str, int], int]:
+        """Where the parts of a program's memory begin, behind what its functions work in; and how much it is.
+
+        kept: tiles of every fast weight in each part.
+        """
+        size = aligned(self.working(functions))
+        places = {}
+        for name, states in kept.items():
+            places[name] = size
+            size += states * self.state
+        return places, size
+
+    def held(self, part: str) -> dict[str, str]:
+        """Where each fast weight, or what has its shape, lies in a part of the program's memory."""
+        return self.side_by_side(part, self.fast)
+
+    def place(self, name: str, made: bool = False) -> str:
+        if made:
+            return f"{name}_made + (item * N + first) * {self.elements(name)}"
+        return f"{self.at(name)} + tl.cast(first, tl.int64) * {name}_n"
+
+    def step(self, name: str) -> str:
+        return f"{name}_n" if self.walks(name) else "0"
+
+    def _read(self, name: str, states: Mapping[str, str]) -> dict[str, str]:
+        """Where a function finds what it reads, the fast weights in `states`."""
+        function = self.functions[name]
+        places = {n: self.at(n) for n in [*self.slow, *self.hoisted]}
+        places |= {**states, **{f"gradient_{n}": place for n, place in self.held("sums").items()}}
+        if function.ordered:
+            places |= {n: self.at(n) for n in self.tokens}
+            places |= {f"d_{n}": f"{n}_made + item * N * {self.elements(n)}" for n in self.tokens}
+        return {n: place for n, place in places.items() if n in function.rows}
+
+    def _shared(self, share: Share) -> dict[str, str]:
+        """Where a program's cotangents of what sequences share add up."""
+        shared = [n for n in [*self.slow, *self.hoisted] if n in self.gradients]
+        return {n: f"{n}_made + {share.part} * {self.elements(n)}" for n in shared}
+
+    def _cotangents(self, fast: Mapping[str, str], share: Share) -> dict[str, str]:
+        """Where cotangents of what is no token add up."""
+        return {f"d_{n}": place for n, place in (self._shared(share) | dict(fast)).items()}
+
+    # ---- Calls -----------------------------------------------------------------------------------------------------
+
+    def arguments(self, which: str, handed: Sequence[str] = ()) -> list[str]:
+        """What a kernel of a direction takes, as its launch gives it; `handed`: what kernels leave for one another."""
+        made = self.gradients if which == "backward" else [*self.results, *[f"between_{n}" for n in self.fast]]
+        given: list[str] = []
+        for n in self.given(which):
+            given += [f"{n}_p"] if n.startswith("between_") else self.pointers(n, self.walks(n))
+        given += [f"{n}_made" for n in made]
+        given += ["order_p", "order_h", "order_b"] if self.ordered else []
+        return [*given, "bounds", "weights", "rates", *handed, "memory", "H", "B", "N", "steps"]
+
+    @property
+    def results(self) -> list[str]:
+        """What forward makes, the states between steps aside."""
+        return ["z", *[f"end_{n}" for n in self.fast], *(["losses"] if self.losses else [])]
+
+    @property
+    def order(self) -> list[str]:
+        return ["order = order_p + head * order_h + sequence * order_b"] if self.ordered else []
+
+    def _variants(self, lines: Callable[[str], list[str]]) -> list[str]:
+        if len(self.variants) == 1:
+            return lines(self.variants[0])
+        first, others = (indented(lines(v)) for v in self.variants)
+        return ["if step == 0:", *first, "else:", *others]
+
+    def _over_tiles(
+        self, name: str, bounds: tuple[str, str], read: Mapping[str, str], into: Mapping[str, str]
+    ) -> list[str]:
+        """A piece on every tile of tokens; `into`: where results add up, those that no place is given for in tiles."""
+        function = self.functions[name]
+        if not function.results:
+            return []
+        start, stop = bounds
+        returned = [r for r in function.returned if r in into]
+        height = function.longest
+        inner = [f"n = tl.minimum({stop} - first, {height})"]
+        inner.append(self.call(name, {**read, **into}, "c_"))
+        inner += [f"{r} += c_{r}" for r in function.returned]
+        if function.scratch or any(r in into for r in function.results if r not in function.returned):
+            inner.append(BARRIER)  # the next tile works in the same memory
+        return [
+            *[self.load(r, into[r]) for r in returned],
+            walk("first", f"{start}, {stop}, {height}"),
+            *indented(inner),
+            *[self.store(r, into[r], r) for r in returned],
+        ]
+
+    def more(self, function: TritonFunction) -> list[str]:
+        return [*(["order + first"] if function.ordered else []), *(["back > 0"] if function.again else [])]
+
+    @property
+    def numbers(self) -> list[str]:
+        """Lines that read a step's batch and numbers."""
+        return [
+            "start, stop = tl.load(bounds + 2 * step), tl.load(bounds + 2 * step + 1)",
+            "weight, rate = tl.load(weights + step), tl.load(rates + step)",
+        ]
+
+    def turns(self, which: str) -> list[str]:
+        """Lines that say in which half of its memory a step finds the state, or its cotangent, and where it puts it."""
+        index, then = ("step", "then") if which == "forward" else ("back", "d_then")
+        part = "states" if which == "forward" else "cotangents"
+        return [self.turn(which, index), f"{then} = {part} + ({index} + 1) % 2 * {self.state}"]
+
+    def turn(self, which: str, index: str = "steps") -> str:
+        """The first of them; by itself, after the last step."""
+        now = "now = states" if which == "forward" else "d_now = cotangents"
+        return f"{now} + {index} % 2 * {self.state}"
+
+    # ---- Forward ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> list[str]:
+        """Lines that write the state before the first step; the end too: without tokens there is no step."""
+        states, lines = self.held("states"), []
+        for n in self.fast:
+            lines += self.fill(n, self.at(n) if n in self.starts else None, states[n], self._end(n))
+        return lines
+
+    def _end(self, name: str) -> str:
+        return f"end_{name}_made + item * {self.elements(name)}"
+
+    def gradient(self, states: Mapping[str, str]) -> list[str]:
+        """Lines that sum the gradient over tiles, and the losses."""
+        functions = [self.functions[f"{v}gradient"] for v in self.variants]
+        sums = self.held("sums")
+        cleared = [n for n in self.fast if any(f"gradient_{n}" in f.rows for f in functions)]
+        lines = [f"gradient_{n} = {self.zeros(n)}" for n in self.fast if n not in cleared]
+        lines += [*self.clear_all(cleared, sums), BARRIER] if cleared else []
+        lines += ["loss_sum = " + zeros([])] if any("loss_sum" in f.returned for f in functions) else []
+        into = {f"gradient_{n}": sums[n] for n in cleared}
+        lines += self._variants(
+            lambda v: self._over_tiles(f"{v}gradient", ("start", "stop"), self._read(f"{v}gradient", states), into)
+        )
+        return lines
+
+    def update(self) -> list[str]:
+        """Lines that take a step, and write the state after it."""
+        now, then = self.held("now"), self.held("then")
+
+        def one(variant: str) -> list[str]:
+            name = f"{variant}update"
+            made = {f"{n}_new": then[n] for n in self.fast}
+            unmade = [n for n in self.fast if f"{n}_new" not in self.functions[name].results]
+            call = self.call(name, {**self._read(name, now), **made}, count="0")
+            return [line for line in [call, *self.clear_all(unmade, then)] if line]
+
+        lines = [*self._variants(one), BARRIER]
+        for n in self.fast:
+            between = f"between_{n}_made + (tl.cast(step, tl.int64) * H * B + item) * {self.elements(n)}"
+            lines += ["if step + 1 < steps:", *indented(self.fill(n, then[n], between))]
+            lines += ["else:", *indented(self.fill(n, then[n], self._end(n)))]
+        return lines
+
+    def read_out(self, share: Share) -> list[str]:
+        """Lines that read the tokens out, and sum up the loss after the last step."""
+        bounds, now = (share.first, share.last), self.held("now")
+        lines = self._over_tiles("readout", bounds, self._read("readout", now), {})
+        if self.losses:
+            lines.append("loss_after = " + zeros([]))
+            lines += self._over_tiles("final_loss", bounds, self._read("final_loss", now), {})
+        return lines
+
+    @staticmethod
+    def loss(index: str, total: str, count: str) -> str:
+        """The line that writes a loss."""
+        return f"tl.store(losses_made + item * (steps + 1) + {index}, {total} / tl.cast({count}, S))"
+
+    # ---- Backward --------------------------------------------------------------------------------------------------
+
+    @property
+    def sums_again(self) -> bool:
+        """Whether backward needs the sum of each step's gradient."""
+        updates = [self.functions[f"{v}update_vjp"] for v in self.variants]
+        return any(f"gradient_{n}" in f.inputs for f in updates for n in self.fast)
+
+    def given_cotangents(self) -> list[str]:
+        """Lines that write the cotangent of the state after the last step."""
+        cotangents = self.held("cotangents")
+        return [line for n in self.fast for line in self.fill(n, self.at(f"d_{n}"), cotangents[n])]
+
+    def clear_shared(self, share: Share) -> list[str]:
+        """Lines that clear a program's cotangents of what sequences share."""
+        shared = self._shared(share)
+        return self.clear_all(list(shared), shared)
+
+    def pull_read_out(self, share: Share, into: str) -> list[str]:
+        """Lines that run the read-out's backward, and that of the loss after the last step.
+
+        into: the part of memory in which cotangents of the state add up.
+        """
+        height, bounds = self.heights[0], (share.first, share.last)
+        lines: list[str] = []
+        if self.cleared:
+            inner = [f"n = tl.minimum({share.last} - first, {height})"]
+            inner += [self.clear_rows(n, height, "n") for n in self.cleared]
+            lines += [walk("first", f"{share.first}, {share.last}, {height}"), *indented(inner)]
+        lines.append(BARRIER)
+        ends = {n: self.at(f"end_{n}") for n in self.fast}
+        made = self._cotangents(self.held(into), share)
+        lines += self._pull("readout", bounds, ends, made)
+        if self.losses:
+            lines.append(f"d_loss_after = tl.load({self.at('d_losses')} + steps).to(S) / tl.cast(N, S)")
+            lines += self._pull("final_loss", bounds, ends, made)
+        return lines
+
+    def recall(self) -> list[str]:
+        """Lines that read the state from which a step started."""
+        states = self.held("states")
+        first: list[str] = []
+        later: list[str] = []
+        for n in self.fast:
+            between = f"between_{n}_p + (tl.cast(step - 1, tl.int64) * H * B + item) * {self.elements(n)}"
+            first += self.fill(n, self.at(n) if n in self.starts else None, states[n])
+            later += self.fill(n, between, states[n])
+        return ["if step == 0:", *indented(first), "else:", *indented(later), BARRIER]
+
+    def pull_update(self, share: Share) -> list[str]:
+        """Lines that run a step's backward, from the cotangent of its state to those of the state before and of the
+        gradient."""
+        now, then, pulled = self.held("d_now"), self.held("d_then"), self.held("pulled")
+
+        def one(variant: str) -> list[str]:
+            name = f"{variant}update_vjp"
+            results = self.functions[name].results
+            made = {f"d_{n}_new": now[n] for n in self.fast} | {f"d_gradient_{n}": pulled[n] for n in self.fast}
+            into = self._cotangents(then, share)
+            unmade = self.clear_all([n for n in self.fast if f"d_{n}" not in results], then)
+            unmade += self.clear_all([n for n in self.fast if f"d_gradient_{n}" not in results], pulled)
+            found = [r for r in self.functions[name].returned if r in into]
+            call = self.call(name, {**self._read(name, self.held("states")), **made, **into}, "c_", count="0")
+            added = [line for r in found for line in (self.load(r, into[r]), self.store(r, into[r], f"{r} + c_{r}"))]
+            return [line for line in [call, *unmade, *added] if line]
+
+        return self._variants(one)
+
+    @property
+    def d_loss(self) -> list[str]:
+        """The line that reads the cotangent of a step's loss."""
+        read = f"d_loss_sum = tl.load({self.at('d_losses')} + step).to(S) / tl.cast(stop - start, S)"
+        return [read] if self.losses else []
+
+    def pull_gradient(self, share: Share, into: str) -> list[str]:
+        """Lines that run the gradient's backward over tiles; `into` as for `pull_read_out`."""
+        given = {**self.held("states"), **{f"d_gradient_{n}": place for n, place in self.held("pulled").items()}}
+        made = self._cotangents(self.held(into), share)
+        return self._variants(lambda v: self._pull(f"{v}gradient", ("start", "stop"), given, made))
+
+    def _pull(
+        self, piece: str, bounds: tuple[str, str], states: Mapping[str, str], into: Mapping[str, str]
+    ) -> list[str]:
+        """Lines that run a piece's backward over tiles."""
+        name = f"{piece}_vjp"
+        lines = self._over_tiles(name, bounds, self._read(name, states), into)
+        return [*lines, BARRIER] if lines else []
+
+    def give_back(self) -> list[str]:
+        """Lines that write the cotangents of the fast weights that forward took."""
+        last = self.held("d_now")
+        return [x for n in self.starts for x in self.fill(n, last[n], f"{n}_made + item * {self.elements(n)}")]

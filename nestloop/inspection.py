@@ -96,9 +96,10 @@ def explain_text(loop: Any, dims: Mapping[str, int], op: CompiledLoop | None = N
     """`explain` of one loop class (or several, as a tuple)."""
     if isinstance(loop, (tuple, list)):
         return "\n\n".join(explain_text(part, dims) for part in loop)
-    spec = names.safe(spec_of(loop))
+    triton = op is not None and op.requested == "triton"
+    spec = names.safe(spec_of(loop), triton)
     sizes = trial_sizes(spec, dims)
-    return "\n".join(_explain(_lower(spec, sizes), sizes, op))
+    return "\n".join(_explain(_lower(spec, sizes, triton), sizes, op))
 
 
 def trial_sizes(spec: LoopSpec, dims: Mapping[str, int]) -> dict[str, int]:
@@ -247,6 +248,8 @@ def _what_streams(lowered: LoweredStream, op: CompiledLoop | None, sizes: Mappin
     if lowered.part != "scan":
         return [*lines, "  an op for each update and each read-out, joined by the state"]
     longest = form.in_cpp.longest if native else form.longest
+    if op is not None and op.requested == "triton" and lowered.triton is not None:
+        longest = lowered.triton.rows
     lines.append(f"  a scan over chunks of {longest} tokens; each chunk's step takes the {form.name} form")
     for rule in lowered.rewrites:
         lines.append(f"  {rule.name}: {'' if rule.fired else 'no, '}{rule.why}")
@@ -271,6 +274,8 @@ def _backend(
     """What runs, with why; whether it is C++; and what was chosen by cost."""
     inductor = op is not None and op.inductor
     requested = "auto" if op is None else op.requested
+    if requested == "triton":
+        return _of_triton(plan), False, []
     missing = not_native(plan, build_now=False)
     chosen: list[str] = []
     native = requested != "torch" and not inductor and not missing
@@ -287,6 +292,28 @@ def _backend(
     lines = ["runs: generated PyTorch" + (", its pieces compiled by torch.compile" if inductor else ", eager")]
     why = "inductor=True" if inductor else "asked for" if requested == "torch" else f"no C++ here: {missing}"
     return [*lines, f"  (backend 'torch': {'expected to be faster' if chosen else why})"], False, chosen
+
+
+_OVER = {
+    "sequences": "a program a head and sequence",
+    "chunks": "a program a chunk of each",
+    "groups": "a program for the chunks between two states kept of each",
+}
+
+
+def _of_triton(plan: Plan) -> list[str]:
+    """The kernels that run, in order."""
+    if plan.triton is None:
+        return [f"runs: nothing, for generated Triton was asked for and has no plan: {plan.not_triton}"]
+    lines = ["runs: generated Triton, asked for (backend 'triton'; tensors on a CPU are interpreted)"]
+    return [
+        *lines,
+        *[
+            f"  {launch.kernel}: {_OVER[launch.over]}, {launch.warps} warps"
+            for direction in ("forward", "backward")
+            for launch in plan.triton.launches(direction)
+        ],
+    ]
 
 
 def _gram(op: CompiledLoop | None) -> list[str]:

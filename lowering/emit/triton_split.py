@@ -14,7 +14,7 @@ from torch import fx
 
 from nestloop.lowering.emit.scan import ROWWISE, TITLES
 from nestloop.lowering.emit.triton import TritonFunction
-from nestloop.lowering.emit.triton_kernels import ALIVE, indented
+from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_stream import TritonStream
 from nestloop.lowering.emit.triton_tiles import walk
 from nestloop.lowering.ops.strided import NoSpelling
@@ -22,9 +22,6 @@ from nestloop.lowering.runtime.triton_plan import Handed, Launch
 from nestloop.lowering.streams.step import VALID
 
 BLOCKS = (0, 32, 16)  # lengths of the blocks of a long axis, the best first; 0: all of it
-LONGEST_SPLIT = 64  # tokens of a chunk
-# Elements alive at once, at which chunks are made shorter: kernels of one chunk hold no state beside them.
-ALIVE_SPLIT = ALIVE * 4 // 3
 
 
 class TritonSplitScan(TritonStream):
@@ -152,7 +149,7 @@ class TritonSplitScan(TritonStream):
             if n.endswith("__pending"):
                 body.append(self.store(n, self.end(n), self.zeros(n)))
         kept = [self.store(n, self.between(n, "index // every - 1", made=True), n) for n in self.carry]
-        loop = [*self.span, *self._store_all(self._slots("states", self.carry), "{}")]
+        loop = [*self._begin("forward_states"), *self._store_all(self._slots("states", self.carry), "{}")]
         loop += ["if (index > 0) & (index % every == 0):", *indented(kept)]
         anchors = [n for n in self.extra if n.endswith("__anchor")]
         if anchors:
@@ -184,7 +181,7 @@ class TritonSplitScan(TritonStream):
         first = [self.load(n, self.at(n)) for n in self.carry]
         later = [self.load(n, self.between(n, "part - 1")) for n in self.carry]
         slots = self._slots("states", self.carry)
-        loop = [*self.span, *self._store_all(slots, "{}"), *self._advance()]
+        loop = [*self._begin("backward_states"), *self._store_all(slots, "{}"), *self._advance()]
         return [
             *self.read_only("backward_states"),
             "first = part * every",
@@ -215,7 +212,7 @@ class TritonSplitScan(TritonStream):
             return [line for line in lines if line]
 
         passed = {f"d_{n}_new": f"d_{n}" for n in self.carry}
-        loop = ["index = chunks - 1 - back", *self.span]
+        loop = ["index = chunks - 1 - back", *self._begin("backward_cotangents")]
         loop += self._store_all(self._slots("cotangents", self.carry), "d_{}")
         loop += self.either(pull("chunk"), pull("partial") if self._has_partial else [])
         last = []
@@ -259,6 +256,10 @@ class TritonSplitScan(TritonStream):
     @property
     def _has_partial(self) -> bool:
         return "partial" in self.pieces
+
+    def _begin(self, kernel: str) -> list[str]:
+        """Lines that begin a chunk of several: it works in the memory that the one before has read."""
+        return [*self.span, *(["tl.debug_barrier()"] if self._scratch(kernel) else [])]
 
     def _places(self, names: Sequence[str]) -> dict[str, str]:
         return {n: self.at(n) for n in names}

@@ -17,11 +17,8 @@ DEVICE: static.Device = "sm_90"
 D = 64
 CHEAP = 3.0  # seconds of CPU that compiling may have taken: what takes longer is measured by the command alone
 TABLE = static.Results()
-FORWARD = {
-    row["loop"]: row
-    for row in TABLE.kernels.values()
-    if (row["device"], row["d"], row["kernel"]) == (DEVICE, D, "forward") and row.get("seconds", CHEAP + 1) <= CHEAP
-}
+FORWARD = [row for row in TABLE.kernels.values() if (row["device"], row["d"]) == (DEVICE, D)]
+FORWARD = [row for row in FORWARD if row["kernel"].startswith("forward") and row.get("seconds", CHEAP + 1) <= CHEAP]
 WITHOUT = sorted({row["loop"] for row in TABLE.no_plan.values() if row["d"] == D})
 
 
@@ -51,12 +48,13 @@ def test_what_had_no_triton_has_none(loop: str):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("same_triton")
-@pytest.mark.parametrize("loop", FORWARD)
-def test_no_kernel_spills_more_than_it_did(loop: str):
-    row = FORWARD[loop]
+@pytest.mark.parametrize("row", FORWARD, ids=lambda row: f"{row['loop']}-{row['kernel']}")
+def test_no_kernel_spills_more_than_it_did(row: dict[str, Any]):
+    loop = row["loop"]
     plan = static.plans(getattr(zoo, loop), D)[row["part"]]
     assert not isinstance(plan, str), f"there is no Triton any more: {plan}"
-    made = offline.compiled(plan, "forward", DEVICE)
+    assert row["kernel"] in plan.kernels, f"there is no such kernel any more: {again(loop)}"
+    made = offline.compiled(plan, row["kernel"], DEVICE)
     assert made.shared <= offline.SHARED[DEVICE]
     assert all(now <= before for now, before in zip(made.spilled, row["spilled"], strict=True)), (
         f"{made.summary}; it was {row['spilled']}. If more is meant: {again(loop)}"
@@ -65,7 +63,7 @@ def test_no_kernel_spills_more_than_it_did(loop: str):
 
 def test_most_forward_kernels_are_compiled_again():
     planned = {row["loop"] for row in TABLE.kernels.values() if row["d"] == D}
-    assert len(FORWARD) >= len(planned) / 2
+    assert len({row["loop"] for row in FORWARD}) >= len(planned) / 2
 
 
 def test_what_is_in_the_table_is_not_compiled_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -77,11 +75,12 @@ def test_what_is_in_the_table_is_not_compiled_again(tmp_path: Path, capsys: pyte
         assert static.main(**chosen) == 0
         texts.append(json.loads(path.read_text())["kernels"])
     assert texts[0] == texts[1]
-    assert [row["kernel"] for row in texts[0]] == ["backward", "forward"]
+    backward = ["backward_cotangents", "backward_states", "backward_tokens"]
+    assert [row["kernel"] for row in texts[0]] == [*backward, "forward_outputs", "forward_states"]
     assert all(row["registers"] > 0 and row["shared"] > 0 and row["seconds"] > 0 for row in texts[0])
     left_out = json.loads(path.read_text())["left_out"]
     assert {loop.__name__ for loop in zoo.loops()} - set(left_out["sm_90, d = 64"]) == {"CausalLinearAttention"}
-    assert capsys.readouterr().out.count("CausalLinearAttention scan 64 sm_90 forward") == 1
+    assert capsys.readouterr().out.count("CausalLinearAttention scan 64 sm_90 forward_states") == 1
 
 
 def test_a_kernel_that_takes_too_long_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -90,7 +89,7 @@ def test_a_kernel_that_takes_too_long_is_written_down(tmp_path: Path, monkeypatc
     path = tmp_path / "static.json"
     assert static.main(loop=("DeltaProduct",), device=(DEVICE,), d=(D,), limit=0.5, json_path=path) == 0
     rows = json.loads(path.read_text())["kernels"]
-    assert [row["refused"] for row in rows] == ["longer than 0.5 seconds"] * 2
+    assert len(rows) > 1 and {row["refused"] for row in rows} == {"longer than 0.5 seconds"}
 
 
 def test_a_loop_that_is_not_there(capsys: pytest.CaptureFixture[str]):

@@ -17,6 +17,17 @@ def dot(a, b, S: tl.constexpr, PRODUCT: tl.constexpr):
 
 
 @triton.jit
+def exact_dot(a, b, S: tl.constexpr):
+    """a [M, K] b [K, N] in the compute dtype S, and no less: for what low precision is not for.
+
+    Float32 factors are three bfloat16 terms each, of which six products matter: matrix units take them, of NVIDIA and
+    of AMD. They take none of "ieee", for which each thread holds whole rows and columns.
+    """
+    PRECISION: tl.constexpr = "ieee" if S == tl.float64 else "bf16x6"
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=S)
+
+
+@triton.jit
 def maximum(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 

@@ -19,6 +19,7 @@ from nestloop.lowering.emit.triton_values import NEUTRAL, TRITON, TritonValues
 from nestloop.lowering.ops.strided import ZERO, Extent, NoSpelling, Strided, product
 from nestloop.lowering.schedule.order import fewest_alive, most_alive
 from nestloop.lowering.schedule.phases import NoPhases, Phase, handed_on, is_blocked, phases, sums_over
+from nestloop.lowering.schedule.recompute import recompute_phases
 from nestloop.lowering.schedule.values import SCALARS, Value, fold, read
 
 
@@ -134,6 +135,7 @@ class TritonFunction(TritonValues):
             is_blocked(v, size) for n, v in self.given.items() if n not in self.rows
         ):
             raise NoSpelling(f"its axis of {size} is not walked in blocks: a tile of it is handed on in registers")
+        recompute_phases(found, size)
         self.handed = handed_on(found, size)
         return found
 

@@ -187,6 +187,11 @@ class TritonValues(TritonTiles):
         return not any(size.is_one for size in sizes) and not batch
 
     @staticmethod
+    def is_low(value: Value) -> bool:
+        """Whether a product's factors may be rounded: as in generated PyTorch, those of mm alone."""
+        return value.node.target is torch.ops.aten.mm.default
+
+    @staticmethod
     def _beside(a: Strided, b: Strided) -> tuple[Strided, Strided]:
         rank = max(len(a.shape), len(b.shape))
         a, b = (
@@ -208,9 +213,9 @@ class TritonValues(TritonTiles):
                 left = left if clean_a[1] else f"tl.where({self._mask(1, 2, inner)}, {left}, 0)"
                 right = right if clean_b[0] else f"tl.where({self._mask(0, 2, inner)}, {right}, 0)"
             self._set_clean(value, [clean_a[0], clean_b[1]])
-            # as in generated PyTorch, low precision is for mm alone
-            precision = "PRODUCT" if value.node.target is torch.ops.aten.mm.default else '"ieee"'
-            return [f"tiles.dot({left}, {right}, S, {precision})"]
+            if self.is_low(value):
+                return [f"tiles.dot({left}, {right}, S, PRODUCT)"]
+            return [f"tiles.exact_dot({left}, {right}, S)"]
         space = a.shape
         axes = [size for size in space if not size.is_one]
         elements = math.prod(map(self.padded, axes))

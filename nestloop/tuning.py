@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nestloop.compiled import CompiledLoop
 from nestloop.costs import DIRECTIONS, Costs, costs_of
-from nestloop.errors import NoPlanError
+from nestloop.errors import NoPlanError, SharedMemoryError
 from nestloop.lang import coefficient
 from nestloop.lang.binding import lead
 from nestloop.lang.declare import Declaration, Slow
@@ -211,14 +211,12 @@ def _compiled(
                 try:
                     made = offline.compiled(kernel, direction, found.device.arch, found.dtype, timeout=left)
                 except NoPlanError as error:
-                    notes[key] = f"does not compile: {error.given}"
+                    refused = "fit" if isinstance(error, SharedMemoryError) else "compile"
+                    notes[key] = f"does not {refused}: {error.given}"
                     continue
                 notes[key] = (
                     f"{made.registers} registers, {made.spilled[0]:,} bytes spilled, {made.shared:,} of shared memory"
                 )
-                if made.shared > found.device.program_shared:
-                    notes[key] += f", and {found.device.name} has {found.device.program_shared:,}"
-                    continue
                 facts[key] = Facts(made.registers, made.spilled[0], made.shared)
     again = costs_of(found.spec.cls, dims, found.device.name, found.dtype, facts)
     for direction in DIRECTIONS:
@@ -257,7 +255,7 @@ def _timed(
             try:
                 with tuned.trying(Tiling(plan.tiling.rows, (warps, warps))):
                     spent, note = _seconds(spec, found.sizes, views, weights, timer), "timed"
-            except (TritonError, torch.OutOfMemoryError) as error:
+            except (TritonError, SharedMemoryError, torch.OutOfMemoryError) as error:
                 note = f"does not run: {str(error).strip().splitlines()[0]}"
             for direction, seconds in zip(DIRECTIONS, spent, strict=True):
                 tried[(plan.name, direction, warps)] = seconds

@@ -21,7 +21,9 @@ from nestloop.lowering.schedule.phases import sums_over
 from nestloop.lowering.schedule.values import Language, Value, fold, operands_of
 
 NEUTRAL = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}  # what a reduction starts at
-MOST_ELEMENTS = 1 << 16  # of one tile: more never fits the registers of a program
+# Of one tile: twice as many would be all 65,536 registers of a program, of which some hold addresses, and a change of
+# its layout takes 262,144 bytes of shared memory, which no GPU has.
+MOST_ELEMENTS = 1 << 15
 
 
 def number(value: Any) -> str:
@@ -39,9 +41,12 @@ class TritonValues(TritonTiles):
 
     Attributes:
         axes: the names of each value's axes, for the comments.
+        given, values: what it takes, by name, and all that it computes.
     """
 
     axes: Mapping[fx.Node, Axes]
+    given: Mapping[str, Value]
+    values: Sequence[Value]
 
     def _value(self, value: Value) -> list[str]:
         made = {
@@ -85,18 +90,32 @@ class TritonValues(TritonTiles):
         elements = math.prod(map(self.padded, sizes))
         if elements <= MOST_ELEMENTS:
             return
-        names = self.axes.get(value.node, ())
         found = f"a tile {self._named(value)} of {elements} elements is more than registers hold"
-        found += f" ({4 * elements:,} bytes in float32, of which a program has {4 * MOST_ELEMENTS:,})"
-        if len(names) == len(value.space):
-            longest = max(sizes, key=self.padded)
-            name, size = names[value.space.index(longest)], self.padded(longest)
-            count = sum(1 for other, n in zip(value.space, names, strict=True) if n == name and not other.is_one)
+        found += f" ({4 * elements:,} bytes in float32, of which a tile may take {4 * MOST_ELEMENTS:,})"
+        name, size, count = self._longest_axis(value)
+        if count:
             fits = size
             while elements * fits**count > MOST_ELEMENTS * size**count:
                 fits //= 2
-            found += f"; its axis {name.replace(' ', '')} of {longest.at(self.longest)} may have {fits}"
+            found += f"; its axis {name} of {max(sizes, key=self.padded).at(self.longest)} may have {fits}"
         raise NoSpelling(found)
+
+    def _longest_axis(self, value: Value) -> tuple[str, int, int]:
+        """Of a value's tile: its name, its length there, and how many axes are called so (0 where none has a name)."""
+        names = [name.replace(" ", "") for name in self.axes.get(value.node, ())]
+        longest = max((size for size in value.space if not size.is_one), key=self.padded, default=ONE)
+        if len(names) != len(value.space) or longest.is_one:
+            return "?", self.padded(longest), 0
+        name = names[value.space.index(longest)]
+        same = [size for size, n in zip(value.space, names, strict=True) if n == name and not size.is_one]
+        return name, self.padded(longest), len(same)
+
+    @property
+    def largest(self) -> dict[str, Any]:
+        """The largest tile: "tile", its axes; "elements"; "axis", the name of its longest, and that one's "size"."""
+        value = max([*self.values, *self.given.values()], key=self._weight)
+        axis, size, _ = self._longest_axis(value)
+        return {"tile": self._named(value), "elements": self._weight(value), "axis": axis, "size": size}
 
     def _named(self, value: Value) -> str:
         return f"[{', '.join(self.axes.get(value.node, ())).replace(' ', '')}]"

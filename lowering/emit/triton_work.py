@@ -63,7 +63,8 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
         "tokens": of the tile. "flops": of its products, as arithmetic in n. "products": rows of a product (as text) ->
         FLOPs of the tiles that it takes, padding included. "exact": FLOPs of those that low precision is not
         for. "instructions": of all threads. "moved": elements read from memory and written to it. "depth": products,
-        reductions and solved rows that wait for one another. "alive": elements alive at once.
+        reductions and solved rows that wait for one another. "alive": elements alive at once. "largest": the
+        largest tile.
     """
     flops = ZERO
     products: Counter[str] = Counter()
@@ -104,6 +105,7 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
         "moved": moved,
         "depth": max(depth.values(), default=0),
         "alive": function.alive,
+        "largest": function.largest,
     }
 
 

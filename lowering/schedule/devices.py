@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nestloop.errors import UnknownDeviceError
-from nestloop.lowering.runtime.offline import SHARED
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,6 @@ class Device:
     warp: int
     issue: int
     launch: float = 5e-6
-
-    @property
-    def program_shared(self) -> int:
-        """Bytes of shared memory that one program may take."""
-        return SHARED[self.arch]
 
 
 _MIB = 1 << 20

@@ -57,7 +57,6 @@ def test_no_kernel_spills_more_than_it_did(loop: str):
     plan = static.plans(getattr(zoo, loop), D)[row["part"]]
     assert not isinstance(plan, str), f"there is no Triton any more: {plan}"
     made = offline.compiled(plan, "forward", DEVICE)
-    assert made.shared <= offline.SHARED[DEVICE]
     assert all(now <= before for now, before in zip(made.spilled, row["spilled"], strict=True)), (
         f"{made.summary}; it was {row['spilled']}. If more is meant: {again(loop)}"
     )

@@ -13,12 +13,13 @@ import torch
 
 import nestloop as nl
 from nestloop import zoo
-from nestloop.errors import NoPlanError
+from nestloop.errors import NoPlanError, SharedMemoryError
 from nestloop.lowering import pipeline
 from nestloop.lowering.emit import triton_kernels, triton_streamed
 from nestloop.lowering.lower import STREAM_OPS
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime import cache, offline, tiles
+from nestloop.lowering.runtime.refusals import shared_memory_of
 from nestloop.lowering.runtime.triton import TritonStream
 from tests.drawn import SIZES
 from tests.lowering.comparison import assert_equal, differences, run
@@ -197,6 +198,39 @@ def test_what_does_not_compile_is_refused():
     with pytest.raises(NoPlanError) as refusal:
         offline.compiled(broken, "forward")
     assert str(refusal.value).startswith("The forward kernel does not compile for sm_90.")
+
+
+TOO_LARGE = """The forward kernel wants more shared memory than the device has.
+  given: {wanted:,} bytes of shared memory for a program
+  need:  at most {available:,}: its largest tile is [dk,dv], 16,384 bytes in float32
+  fix:   make dk at most 32 (it is 64): a smaller size, or chunks of fewer tokens where that is n; or write \
+backend="torch": generated PyTorch runs every loop, on a GPU too"""
+
+
+def test_what_does_not_fit_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """Before it is launched: where it is compiled, and in the place of Triton's own error."""
+    from triton.runtime.errors import OutOfResources
+
+    plan = plan_of(zoo.CausalLinearAttention, dk=64, dv=64)
+    wanted = offline.compiled(plan, "forward").shared
+    monkeypatch.setitem(offline.SHARED, "sm_90", wanted - 1)
+    with pytest.raises(SharedMemoryError) as refusal:
+        offline.compiled(plan, "forward")
+    assert str(refusal.value) == TOO_LARGE.format(wanted=wanted, available=wanted - 1)
+    with pytest.raises(SharedMemoryError) as refusal, shared_memory_of(plan, "forward"):
+        raise OutOfResources(wanted, wanted - 1, "shared memory")
+    assert str(refusal.value) == TOO_LARGE.format(wanted=wanted, available=wanted - 1)
+    with pytest.raises(OutOfResources), shared_memory_of(plan, "forward"):
+        raise OutOfResources(2048, 1024, "threads")
+
+
+@pytest.mark.parametrize("loop", [zoo.CausalLaCT, zoo.Moneta], ids=lambda loop: loop.__name__)
+def test_no_plan_has_a_tile_that_no_device_holds(loop: type[nl.Loop]):
+    """At d = 32: a tile of 65,536 elements is all registers of a program, and more than its shared memory."""
+    sizes = {**SIZES, "H": 2, **loop.spec.default_dims, "d": 32}
+    lowered = pipeline.stream_stages(loop.spec, sizes, None, losses=False, part="scan", triton=True)
+    assert lowered.triton is None
+    assert "65536 elements is more than registers hold (262,144 bytes in float32" in lowered.not_triton
 
 
 @pytest.mark.oldest_triton

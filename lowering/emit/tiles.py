@@ -28,6 +28,16 @@ def exact_dot(a, b, S: tl.constexpr):
 
 
 @triton.jit
+def settled(x):
+    """x [M, N], computed as its operands lie, and then handed to products.
+
+    Triton takes a product's factor back to the loads that it comes from, and computes all in between in the product's
+    layout, which has each element in as many threads as need it. It does not pass what depends on a position.
+    """
+    return tl.where(tl.arange(0, x.shape[0])[:, None] >= 0, x, 0.0)
+
+
+@triton.jit
 def maximum(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 

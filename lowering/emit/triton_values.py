@@ -148,7 +148,21 @@ class TritonValues(TritonTiles):
         elif not rank and all(numeric):
             text = f"tl.full((), {text}, {'tl.int1' if value.is_bool else 'S'})"
         self._set_clean(value, [stays_zero(value, [clean[d] for clean in cleans]) for d in range(rank)])
-        return [text]
+        return [f"tiles.settled({text})" if self._is_taken_back(value) else text]
+
+    def _is_taken_back(self, value: Value) -> bool:
+        """Whether a product reads it that would compute it anew in each of its threads: see `tiles.settled`."""
+        if len(held(value)) != 2 or not any(user.kind == "product" and self.is_dot(user) for user in value.users):
+            return False
+        stack, seen = [value], {value}
+        while stack:
+            for base in {operand.base for operand in stack.pop().reads} - seen:
+                if base.kind not in ("input", "element"):
+                    return False
+                seen.add(base)
+                if base.kind == "element" and base not in self.place:
+                    stack.append(base)
+        return True
 
     @staticmethod
     def _at_all(index: tuple[str, ...], axis: int, text: str) -> bool:

@@ -200,6 +200,15 @@ def test_what_does_not_compile_is_refused():
     assert str(refusal.value).startswith("The forward kernel does not compile for sm_90.")
 
 
+@pytest.mark.oldest_triton
+def test_what_a_product_reads_is_computed_once():
+    """Not by each thread that the product needs it in: Triton would take the ELU of a key there."""
+    made = offline.compiled(plan_of(zoo.NormAttention, dk=64, dv=64), "forward")
+    exponentials = [line for line in made.text["ttgir"].splitlines() if "math.exp" in line]
+    assert exponentials and not any("dot_op" in line or "#linear" in line for line in exponentials)
+    assert made.spilled == (0, 0)
+
+
 TOO_LARGE = """The forward kernel wants more shared memory than the device has.
   given: {wanted:,} bytes of shared memory for a program
   need:  at most {available:,}: its largest tile is [dk,dv], 16,384 bytes in float32

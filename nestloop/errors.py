@@ -175,6 +175,10 @@ class NoPlanError(CompileError):
     """A backend that has no plan for a loop, where that one was asked for by name."""
 
 
+class SharedMemoryError(NoPlanError):
+    """A Triton kernel that wants more shared memory than the device has: known once it is compiled for that one."""
+
+
 class UnknownBackendError(NestloopError):
     """A backend that does not exist."""
 

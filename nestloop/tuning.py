@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nestloop.compiled import CompiledLoop
 from nestloop.costs import DIRECTIONS, Costs, costs_of
-from nestloop.errors import NoPlanError
+from nestloop.errors import NoPlanError, SharedMemoryError
 from nestloop.lang import coefficient
 from nestloop.lang.binding import lead
 from nestloop.lang.declare import Declaration, Slow
@@ -220,15 +220,13 @@ def _compiled(
                         made = offline.compiled(chosen, kernel, found.device.arch, found.dtype, timeout=max(left, 1))
                         shown[plan.name, kernel, warps] = Facts(made.registers, made.spilled[0], made.shared)
                 except NoPlanError as error:
-                    notes[key] = f"does not compile: {error.given}"
+                    refused = "fit" if isinstance(error, SharedMemoryError) else "compile"
+                    notes[key] = f"does not {refused}: {error.given}"
                     continue
                 most = Facts(*(max(getattr(one, name) for one in shown.values()) for name in MOST))
                 notes[key] = (
                     f"{most.registers} registers, {most.spilled:,} bytes spilled, {most.shared:,} of shared memory"
                 )
-                if most.shared > found.device.program_shared:
-                    notes[key] += f", and {found.device.name} has {found.device.program_shared:,}"
-                    continue
                 facts |= shown
                 fitting.add(key)
     again = costs_of(found.spec.cls, dims, found.device.name, found.dtype, facts)
@@ -268,7 +266,7 @@ def _timed(
             try:
                 with tuned.trying(Tiling(plan.tiling.rows, (warps, warps), plan.tiling.levels)):
                     spent, note = _seconds(spec, found.sizes, views, weights, timer), "timed"
-            except (TritonError, torch.OutOfMemoryError) as error:
+            except (TritonError, SharedMemoryError, torch.OutOfMemoryError) as error:
                 note = f"does not run: {str(error).strip().splitlines()[0]}"
             for direction, seconds in zip(DIRECTIONS, spent, strict=True):
                 tried[(plan.name, direction, warps)] = seconds

@@ -19,7 +19,7 @@ import torch
 
 import nestloop as nl
 from nestloop import tuning, zoo
-from nestloop.errors import NoPlanError, StaleTuningError, TunedFileError
+from nestloop.errors import NoPlanError, SharedMemoryError, StaleTuningError, TunedFileError
 from nestloop.lowering.lower import STREAM_OPS
 from nestloop.lowering.runtime import offline, tuned
 from nestloop.lowering.runtime.offline import Compiled
@@ -65,9 +65,10 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str, int]]:
         given.append((plan.rows, kernel, warps))
         if plan.rows == 16:
             raise NoPlanError("It does not compile.", given="no such instruction")
-        shared = 1 << 20 if plan.rows == 64 else 1 << 14  # more than there is
+        if plan.rows == 64:
+            raise SharedMemoryError("It does not fit.", given="1,048,576 bytes of shared memory for a program")
         spilled = 4096 if kernel.startswith("backward") and warps == 4 else 0
-        return Compiled(kernel, device, dtype, warps, 128, (spilled, spilled), shared, 0.1, {})
+        return Compiled(kernel, device, dtype, warps, 128, (spilled, spilled), 1 << 14, 0.1, {})
 
     monkeypatch.setattr(offline, "compiled", compiled)
     return given
@@ -86,7 +87,7 @@ def test_without_a_gpu_candidates_are_compiled_and_their_facts_decide(loop, comp
     }
     assert "no h200 is here: kernels were compiled for it, and none was run; times are a model's" in found.text
     assert "does not compile: no such instruction" in found.text
-    assert "1,048,576 of shared memory, and h200 has 232,448" in found.text
+    assert "does not fit: 1,048,576 bytes of shared memory for a program" in found.text
     assert found.path == tmp_path / "loops.tuned.json" and tuned.read(found.path) == [found.entry]
     assert json.loads(json.dumps(found.as_json))["entry"]["rows"] == 32
 

@@ -17,6 +17,27 @@ def dot(a, b, S: tl.constexpr, PRODUCT: tl.constexpr):
 
 
 @triton.jit
+def exact_dot(a, b, S: tl.constexpr):
+    """a [M, K] b [K, N] in the compute dtype S, and no less: for what low precision is not for.
+
+    Float32 factors are three bfloat16 terms each, of which six products matter: matrix units take them, of NVIDIA and
+    of AMD. They take none of "ieee", for which each thread holds whole rows and columns.
+    """
+    PRECISION: tl.constexpr = "ieee" if S == tl.float64 else "bf16x6"
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=S)
+
+
+@triton.jit
+def settled(x):
+    """x [M, N], computed as its operands lie, and then handed to products.
+
+    Triton takes a product's factor back to the loads that it comes from, and computes all in between in the product's
+    layout, which has each element in as many threads as need it. It does not pass what depends on a position.
+    """
+    return tl.where(tl.arange(0, x.shape[0])[:, None] >= 0, x, 0.0)
+
+
+@triton.jit
 def maximum(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 

@@ -14,11 +14,12 @@ import torch
 from torch import fx
 
 from nestloop.lowering.axes import Axes
-from nestloop.lowering.emit.triton_tiles import TOKENS, held, walk
+from nestloop.lowering.emit.triton_tiles import NARROWEST, TOKENS, held, walk
 from nestloop.lowering.emit.triton_values import NEUTRAL, TRITON, TritonValues
 from nestloop.lowering.ops.strided import ZERO, Extent, NoSpelling, Strided, product
 from nestloop.lowering.schedule.order import fewest_alive, most_alive
 from nestloop.lowering.schedule.phases import NoPhases, Phase, handed_on, is_blocked, phases, sums_over
+from nestloop.lowering.schedule.recompute import recompute_phases
 from nestloop.lowering.schedule.values import SCALARS, Value, fold, read
 
 
@@ -76,6 +77,7 @@ class TritonFunction(TritonValues):
         self.results = values.results
         made = {v.result: v for v in self.values if v.result is not None}
         self.tiles = {name: held(value) for name, value in {**self.given, **made}.items()}
+        self.narrow = self._narrow()
         for value in [*self.given.values(), *self.values]:
             if ZERO in value.space or any(ZERO in operand.shape for operand in value.reads):
                 raise NoSpelling(f"a tile {self._named(value)} without elements")
@@ -95,6 +97,17 @@ class TritonFunction(TritonValues):
         self.there = set(alive)
         self.body = [line for value in alive if value in self.place for line in self._store(value)]
         self.body += [line for phase in self.phases for line in self._phase(phase)]
+
+    def _narrow(self) -> set[Extent]:
+        """Short axes that no product has, nor a tile that is handed on in registers: the kernel pads all of those."""
+        handed = [v for name, v in self.given.items() if name not in self.rows]
+        handed += [v for v in self.values if v.result is not None and v.result not in self.rows]
+        taken = {size for value in handed for size in held(value)}
+        for value in self.values:
+            if value.kind == "system" or (value.kind == "product" and self.is_dot(value)):
+                taken |= {size for view in value.reads for size in view.shape} | set(value.shape)
+        sizes = {size for value in [*self.given.values(), *self.values] for size in value.space if not size.is_one}
+        return {size for size in sizes - taken if not size.has_tokens and 0 < size.constant < NARROWEST}
 
     def write(self) -> str:
         """The source of the function."""
@@ -134,6 +147,7 @@ class TritonFunction(TritonValues):
             is_blocked(v, size) for n, v in self.given.items() if n not in self.rows
         ):
             raise NoSpelling(f"its axis of {size} is not walked in blocks: a tile of it is handed on in registers")
+        recompute_phases(found, size)
         self.handed = handed_on(found, size)
         return found
 

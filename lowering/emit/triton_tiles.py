@@ -44,6 +44,7 @@ class TritonTiles:
         block: the axis that is walked in blocks, by its size, and a block's length; `handed`: what blocks leave in
             scratch memory for a later walk.
         at_once: what is read from scratch memory soon after it is written.
+        narrow: sizes of axes that no product has, which are no longer than the next power of two.
         ordered: whether rows lie in the order that the call gives.
         pending: lines that must come before the next one; `there`: inputs that were read.
     """
@@ -58,6 +59,7 @@ class TritonTiles:
         self.block = None if block is None else (Extent(0, block[0]), block[1])
         self.handed: set[Value] = set()
         self.at_once: set[Value] = set()
+        self.narrow: set[Extent] = set()
         self.ordered = False
         self.clean: dict[Value, list[bool]] = {}
         self.turned: dict[Value, frozenset[int]] = {}
@@ -79,6 +81,8 @@ class TritonTiles:
         return self.block is not None and size == self.block[0]
 
     def padded(self, size: Extent) -> int:
+        if size in self.narrow:
+            return 1 << (size.constant - 1).bit_length()
         return self.block[1] if self.block is not None and self.in_blocks(size) else padded(size.at(self.longest))
 
     def whole(self, size: Extent) -> bool:

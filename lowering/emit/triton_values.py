@@ -21,7 +21,9 @@ from nestloop.lowering.schedule.phases import sums_over
 from nestloop.lowering.schedule.values import Language, Value, fold, operands_of
 
 NEUTRAL = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}  # what a reduction starts at
-MOST_ELEMENTS = 1 << 16  # of one tile: more never fits the registers of a program
+# Of one tile: twice as many would be all 65,536 registers of a program, of which some hold addresses, and a change of
+# its layout takes 262,144 bytes of shared memory, which no GPU has.
+MOST_ELEMENTS = 1 << 15
 
 
 def number(value: Any) -> str:
@@ -39,9 +41,12 @@ class TritonValues(TritonTiles):
 
     Attributes:
         axes: the names of each value's axes, for the comments.
+        given, values: what it takes, by name, and all that it computes.
     """
 
     axes: Mapping[fx.Node, Axes]
+    given: Mapping[str, Value]
+    values: Sequence[Value]
 
     def _value(self, value: Value) -> list[str]:
         made = {
@@ -85,18 +90,32 @@ class TritonValues(TritonTiles):
         elements = math.prod(map(self.padded, sizes))
         if elements <= MOST_ELEMENTS:
             return
-        names = self.axes.get(value.node, ())
         found = f"a tile {self._named(value)} of {elements} elements is more than registers hold"
-        found += f" ({4 * elements:,} bytes in float32, of which a program has {4 * MOST_ELEMENTS:,})"
-        if len(names) == len(value.space):
-            longest = max(sizes, key=self.padded)
-            name, size = names[value.space.index(longest)], self.padded(longest)
-            count = sum(1 for other, n in zip(value.space, names, strict=True) if n == name and not other.is_one)
+        found += f" ({4 * elements:,} bytes in float32, of which a tile may take {4 * MOST_ELEMENTS:,})"
+        name, size, count = self._longest_axis(value)
+        if count:
             fits = size
             while elements * fits**count > MOST_ELEMENTS * size**count:
                 fits //= 2
-            found += f"; its axis {name.replace(' ', '')} of {longest.at(self.longest)} may have {fits}"
+            found += f"; its axis {name} of {max(sizes, key=self.padded).at(self.longest)} may have {fits}"
         raise NoSpelling(found)
+
+    def _longest_axis(self, value: Value) -> tuple[str, int, int]:
+        """Of a value's tile: its name, its length there, and how many axes are called so (0 where none has a name)."""
+        names = [name.replace(" ", "") for name in self.axes.get(value.node, ())]
+        longest = max((size for size in value.space if not size.is_one), key=self.padded, default=ONE)
+        if len(names) != len(value.space) or longest.is_one:
+            return "?", self.padded(longest), 0
+        name = names[value.space.index(longest)]
+        same = [size for size, n in zip(value.space, names, strict=True) if n == name and not size.is_one]
+        return name, self.padded(longest), len(same)
+
+    @property
+    def largest(self) -> dict[str, Any]:
+        """The largest tile: "tile", its axes; "elements"; "axis", the name of its longest, and that one's "size"."""
+        value = max([*self.values, *self.given.values()], key=self._weight)
+        axis, size, _ = self._longest_axis(value)
+        return {"tile": self._named(value), "elements": self._weight(value), "axis": axis, "size": size}
 
     def _named(self, value: Value) -> str:
         return f"[{', '.join(self.axes.get(value.node, ())).replace(' ', '')}]"
@@ -129,7 +148,21 @@ class TritonValues(TritonTiles):
         elif not rank and all(numeric):
             text = f"tl.full((), {text}, {'tl.int1' if value.is_bool else 'S'})"
         self._set_clean(value, [stays_zero(value, [clean[d] for clean in cleans]) for d in range(rank)])
-        return [text]
+        return [f"tiles.settled({text})" if self._is_taken_back(value) else text]
+
+    def _is_taken_back(self, value: Value) -> bool:
+        """Whether a product reads it that would compute it anew in each of its threads: see `tiles.settled`."""
+        if len(held(value)) != 2 or not any(user.kind == "product" and self.is_dot(user) for user in value.users):
+            return False
+        stack, seen = [value], {value}
+        while stack:
+            for base in {operand.base for operand in stack.pop().reads} - seen:
+                if base.kind not in ("input", "element"):
+                    return False
+                seen.add(base)
+                if base.kind == "element" and base not in self.place:
+                    stack.append(base)
+        return True
 
     @staticmethod
     def _at_all(index: tuple[str, ...], axis: int, text: str) -> bool:
@@ -187,6 +220,11 @@ class TritonValues(TritonTiles):
         return not any(size.is_one for size in sizes) and not batch
 
     @staticmethod
+    def is_low(value: Value) -> bool:
+        """Whether a product's factors may be rounded: as in generated PyTorch, those of mm alone."""
+        return value.node.target is torch.ops.aten.mm.default
+
+    @staticmethod
     def _beside(a: Strided, b: Strided) -> tuple[Strided, Strided]:
         rank = max(len(a.shape), len(b.shape))
         a, b = (
@@ -208,9 +246,9 @@ class TritonValues(TritonTiles):
                 left = left if clean_a[1] else f"tl.where({self._mask(1, 2, inner)}, {left}, 0)"
                 right = right if clean_b[0] else f"tl.where({self._mask(0, 2, inner)}, {right}, 0)"
             self._set_clean(value, [clean_a[0], clean_b[1]])
-            # as in generated PyTorch, low precision is for mm alone
-            precision = "PRODUCT" if value.node.target is torch.ops.aten.mm.default else '"ieee"'
-            return [f"tiles.dot({left}, {right}, S, {precision})"]
+            if self.is_low(value):
+                return [f"tiles.dot({left}, {right}, S, PRODUCT)"]
+            return [f"tiles.exact_dot({left}, {right}, S)"]
         space = a.shape
         axes = [size for size in space if not size.is_one]
         elements = math.prod(map(self.padded, axes))

@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from nestloop.lowering import ops
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.ops.strided import ZERO, Extent, product
@@ -68,9 +66,10 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
 
     Returns:
         "tokens": of the tile. "flops": of its products, as arithmetic in n. "products": rows of a product (as text) ->
-        FLOPs of the tiles that it takes, padding included. "exact": FLOPs of those that no matrix unit takes.
-        "instructions": of all threads. "moved": elements read from memory and written to it. "depth": products,
-        reductions and solved rows that wait for one another. "alive": elements alive at once.
+        FLOPs of the tiles that it takes, padding included. "exact": FLOPs of those that low precision is not
+        for. "instructions": of all threads. "moved": elements read from memory and written to it. "depth": products,
+        reductions and solved rows that wait for one another. "alive": elements alive at once. "largest": the
+        largest tile.
     """
     flops = ZERO
     products: Counter[str] = Counter()
@@ -90,11 +89,11 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
             rows = function.padded(a.shape[-2])
             rounded = sum(_elements(function, view.shape) for view in (a, b))  # or through shared memory
             instructions += rounded * _turns(function, value)
-            if value.node.target is torch.ops.aten.mm.default:
+            if function.is_low(value):
                 products[str(rows)] += 2 * terms
-                instructions += terms // _NARROW_TERMS if rows < NARROW else 0
             else:
-                exact, instructions = exact + 2 * terms, instructions + terms
+                exact += 2 * terms
+            instructions += terms // _NARROW_TERMS if rows < NARROW else 0
         elif value.kind == "system":
             rows = function.padded(value.reads[0].shape[-1])
             steps, each = (1, _TRIANGLE * rows) if ops.row(value.node.target).cpp.triangular else (rows, _PIVOT)
@@ -111,6 +110,7 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
         "moved": moved,
         "depth": max(depth.values(), default=0),
         "alive": function.alive,
+        "largest": function.largest,
     }
 
 

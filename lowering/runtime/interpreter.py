@@ -1,14 +1,16 @@
 """Generated Triton on CPU tensors: Triton's interpreter, kernel by kernel, in a process that also compiles.
 
 Triton interprets when TRITON_INTERPRET is set before it is imported, and then compiles nothing. Here one kernel is
-interpreted at a time. Three things of the stock interpreter are mended on the way: bfloat16, which it computes wrongly
+interpreted at a time. Four things of the stock interpreter are mended on the way: bfloat16, which it computes wrongly
 (products of garbage, casts that cut off), is rounded to nearest; what it puts in the place of `triton.language` while a
-function runs is taken back after it; and a number that bounds a loop is read in a way that every numpy allows.
+function runs is taken back after it; and a number that bounds a loop is read in a way that every numpy allows; and
+products may ask for every precision that devices have, though all are taken in full.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,9 @@ def _install() -> None:
     if getattr(_BUILDER, "mended_by_nestloop", False):
         return
     _BUILDER.mended_by_nestloop = True
+    builder = interpreter.interpreter_builder
+    precisions = (*builder.options.allowed_dot_input_precisions, "bf16x3", "bf16x6")
+    builder.options = replace(builder.options, allowed_dot_input_precisions=precisions)
 
     def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:  # tl.sum and the like, and generated functions
         return _function(self)(*args, **kwargs)

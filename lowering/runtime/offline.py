@@ -22,6 +22,7 @@ from typing import Any
 
 from nestloop.errors import NoPlanError
 from nestloop.lowering.runtime import cache
+from nestloop.lowering.runtime.refusals import no_room
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 
 TARGETS = {"sm_80": ("cuda", 80), "sm_90": ("cuda", 90), "sm_100": ("cuda", 100), "gfx942": ("hip", "gfx942")}
@@ -82,6 +83,7 @@ def compiled(
 
     Raises:
         NoPlanError: it does not compile, or not in time.
+        SharedMemoryError: it does, and wants more shared memory than a program may take there.
     """
     request: dict[str, Any] = {"text": plan.text, "kernel": kernel, "device": device, "dtype": dtype, "wide": plan.wide}
     request["timeout"] = timeout
@@ -92,6 +94,8 @@ def compiled(
         ran = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=10 * timeout)
         if not ran.returncode:
             made = json.loads(ran.stdout.splitlines()[-1])
+            if made["shared"] > SHARED[device]:
+                raise no_room(plan, kernel, made["shared"], SHARED[device])
             return Compiled(**{**made, "spilled": tuple(made["spilled"])})
         if ran.returncode not in (-signal.SIGXCPU, LATE):
             reason = next((line for line in reversed(ran.stderr.splitlines()) if line.strip()), "no message")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from nestloop.errors import Location, NoPlanError, SingularSystemError
+from nestloop.errors import Location, NoPlanError, SharedMemoryError, SingularSystemError
 from nestloop.lang.loop import LoopSpec, user_files
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.triton_plan import TritonPlan
 
 
 def no_native(spec: LoopSpec, reason: str) -> NoPlanError:
@@ -39,6 +42,39 @@ def check_triton(spec: LoopSpec, plan: Plan) -> None:
             need="Triton 3.6 or newer",
             fix="pip install 'nestloop[triton]'",
         )
+
+
+def no_room(plan: TritonPlan, kernel: str, wanted: int, available: int) -> SharedMemoryError:
+    """The refusal of a kernel that wants so many bytes of shared memory on a device that has fewer.
+
+    Tiles go there when products take them, or when they change their layout: the largest one is to blame.
+    """
+    kernels, functions = plan.work["kernels"], plan.work["functions"]
+    called = kernels.get(kernel, {}).get("calls") or list(functions)
+    tile = max((functions[name]["largest"] for name in called), key=lambda largest: largest["elements"])
+    size = fits = tile["size"]
+    while wanted * fits > available * size and fits > 16:
+        fits //= 2
+    return SharedMemoryError(
+        f"The {kernel} kernel wants more shared memory than the device has.",
+        given=f"{wanted:,} bytes of shared memory for a program",
+        need=f"at most {available:,}: its largest tile is {tile['tile']}, {4 * tile['elements']:,} bytes in float32",
+        fix=f"make {tile['axis']} at most {fits} (it is {size}): a smaller size, or chunks of fewer tokens where that "
+        'is n; or write backend="torch": generated PyTorch runs every loop, on a GPU too',
+    )
+
+
+@contextmanager
+def shared_memory_of(plan: TritonPlan, kernel: str) -> Iterator[None]:
+    """While a kernel is launched: Triton's refusal of one that wants too much shared memory, in our words."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        yield
+    except OutOfResources as error:
+        if error.name != "shared memory":
+            raise
+        raise no_room(plan, kernel, error.required, error.limit) from None
 
 
 def singular_system(spec: LoopSpec, line: str | Location) -> SingularSystemError:

@@ -17,6 +17,7 @@ from torch import Tensor
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.batches import BatchCode, BatchLoop, Call, compute_dtype
 from nestloop.lowering.runtime.native import readable
+from nestloop.lowering.runtime.refusals import shared_memory_of
 from nestloop.lowering.runtime.triton_plan import TritonPlan, ranges_of
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class TritonCode:
 
                 interpreted(kernel, grid, arguments)
             else:
-                with torch.cuda.device(like.device):
+                with torch.cuda.device(like.device), shared_memory_of(plan, one.kernel):
                     kernel[grid](**arguments, **plan.options(one.kernel, nvidia=torch.version.hip is None))
 
     @staticmethod
@@ -103,7 +104,8 @@ class TritonCode:
         if dtype == torch.float64:
             return {"S": tl.float64, "PRODUCT": "ieee"}
         exact = torch.get_float32_matmul_precision() == "highest"
-        return {"S": tl.float32, "PRODUCT": _LOW.get(given, "tf32x3" if exact else "tf32")}
+        highest = "tf32x3" if torch.version.hip is None else "bf16x6"  # what AMD's compiler has of it
+        return {"S": tl.float32, "PRODUCT": _LOW.get(given, highest if exact else "tf32")}
 
 
 def pointers(tensor: Tensor, walked: bool, between: bool) -> list[Any]:

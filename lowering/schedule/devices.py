@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nestloop.errors import UnknownDeviceError
-from nestloop.lowering.runtime.offline import SHARED
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,7 @@ class Device:
         arch: what code for it is compiled for, one of `offline.TARGETS`.
         multiprocessors: streaming multiprocessors; of AMD, compute units.
         clock: cycles a second.
-        bf16, tf32, fp32: FLOP a second of products of bfloat16 or float16, of tf32 (AMD: xf32), and of float32
-            without matrix units.
+        bf16, tf32: FLOP a second of products of bfloat16 or float16, and of tf32 (AMD: xf32).
         bandwidth: bytes of memory a second.
         l2: bytes of the cache that all multiprocessors share; of MI300X, the Infinity Cache.
         registers: of 32 bits, of one multiprocessor.
@@ -40,7 +38,6 @@ class Device:
     clock: float
     bf16: float
     tf32: float
-    fp32: float
     bandwidth: float
     l2: int
     registers: int
@@ -51,18 +48,13 @@ class Device:
     issue: int
     launch: float = 5e-6
 
-    @property
-    def program_shared(self) -> int:
-        """Bytes of shared memory that one program may take."""
-        return SHARED[self.arch]
-
 
 _MIB = 1 << 20
 # arch, multiprocessors, clock, then FLOP a second
-_HOPPER = ("sm_90", 132, 1.83e9, 989e12, 494e12, 67e12)
-_B200 = ("sm_100", 148, 1.85e9, 2250e12, 1125e12, 75e12)
-_A100 = ("sm_80", 108, 1.41e9, 312e12, 156e12, 19.5e12)
-_MI300X = ("gfx942", 304, 2.1e9, 1307e12, 653e12, 163e12)
+_HOPPER = ("sm_90", 132, 1.83e9, 989e12, 494e12)
+_B200 = ("sm_100", 148, 1.85e9, 2250e12, 1125e12)
+_A100 = ("sm_80", 108, 1.41e9, 312e12, 156e12)
+_MI300X = ("gfx942", 304, 2.1e9, 1307e12, 653e12)
 
 # NVIDIA's data sheets and tuning guides of H200, H100, B200 (HGX) and A100 (SXM, 80 GB); AMD's of MI300X and CDNA 3. A
 # launch is no figure of theirs: 5 microseconds is what PyTorch's eager ops take on a fast host, at best.

@@ -29,6 +29,7 @@ CACHE = 32  # bytes of the shared cache a multiprocessor and cycle, about half o
 NARROW = (
     0.62  # of that again, products of fewer than 64 rows, which Hopper's and Blackwell's wide instructions leave out
 )
+EXACT = 6  # products in bfloat16 that one of float32 factors takes, each of which is three terms
 WIDE_ROWS = 64  # of such an instruction; 16 rows a warp
 L1 = 128  # the same of a multiprocessor's own cache, which spilled registers go through, as far as it holds them
 LATENCY = 100  # cycles of a product or a reduction that the next one waits for
@@ -79,7 +80,7 @@ class Work:
         programs: of a kernel; 0 of generated PyTorch, and so are the fields after.
         outside: FLOPs of products that PyTorch takes before or after the kernel.
         products: rows of a product -> FLOPs of a program's tiles, padding included.
-        exact: FLOPs of a program that no matrix unit takes.
+        exact: FLOPs of its products that low precision is not for.
         instructions: of all threads of a program.
         moved: bytes that a program reads and writes through the shared cache.
         calls: that a program makes of functions, with the elements of tiles alive at once in each, which may spill.
@@ -221,7 +222,7 @@ def on_device(
     copies = {rows: replicated(device, rows, warps) for rows in work.products}
     narrow = {rows: NARROW if rows < WIDE_ROWS and _is_wide(device) else 1.0 for rows in work.products}
     products = sum((f * copies[rows] / narrow[rows] for rows, f in work.products.items()), _ZERO)
-    seconds = products * per / product_rate(device, dtype) + work.exact * per / (device.fp32 * PRODUCTS)
+    seconds = products * per / product_rate(device, dtype) + work.exact * EXACT * per / product_rate(device, "bf16")
     # what a chain of products replicates, it replicates with all that is computed of them
     total = sum(work.products.values(), _ZERO)
     again = 1 if total == 0 else sum((f * copies[rows] for rows, f in work.products.items()), _ZERO) / total

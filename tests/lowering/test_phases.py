@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import nestloop as nl
 from nestloop import zoo
-from nestloop.lowering import names, pipeline
+from nestloop.lowering import names, ops, pipeline
 from nestloop.lowering.emit.triton_values import TRITON
 from nestloop.lowering.ops.strided import Extent
-from nestloop.lowering.schedule.phases import NoPhases, handed_on, is_blocked, phases, sums_over
+from nestloop.lowering.schedule.phases import NoPhases, Phase, handed_on, is_blocked, phases, sums_over
+from nestloop.lowering.schedule.recompute import recompute_phases
 from nestloop.lowering.schedule.values import Value, read
 
+SUMS = {torch.ops.aten.add.Tensor}  # cheap, of products
 SIZES = {"d": 6, "D": 40, "dx": 5, "dy": 3, "H": 2}
 
 
@@ -24,16 +27,19 @@ def values_of(loop: type[nl.Loop], name: str, backward: bool = False) -> list[Va
     return read(module, results, [False] * len(results), [*spec.views, "d_z"], language=TRITON).computed
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["handed on", "computed again"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("name", ["gradient", "update", "readout"])
 @pytest.mark.parametrize("loop", [zoo.MTTTMLPSGD4, zoo.MTTTMLP], ids=lambda loop: loop.__name__)
-def test_what_a_phase_reads_is_there(loop: type[nl.Loop], name: str, backward: bool):
+def test_what_a_phase_reads_is_there(loop: type[nl.Loop], name: str, backward: bool, again: bool):
     size = Extent(0, 24)
     values = values_of(loop, name, backward)
     found = phases(values, size)
-    handed = handed_on(found, size)
     assert sorted(v.name for p in found for v in [*p.once, *p.blocks]) == sorted(v.name for v in values)
-    computed, there = set(values), set()
+    if again:
+        recompute_phases(found, size)
+    handed = handed_on(found, size)
+    computed, there = {v for p in found for v in [*p.once, *p.blocks]}, set()
     for phase in found:
         for value in phase.once:
             assert not is_blocked(value, size)
@@ -54,6 +60,28 @@ def test_an_mlp_gradient_takes_two_walks():
     handed = handed_on(found, size)
     assert len(found) == 2 and {v.kind for v in handed} == {"element"} and len(handed) == 2
     assert [v.kind for v in found[0].blocks if sums_over(v, size)] == ["product"]
+
+
+def test_cheap_chains_are_computed_again():
+    """Of a GELU's backward its argument, its tanh and its own values are kept, and no phase reads more than it did."""
+    size = Extent(0, 24)
+    found = phases(values_of(zoo.MTTTMLP, "gradient", backward=True), size)
+    before, read = handed_on(found, size), read_by(found, size)
+    recompute_phases(found, size)
+    after = handed_on(found, size)
+    assert after < before and len(after) <= len(before) // 2
+    assert all(ops.row(v.node.target).work > 1 for v in after if v.kind == "element" and v.node.target not in SUMS)
+    assert all(now <= then for now, then in zip(read_by(found, size), read, strict=True))
+    for value in (v for phase in found for v in phase.blocks):
+        assert all(value in operand.base.users for operand in value.reads)
+        assert not value.factors or [f.base for f in value.factors] == [o.base for o in value.reads]
+
+
+def read_by(found: list[Phase], size: Extent) -> list[int]:
+    """Blocks from elsewhere that each phase reads."""
+    own = [set(phase.blocks) for phase in found]
+    bases = [{o.base for v in phase.blocks for o in v.reads} for phase in found]
+    return [len([v for v in read - mine if is_blocked(v, size)]) for read, mine in zip(bases, own, strict=True)]
 
 
 class Softmax(nl.Learner):

@@ -14,12 +14,13 @@ import torch
 
 import nestloop as nl
 from nestloop import zoo
-from nestloop.errors import NoPlanError
+from nestloop.errors import NoPlanError, SharedMemoryError
 from nestloop.lowering import pipeline
 from nestloop.lowering.emit import triton_choice, triton_kernels, triton_streamed
 from nestloop.lowering.lower import STREAM_OPS
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime import cache, offline, tiles, tuned
+from nestloop.lowering.runtime.refusals import shared_memory_of
 from nestloop.lowering.runtime.triton import TritonStream
 from nestloop.lowering.runtime.triton_plan import Tiling
 from tests.drawn import SIZES
@@ -264,6 +265,50 @@ def test_what_does_not_compile_is_refused():
     with pytest.raises(NoPlanError) as refusal:
         offline.compiled(broken, "forward_states")
     assert str(refusal.value).startswith("The forward_states kernel does not compile for sm_90.")
+
+
+@pytest.mark.oldest_triton
+def test_what_a_product_reads_is_computed_once():
+    """Not by each thread that the product needs it in: Triton would take the ELU of a key there."""
+    plan = plan_of(zoo.NormAttention, dk=64, dv=64)
+    for launch in plan.launches("forward"):
+        made = offline.compiled(plan, launch.kernel)
+        exponentials = [line for line in made.text["ttgir"].splitlines() if "math.exp" in line]
+        assert exponentials and not any("dot_op" in line or "#linear" in line for line in exponentials)
+        assert made.spilled == (0, 0)
+
+
+TOO_LARGE = """The forward_outputs kernel wants more shared memory than the device has.
+  given: {wanted:,} bytes of shared memory for a program
+  need:  at most {available:,}: its largest tile is [n,n], 16,384 bytes in float32
+  fix:   make n at most 32 (it is 64): a smaller size, or chunks of fewer tokens where that is n; or write \
+backend="torch": generated PyTorch runs every loop, on a GPU too"""
+
+
+def test_what_does_not_fit_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """Before it is launched: where it is compiled, and in the place of Triton's own error."""
+    from triton.runtime.errors import OutOfResources
+
+    plan = plan_of(zoo.CausalLinearAttention, dk=64, dv=64)
+    wanted = offline.compiled(plan, "forward_outputs").shared
+    monkeypatch.setitem(offline.SHARED, "sm_90", wanted - 1)
+    with pytest.raises(SharedMemoryError) as refusal:
+        offline.compiled(plan, "forward_outputs")
+    assert str(refusal.value) == TOO_LARGE.format(wanted=wanted, available=wanted - 1)
+    with pytest.raises(SharedMemoryError) as refusal, shared_memory_of(plan, "forward_outputs"):
+        raise OutOfResources(wanted, wanted - 1, "shared memory")
+    assert str(refusal.value) == TOO_LARGE.format(wanted=wanted, available=wanted - 1)
+    with pytest.raises(OutOfResources), shared_memory_of(plan, "forward_outputs"):
+        raise OutOfResources(2048, 1024, "threads")
+
+
+@pytest.mark.parametrize("loop", [zoo.CausalLaCT, zoo.Moneta], ids=lambda loop: loop.__name__)
+def test_no_plan_has_a_tile_that_no_device_holds(loop: type[nl.Loop]):
+    """At d = 32: a tile of 65,536 elements is all registers of a program, and more than its shared memory."""
+    sizes = {**SIZES, "H": 2, **loop.spec.default_dims, "d": 32}
+    lowered = pipeline.stream_stages(loop.spec, sizes, None, losses=False, part="scan", triton=True)
+    assert lowered.triton is None
+    assert "65536 elements is more than registers hold (262,144 bytes in float32" in lowered.not_triton
 
 
 @pytest.mark.oldest_triton

@@ -1,9 +1,8 @@
 """`python -m benchmarks.static`: what every Triton kernel of the zoo takes, compiled for GPUs that need not be there.
 
 Registers, spills and shared memory of every kernel of each loop, its tokens in bfloat16, at heads of d features; and
-how long compiling took. The table is printed last. The figures go to
-`benchmarks/results/static.json` kernel by kernel, and what is there of the same code, compiled by the same Triton, is
-not compiled again.
+how long compiling took. The table is printed last. The figures go to `benchmarks/results/static.json` kernel by kernel,
+and what is there of the same code, compiled by the same Triton, is not compiled again.
 """
 
 from __future__ import annotations

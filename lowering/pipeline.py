@@ -24,14 +24,10 @@ from nestloop.lowering.emit.cpp_piece import CppPiece
 from nestloop.lowering.emit.cpp_scan import CppScan
 from nestloop.lowering.emit.stream import StreamEmitter, StreamSource
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
-from nestloop.lowering.emit.triton_kernels import ALIVE
+from nestloop.lowering.emit.triton_choice import triton_scan
 from nestloop.lowering.emit.triton_loop import TritonLoop
 from nestloop.lowering.emit.triton_piece import TritonPiece
 from nestloop.lowering.emit.triton_pieces import HEIGHTS
-from nestloop.lowering.emit.triton_scan import TritonScan
-from nestloop.lowering.emit.triton_split import ALIVE_SPLIT, LONGEST_SPLIT, TritonSplitScan
-from nestloop.lowering.emit.triton_stream import TritonStream
-from nestloop.lowering.emit.triton_streamed import TritonStreamedScan
 from nestloop.lowering.ops import NoSpelling
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites
 from nestloop.lowering.runtime.native import NativePlan
@@ -159,7 +155,6 @@ def _check_steps(captured: Captured) -> None:
         raise NoSpelling("a kernel estimator has no steps to walk")
 
 
-SHORTEST = 16  # tokens of a chunk in Triton, where any number is legal
 PARTS = ("scan", "inside", "inside partial", "update", "read")
 
 
@@ -266,77 +261,9 @@ def stream_stages(
 
         free = bool(tokens is None and form.longest_cpp)
         levels = (2, 1) if is_affine(made["chunk"], emitter.carry) else (1,)
-        kernels, not_triton = _triton_scan(of_length, form, close.longest, free, levels, tiling)
+        kernels, not_triton = _spelled(lambda: triton_scan(of_length, form, close.longest, free, levels, tiling))
     captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)
     return LoweredStream(captured, typing, form, made, applied, source, native, not_native, kernels, not_triton, part)
-
-
-def _triton_scan(
-    of_length: Callable[[int], tuple[Any, ...]],
-    form: Form,
-    longest: int,
-    free: bool,
-    levels: tuple[int, ...],
-    tiling: Tiling,
-) -> tuple[TritonPlan | None, str]:
-    """A scan in Triton, or why there is none.
-
-    Args:
-        of_length: tokens of a chunk -> the scan, as emitters take it.
-        longest: tokens of a chunk where the state stays with its program.
-        free: whether any number of tokens makes a chunk.
-        levels: the kinds that may be taken, the best first, unless `tiling` names one.
-    """
-    if tiling.rows not in (None, longest) and not free:
-        return None, f"its {form.name} form takes chunks of {longest} tokens, and no others"
-    made: TritonPlan | None = None
-    reason = ""
-    for level in levels if tiling.levels is None else (tiling.levels,):
-        emit = {1: _in_one, 2: _split}[level]
-        first = min(form.longest, LONGEST_SPLIT) if free and level == 2 else longest
-        rows = tiling.rows or first
-        made, reason = _spelled(lambda: emit(of_length, rows, free and tiling.rows is None))  # noqa: B023
-        if made is not None:
-            break
-    return made if made is None or tiling.warps is None else made.with_warps(tiling.warps), reason
-
-
-def _split(of_length: Callable[[int], tuple[Any, ...]], rows: int, free: bool) -> TritonPlan:
-    """Only the state walked in order: with the longest chunks that fit registers, or the shortest."""
-    scan = TritonSplitScan(*of_length(rows))
-    while free and scan.alive > ALIVE_SPLIT and rows > SHORTEST:
-        rows //= 2
-        scan = TritonSplitScan(*of_length(rows))
-    return scan.emit()
-
-
-def _in_one(of_length: Callable[[int], tuple[Any, ...]], rows: int, free: bool) -> TritonPlan:
-    """All in one kernel: with fewer tokens where so many do not fit registers at all."""
-    while True:
-        try:
-            return _with_state(*of_length(rows)).emit()
-        except NoSpelling:
-            if not free or rows <= SHORTEST:
-                raise
-        rows //= 2
-
-
-def _with_state(*scan: Any) -> TritonStream:
-    """The state in registers where it fits there beside what a chunk computes, else in memory."""
-    made: list[TritonStream] = []
-    refused = None
-    for kind in (TritonScan, TritonStreamedScan):
-        try:
-            made.append(kind(*scan))
-        except NoSpelling as reason:
-            refused = refused or reason
-            continue
-        if made[-1].alive <= ALIVE:
-            return made[-1]
-    if not made:
-        assert refused is not None
-        raise refused
-    return min(made, key=lambda one: one.alive)
 
 
 def _emitted(emitter: Callable[..., Any], scan: tuple[Any, ...]) -> tuple[Any, str]:

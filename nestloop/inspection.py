@@ -23,7 +23,7 @@ from nestloop.lowering.runtime.compiler import find
 from nestloop.lowering.runtime.executable import not_native
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.tiles import LOST_BITS
-from nestloop.lowering.runtime.triton_plan import WORTH
+from nestloop.lowering.runtime.triton_plan import WORTH, TritonPlan
 from nestloop.lowering.runtime.work import expected
 from nestloop.stages import STAGES, AnyLowered, compiled, optimizer_text, schedule_text, state_elements
 
@@ -249,6 +249,8 @@ def _what_streams(lowered: LoweredStream, op: CompiledLoop | None, sizes: Mappin
     if lowered.part != "scan":
         return [*lines, "  an op for each update and each read-out, joined by the state"]
     longest = form.in_cpp.longest if native else form.longest
+    if op is not None and op.requested == "triton" and lowered.triton is not None:
+        longest = lowered.triton.rows
     lines.append(f"  a scan over chunks of {longest} tokens; each chunk's step takes the {form.name} form")
     for rule in lowered.rewrites:
         lines.append(f"  {rule.name}: {'' if rule.fired else 'no, '}{rule.why}")
@@ -274,7 +276,7 @@ def _backend(
     inductor = op is not None and op.inductor
     requested = "auto" if op is None else op.requested
     if requested == "triton":
-        return _in_triton(plan), False, []
+        return _of_triton(plan), False, []
     missing = not_native(plan, build_now=False)
     chosen: list[str] = []
     native = requested != "torch" and not inductor and not missing
@@ -293,18 +295,34 @@ def _backend(
     return [*lines, f"  (backend 'torch': {'expected to be faster' if chosen else why})"], False, chosen
 
 
-def _in_triton(plan: Plan) -> list[str]:
-    """What runs where Triton was asked for, and what has a program of its own."""
+_OVER = {
+    "sequences": "a program a head and sequence",
+    "chunks": "a program a chunk of each",
+    "groups": "a program for the chunks between two states kept of each",
+    "ranges": "a program a range of tokens of each",
+}
+
+
+def _of_triton(plan: Plan) -> list[str]:
+    """The kernels that run, in order."""
     if plan.triton is None:
-        return [f"runs: nothing: generated Triton was asked for, and there is none: {plan.not_triton}"]
-    lines = ["runs: generated Triton, for tensors on a GPU", "  (backend 'triton'; tensors on a CPU are interpreted)"]
-    if plan.triton.ranges is None:
-        return [*lines, "  in parallel over heads and sequences"]
-    lines.append(
-        "  in parallel over heads and sequences: a program of each walks all steps; where these are fewer than the"
-    )
-    tokens = f"{WORTH * plan.triton.rows} tokens of a step"
-    return [*lines, f"  GPU's multiprocessors, over ranges of {tokens} or more too, whose sums are added up in order"]
+        return [f"runs: nothing, for generated Triton was asked for and has no plan: {plan.not_triton}"]
+    lines = ["runs: generated Triton, asked for (backend 'triton'; tensors on a CPU are interpreted)"]
+    lines += _kernels(plan.triton)
+    if plan.triton.ranges is not None:
+        least = WORTH * plan.triton.rows
+        lines.append(f"  or, with fewer heads and sequences than multiprocessors, in ranges of {least} tokens or more,")
+        lines += ["  whose sums are added up in order:", *_kernels(plan.triton.in_ranges())]
+    return lines
+
+
+def _kernels(triton: TritonPlan) -> list[str]:
+    """A line on each of the kernels that run one after the other."""
+    return [
+        f"  {launch.kernel}: {_OVER[launch.over]}, {launch.warps} warps{', each step' if launch.each_step else ''}"
+        for direction in ("forward", "backward")
+        for launch in triton.launches(direction)
+    ]
 
 
 def _gram(op: CompiledLoop | None) -> list[str]:

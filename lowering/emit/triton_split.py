@@ -14,7 +14,7 @@ from torch import fx
 
 from nestloop.lowering.emit.scan import ROWWISE, TITLES
 from nestloop.lowering.emit.triton import TritonFunction
-from nestloop.lowering.emit.triton_kernels import ALIVE, indented
+from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_stream import TritonStream
 from nestloop.lowering.emit.triton_tiles import walk
 from nestloop.lowering.ops.strided import NoSpelling
@@ -22,9 +22,6 @@ from nestloop.lowering.runtime.triton_plan import Handed, Launch
 from nestloop.lowering.streams.step import VALID
 
 BLOCKS = (0, 32, 16)  # lengths of the blocks of a long axis, the best first; 0: all of it
-LONGEST_SPLIT = 64  # tokens of a chunk
-# Elements alive at once, at which chunks are made shorter: kernels of one chunk hold no state beside them.
-ALIVE_SPLIT = ALIVE * 4 // 3
 
 
 class TritonSplitScan(TritonStream):

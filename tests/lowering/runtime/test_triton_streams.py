@@ -16,7 +16,7 @@ import nestloop as nl
 from nestloop import zoo
 from nestloop.errors import NoPlanError
 from nestloop.lowering import pipeline
-from nestloop.lowering.emit import triton_kernels, triton_streamed
+from nestloop.lowering.emit import triton_choice, triton_kernels, triton_streamed
 from nestloop.lowering.lower import STREAM_OPS
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime import cache, offline, tiles, tuned
@@ -67,7 +67,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, size in {"d": 8, "dk": 5}.items():  # what was lowered for other sizes in this process is none of these
         monkeypatch.setitem(SIZES, name, size)
     monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path))  # what is generated depends on these numbers
-    monkeypatch.setattr(pipeline, "TritonScan", refused)
+    monkeypatch.setattr(triton_choice, "TritonScan", refused)
     monkeypatch.setattr(pipeline, "is_affine", lambda piece, carry: False)  # all of it in one kernel
     monkeypatch.setattr(triton_kernels, "SHORTEST_BLOCKED", 32)
     monkeypatch.setattr(triton_kernels, "ALIVE", 0)
@@ -93,7 +93,7 @@ def test_a_state_that_lies_in_memory(loop: type[nl.Loop]):
 def short_chunks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Several chunks to few tokens; memory that nothing was written to holds no numbers."""
     monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path))
-    monkeypatch.setattr(pipeline, "LONGEST_SPLIT", 16)
+    monkeypatch.setattr(triton_choice, "LONGEST_SPLIT", 16)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -142,6 +142,14 @@ def test_a_state_that_is_not_affine_stays_with_its_program():
     # conjugate gradients read the state, and what it becomes does not
     wanted = ("forward_states", "forward_outputs", "backward_states", "backward_cotangents", "backward_tokens")
     assert plan_of(zoo.MesaNet).kernels[:5] == wanted
+
+
+def test_explain_says_which_kernels_run():
+    text = nl.explain(nl.compile(zoo.DeltaNet, backend="triton"))
+    assert "runs: generated Triton, asked for (backend 'triton'; tensors on a CPU are interpreted)" in text
+    assert "\n  forward_outputs: a program a chunk of each, " in text
+    alone = nl.explain(nl.compile(zoo.TTTLinear, backend="triton"))
+    assert "\n  backward: a program a head and sequence, " in alone and "_outputs" not in alone
 
 
 @pytest.mark.parametrize(("a", "e"), [(1, 5), (16, 5), (5, 33)], ids=str)

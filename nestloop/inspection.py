@@ -23,7 +23,7 @@ from nestloop.lowering.runtime.compiler import find
 from nestloop.lowering.runtime.executable import not_native
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.tiles import LOST_BITS
-from nestloop.lowering.runtime.triton_plan import WORTH, InRanges, TritonPlan
+from nestloop.lowering.runtime.triton_plan import WORTH, TritonPlan
 from nestloop.lowering.runtime.work import expected
 from nestloop.stages import STAGES, AnyLowered, compiled, optimizer_text, schedule_text, state_elements
 
@@ -310,16 +310,18 @@ def _of_triton(plan: Plan) -> list[str]:
     lines = ["runs: generated Triton, asked for (backend 'triton'; tensors on a CPU are interpreted)"]
     lines += _kernels(plan.triton)
     if plan.triton.ranges is not None:
-        tokens = f"{WORTH * plan.triton.rows} tokens of a step"
-        lines.append(f"  or, where these are fewer than the GPU's multiprocessors, in ranges of {tokens} or more:")
-        lines += _kernels(plan.triton.ranges)
+        least = WORTH * plan.triton.rows
+        lines.append(f"  or, with fewer heads and sequences than multiprocessors, in ranges of {least} tokens or more,")
+        lines += ["  whose sums are added up in order:", *_kernels(plan.triton.in_ranges())]
     return lines
 
 
-def _kernels(plan: TritonPlan | InRanges) -> list[str]:
+def _kernels(triton: TritonPlan) -> list[str]:
+    """A line on each of the kernels that run one after the other."""
     return [
-        f"  {launch.kernel}: {_OVER[launch.over]}, {launch.warps} warps"
-        for launch in (*plan.forward_launches, *plan.backward_launches)
+        f"  {launch.kernel}: {_OVER[launch.over]}, {launch.warps} warps{', each step' if launch.each_step else ''}"
+        for direction in ("forward", "backward")
+        for launch in triton.launches(direction)
     ]
 
 

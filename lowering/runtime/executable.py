@@ -14,10 +14,11 @@ from torch import Tensor
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import cache, compiler
 from nestloop.lowering.runtime.batches import BatchLoop
-from nestloop.lowering.runtime.library import Code, NestedLoopOp, Signature
+from nestloop.lowering.runtime.library import Code, NestedLoopOp
 from nestloop.lowering.runtime.native import NativeModule, NativePlan, with_pieces
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.refusals import check_triton, no_native
+from nestloop.lowering.runtime.signature import Signature
 from nestloop.lowering.runtime.triton import TritonBatches
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 from nestloop.lowering.runtime.work import flops, pays

@@ -20,10 +20,11 @@ from nestloop.lang.schedule import Causal, Chunked, Program
 from nestloop.lang.state import Entry, State, counts_tokens, entries
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, no_native_reason
-from nestloop.lowering.runtime.library import MOST_ARGUMENTS, Code, NestedLoopOp, Signature
+from nestloop.lowering.runtime.library import Code, NestedLoopOp
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.refusals import check_triton, no_native
+from nestloop.lowering.runtime.signature import MOST_ARGUMENTS, Signature
 from nestloop.lowering.runtime.tiles import join, spacing
 from nestloop.lowering.runtime.triton import TritonStream
 from nestloop.lowering.runtime.work import flops, pays

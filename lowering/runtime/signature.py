@@ -1,0 +1,100 @@
+"""The tensors of a loop's op: what it takes, what it makes, and what it keeps for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestloop.lowering.runtime.batches import is_token, side_by_side
+
+MOST_ARGUMENTS = 64  # of an operator of PyTorch
+KEPT = ("between_", "shared_", "first_form")  # results for backward alone
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Tensors of an op, all [H, B, ...], an axis of size 1 being shared.
+
+    Attributes:
+        tokens, fast, slow: input names; tokens come first, [.., N, *].
+        tiles: shape of one head's tile for every fast weight and for z ("z": without n).
+        ends: names of all fast weights (z, then these, are the first results).
+        losses: whether the inner losses [H, B, steps + 1] are a result.
+        steps: sequence length -> number of steps.
+        ordered: whether the op takes an order.
+        states: whether fast weights are results (not for a kernel estimator).
+        heads: H.
+        shared: what all steps share, one head's tile of each, of what has a row for each token that row. `forward`
+            makes it, and it is kept for `backward` where the op may have as many arguments.
+        decides: whether a call's weights decide between two forms. Then that is kept too, and `shared` is of the first.
+    """
+
+    tokens: tuple[str, ...]
+    fast: tuple[str, ...]
+    slow: tuple[str, ...]
+    tiles: dict[str, tuple[int, ...]]
+    ends: tuple[str, ...]
+    losses: bool
+    steps: Callable[[int], int]
+    ordered: bool
+    heads: int
+    shared: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    decides: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (*self.tokens, *self.fast, *self.slow)
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        losses = ("losses",) if self.losses else ()
+        return ("z", *[f"end_{n}" for n in self.ends], *losses, *self.between, *self.kept_shared)
+
+    @property
+    def kept_shared(self) -> tuple[str, ...]:
+        """Results that hold what all steps share, and [H, 1] whether that is of the first form."""
+        names = [f"shared_{n}" for n in self.shared] + (["first_form"] if self.decides else [])
+        others = 2 * len(self.ends) + len(self.between) + 2 + self.losses + self.ordered  # states, cotangents, z
+        return tuple(names) if len(self.inputs) + len(names) + others <= MOST_ARGUMENTS else ()
+
+    @property
+    def between(self) -> tuple[str, ...]:
+        return tuple(f"between_{n}" for n in self.ends)
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """The results that backward reads."""
+        return tuple(r for r in self.results if r.startswith(("end_", *KEPT)))
+
+    def shapes(self, inputs: Sequence[Tensor]) -> list[list[Any]]:
+        """Shapes of forward's results."""
+        heads = max(t.shape[0] for t in inputs) if inputs else self.heads
+        sequences, length = inputs[0].shape[1:3]  # the first is a view, whose sequences are never shared
+        steps = self.steps(length)
+        ends = [[heads, sequences, *self.tiles[n]] for n in self.ends]
+        losses = [[heads, sequences, steps + 1]] if self.losses else []
+        between = [[max(steps - 1, 0), *end] for end in ends]
+        shared = []
+        for name in [n.removeprefix("shared_") for n in self.kept_shared]:
+            lead = (sequences, length) if is_token(name) else (1,)
+            shared.append([heads, *lead, *self.shared.get(name, ())])
+        return [[heads, sequences, length, *self.tiles["z"]], *ends, *losses, *between, *shared]
+
+    def empty(self, inputs: Sequence[Tensor], dtype: torch.dtype, device: torch.device | None = None) -> list[Tensor]:
+        """Memory for forward's results, as an op's callers see it."""
+        like = inputs[0].new_empty(0, dtype=dtype, device=device)
+        named = zip(self.results, self.shapes(inputs), strict=True)
+        beside = {"z", *[f"shared_{n}" for n in self.shared if is_token(n)]}
+        return [side_by_side(like, shape) if name in beside else like.new_empty(shape) for name, shape in named]
+
+    def empty_cotangents(self, inputs: Sequence[Tensor], device: torch.device | None = None) -> list[Tensor]:
+        """Memory for the inputs' cotangents: of tokens in the order in which those lie."""
+        named = zip(self.inputs, inputs, strict=True)
+        return [
+            torch.empty_like(t, device=device) if name in self.tokens else t.new_empty(t.shape, device=device)
+            for name, t in named
+        ]

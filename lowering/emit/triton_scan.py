@@ -21,7 +21,7 @@ class TritonScan(TritonStream):
         for n in self.extra:
             if n.endswith("__pending"):
                 body.append(self.store(n, self.end(n), self.zeros(n)))
-        loop = [*self.span, "if (index > 0) & (index % every == 0):"]
+        loop = [*self.next_chunk("forward"), "if (index > 0) & (index % every == 0):"]
         kept = [self.store(n, self.between(n, "index // every - 1", made=True), n) for n in self.carry]
         loop += indented(kept)
         loop += self._anchored()
@@ -106,7 +106,7 @@ class TritonScan(TritonStream):
     def _pull(self) -> list[str]:
         """Lines of one chunk's backward."""
         now = self.slots("index - first")
-        lines = [*self.span, *[self.load(n, now[n]) for n in self.carry], *self._anchored()]
+        lines = [*self.next_chunk("backward"), *[self.load(n, now[n]) for n in self.carry], *self._anchored()]
         for n in self.extra:
             if n.endswith("__update"):
                 lines.append(self.load(n, self.at(f"d_end_{n}"), f"d_{n}_new", "index + 1 == chunks"))

@@ -149,7 +149,7 @@ class TritonSplitScan(TritonStream):
             if n.endswith("__pending"):
                 body.append(self.store(n, self.end(n), self.zeros(n)))
         kept = [self.store(n, self.between(n, "index // every - 1", made=True), n) for n in self.carry]
-        loop = [*self._begin("forward_states"), *self._store_all(self._slots("states", self.carry), "{}")]
+        loop = [*self.next_chunk("forward_states"), *self._store_all(self._slots("states", self.carry), "{}")]
         loop += ["if (index > 0) & (index % every == 0):", *indented(kept)]
         anchors = [n for n in self.extra if n.endswith("__anchor")]
         if anchors:
@@ -181,7 +181,7 @@ class TritonSplitScan(TritonStream):
         first = [self.load(n, self.at(n)) for n in self.carry]
         later = [self.load(n, self.between(n, "part - 1")) for n in self.carry]
         slots = self._slots("states", self.carry)
-        loop = [*self._begin("backward_states"), *self._store_all(slots, "{}"), *self._advance()]
+        loop = [*self.next_chunk("backward_states"), *self._store_all(slots, "{}"), *self._advance()]
         return [
             *self.read_only("backward_states"),
             "first = part * every",
@@ -212,7 +212,7 @@ class TritonSplitScan(TritonStream):
             return [line for line in lines if line]
 
         passed = {f"d_{n}_new": f"d_{n}" for n in self.carry}
-        loop = ["index = chunks - 1 - back", *self._begin("backward_cotangents")]
+        loop = ["index = chunks - 1 - back", *self.next_chunk("backward_cotangents")]
         loop += self._store_all(self._slots("cotangents", self.carry), "d_{}")
         loop += self.either(pull("chunk"), pull("partial") if self._has_partial else [])
         last = []
@@ -256,10 +256,6 @@ class TritonSplitScan(TritonStream):
     @property
     def _has_partial(self) -> bool:
         return "partial" in self.pieces
-
-    def _begin(self, kernel: str) -> list[str]:
-        """Lines that begin a chunk of several: it works in the memory that the one before has read."""
-        return [*self.span, *(["tl.debug_barrier()"] if self._scratch(kernel) else [])]
 
     def _places(self, names: Sequence[str]) -> dict[str, str]:
         return {n: self.at(n) for n in names}

@@ -210,6 +210,12 @@ class TritonStream(TritonKernels, ScanTensors):
         reach = f" + {self.halo}" if self.halo else ""
         return [f"start = index * {self.rows}", f"own = tl.minimum(N - start, {self.rows})", f"n = own{reach}"]
 
+    def next_chunk(self, kernel: str) -> list[str]:
+        """Lines that begin a chunk behind another: it works in memory that the one before has read, and adds to rows
+        that their windows share."""
+        waits = self._scratch(kernel) or (self.halo and kernel == "backward")
+        return [*self.span, *(["tl.debug_barrier()"] if waits else [])]
+
     def read_only(self, which: str) -> list[str]:
         """Lines that read slow weights, and initial fast weights that all chunks see."""
         read = {n for f in self._functions_of(which) for n in f.inputs}

@@ -96,7 +96,8 @@ def kernels_of_scans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     """The kernels of the scans that run: several chunks to few tokens, and no numbers in memory before."""
     monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path))
     monkeypatch.setattr(triton_choice, "LONGEST_SPLIT", 16)
-    called, found = TritonStream._run, set()
+    called = TritonStream._run
+    found: set[str] = set()
 
     def remembered(self: TritonStream, *given: Any) -> None:
         if self.signature.chunk:

@@ -24,6 +24,7 @@ NEUTRAL = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}  # what a 
 # Of one tile: twice as many would be all 65,536 registers of a program, of which some hold addresses, and a change of
 # its layout takes 262,144 bytes of shared memory, which no GPU has.
 MOST_ELEMENTS = 1 << 15
+MOST_TERMS = 1 << 16  # of a product that no unit takes: they stay in registers
 
 
 def number(value: Any) -> str:
@@ -252,7 +253,7 @@ class TritonValues(TritonTiles):
         space = a.shape
         axes = [size for size in space if not size.is_one]
         elements = math.prod(map(self.padded, axes))
-        if elements > MOST_ELEMENTS:
+        if elements > MOST_TERMS:
             raise NoSpelling(f"a product of {elements} terms is more than registers hold")
         (left, clean_a), (right, clean_b) = self._tile(a, space), self._tile(b, space)
         text = f"{left} * {right}"

@@ -143,7 +143,7 @@ def triangle(n: int, near: float, upper: bool) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("upper", [False, True], ids=["lower", "upper"])
-@pytest.mark.parametrize("n", [3, 16, 17, 50, 64, 100, 128, 200])
+@pytest.mark.parametrize("n", [3, 16, 17, 50, 64, 100, 128])
 def test_triangles_of_keys_that_are_alike_are_solved_as_accurately_as_pytorch_solves_them(n: int, upper: bool) -> None:
     for near in (0.0, 0.01, 0.3):
         system, right = triangle(n, near, upper)

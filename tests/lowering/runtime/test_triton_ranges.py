@@ -142,7 +142,8 @@ def test_sizes_and_the_device_decide(monkeypatch: pytest.MonkeyPatch):
         plain(self, plan, direction, *rest)
 
     monkeypatch.setattr(triton.TritonCode, "launch", launch)
-    inputs = inputs_of(Clipped, 37, sequences=1)
+    own = {**SIZES, "d": 10, "D": 20}  # of no other test, whose tiles may be others
+    inputs = random_inputs(Clipped.spec, own, tokens=37, scale={"eta": 0.5}, sequences=1)
     wanted = run(nl.compile(Clipped, backend="triton"), inputs, losses=False)
     assert launched == ["forward 0", "backward 0"]
     launched.clear()

@@ -98,7 +98,8 @@ def compiled(
                 raise no_room(plan, kernel, made["shared"], SHARED[device])
             return Compiled(**{**made, "spilled": tuple(made["spilled"])})
         if ran.returncode not in (-signal.SIGXCPU, LATE):
-            reason = next((line for line in reversed(ran.stderr.splitlines()) if line.strip()), "no message")
+            said = [line for line in ran.stderr.splitlines() if line.strip() and not line.startswith("Repro command")]
+            reason = said[-1] if said else "no message"  # without the paths of this machine
     except subprocess.TimeoutExpired:
         pass
     raise NoPlanError(

@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +23,25 @@ def synchronize(device: str) -> None:
 def gemm_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024, repeats: int = 5) -> float:
     """GFLOP/s of one [size, size] x [size, size] product, the best of `repeats`."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(repeats + 1):  # the first one warms up
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9
+    return 2 * size**3 / _best(lambda: a @ b, device, repeats) / 1e6
 
 
 def copy_rate(device: str = "cpu", size: int = 2**30, repeats: int = 5) -> float:
     """GB/s of copying `size` bytes, read and written, the best of `repeats`."""
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    best = float("inf")
+    return 2 * size / _best(lambda: target.copy_(source), device, repeats) / 1e6
+
+
+def _best(function: Callable[[], Any], device: str, repeats: int) -> float:
+    """Milliseconds of a call, the best of `repeats` behind one that warms up."""
+    times = []
     for _ in range(repeats + 1):
         clock = Clock(device)
         clock.mark()
-        target.copy_(source)
+        function()
         clock.mark()
-        best = min(best, clock.between(0, 1))
-    return 2 * size / best / 1e6
+        times.append(clock.between(0, 1))
+    return min(times[1:])
 
 
 class Clock:

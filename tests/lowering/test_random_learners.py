@@ -5,23 +5,22 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, reject, seed, settings
+from hypothesis import given, reject
 
 import nestloop as nl
 from nestloop.lowering.runtime.library import Code
 from nestloop.lowering.runtime.native import NativePlan
 from tests.lowering.comparison import assert_equal, differences, run, tokens_at_a_time
+from tests.lowering.random_cases import drawn
 from tests.lowering.random_loops import LOSSES, RandomLoop, random_loops
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
 
-CASES = int(os.environ.get("NESTLOOP_RANDOM_CASES", "0"))
 FAMILIES = [(loss, shuffled) for loss in LOSSES for shuffled in (False, True)]
 
 
@@ -87,15 +86,7 @@ def test_a_loop_that_failed_once(name: str):
     ("loss", "shuffled"), FAMILIES, ids=[f"{loss}-{'shuffled' if s else 'full batch'}" for loss, s in FAMILIES]
 )
 def test_random_learners_equal_the_reference(loss: str, shuffled: bool):
-    @seed(FAMILIES.index((loss, shuffled)) + CASES)
-    @settings(
-        max_examples=CASES // len(FAMILIES) or 13,
-        derandomize=False,  # seeded above: another set of cases for each family
-        database=None,
-        phases=[Phase.generate],  # a case takes a second: a failing one is printed as it was drawn
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawn(FAMILIES.index((loss, shuffled)), len(FAMILIES), 13)
     @given(case=random_loops(loss, shuffled))
     def holds(case: RandomLoop) -> None:
         check(case)

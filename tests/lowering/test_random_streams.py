@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, reject, seed, settings
+from hypothesis import given, reject
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,11 +21,11 @@ import nestloop as nl
 from nestloop.errors import NestloopError, NoPlanError
 from nestloop.lowering.runtime import tiles
 from tests.lowering.comparison import Inputs, assert_equal, differences, run, run_in_parts, with_gradients
+from tests.lowering.random_cases import drawn
 from tests.lowering.random_streams import FAMILIES, LENGTHS, LONG, RandomStream, random_streams
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
 
-CASES = int(os.environ.get("NESTLOOP_RANDOM_CASES", "0"))
 BACKENDS = ("torch", "cpp")
 BATCHES = [(family, batch) for family in FAMILIES for batch in range(3)]
 over_batches = pytest.mark.parametrize(("family", "batch"), BATCHES, ids=[f"{f}-{b}" for f, b in BATCHES])
@@ -41,15 +40,7 @@ def few_states_kept(monkeypatch: pytest.MonkeyPatch):
 def each(strategy: st.SearchStrategy[RandomStream], seeded: int, count: int, check: Callable[..., None]) -> None:
     """Check so many declarations and ways to call them."""
 
-    @seed(seeded + CASES)
-    @settings(
-        max_examples=CASES // len(BATCHES) or count,
-        derandomize=False,  # seeded above: another set of cases for each family
-        database=None,
-        phases=[Phase.generate],  # a case takes seconds: a failing one is printed as it was drawn
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawn(seeded, len(BATCHES), count)
     @given(case=strategy, calls=st.integers(0, 2**32))
     def holds(case: RandomStream, calls: int) -> None:
         check(case, random.Random(calls))

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given
 
 import nestloop as nl
 from nestloop.errors import NoPlanError
@@ -21,6 +20,7 @@ from nestloop.lowering.emit import triton_choice, triton_pieces
 from nestloop.lowering.runtime import tiles, tuned
 from nestloop.lowering.runtime.triton_plan import Tiling
 from tests.lowering.comparison import Inputs, assert_equal, differences, run
+from tests.lowering.random_cases import drawn
 from tests.lowering.random_loops import LOSSES, RandomLoop, random_loops
 from tests.lowering.random_streams import FAMILIES, RandomStream, random_streams
 from tests.lowering.test_random_streams import begun, each
@@ -28,7 +28,6 @@ from tests.lowering.test_random_streams import begun, each
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
-CASES = int(os.environ.get("NESTLOOP_RANDOM_CASES", "0"))
 # Of programs most have no Triton: a tile of all the tokens of a call is more than registers hold.
 STREAMS = [(family, batch) for family in FAMILIES for batch in range(1 if family == "program" else 3)]
 over_streams = pytest.mark.parametrize(
@@ -78,15 +77,7 @@ def test_random_loops_of_batches_are_the_reference(loss: str, shuffled: bool, mo
     monkeypatch.setattr(triton_pieces, "TILES", ((16, 0),))  # several tiles to a step
     checked = []
 
-    @seed(500 + LOOPS.index((loss, shuffled)) + CASES)
-    @settings(
-        max_examples=CASES // len(LOOPS) or 4,
-        derandomize=False,  # seeded above: another set of cases for each family
-        database=None,
-        phases=[Phase.generate],
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawn(500 + LOOPS.index((loss, shuffled)), len(LOOPS), 4)
     @given(case=random_loops(loss, shuffled))
     def holds(case: RandomLoop) -> None:
         case = replace(case, tokens=min(max(case.tokens, 1), 35), sequences=1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given
 
 import nestloop as nl
 from nestloop import zoo
@@ -21,6 +21,7 @@ from nestloop.lowering.runtime import offline, plan, triton, triton_plan
 from nestloop.lowering.runtime.triton import TritonBatches
 from nestloop.lowering.runtime.triton_plan import ranges_of
 from tests.lowering.comparison import Inputs, assert_equal, differences, random_inputs, run
+from tests.lowering.random_cases import drawn
 from tests.lowering.random_loops import RandomLoop, random_loops
 from tests.lowering.runtime.test_native import Recall
 from tests.lowering.runtime.test_triton_batches import Clipped, LaterOnlyShuffled, LaterOnlyTwice, Measured, Names
@@ -95,15 +96,7 @@ def test_orders_states_and_views_that_some_steps_read(loop, carried: int, share_
 def test_random_loops_are_the_reference(loss: str, shuffled: bool, share_out):
     draw, checked = random.Random(LOOPS.index((loss, shuffled))), []
 
-    @seed(900 + LOOPS.index((loss, shuffled)))
-    @settings(
-        max_examples=3,
-        derandomize=False,
-        database=None,
-        phases=[Phase.generate],
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawn(900 + LOOPS.index((loss, shuffled)), len(LOOPS), 3)
     @given(case=random_loops(loss, shuffled))
     def holds(case: RandomLoop) -> None:
         share_out(draw.choice((2, 3, 7)))

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from nestloop.lowering.axes import Axes
-from nestloop.lowering.emit.triton_tiles import NARROWEST, TOKENS, held, walk
+from nestloop.lowering.emit.triton_tiles import BARRIER, NARROWEST, TOKENS, held, walk
 from nestloop.lowering.emit.triton_values import NEUTRAL, TRITON, TritonValues
 from nestloop.lowering.ops.strided import ZERO, Extent, NoSpelling, Strided, product
 from nestloop.lowering.schedule.order import fewest_alive, most_alive
@@ -190,7 +190,7 @@ class TritonFunction(TritonValues):
         lines.append(walk("block", f"0, {size}, {length}"))
         lines += [f"    {line}" for line in [f"in_block = block + i{length}", *inside]]
         if any(value in self.handed for value in phase.blocks):
-            lines.append("tl.debug_barrier()")
+            lines.append(BARRIER)
         for value in sums:
             lines += self._ended(value)
         return lines

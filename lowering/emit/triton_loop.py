@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_ranges import TritonRanges
-from nestloop.lowering.emit.triton_steps import BARRIER, KEPT, WHOLE
-from nestloop.lowering.emit.triton_tiles import walk
+from nestloop.lowering.emit.triton_steps import KEPT, WHOLE
+from nestloop.lowering.emit.triton_tiles import BARRIER, walk
 from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.runtime.triton_plan import InRanges, Launch, TritonPlan
 

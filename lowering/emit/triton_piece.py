@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nestloop.lowering.emit.scan import ROWWISE
 from nestloop.lowering.emit.triton_stream import TritonStream
+from nestloop.lowering.emit.triton_tiles import BARRIER
 
 
 class TritonPiece(TritonStream):
@@ -41,7 +42,7 @@ class TritonPiece(TritonStream):
             if result.endswith("_new") and f"d_{result}" in read:
                 body.append(self.load(f"d_{plain}", self.at(f"d_end_{plain}"), to=f"d_{result}"))
         if self.halo:
-            body += [*[self.clear(n) for n in self.seen], "tl.debug_barrier()"]
+            body += [*[self.clear(n) for n in self.seen], BARRIER]
         body.append(self.call(f"{name}_vjp", {}, "c_"))
         body += self.token_cotangents(name)
         for n in [*self.carried, *self.shared]:

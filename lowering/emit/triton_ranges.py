@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import aligned, indented, zeros
-from nestloop.lowering.emit.triton_steps import BARRIER, KEPT, Share, TritonSteps
+from nestloop.lowering.emit.triton_steps import KEPT, Share, TritonSteps
+from nestloop.lowering.emit.triton_tiles import BARRIER
 from nestloop.lowering.runtime.triton_plan import Handed, Launch
 
 RANGE = Share("start", "stop", "(item * ranges + part)")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from nestloop.lowering.emit.scan import ROWWISE
 from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_stream import TritonStream
-from nestloop.lowering.emit.triton_tiles import walk
+from nestloop.lowering.emit.triton_tiles import BARRIER, walk
 
 
 class TritonScan(TritonStream):
@@ -18,17 +18,11 @@ class TritonScan(TritonStream):
         body = self.read_only("forward")
         for n in self.carry:
             body.append(self.load(n, self.at(n)) if n in self.starts else f"{n} = {self.zeros(n)}")
-        for n in self.extra:
-            if n.endswith("__pending"):
-                body.append(self.store(n, self.end(n), self.zeros(n)))
+        body += self.nothing_waits()
         loop = [*self.next_chunk("forward"), "if (index > 0) & (index % every == 0):"]
         kept = [self.store(n, self.between(n, "index // every - 1", made=True), n) for n in self.carry]
         loop += indented(kept)
-        loop += self._anchored()
-        for n in self.extra:
-            if n.endswith("__anchor"):
-                weight = n.removesuffix("__anchor")
-                loop += ["if start + own == N:", *indented([self.store(n, self.end(n), weight)])]
+        loop += [*self._anchored(), *self.leave_anchor()]
 
         def run(name: str) -> list[str]:
             function = self.functions[name]
@@ -43,7 +37,7 @@ class TritonScan(TritonStream):
                     lines.append(self.store(plain, self.end(plain), result if there else self.zeros(plain)))
             return [line for line in lines if line]
 
-        loop += self.either(run("chunk"), run("partial") if "partial" in self.pieces else [])
+        loop += self.either(run)
         body += [walk("index", f"0, tl.cdiv(N, {self.longest})"), *indented(loop)]
         return body + [self.store(n, self.end(n), n) for n in self.carry]
 
@@ -68,12 +62,12 @@ class TritonScan(TritonStream):
         group = [
             "first = (groups - 1 - turn) * every",
             "last = tl.minimum(first + every, chunks)",
-            "tl.debug_barrier()",  # the states of the group before are read
+            BARRIER,  # the states of the group before are read
             "if first == 0:",
             *indented([*first, *[self.store(n, here[n], n) for n in self.carry]]),
             "else:",
             *indented([*later, *[self.store(n, here[n], n) for n in self.carry]]),
-            "tl.debug_barrier()",
+            BARRIER,
         ]
         if self.carry:
             ahead, now, then = [*self.span], self.slots("index - first"), self.slots("index - first + 1")
@@ -86,7 +80,7 @@ class TritonScan(TritonStream):
                 n = r.removesuffix("_new")
                 ahead.append(self.store(n, then[n], r if r in made else self.zeros(n)))
             ahead += [self.store(n, then[n], n) for n in self.anchors]
-            ahead.append("tl.debug_barrier()")
+            ahead.append(BARRIER)
             group += [walk("index", "first, last - 1"), *indented([line for line in ahead if line])]
         group += [walk("back", "first, last"), *indented(["index = last - 1 - (back - first)", *self._pull()])]
         body += [walk("turn", "0, groups"), *indented(group)]
@@ -101,7 +95,7 @@ class TritonScan(TritonStream):
         """Lines that set the cotangents of tokens to zero, to which windows that overlap add."""
         lines = [walk("index", f"0, tl.cdiv(N, {self.rows})")]
         inner = [*self.span, *[self.clear(n) for n in self.seen]]
-        return [*lines, *indented(inner), "tl.debug_barrier()"]
+        return [*lines, *indented(inner), BARRIER]
 
     def _pull(self) -> list[str]:
         """Lines of one chunk's backward."""
@@ -126,14 +120,7 @@ class TritonScan(TritonStream):
             call = self.call(f"{name}_vjp", places, "c_")
             return [line for line in [call, *after] if line]
 
-        lines += self.either(pull("chunk"), pull("partial") if "partial" in self.pieces else [])
-        last = []
-        for n in self.extra:
-            if n.endswith("__anchor"):  # the last chunk's first weights are its anchor
-                weight = n.removesuffix("__anchor")
-                last += [self.load(f"d_{n}", self.at(f"d_end_{n}")), f"d_{weight} += d_{n}"]
-        if last:
-            lines += ["if index + 1 == chunks:", *indented(last)]
+        lines += [*self.either(pull), *self.pull_anchor("index + 1 == chunks")]
         if self.anchor_period:
             inner = []
             for n in self.anchors:

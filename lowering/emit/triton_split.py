@@ -17,11 +17,8 @@ from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_stream import TritonStream
 from nestloop.lowering.emit.triton_tiles import walk
-from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch
 from nestloop.lowering.streams.step import VALID
-
-BLOCKS = (0, 32, 16)  # lengths of the blocks of a long axis, the best first; 0: all of it
 
 
 class TritonSplitScan(TritonStream):
@@ -34,11 +31,8 @@ class TritonSplitScan(TritonStream):
     spread = "the state in one program a head and sequence, all else in one a chunk"
 
     def _add_functions(self) -> None:
-        if self.halo or self.anchors or self.alone:
-            raise NoSpelling("a window, an anchor of its own period or a token alone is kept in registers")
-        if not self.carry:
-            raise NoSpelling("no state is handed on")
-        tokens = [*self.tokens, "d_z", "d_losses"]
+        self.check_in_memory()
+        tokens = self.per_token
         carried = {f"d_{n}" for n in self.carry}
         own = [*tokens, *ROWWISE, *self.carry, *self.shared]
         for name, piece in self.pieces.items():
@@ -59,13 +53,7 @@ class TritonSplitScan(TritonStream):
         self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str, rows: Collection[str]
     ) -> None:
         """A function; `rows`: what it reads and writes itself."""
-        per_token, axes = [*self.tokens, "d_z", "d_losses"], self._axes(module)
-        own: dict[str, tuple[int, bool | str]] = {n: (0, False) for n in rows}
-
-        def of_tile(height: int, block: tuple[int, int] | None, sums: Sequence[str]) -> TritonFunction:
-            return TritonFunction(name, module, results, per_token, doc, axes, height, own, block=block)
-
-        self.functions[name] = self.fitting(of_tile, module, [(self.rows, length) for length in BLOCKS], [[]])
+        self.add_blocked(name, module, results, doc, dict.fromkeys(rows, (0, False)))
 
     # ---- Kernels ---------------------------------------------------------------------------------------------------
 
@@ -93,11 +81,6 @@ class TritonSplitScan(TritonStream):
         return (*made, *([Handed("sums_handed", "chunks", self.room_for(self._summed))] if self._summed else []))
 
     @property
-    def _size(self) -> int:
-        """Elements of a state, each part from the start of a cache line."""
-        return self.room_for(self.carry)
-
-    @property
     def _summed(self) -> list[str]:
         """Weights whose cotangents chunks add up."""
         return [n for n in self.shared if n in self.gradients]
@@ -116,9 +99,6 @@ class TritonSplitScan(TritonStream):
         return doc, [*chunks, *lines()]
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
-
-    def step(self, name: str) -> str:
-        return f"{name}_n" if self._walks(name) else "0"
 
     def _slots(self, handed: str, names: Sequence[str], index: str = "index") -> dict[str, str]:
         """Where a chunk's part of what kernels leave for one another lies."""
@@ -145,17 +125,12 @@ class TritonSplitScan(TritonStream):
     def _states(self) -> list[str]:
         body = self.read_only("forward_states")
         body += [self.load(n, self.at(n)) for n in self.carry]
-        for n in self.extra:
-            if n.endswith("__pending"):
-                body.append(self.store(n, self.end(n), self.zeros(n)))
+        body += self.nothing_waits()
         kept = [self.store(n, self.between(n, "index // every - 1", made=True), n) for n in self.carry]
         loop = [*self.next_chunk("forward_states"), *self._store_all(self._slots("states", self.carry), "{}")]
         loop += ["if (index > 0) & (index % every == 0):", *indented(kept)]
-        anchors = [n for n in self.extra if n.endswith("__anchor")]
-        if anchors:
-            weights = [self.store(n, self.end(n), n.removesuffix("__anchor")) for n in anchors]
-            loop += ["if start + own == N:", *indented(weights)]
-        loop += self.either(self._advance(), ["pass"])
+        loop += self.leave_anchor()
+        loop += self.either(lambda name: self._advance() if name == "chunk" else ["pass"])
         body += [walk("index", "0, chunks"), *indented(loop)]
         return body + [self.store(n, self.end(n), n) for n in self.carry]
 
@@ -173,7 +148,7 @@ class TritonSplitScan(TritonStream):
                     last.append(self.store(plain, self.end(plain), result if there else self.zeros(plain)))
             return [line for line in [*lines, *(["if start + own == N:", *indented(last)] if last else [])] if line]
 
-        return ["index = part", *self.span, *self.either(run("chunk"), run("partial") if self._has_partial else [])]
+        return ["index = part", *self.span, *self.either(run)]
 
     # ---- Backward --------------------------------------------------------------------------------------------------
 
@@ -214,14 +189,8 @@ class TritonSplitScan(TritonStream):
         passed = {f"d_{n}_new": f"d_{n}" for n in self.carry}
         loop = ["index = chunks - 1 - back", *self.next_chunk("backward_cotangents")]
         loop += self._store_all(self._slots("cotangents", self.carry), "d_{}")
-        loop += self.either(pull("chunk"), pull("partial") if self._has_partial else [])
-        last = []
-        for n in self.extra:
-            if n.endswith("__anchor"):  # the last chunk's first weights are its anchor
-                weight = n.removesuffix("__anchor")
-                last += [self.load(f"d_{n}", self.at(f"d_end_{n}")), f"d_{weight} += d_{n}"]
-        if last:
-            loop += ["if back == 0:", *indented(last)]
+        loop += self.either(pull)
+        loop += self.pull_anchor("back == 0")
         body += [walk("back", "0, chunks"), *indented(loop)]
         return body + [self.store(n, f"{n}_made + item * {self.elements(n)}", f"d_{n}") for n in self.carry]
 
@@ -237,7 +206,7 @@ class TritonSplitScan(TritonStream):
             none = [n for n in self._summed if f"d_{n}" not in function.results]
             return [line for line in [*lines, *self.clear_all(none, sums)] if line]
 
-        return ["index = part", *self.span, *self.either(pull("chunk"), pull("partial") if self._has_partial else [])]
+        return ["index = part", *self.span, *self.either(pull)]
 
     def _sums(self) -> list[str]:
         sums = self._slots("sums", self._summed)
@@ -252,10 +221,6 @@ class TritonSplitScan(TritonStream):
         ]
 
     # ---- Parts of kernels ------------------------------------------------------------------------------------------
-
-    @property
-    def _has_partial(self) -> bool:
-        return "partial" in self.pieces
 
     def _places(self, names: Sequence[str]) -> dict[str, str]:
         return {n: self.at(n) for n in names}

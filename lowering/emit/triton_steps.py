@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import aligned, indented, zeros
 from nestloop.lowering.emit.triton_pieces import TritonPieces
-from nestloop.lowering.emit.triton_tiles import walk
+from nestloop.lowering.emit.triton_tiles import BARRIER, walk
 
-BARRIER = "tl.debug_barrier()"
 # How many tiles of every fast weight a kernel keeps in memory for a head and sequence, by what they are.
 KEPT = {
     "forward": {"states": 2, "sums": 1},

@@ -6,18 +6,20 @@ hands from one chunk to the next; tensors are read where they lie, by their stri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx
 
 from nestloop.lowering.emit.scan import ROWWISE, TITLES, ScanTensors
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import TritonKernels, indented
-from nestloop.lowering.emit.triton_tiles import padded
+from nestloop.lowering.emit.triton_tiles import BARRIER, padded
 from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch, TritonPlan
 from nestloop.lowering.streams.step import VALID, identifier
+
+BLOCKS = (0, 32, 16)  # lengths of the blocks of a long axis, the best first; 0: all of it
 
 
 class TritonStream(TritonKernels, ScanTensors):
@@ -69,11 +71,34 @@ class TritonStream(TritonKernels, ScanTensors):
         return {n: tuple(size for size in shape if size != 1) for n, shape in shapes.items()}
 
     def _add(self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str) -> None:
-        per_token = [*self.tokens, "d_z", "d_losses"]
+        per_token = self.per_token
         rows = {n: (self.halo if self.plain(n) in ROWWISE else 0, False) for n in [*per_token, *ROWWISE]}
         rows |= {f"d_{n}": (0, bool(self.halo)) for n in self.tokens}
         height = self.rows + self.halo
         self.functions[name] = TritonFunction(name, module, results, per_token, doc, self._axes(module), height, rows)
+
+    def check_in_memory(self) -> None:
+        """Raise `NoSpelling` for a scan whose state cannot lie in memory."""
+        if self.halo or self.anchors or self.alone:
+            raise NoSpelling("a window, an anchor of its own period or a token alone is kept in registers")
+        if not self.carry:
+            raise NoSpelling("no state is handed on")
+
+    def add_blocked(
+        self,
+        name: str,
+        module: fx.GraphModule,
+        results: Sequence[str | None],
+        doc: str,
+        rows: Mapping[str, tuple[int, bool | str]],
+    ) -> None:
+        """A function that may walk a long axis in blocks; `rows`: what it reads and writes itself."""
+        per_token, axes = self.per_token, self._axes(module)
+
+        def of_tile(height: int, block: tuple[int, int] | None, sums: Sequence[str]) -> TritonFunction:
+            return TritonFunction(name, module, results, per_token, doc, axes, height, rows, block=block)
+
+        self.functions[name] = self.fitting(of_tile, module, [(self.rows, length) for length in BLOCKS], [[]])
 
     # ---- Source ----------------------------------------------------------------------------------------------------
 
@@ -139,14 +164,27 @@ class TritonStream(TritonKernels, ScanTensors):
     def _backward(self) -> list[str]:
         raise NotImplementedError
 
+    @property
+    def per_token(self) -> list[str]:
+        """What is given with a row for each token."""
+        return [*self.tokens, "d_z", "d_losses"]
+
     def _walks(self, name: str) -> bool:
-        return name in (*self.tokens, "d_z", "d_losses")
+        return name in self.per_token
+
+    def step(self, name: str) -> str:
+        return f"{name}_n" if self._walks(name) else "0"
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
 
     @property
     def _state(self) -> int:
         return sum(self.elements(n) for n in self.kept)
+
+    @property
+    def _size(self) -> int:
+        """Elements of a state in memory, each part from the start of a cache line."""
+        return self.room_for(self.carry)
 
     def _functions_of(self, which: str) -> list[TritonFunction]:
         """The functions that a kernel calls."""
@@ -199,11 +237,12 @@ class TritonStream(TritonKernels, ScanTensors):
 
     # ---- Calls -----------------------------------------------------------------------------------------------------
 
-    def either(self, chunk: list[str], partial: list[str]) -> list[str]:
-        """Lines for a complete chunk, or one that is not."""
+    def either(self, lines: Callable[[str], list[str]]) -> list[str]:
+        """Lines for a complete chunk, or one that is not; `lines`: those of "chunk", or of "partial"."""
         if "partial" not in self.pieces:
-            return chunk
-        return [f"if own == {self.longest}:", *indented(chunk), "else:", *indented(partial)]
+            return lines("chunk")
+        chunk, partial = (indented(lines(name)) for name in ("chunk", "partial"))
+        return [f"if own == {self.longest}:", *chunk, "else:", *partial]
 
     @property
     def span(self) -> list[str]:
@@ -211,10 +250,30 @@ class TritonStream(TritonKernels, ScanTensors):
         return [f"start = index * {self.rows}", f"own = tl.minimum(N - start, {self.rows})", f"n = own{reach}"]
 
     def next_chunk(self, kernel: str) -> list[str]:
-        """Lines that begin a chunk behind another: it works in memory that the one before has read, and adds to rows
-        that their windows share."""
-        waits = self._scratch(kernel) or (self.halo and kernel == "backward")
-        return [*self.span, *(["tl.debug_barrier()"] if waits else [])]
+        """Lines that begin a chunk behind another, which has read the memory that this one works in."""
+        return [*self.span, *([BARRIER] if self._scratch(kernel) else [])]
+
+    def nothing_waits(self) -> list[str]:
+        """Lines that leave a state in which no token waits for its step, until a chunk that is not complete."""
+        return [self.store(n, self.end(n), self.zeros(n)) for n in self.extra if n.endswith("__pending")]
+
+    def leave_anchor(self) -> list[str]:
+        """Lines that leave the last chunk's first weights, its anchor."""
+        left = {n: n.removesuffix("__anchor") for n in self.extra if n.endswith("__anchor")}
+        return [
+            line
+            for n, weight in left.items()
+            for line in ("if start + own == N:", *indented([self.store(n, self.end(n), weight)]))
+        ]
+
+    def pull_anchor(self, last: str) -> list[str]:
+        """Lines that add that one's cotangent to the weights'; `last`: whether the chunk is the last, as Triton."""
+        lines = []
+        for n in self.extra:
+            if n.endswith("__anchor"):
+                weight = n.removesuffix("__anchor")
+                lines += [self.load(f"d_{n}", self.at(f"d_end_{n}")), f"d_{weight} += d_{n}"]
+        return [f"if {last}:", *indented(lines)] if lines else []
 
     def read_only(self, which: str) -> list[str]:
         """Lines that read slow weights, and initial fast weights that all chunks see."""
@@ -225,5 +284,5 @@ class TritonStream(TritonKernels, ScanTensors):
     def token_cotangents(self, name: str) -> list[str]:
         """Lines after a piece that writes cotangents of its tokens: those that it does not reach are zero."""
         if self.halo:  # windows that overlap add to the same rows, which were zero
-            return ["tl.debug_barrier()"]
+            return [BARRIER]
         return [self.clear(n) for n in self.seen if n not in self.nonzero(name)]

@@ -10,14 +10,9 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from nestloop.lowering.emit.scan import ROWWISE
-from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import aligned, indented
 from nestloop.lowering.emit.triton_stream import TritonStream
-from nestloop.lowering.emit.triton_tiles import walk
-from nestloop.lowering.ops.strided import NoSpelling
-
-BARRIER = "tl.debug_barrier()"
-BLOCKS = (0, 32, 16)  # lengths of the blocks of a long axis, the best first; 0: all of it
+from nestloop.lowering.emit.triton_tiles import BARRIER, walk
 
 
 class TritonStreamedScan(TritonStream):
@@ -29,31 +24,17 @@ class TritonStreamedScan(TritonStream):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.halo or self.anchors or self.alone:
-            raise NoSpelling("a window, an anchor of its own period or a token alone is kept in registers")
-        if not self.carry:
-            raise NoSpelling("no state is handed on")
+        self.check_in_memory()
 
     def _add(self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str) -> None:
-        per_token = [*self.tokens, "d_z", "d_losses"]
         placed = [*self.shapes, *[r for r in results if r], *[f"d_{n}_new" for n in [*self.carry, *self.extra]]]
-        rows: dict[str, tuple[int, bool | str]] = {n: (0, False) for n in [*placed, *per_token, *ROWWISE]}
+        rows: dict[str, tuple[int, bool | str]] = {n: (0, False) for n in [*placed, *self.per_token, *ROWWISE]}
         if name.endswith("_vjp"):
             passing = [] if name == "chunk_vjp" else self.carry  # what a part of a chunk does not change
             rows |= {f"d_{n}": (0, True) for n in [*self.shared, *passing]}
-        axes = self._axes(module)
-
-        def of_tile(height: int, block: tuple[int, int] | None, sums: Sequence[str]) -> TritonFunction:
-            return TritonFunction(name, module, results, per_token, doc, axes, height, rows, block=block)
-
-        self.functions[name] = self.fitting(of_tile, module, [(self.rows, length) for length in BLOCKS], [[]])
+        self.add_blocked(name, module, results, doc, rows)
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _size(self) -> int:
-        """Elements of a state in the program's memory, each part from the start of a cache line."""
-        return self.room_for(self.carry)
 
     def _scratch(self, which: str) -> int:
         """What functions work in, then two states, or two cotangents of one and what the last chunk leaves."""
@@ -62,9 +43,6 @@ class TritonStreamedScan(TritonStream):
 
     def _pair(self, which: str) -> str:
         return f"pair = scratch + {aligned(super()._scratch(which))}"
-
-    def step(self, name: str) -> str:
-        return f"{name}_n" if self._walks(name) else "0"
 
     def _read(self, states: Mapping[str, str]) -> dict[str, str]:
         """Where functions find what is no token."""
@@ -113,8 +91,7 @@ class TritonStreamedScan(TritonStream):
         if anchors:
             copies = [x for n in anchors for x in self.fill(n, now[n.removesuffix("__anchor")], ends[n])]
             loop += ["if start + own == N:", *indented(copies)]
-        partial = self._run("partial", now, {**ends, **then}) if "partial" in self.pieces else []
-        loop += self.either(self._run("chunk", now, {**ends, **then}), partial)
+        loop += self.either(lambda name: self._run(name, now, {**ends, **then}))
         body += [f"chunks = tl.cdiv(N, {self.longest})", walk("index", "0, chunks"), *indented(loop)]
         body += [f"last = pair + chunks % 2 * {self._size}", BARRIER]
         last = self.side_by_side("last", self.carry)
@@ -186,7 +163,7 @@ class TritonStreamedScan(TritonStream):
             lines = [*before, *([BARRIER] if before else []), self.call(f"{name}_vjp", given)]
             return [line for line in [*lines, *self.token_cotangents(name)] if line]
 
-        lines += self.either(pull("chunk"), pull("partial") if "partial" in self.pieces else [])
+        lines += self.either(pull)
         anchored: list[str] = []
         for n in self.extra:
             if n.endswith("__anchor"):  # the last chunk's first weights are its anchor

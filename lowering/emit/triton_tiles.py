@@ -23,6 +23,9 @@ def padded(size: int) -> int:
     return max(NARROWEST, 1 << (size - 1).bit_length())
 
 
+BARRIER = "tl.debug_barrier()"  # a program's threads wait for one another, and see what they have written
+
+
 def walk(index: str, bounds: str) -> str:
     """The head of a loop; what it computes again is not kept in registers from one turn to the next instead."""
     return f"for {index} in tl.range({bounds}, disable_licm=True):"
@@ -244,7 +247,7 @@ class TritonTiles:
         text = f"tl.cast({value.name}, S)" if value.is_bool else value.name
         if self.turned.get(value):
             raise NoSpelling("a cumulative sum from the end that is read from its start")
-        barrier = ["tl.debug_barrier()"] if value in self.at_once or value not in self.handed else []
+        barrier = [BARRIER] if value in self.at_once or value not in self.handed else []
         return [f"tl.store(scratch + {place}, {text}{f', mask={mask}' if mask else ''})", *barrier]
 
     def _full(self, text: str, clean: list[bool | None], shape: Sequence[Extent]) -> str:

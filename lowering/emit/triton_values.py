@@ -14,7 +14,7 @@ from nestloop.lowering import ops
 from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.expressions import numbers, offset
 from nestloop.lowering.emit.padding import stays_zero
-from nestloop.lowering.emit.triton_tiles import NARROWEST, TritonTiles, held
+from nestloop.lowering.emit.triton_tiles import BARRIER, NARROWEST, TritonTiles, held
 from nestloop.lowering.ops.row import Element, System, Unsupported
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, product
 from nestloop.lowering.schedule.phases import sums_over
@@ -332,7 +332,7 @@ class TritonValues(TritonTiles):
             start = start + part.shape[axis]
         whole, clean = self._load(Strided.of(value, value.shape), value.shape)
         self._set_clean(value, clean)
-        return [*lines, "tl.debug_barrier()", whole]
+        return [*lines, BARRIER, whole]
 
     @staticmethod
     def _domain_at(space: Sequence[Extent], axis: int) -> int:

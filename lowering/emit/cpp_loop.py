@@ -38,7 +38,7 @@ class CppEmitter(CppPieces):
 
     def emit(self, rows: int) -> NativePlan:
         """The translation unit, for tiles of about `rows` tokens."""
-        prepare = CppPrepare(self.captured, self.prepare, self.identifier)
+        prepare = CppPrepare(self)
         functions = [*prepare.functions.values(), *self.functions.values()]
         systems = numbered(functions)
         plan = "A tile holds all tokens: they mix." if self.whole else f"The cost model takes {rows}."
@@ -172,19 +172,16 @@ class CppEmitter(CppPieces):
         return shared_out([(n, Extent(0, self.widths[fast[n]])) for n in names], place)[0]
 
     def _forward(self) -> str:
-        fast, at, one = self.fast, 1 + len(self.fast) + self.losses, "(head * B + sequence)"
+        fast, at = self.fast, 1 + len(self.fast) + self.losses
         step, begin, new = list(_STEP), [], []
-        end = [
-            f"S* end_{n} = made[{1 + i}].data + {one} * {self.widths[n]}; (void)end_{n};" for i, n in enumerate(fast)
-        ]
-        losses = [f"S* losses = made[{1 + len(fast)}].data + {one} * (steps + 1);"] if self.losses else []
+        end = [f"S* end_{n} = made[{1 + i}].at(head, sequence); (void)end_{n};" for i, n in enumerate(fast)]
+        losses = [f"S* losses = made[{1 + len(fast)}].at(head, sequence);"] if self.losses else []
         for i, n in enumerate(fast):
             width, first = self.widths[n], f"{n}_all.at(head, sequence)" if n in self.starts else "nullptr"
-            before = f"made[{at + i}].data + (((step - 1) * H + head) * B + sequence) * {width}"
-            step.append(f"const S* {n} = step ? {before} : {first};")
+            between = f"made[{at + i}].at(head, sequence)"
+            step.append(f"const S* {n} = step ? {between} + (step - 1) * made[{at + i}].token : {first};")
             step.append(f"(void){n};")
-            where = f"made[{at + i}].data + ((step * H + head) * B + sequence) * {width}"
-            new.append(f"S* {n}_new = step + 1 < steps ? {where} : end_{n};")
+            new.append(f"S* {n}_new = step + 1 < steps ? {between} + step * made[{at + i}].token : end_{n};")
             begin.append(f"copy({first}, {width}, end_{n});" if n in self.starts else f"zero(end_{n}, {width});")
         update = [*self._given_lines("update"), *step, *end, *new, *losses]
         update += ["losses[step] = total / S(stop - start);"] if self.losses else []
@@ -245,19 +242,15 @@ class CppEmitter(CppPieces):
         return [*self._once(name), self._call(name, "0L"), *lines]
 
     def _backward(self) -> str:
-        fast, shared, one = self.fast, self._shared, "(head * B + sequence)"
+        fast, shared = self.fast, self._shared
         made = {n: f"made[{i}]" for i, n in enumerate(self.gradients)}
         again = any(f"gradient_{n}" in self.functions[f"{v}update_vjp"].inputs for v in self.variants for n in fast)
         ends = [f"copy(d_{n}_all.at(head, sequence), {self.widths[n]}, d_{n});" for n in fast]
         zeros = [f"zero(d_{n}, {self.widths[n]});" for n in shared]
         # Sums over sequences, and over ranges of one, in their order.
-        sums = [
-            f"(sequence + range ? add_to : copy)(d_{n}, {self.widths[n]}, {made[n]}.data + head * {self.widths[n]});"
-            for n in shared
-        ]
+        sums = [f"(sequence + range ? add_to : copy)(d_{n}, {self.widths[n]}, {made[n]}.at(head, 0));" for n in shared]
         starts = [
-            f"if (separate) copy(d_{n}, {self.widths[n]}, {made[n]}.data + {one} * {self.widths[n]});\n"
-            f"else (sequence ? add_to : copy)(d_{n}, {self.widths[n]}, {made[n]}.data + head * {self.widths[n]});"
+            f"(separate || !sequence ? copy : add_to)(d_{n}, {self.widths[n]}, {made[n]}.at(head, sequence));"
             for n in self.starts
         ]
         whole = [

@@ -24,12 +24,11 @@ class CppPiece(CppStream):
         body += self._state_pointers()
         places, after = {}, []
         for index, (result, made) in enumerate(zip(piece.results, self.made, strict=True)):
-            width = self.widths[result.removesuffix("_new")]
             if made in ("z", "losses"):
                 places[result] = f"{made}_tile"
                 after.append(self._put(made, f"made[{index}]"))
             else:
-                body.append(f"S* {self._safe(result)} = made[{index}].data + (head * B + sequence) * {width};")
+                body.append(f"S* {self._safe(result)} = made[{index}].at(head, sequence);")
                 places[self._safe(result)] = self._safe(result)
         body += [*self._takes(name), *self._call(name, places), *self._unmade(name, piece.results, places), *after]
         lines = [*self._open("forward", "H * B"), *[f"        {line}" for line in flat(body)], *CLOSE]
@@ -48,6 +47,6 @@ class CppPiece(CppStream):
                 body.append(f"(void)d_{self._safe(result)};")
         for n in self.carried:
             if n in made:
-                places[f"d_{safe(n)}"] = f"{made[n]}.data + (head * B + sequence) * {self.widths[n]}"
+                places[f"d_{safe(n)}"] = f"{made[n]}.at(head, sequence)"
         body += [*self._takes(f"{name}_vjp"), *self._call(f"{name}_vjp", places), *after]
         return self._in_groups("Cotangents of forward's inputs.", made, body)

@@ -29,21 +29,26 @@ class CppPieces(Batches):
         self.functions: dict[str, CppFunction] = {}
         for name, piece in self.pieces.items():
             sums = [name.endswith(("gradient", "loss"))] * len(piece.results)
-            self._add(name, piece.forward, [self.name(r) for r in piece.results], sums, piece)
+            made = [self.name(r) for r in piece.results]
+            self.functions[name] = self.function(name, piece.forward, made, sums, piece)
             wrt = [self.name(n) for n in piece.wrt]
             # What a step hands on is set; what tiles, steps and sequences share is added up.
             update = name.endswith("update")
             summed = [n not in self.tokens and not (update and n not in self.slow) for n in wrt]
-            self._add(f"{name}_vjp", piece.backward, [f"d_{n}" for n in wrt], summed, piece)
+            pulled = [f"d_{n}" for n in wrt]
+            self.functions[f"{name}_vjp"] = self.function(f"{name}_vjp", piece.backward, pulled, summed, piece)
         self.widths = {name: math.prod(tile) for name, tile in self.tiles().items()}
 
-    def _add(self, name: str, module: fx.GraphModule, results: list[str], summed: list[bool], piece: Piece) -> None:
+    def function(
+        self, name: str, module: fx.GraphModule, results: list[str], summed: list[bool], piece: Piece
+    ) -> CppFunction:
+        """The function of a piece, or of its backward. Raises `NoSpelling`."""
         title = TITLES[piece.name]
         made = ", ".join(results)
         doc = f"Cotangents of the inputs of {piece.name}." if name.endswith("_vjp") else f"{title}. Makes {made}."
         axes = type_axes(self.spec, module, readout_axes(self.captured)).axes
         per_token = [*self.tokens, "d_z"]
-        self.functions[name] = CppFunction(name, module, results, summed, per_token, doc, axes, self.name)
+        return CppFunction(name, module, results, summed, per_token, doc, axes, self.name)
 
     def scratch(self, rows: int) -> int:
         """Elements one thread works on with tiles of so many tokens, the state's included."""

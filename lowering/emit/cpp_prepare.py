@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import suppress
 
-from nestloop.lowering.axes import readout_axes, type_axes
-from nestloop.lowering.capture import Captured
-from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.cpp import CppFunction
+from nestloop.lowering.emit.cpp_pieces import CppPieces
 from nestloop.lowering.emit.expressions import rows
-from nestloop.lowering.emit.torch import TITLES
 from nestloop.lowering.emit.unit import CLOSE, indented, open_parallel, shared_out, worked_in
 from nestloop.lowering.ops.strided import NoSpelling
 
@@ -21,24 +18,20 @@ class CppPrepare:
         functions: by name; none where the loop prepares nothing, or where an op of it has no C++: PyTorch does, then.
     """
 
-    def __init__(self, captured: Captured, piece: Piece | None, identifier: Callable[[str], str]) -> None:
+    def __init__(self, loop: CppPieces) -> None:
         self.functions: dict[str, CppFunction] = {}
+        piece = loop.prepare
         if piece is None:
             return
-        made, pulled = list(piece.results), [f"d_{identifier(n)}" for n in piece.wrt]
-        docs = (f"{TITLES['prepare']}. Makes {', '.join(made)}.", "Cotangents of the inputs of prepare.")
-        found = {}
-        try:
-            for name, module, results, doc in (
-                ("prepare", piece.forward, made, docs[0]),
-                ("prepare_vjp", piece.backward, pulled, docs[1]),
-            ):
-                axes = type_axes(captured.spec, module, readout_axes(captured)).axes
-                sums = [False] * len(results)
-                found[name] = CppFunction(name, module, results, sums, (), doc, axes, identifier)
-        except NoSpelling:
-            return
-        self.functions = found
+        parts = {
+            "prepare": (piece.forward, list(piece.results)),
+            "prepare_vjp": (piece.backward, [f"d_{loop.name(n)}" for n in piece.wrt]),
+        }
+        with suppress(NoSpelling):
+            self.functions = {
+                name: loop.function(name, module, results, [False] * len(results), piece)
+                for name, (module, results) in parts.items()
+            }
 
     def inputs(self, name: str) -> tuple[str, ...]:
         """The tensors that a function takes, as identifiers; none where there is no such function."""

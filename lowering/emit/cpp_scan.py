@@ -21,14 +21,15 @@ class CppScan(CppStream):
             own = n in self.starts
             body.append(f"const S* {c} = {f'{c}_all.at(head, sequence)' if own else 'nullptr'};")
         for n in [*self.carry, *self.extra]:
-            body.append(f"S* end_{n} = made[{at[f'end_{n}']}].data + (head * B + sequence) * {widths[n]};")
+            body.append(f"S* end_{n} = made[{at[f'end_{n}']}].at(head, sequence);")
         for n in self.extra:
             if n.endswith("__pending"):
                 body.append(f"zero(end_{n}, {widths[n]});")
         loop = [*self._span]
         kept = []
         for i, n in enumerate(self.carry):
-            place = f"made[{len(at) + i}].data + (((index / every - 1) * H + head) * B + sequence) * {widths[n]}"
+            between = f"made[{len(at) + i}]"
+            place = f"{between}.at(head, sequence) + (index / every - 1) * {between}.token"
             kept.append(f"    copy({safe(n)}, {widths[n]}, {place});")
         loop += ["if (index && index % every == 0) {", *kept, "}"]
         if self.anchor_period:
@@ -128,7 +129,7 @@ class CppScan(CppStream):
         body.append("for (long first = (chunks - 1) / every * every; first >= 0; first -= every) {")
         body += [*[f"    {line}" for line in flat(group)], "}"]
         for n in self.starts:
-            body.append(f"copy(d_{safe(n)}, {widths[n]}, {made[n]}.data + (head * B + sequence) * {widths[n]});")
+            body.append(f"copy(d_{safe(n)}, {widths[n]}, {made[n]}.at(head, sequence));")
         doc = "Cotangents of forward's inputs, each chunk recomputed from the state it started with."
         return self._in_groups(doc, made, body)
 

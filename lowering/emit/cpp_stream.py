@@ -248,7 +248,7 @@ class CppStream(ScanTensors):
         for n in self.shared:
             if n in made:
                 c, width = safe(n), self.widths[n]
-                item.append(f"S* d_{c} = {made[n]}.data + (head * groups + group) * {width};")
+                item.append(f"S* d_{c} = {made[n]}.at(head, group);")
                 item.append(f"zero(d_{c}, {width});")
         lines = [
             *self._open("backward", "H * groups"),

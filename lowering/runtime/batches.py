@@ -5,6 +5,7 @@ What all steps share (`common` of the PyTorch module, large products for all hea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -156,23 +157,16 @@ class Call:
         return self.like.new_empty(*lead, self.heads, self.sequences, *shape, dtype=self.dtype)
 
 
+def strides_beside(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of tokens [H, B, N, *] whose heads lie side by side, as a layer's projections read and write them."""
+    heads, _, length, *row = shape
+    inner = [math.prod(row[axis:]) for axis in range(len(row) + 1)]  # a row's size, then the strides within it
+    return (inner[0], length * heads * inner[0], heads * inner[0], *inner[1:])
+
+
 def side_by_side(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Memory for tokens [H, B, N, *] in which the heads of a token lie side by side, as a layer's projections read and
-    write them."""
-    heads, sequences, length, *row = shape
-    return like.new_empty(sequences, length, heads, *row).movedim(2, 0)
-
-
-def laid_out(like: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """Memory for the cotangent of tokens [H, B, N, *], in the order in which those lie, each row in one piece; where
-    heads share them, for a cotangent of each."""
-    shape = (heads, *like.shape[1:])
-    made = torch.empty_like(like, dtype=dtype) if like.shape[0] == heads else None
-    return (
-        made
-        if made is not None and made[:1, :1, :1].is_contiguous()
-        else side_by_side(like.new_empty(0, dtype=dtype), shape)
-    )
+    """Memory for such tokens."""
+    return like.new_empty_strided(shape, strides_beside(shape))
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

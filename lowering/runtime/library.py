@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
 from nestloop.lang.loop import LoopSpec
-from nestloop.lowering.runtime.batches import LOW, compute_dtype, summed
+from nestloop.lowering.runtime.batches import LOW, compute_dtype, strides_beside, summed
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.refusals import singular_system
@@ -28,7 +28,6 @@ from nestloop.lowering.runtime.tiles import Singular, like_lead
 from nestloop.lowering.runtime.triton import TritonBatches, TritonCode, TritonStream
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
-_META = torch.device("meta")
 _DEVICE_ROWS = 256  # a device works on so many times more tokens at once than fit a CPU's cache
 
 
@@ -91,6 +90,7 @@ class NestedLoopOp:
 
     Attributes:
         ran: which of the two the last call took, if there are two: GRAM or WIDE.
+        names: of the tensors that forward and backward take, the order aside.
     """
 
     def __init__(
@@ -109,6 +109,9 @@ class NestedLoopOp:
         results = signature.results
         saved = [f"Tensor {r}" for r in signature.saved]
         self.cotangents = [r for r in results if not r.startswith(KEPT)]
+        self.names = {"forward": signature.inputs}
+        self.names["backward"] = (*signature.inputs, *signature.saved, *[f"d_{c}" for c in self.cotangents])
+        self._computes_outside = hasattr(code.module, "common") or hasattr(code.module, "conditioned")
         grads = [f"Tensor d_{c}" for c in self.cotangents]
         forward = f"{name}({', '.join(inputs + order)}) -> ({', '.join(['Tensor'] * len(results))})"
         backward = (
@@ -151,10 +154,14 @@ class NestedLoopOp:
         return self.code if first else self._wide
 
     def _forward_kernel(self) -> Callable[..., Any]:
+        beside = [result in self.signature.beside for result in self.signature.results]
+
         def kernel(*tensors: Tensor) -> Any:
             inputs, order = self._split(tensors)
             made = self._made("forward", inputs, order)
-            owned = _owned(made, self.signature.empty(inputs, made[0].dtype, _META), inputs)
+            shapes = self.signature.shapes(inputs)
+            strides = [strides_beside(s) if tokens else None for s, tokens in zip(shapes, beside, strict=True)]
+            owned = _owned(made, shapes, strides, inputs)
             if self.signature.results[0] == "z":
                 owned[0] = owned[0].to(self._output_dtype(inputs))
             return tuple(owned) if len(owned) > 1 else owned[0]
@@ -163,56 +170,49 @@ class NestedLoopOp:
 
     def _made(self, name: str, tensors: list[Tensor], order: Tensor | None) -> list[Tensor]:
         """The results of `forward` or `backward`. Raises `SingularSystemError`."""
-        names = list(self.signature.inputs)
-        if name == "backward":
-            names += [*self.signature.saved, *[f"d_{c}" for c in self.cotangents]]
-        given = dict(zip(names, tensors, strict=True))
-        inputs = [given[n] for n in self.signature.inputs]
-        computed, low = _prepare(inputs, inputs)
-        with _as_it_says(inputs[0].device.type):
-            code = self._code_for(computed, given.pop("first_form", None))
-            kept = {n: given.pop(f"shared_{n}") for n in self.signature.shared if f"shared_{n}" in given}
+        own, in_triton = tensors[: len(self.signature.inputs)], isinstance(self.code.native, TritonCode)
+        if in_triton:  # which reads tensors in the dtype that they have
+            given, (inputs, low) = tensors, _prepare(own, own) if self._computes_outside else (own, None)
+        else:
+            given, low = _prepare(tensors, own)
+            inputs = given[: len(own)]
+        named = dict(zip(self.names[name], given, strict=True))
+        with _as_it_says(own[0].device.type):
+            code = self._code_for(inputs, named.pop("first_form", None))
+            kept = [named.pop(f"shared_{n}") for n in self.signature.shared if f"shared_{n}" in named]
             common = getattr(code.module, "common", None)
-            if common is None:
-                shared = {}
-            elif kept and code is self.code:
-                shared = kept
-            else:
-                shared = dict(zip(code.shared, common(*computed, low), strict=True))
-            rest = {n: t for n, t in given.items() if n not in self.signature.inputs}
-            every = {**dict(zip(self.signature.inputs, inputs, strict=True)), **shared, **rest}
+            shared: Sequence[Tensor] = ()
+            if common is not None:
+                shared = kept if kept and code is self.code else common(*inputs, low)
+            rest = {n: named.pop(n) for n in self.names[name][len(own) :] if n in named}
+            every = {**named, **dict(zip(code.shared, shared, strict=True)), **rest}
             try:
                 made = self._run(code, name, every, order, low)
             except Singular as met:
                 raise singular_system(self.spec, str(met)) from None
             if name == "forward":
-                return [*made, *self._kept(code, shared, computed)]
-            found, of_shared = list(made[: len(inputs)]), made[len(inputs) :]
+                return [*made, *self._kept(code, shared, inputs)]
+            found, of_shared = list(made[: len(own)]), made[len(own) :]
             if common is not None:
-                given_shared = map(_filled, of_shared, shared.values())
-                more = code.module.common_vjp(*computed, *shared.values(), *given_shared, low)
-                found = [_add(a, b, like) for a, b, like in zip(found, more, computed, strict=True)]
-            return list(map(_filled, found, computed))
+                more = code.module.common_vjp(*inputs, *shared, *map(_filled, of_shared, shared), low)
+                found = [_add(a, b, like) for a, b, like in zip(found, more, inputs, strict=True)]
+            return list(map(_filled, found, inputs))
 
-    def _kept(self, code: Code, shared: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    def _kept(self, code: Code, shared: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """What a call keeps of what all steps share: nothing but zeros where they take the other form."""
-        shapes = dict(zip(self.signature.results, self.signature.shapes(inputs), strict=True))
+        if not self.signature.kept_shared:
+            return []
         first = code is self.code
-        like = inputs[0].new_full((), float(first), dtype=compute_dtype(inputs))
-        return [
-            shared[n.removeprefix("shared_")] if first and n != "first_form" else like.expand(shapes[n])
-            for n in self.signature.kept_shared
-        ]
+        form = inputs[0].new_full((), float(first))
+        values = shared if first else [form] * len(self.signature.shared)
+        return [*values, *([form] if self.signature.decides else [])]
 
     def _run(self, code: Code, name: str, given: Mapping[str, Tensor], order: Tensor | None, low: Any) -> Sequence[Any]:
         """`forward` or `backward` of what runs."""
-        inputs, tensors = [given[n] for n in self.signature.inputs], list(given.values())
-        if isinstance(code.native, TritonCode):  # which reads tensors in the dtype that they have
-            return getattr(code.native, name)(*tensors, order)
-        computed = _prepare(tensors, inputs)[0]
-        if code.runs_native(inputs, getattr(self.signature, "halo", 0)):
-            return getattr(code.native, name)(*computed, order)
-        return self._in_groups(code, name, dict(zip(given, computed, strict=True)), order, low)
+        inputs = [given[n] for n in self.signature.inputs]
+        if isinstance(code.native, TritonCode) or code.runs_native(inputs, getattr(self.signature, "halo", 0)):
+            return getattr(code.native, name)(*given.values(), order)
+        return self._in_groups(code, name, given, order, low)
 
     def _in_groups(
         self, code: Code, name: str, given: Mapping[str, Tensor], order: Tensor | None, low: Any
@@ -259,21 +259,25 @@ class NestedLoopOp:
         return dtypes.pop() if len(dtypes) == 1 else compute_dtype(inputs)
 
     def _backward_kernel(self) -> Callable[..., Any]:
-        count = len(self.signature.inputs)
+        count, tokens = len(self.signature.inputs), len(self.signature.tokens)
 
         def kernel(*tensors: Tensor) -> Any:
             given, order = self._split(tensors)
+            own = given[:count]
             made = self._made("backward", given, order)
             # where no step was taken, the cotangent of an initial fast weight is the end's, one per sequence
-            made = [like_lead(g, t) for g, t in zip(made, given, strict=False)]
-            owned = _owned(made, self.signature.empty_cotangents(given[:count], _META), given)
-            owned = [g.to(t.dtype) for g, t in zip(owned, given, strict=False)]
+            made = [like_lead(g, t) for g, t in zip(made, own, strict=True)]
+            # tokens' as `empty_like` lays them out, which the fake kernel promises
+            strides = [torch.empty_like(t, device="meta").stride() if i < tokens else None for i, t in enumerate(own)]
+            owned = _owned(made, [t.shape for t in own], strides, given)
+            owned = [g.to(t.dtype) for g, t in zip(owned, own, strict=True)]
             return tuple(owned) if len(owned) > 1 else owned[0]
 
         return kernel
 
     def _backward_fake(self, *tensors: Tensor) -> Any:
-        made = self.signature.empty_cotangents(tensors[: len(self.signature.inputs)])
+        inputs, tokens = tensors[: len(self.signature.inputs)], len(self.signature.tokens)
+        made = [torch.empty_like(t) if i < tokens else t.new_empty(t.shape) for i, t in enumerate(inputs)]
         return tuple(made) if len(made) > 1 else made[0]
 
     def _forward_flops(self, flops: Callable[[int, int], tuple[int, int]]) -> Callable[..., int]:
@@ -374,7 +378,7 @@ def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor]) -> tuple[lis
     """Inputs in the compute dtype, and the low precision of products, if the tokens come in one."""
     dtype = compute_dtype(deciding)
     low = deciding[0].dtype if deciding[0].dtype in LOW and dtype is torch.float32 else None
-    return [t.to(dtype) for t in tensors], low
+    return [t if t.dtype is dtype else t.to(dtype) for t in tensors], low
 
 
 def _as_it_says(device: str) -> AbstractContextManager[Any]:
@@ -382,18 +386,30 @@ def _as_it_says(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _owned(made: Sequence[Tensor], laid: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Results with memory of their own, laid out as `laid`: an op's results alias neither inputs nor each other."""
+def _owned(
+    made: Sequence[Tensor],
+    shapes: Sequence[Sequence[int]],
+    strides: Sequence[Sequence[int] | None],
+    inputs: Sequence[Tensor],
+) -> list[Tensor]:
+    """Results with memory of their own, with these strides or None for contiguous: an op's results alias neither its
+    inputs nor each other."""
     taken = {t.untyped_storage().data_ptr() for t in inputs}
     owned = []
-    for tensor, like in zip(made, laid, strict=True):
-        tensor = tensor.expand(*like.shape)
-        in_place = all(n == 1 or a == b for n, a, b in zip(like.shape, tensor.stride(), like.stride(), strict=True))
-        if not in_place or tensor.untyped_storage().data_ptr() in taken:
-            tensor = tensor.new_empty_strided(like.shape, like.stride()).copy_(tensor)
+    for tensor, shape, wanted in zip(made, shapes, strides, strict=True):
+        tensor = tensor.expand(*shape)
+        laid = tensor.is_contiguous() if wanted is None else _has_strides(tensor, wanted)
+        if not laid or tensor.untyped_storage().data_ptr() in taken:
+            fresh = tensor.new_empty(shape) if wanted is None else tensor.new_empty_strided(shape, wanted)
+            tensor = fresh.copy_(tensor)
         taken.add(tensor.untyped_storage().data_ptr())
         owned.append(tensor)
     return owned
+
+
+def _has_strides(tensor: Tensor, wanted: Sequence[int]) -> bool:
+    """Whether a tensor's strides are these where they mean something."""
+    return all(n == 1 or a == b for n, a, b in zip(tensor.shape, tensor.stride(), wanted, strict=True))
 
 
 def _add(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor | None:

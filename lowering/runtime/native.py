@@ -18,7 +18,6 @@ from nestloop.lowering.runtime.batches import (
     BatchCode,
     BatchLoop,
     Call,
-    laid_out,
     ranges_within,
     side_by_side,
     summed,
@@ -120,8 +119,10 @@ class NativeLibrary:
             for _, tensor in made:
                 tensor.zero_()
             return
-        kept = [(n, readable(t, self.walks(n))) for n, t in given]
-        tensors = [argument(t, self.walks(n), n.startswith("between_")) for n, t in kept]
+        walked = [self.walks(n) for n, _ in given]
+        kept = [readable(t, walks) for (_, t), walks in zip(given, walked, strict=True)]  # until the call is over
+        read = zip(given, kept, walked, strict=True)
+        tensors = [argument(t, walks, n.startswith("between_")) for (n, _), t, walks in read]
         results = [argument(t, self.walks(n), n.startswith("between_")) for n, t in made]
         code = getattr(self.library(dtype), function)(
             *map(ctypes.c_long, lead),
@@ -238,6 +239,16 @@ def readable(tensor: Tensor, walked: bool) -> Tensor:
             return tensor.contiguous()
         step *= size
     return tensor
+
+
+def laid_out(like: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """Memory for the cotangent of tokens [H, B, N, *], in the order in which those lie, each row in one piece; where
+    heads share them, for a cotangent of each."""
+    if like.shape[0] == heads:
+        made = torch.empty_like(like, dtype=dtype)
+        if readable(made, True) is made:
+            return made
+    return side_by_side(like.new_empty(0, dtype=dtype), (heads, *like.shape[1:]))
 
 
 def argument(tensor: Tensor, walked: bool, between: bool = False) -> TensorArgument:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nestloop.lowering.runtime.batches import laid_out
-from nestloop.lowering.runtime.native import NativeLibrary, NativePlan
+from nestloop.lowering.runtime.native import NativeLibrary, NativePlan, laid_out
 
 if TYPE_CHECKING:
     from nestloop.lowering.runtime.streams import StreamSignature

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,27 +46,27 @@ class Signature:
     shared: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     decides: bool = False
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[str, ...]:
         return (*self.tokens, *self.fast, *self.slow)
 
-    @property
+    @cached_property
     def results(self) -> tuple[str, ...]:
         losses = ("losses",) if self.losses else ()
         return ("z", *[f"end_{n}" for n in self.ends], *losses, *self.between, *self.kept_shared)
 
-    @property
+    @cached_property
     def kept_shared(self) -> tuple[str, ...]:
         """Results that hold what all steps share, and [H, 1] whether that is of the first form."""
         names = [f"shared_{n}" for n in self.shared] + (["first_form"] if self.decides else [])
         others = 2 * len(self.ends) + len(self.between) + 2 + self.losses + self.ordered  # states, cotangents, z
         return tuple(names) if len(self.inputs) + len(names) + others <= MOST_ARGUMENTS else ()
 
-    @property
+    @cached_property
     def between(self) -> tuple[str, ...]:
         return tuple(f"between_{n}" for n in self.ends)
 
-    @property
+    @cached_property
     def saved(self) -> tuple[str, ...]:
         """The results that backward reads."""
         return tuple(r for r in self.results if r.startswith(("end_", *KEPT)))
@@ -84,17 +85,13 @@ class Signature:
             shared.append([heads, *lead, *self.shared.get(name, ())])
         return [[heads, sequences, length, *self.tiles["z"]], *ends, *losses, *between, *shared]
 
-    def empty(self, inputs: Sequence[Tensor], dtype: torch.dtype, device: torch.device | None = None) -> list[Tensor]:
-        """Memory for forward's results, as an op's callers see it."""
-        like = inputs[0].new_empty(0, dtype=dtype, device=device)
-        named = zip(self.results, self.shapes(inputs), strict=True)
-        beside = {"z", *[f"shared_{n}" for n in self.shared if is_token(n)]}
-        return [side_by_side(like, shape) if name in beside else like.new_empty(shape) for name, shape in named]
+    @cached_property
+    def beside(self) -> frozenset[str]:
+        """Results with a row for each token, whose heads lie side by side in memory."""
+        return frozenset(["z", *[f"shared_{n}" for n in self.shared if is_token(n)]])
 
-    def empty_cotangents(self, inputs: Sequence[Tensor], device: torch.device | None = None) -> list[Tensor]:
-        """Memory for the inputs' cotangents: of tokens in the order in which those lie."""
-        named = zip(self.inputs, inputs, strict=True)
-        return [
-            torch.empty_like(t, device=device) if name in self.tokens else t.new_empty(t.shape, device=device)
-            for name, t in named
-        ]
+    def empty(self, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Memory for forward's results, as an op's callers see it."""
+        like = inputs[0].new_empty(0, dtype=dtype)
+        named = zip(self.results, self.shapes(inputs), strict=True)
+        return [side_by_side(like, shape) if name in self.beside else like.new_empty(shape) for name, shape in named]

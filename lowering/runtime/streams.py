@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,15 +53,15 @@ class StreamSignature(Signature):
     chunk_cpp: int = 0
     halo: int = 0
 
-    @property
+    @cached_property
     def results(self) -> tuple[str, ...]:
         return (*self.made, *self.between)
 
-    @property
+    @cached_property
     def between(self) -> tuple[str, ...]:
         return tuple(f"between_{n}" for n in self.kept)
 
-    @property
+    @cached_property
     def saved(self) -> tuple[str, ...]:
         return self.between
 

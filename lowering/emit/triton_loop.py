@@ -25,8 +25,10 @@ class TritonLoop(TritonRanges):
         kernels |= {kernel.name: self.write_kernel(kernel) for made in ranged.values() for kernel in made}
         called = {name: self.functions_of(name) for name in ranged}
         called |= {kernel.name: self.called(kernel) for made in ranged.values() for kernel in made}
+        launches = [self._launch("forward"), self._launch("backward")]
+        launches += [self.launch(kernel) for made in ranged.values() for kernel in made]
         return TritonPlan(
-            text=self.module(plan, [*kernels.values()]),
+            text=self.module(plan, [*kernels.values()], launches),
             forward=tuple(map(self.original, self.given("forward"))),
             backward=tuple(map(self.original, self.given("backward"))),
             gradients=tuple(map(self.original, self.gradients)),

@@ -12,6 +12,7 @@ from typing import Any
 from nestloop.lowering import ops
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.ops.strided import ZERO, Extent, product
+from nestloop.lowering.runtime.triton_plan import Launch
 from nestloop.lowering.schedule.phases import is_blocked, sums_over
 from nestloop.lowering.schedule.values import Value
 
@@ -59,6 +60,26 @@ def work(
         "elements": {name: math.prod(shape) for name, shape in shapes.items()},
         "kernels": kernels,
     }
+
+
+def described(functions: Mapping[str, TritonFunction], launches: Sequence[Launch]) -> list[str]:
+    """Lines for a module's header: how its kernels are launched, and what one call of each function costs."""
+    lines = ["Kernels, in order:"]
+    for one in launches:
+        turns = ", once a step" if one.each_step else ""
+        room = f"{4 * one.scratch:,} bytes of memory" if one.scratch else "no memory"
+        room += f" and {4 * one.states:,} for each chunk between kept states" if one.states else ""
+        lines.append(f"    {one.kernel}: over {one.over}{turns}, {one.warps} warps and {room} a program")
+    lines.append("Functions, for one tile of n tokens (in float32):")
+    for name, function in functions.items():
+        found = of_function(function)
+        low, exact = sum(found["products"].values()) / 1e6, found["exact"] / 1e6
+        work = f"{low:.1f} MFLOP in products, padding included" + (f", {exact:.1f} more in exact ones" if exact else "")
+        lines.append(
+            f"    {name}: n <= {found['tokens']}: {work}; {found['instructions'] / 1e6:.2f} M other instructions; "
+            f"{4 * found['moved']:,} bytes read and written; {found['alive']:,} numbers alive at once"
+        )
+    return lines
 
 
 def of_function(function: TritonFunction) -> dict[str, Any]:

@@ -260,7 +260,7 @@ def stream_stages(
             return lengths[rows]
 
         free = bool(tokens is None and form.longest_cpp)
-        levels = (2, 1) if is_affine(made["chunk"], emitter.carry) else (1,)
+        levels = (2, 1) if is_affine(made["chunk"], emitter.walked) else (1,)
         kernels, not_triton = _spelled(lambda: triton_scan(of_length, form, close.longest, free, levels, tiling))
     captured = replace(captured, tokens=decided, reads_dtype=tracer.reads_dtype)
     return LoweredStream(captured, typing, form, made, applied, source, native, not_native, kernels, not_triton, part)

@@ -78,6 +78,16 @@ class Scan:
         return [n for n in self.carry if n.endswith("__anchor")]
 
     @property
+    def held(self) -> list[str]:
+        """Parts of the state that every chunk hands on as they are: an anchor that stays."""
+        return [] if self.anchor_period else self.anchors
+
+    @property
+    def walked(self) -> list[str]:
+        """The parts that a chunk changes."""
+        return [n for n in self.carry if n not in self.held]
+
+    @property
     def starts(self) -> list[str]:
         """Carried entries that the scan takes: an anchor that begins with the scan is no input."""
         return [n for n in self.carry if not (self.anchor_period and n in self.anchors)]

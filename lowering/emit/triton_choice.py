@@ -8,6 +8,7 @@ from typing import Any
 from nestloop.lowering.emit.triton_kernels import ALIVE
 from nestloop.lowering.emit.triton_scan import TritonScan
 from nestloop.lowering.emit.triton_split import TritonSplitScan
+from nestloop.lowering.emit.triton_split_streamed import TritonSplitStreamedScan
 from nestloop.lowering.emit.triton_stream import TritonStream
 from nestloop.lowering.emit.triton_streamed import TritonStreamedScan
 from nestloop.lowering.ops.strided import NoSpelling
@@ -58,13 +59,24 @@ def _split(of_length: OfLength, rows: int, free: bool) -> TritonPlan:
     """Only the state walked in order: with the longest chunks that fit registers, or the shortest."""
     while free and rows > SHORTEST:
         try:
-            scan = TritonSplitScan(*of_length(rows))
+            scan = _walked(*of_length(rows))
             if scan.alive <= ALIVE_SPLIT:
                 return scan.emit()
         except NoSpelling:
             pass
         rows //= 2
-    return TritonSplitScan(*of_length(rows)).emit()
+    return _walked(*of_length(rows)).emit()
+
+
+def _walked(*scan: Any) -> TritonSplitScan:
+    """The state in registers while it is walked, where it leaves room for what a chunk adds to it, else in memory."""
+    try:
+        made = TritonSplitScan(*scan)
+        if sum(made.tile_elements(n) for n in made.walked) <= ALIVE // 2:
+            return made
+    except NoSpelling:
+        pass
+    return TritonSplitStreamedScan(*scan)
 
 
 def _in_one(of_length: OfLength, rows: int, free: bool) -> TritonPlan:

@@ -53,8 +53,7 @@ class TritonScan(TritonStream):
         body = self.read_only("backward")
         body += [f"d_{n} = {self.zeros(n)}" for n in self.shared if n in gradients]
         body += [self.load(f"d_{n}", self.at(f"d_end_{n}")) for n in self.carry]
-        if self.halo:
-            body += self._clear()
+        body += self.clear_tokens()
         body += [f"chunks = tl.cdiv(N, {self.longest})", "groups = tl.cdiv(chunks, every)"]
         here = self.slots("0")
         first = [self.load(n, self.at(n)) if n in self.starts else f"{n} = {self.zeros(n)}" for n in self.carry]
@@ -90,12 +89,6 @@ class TritonScan(TritonStream):
             if n in gradients:
                 body.append(self.store(n, f"{n}_made + item * {self.elements(n)}", f"d_{n}"))
         return body
-
-    def _clear(self) -> list[str]:
-        """Lines that set the cotangents of tokens to zero, to which windows that overlap add."""
-        lines = [walk("index", f"0, tl.cdiv(N, {self.rows})")]
-        inner = [*self.span, *[self.clear(n) for n in self.seen]]
-        return [*lines, *indented(inner), BARRIER]
 
     def _pull(self) -> list[str]:
         """Lines of one chunk's backward."""

@@ -16,7 +16,8 @@ from nestloop.lowering.emit.scan import ROWWISE, TITLES
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_stream import TritonStream
-from nestloop.lowering.emit.triton_tiles import walk
+from nestloop.lowering.emit.triton_tiles import BARRIER, walk
+from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch
 from nestloop.lowering.streams.step import VALID
 
@@ -29,25 +30,34 @@ class TritonSplitScan(TritonStream):
     """
 
     spread = "the state in one program a head and sequence, all else in one a chunk"
+    slots_over = "chunks"  # what has a state of its own in memory
+    after = "part"  # the one that a program's chunk leaves
 
     def _add_functions(self) -> None:
+        if self.halo:
+            raise NoSpelling("windows of chunks that run at once would add to the same rows")
         self.check_in_memory()
         tokens = self.per_token
-        carried = {f"d_{n}" for n in self.carry}
-        own = [*tokens, *ROWWISE, *self.carry, *self.shared]
+        carried = {f"d_{n}" for n in self.walked}
         for name, piece in self.pieces.items():
+            own = [*tokens, *ROWWISE, *self.carry, *self.shared, *self._left_in_memory(name)]
             left = [None if r.removesuffix("_new") in self.carry else r for r in piece.results]
             self._add_one(name, piece.forward, left, f"{TITLES[name]}. Makes {', '.join(filter(None, left))}.", own)
             wrt = [None if n == VALID else f"d_{n}" for n in piece.wrt]
             rest = [None if r in carried else r for r in wrt]
-            rows = [*own, *[f"d_{n}" for n in [*self.tokens, *self.shared]], *[f"d_{n}_new" for n in self.carry]]
+            rows = [*own, *[f"d_{n}" for n in [*self.tokens, *self._summed]], *[f"d_{n}_new" for n in self.walked]]
+            rows += [f"d_{n}" for n in self._left_in_memory(name)]
             self._add_one(f"{name}_vjp", piece.backward, rest, f"Cotangents of the tokens of {name}.", rows)
             states = [r if r in carried else None for r in wrt]
             doc = f"Cotangents of the state that {name} starts with."
             self._add_one(f"{name}_state_vjp", piece.backward, states, doc, [*tokens, *self.carry])
         results = [r for r in self.pieces["chunk"].results if r.endswith("_new")]
         wanted = [r if r.removesuffix("_new") in self.carry else None for r in results]
-        self._add_one("advance", self.states["advance"], wanted, f"{TITLES['advance']}.", tokens)
+        self._add_one("advance", self.states["advance"], wanted, f"{TITLES['advance']}.", [*tokens, *self.held])
+
+    def _left_in_memory(self, name: str) -> list[str]:
+        """What the last chunk leaves, of which a piece writes its part itself."""
+        return []
 
     def _add_one(
         self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str, rows: Collection[str]
@@ -74,16 +84,17 @@ class TritonSplitScan(TritonStream):
         return [self.functions["advance"]] if which.endswith("_states") else []
 
     def _handed(self, which: str) -> tuple[Handed, ...]:
-        states = Handed("states_handed", "chunks", self._size)
+        size = self.room_for(self.walked)
+        states = Handed("states_handed", self.slots_over, size)
         if which == "forward":
             return (states,)
-        made = [states, Handed("cotangents_handed", "chunks", self._size)]
+        made = [states, Handed("cotangents_handed", self.slots_over, size)]
         return (*made, *([Handed("sums_handed", "chunks", self.room_for(self._summed))] if self._summed else []))
 
     @property
     def _summed(self) -> list[str]:
-        """Weights whose cotangents chunks add up."""
-        return [n for n in self.shared if n in self.gradients]
+        """What chunks add up cotangents of: weights, and what they hand on as it is."""
+        return [*[n for n in self.shared if n in self.gradients], *self.held]
 
     def _written(self, kernel: str) -> tuple[str, list[str]]:
         docs = {
@@ -102,7 +113,7 @@ class TritonSplitScan(TritonStream):
 
     def _slots(self, handed: str, names: Sequence[str], index: str = "index") -> dict[str, str]:
         """Where a chunk's part of what kernels leave for one another lies."""
-        chunks = "parts" if index == "part" else "chunks"
+        chunks = "parts" if index.startswith("part") else "chunks"
         return self.side_by_side(f"{handed}_handed + (item * {chunks} + {index}) * {self.room_for(names)}", names)
 
     def _store_all(self, slots: dict[str, str], value: str) -> list[str]:
@@ -115,35 +126,45 @@ class TritonSplitScan(TritonStream):
         """Lines that make the state of the next chunk."""
         made = self.functions["advance"].results
         after = [f"{n} = {f'{n}_new' if f'{n}_new' in made else self.zeros(n)}" for n in self._changed]
-        return [line for line in [self.call("advance", {}), *after] if line]
+        return [line for line in [self.call("advance", self._places(self.held)), *after] if line]
 
     @property
     def _changed(self) -> list[str]:
         """The parts of the state that a complete chunk changes."""
-        return [n for n in self.carry if f"{n}_new" in self.pieces["chunk"].results]
+        return [n for n in self.walked if f"{n}_new" in self.pieces["chunk"].results]
 
     def _states(self) -> list[str]:
         body = self.read_only("forward_states")
-        body += [self.load(n, self.at(n)) for n in self.carry]
+        body += [self.load(n, self.at(n)) for n in self.walked]
         body += self.nothing_waits()
-        kept = [self.store(n, self.between(n, "index // every - 1", made=True), n) for n in self.carry]
-        loop = [*self.next_chunk("forward_states"), *self._store_all(self._slots("states", self.carry), "{}")]
-        loop += ["if (index > 0) & (index % every == 0):", *indented(kept)]
+        kept = [self.store(n, self.between(n, "index // every - 1", made=True), n) for n in self.walked]
+        loop = [*self.next_chunk("forward_states"), *self._store_all(self._slots("states", self.walked), "{}")]
+        loop += ["if (index > 0) & (index % every == 0):", *indented([*kept, *self._keep_held()])]
         loop += self.leave_anchor()
         loop += self.either(lambda name: self._advance() if name == "chunk" else ["pass"])
         body += [walk("index", "0, chunks"), *indented(loop)]
-        return body + [self.store(n, self.end(n), n) for n in self.carry]
+        return [*body, *[self.store(n, self.end(n), n) for n in self.walked], *self._leave_held()]
+
+    def _keep_held(self) -> list[str]:
+        places = {n: self.between(n, "index // every - 1", made=True) for n in self.held}
+        return [line for n in self.held for line in self.fill(n, self.at(n), places[n])]
+
+    def _leave_held(self) -> list[str]:
+        return [line for n in self.held for line in self.fill(n, self.at(n), self.end(n))]
 
     def _outputs(self) -> list[str]:
-        read = {**self._slots("states", self.carry, "part"), **self._places(self.shared)}
+        read = {**self._read("part"), **self._places(self.shared)}
 
         def run(name: str) -> list[str]:
-            function, lines = self.functions[name], [self.call(name, read)]
+            places = {n: self.end(n.removesuffix("_new")) for n in self._left_in_memory(name)}
+            function, lines = self.functions[name], [self.call(name, {**read, **places})]
             last = []
             for result in self.pieces[name].results:
                 plain, there = result.removesuffix("_new"), result in function.results
                 if result in ROWWISE:
                     lines += [] if there else [self.clear(result)]
+                elif result in places:
+                    lines += [] if there else self.fill(plain, None, places[result])
                 elif plain not in self.carry:
                     last.append(self.store(plain, self.end(plain), result if there else self.zeros(plain)))
             return [line for line in [*lines, *(["if start + own == N:", *indented(last)] if last else [])] if line]
@@ -153,9 +174,9 @@ class TritonSplitScan(TritonStream):
     # ---- Backward --------------------------------------------------------------------------------------------------
 
     def _states_again(self) -> list[str]:
-        first = [self.load(n, self.at(n)) for n in self.carry]
-        later = [self.load(n, self.between(n, "part - 1")) for n in self.carry]
-        slots = self._slots("states", self.carry)
+        first = [self.load(n, self.at(n)) for n in self.walked]
+        later = [self.load(n, self.between(n, "part - 1")) for n in self.walked]
+        slots = self._slots("states", self.walked)
         loop = [*self.next_chunk("backward_states"), *self._store_all(slots, "{}"), *self._advance()]
         return [
             *self.read_only("backward_states"),
@@ -167,18 +188,18 @@ class TritonSplitScan(TritonStream):
             *indented(later),
             walk("index", "first, last - 1"),
             *indented(loop),
-            *self._store_all(self._slots("states", self.carry, "last - 1"), "{}"),
+            *self._store_all(self._slots("states", self.walked, "last - 1"), "{}"),
         ]
 
     def _cotangents(self) -> list[str]:
         body = self.read_only("backward_cotangents")
-        body += [self.load(f"d_{n}", self.at(f"d_end_{n}")) for n in self.carry]
-        read = self._slots("states", self.carry)
+        body += [self.load(f"d_{n}", self.at(f"d_end_{n}")) for n in self.walked]
+        read = self._read("index")
 
         def pull(name: str) -> list[str]:
             function = self.functions[f"{name}_state_vjp"]
             lines = [*self._ends(function, "chunks"), self.call(function.name, {**read, **passed}, "c_")]
-            for n in self.carry:
+            for n in self.walked:
                 found = f"d_{n}" in function.results
                 if name != "chunk" or n not in self._changed:  # what the chunk does not change passes by
                     lines += [f"d_{n} += c_d_{n}"] if found else []
@@ -186,46 +207,51 @@ class TritonSplitScan(TritonStream):
                     lines.append(f"d_{n} = {f'c_d_{n}' if found else self.zeros(n)}")
             return [line for line in lines if line]
 
-        passed = {f"d_{n}_new": f"d_{n}" for n in self.carry}
+        passed = {f"d_{n}_new": f"d_{n}" for n in self.walked}
         loop = ["index = chunks - 1 - back", *self.next_chunk("backward_cotangents")]
-        loop += self._store_all(self._slots("cotangents", self.carry), "d_{}")
+        loop += self._store_all(self._slots("cotangents", self.walked), "d_{}")
         loop += self.either(pull)
         loop += self.pull_anchor("back == 0")
         body += [walk("back", "0, chunks"), *indented(loop)]
-        return body + [self.store(n, f"{n}_made + item * {self.elements(n)}", f"d_{n}") for n in self.carry]
+        return body + [self.store(n, f"{n}_made + item * {self.elements(n)}", f"d_{n}") for n in self.walked]
 
     def _pull(self) -> list[str]:
-        read = {**self._slots("states", self.carry, "part"), **self._places(self.shared)}
-        read |= {f"d_{n}_new": place for n, place in self._slots("cotangents", self.carry, "part").items()}
+        read = {**self._read("part"), **self._places(self.shared)}
+        read |= {f"d_{n}_new": place for n, place in self._slots("cotangents", self.walked, self.after).items()}
         sums = self._slots("sums", self._summed, "part")
         read |= {f"d_{n}": place for n, place in sums.items()}
 
         def pull(name: str) -> list[str]:
             function = self.functions[f"{name}_vjp"]
-            lines = [*self._ends(function, "parts"), self.call(function.name, read), *self.token_cotangents(name)]
+            call = self.call(function.name, {**read, **self._ended(name)})
+            lines = [*self._ends(function, "parts"), call, *self.token_cotangents(name)]
             none = [n for n in self._summed if f"d_{n}" not in function.results]
             return [line for line in [*lines, *self.clear_all(none, sums)] if line]
 
         return ["index = part", *self.span, *self.either(pull)]
 
     def _sums(self) -> list[str]:
-        sums = self._slots("sums", self._summed)
-        loop = []
-        for n in self._summed:
-            loop += [self.load(n, sums[n], f"d_{n}_here"), f"d_{n} += d_{n}_here"]
-        return [
-            *[f"d_{n} = {self.zeros(n)}" for n in self._summed],
-            walk("index", "0, chunks"),
-            *indented(loop),
-            *[self.store(n, f"{n}_made + item * {self.elements(n)}", f"d_{n}") for n in self._summed],
-        ]
+        apart, lines = self.room_for(self._summed), []
+        for n, place in self._slots("sums", self._summed, "0").items():
+            lines += self.fill(n, place, f"{n}_made + item * {self.elements(n)}", parts=("chunks", apart))
+        ends = {n: f"{n}_made + item * {self.elements(n)}" for n in self.held}
+        ended = [line for n in self.held for line in self.fill(n, self.at(f"d_end_{n}"), ends[n], added=True)]
+        return [*lines, *([BARRIER, *ended] if ended else [])]
 
     # ---- Parts of kernels ------------------------------------------------------------------------------------------
+
+    def _read(self, index: str) -> dict[str, str]:
+        """Where a chunk's functions find the state that it starts with."""
+        return {**self._slots("states", self.walked, index), **self._places(self.held)}
 
     def _places(self, names: Sequence[str]) -> dict[str, str]:
         return {n: self.at(n) for n in names}
 
     def _ends(self, function: TritonFunction, chunks: str) -> list[str]:
         """Lines that read the cotangents of what only the last chunk leaves."""
-        names = [n for n in self.extra if f"d_{n}_new" in function.inputs]
+        names = [n for n in self.extra if f"d_{n}_new" in {*function.inputs} - {*function.rows}]
         return [self.load(f"d_{n}", self.at(f"d_end_{n}"), f"d_{n}_new", f"index + 1 == {chunks}") for n in names]
+
+    def _ended(self, name: str) -> dict[str, str]:
+        """Where a piece finds those that it reads itself."""
+        return {f"d_{n}": self.at(f"d_end_{n.removesuffix('_new')}") for n in self._left_in_memory(name)}

@@ -13,7 +13,7 @@ from torch import fx
 from nestloop.lowering.emit.scan import ROWWISE, TITLES, ScanTensors
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import TritonKernels, indented
-from nestloop.lowering.emit.triton_tiles import BARRIER, padded
+from nestloop.lowering.emit.triton_tiles import BARRIER, padded, walk
 from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch, TritonPlan
@@ -71,16 +71,21 @@ class TritonStream(TritonKernels, ScanTensors):
         return {n: tuple(size for size in shape if size != 1) for n, shape in shapes.items()}
 
     def _add(self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str) -> None:
-        per_token = self.per_token
-        rows = {n: (self.halo if self.plain(n) in ROWWISE else 0, False) for n in [*per_token, *ROWWISE]}
-        rows |= {f"d_{n}": (0, bool(self.halo)) for n in self.tokens}
-        height = self.rows + self.halo
-        self.functions[name] = TritonFunction(name, module, results, per_token, doc, self._axes(module), height, rows)
+        per_token, axes, height = self.per_token, self._axes(module), self.rows + self.halo
+        self.functions[name] = TritonFunction(name, module, results, per_token, doc, axes, height, self.token_rows)
+
+    @property
+    def token_rows(self) -> dict[str, tuple[int, bool]]:
+        """Rows of a tile of tokens that functions read and write themselves: the first that has a row in memory, and
+        whether they add to it, as windows that overlap do.
+        """
+        rows = {n: (self.halo if self.plain(n) in ROWWISE else 0, False) for n in [*self.per_token, *ROWWISE]}
+        return rows | {f"d_{n}": (0, bool(self.halo)) for n in self.tokens}
 
     def check_in_memory(self) -> None:
         """Raise `NoSpelling` for a scan whose state cannot lie in memory."""
-        if self.halo or self.anchors or self.alone:
-            raise NoSpelling("a window, an anchor of its own period or a token alone is kept in registers")
+        if self.anchor_period or self.alone:
+            raise NoSpelling("an anchor of its own period or a token alone is kept in registers")
         if not self.carry:
             raise NoSpelling("no state is handed on")
 
@@ -98,7 +103,8 @@ class TritonStream(TritonKernels, ScanTensors):
         def of_tile(height: int, block: tuple[int, int] | None, sums: Sequence[str]) -> TritonFunction:
             return TritonFunction(name, module, results, per_token, doc, axes, height, rows, block=block)
 
-        self.functions[name] = self.fitting(of_tile, module, [(self.rows, length) for length in BLOCKS], [[]])
+        height = self.rows + self.halo
+        self.functions[name] = self.fitting(of_tile, module, [(height, length) for length in BLOCKS], [[]])
 
     # ---- Source ----------------------------------------------------------------------------------------------------
 
@@ -109,7 +115,9 @@ class TritonStream(TritonKernels, ScanTensors):
         kernels = {one.kernel: self._kernel("forward", one) for one in forward}
         kernels |= {one.kernel: self._kernel("backward", one) for one in backward}
         return TritonPlan(
-            text=self.module(f"{what}, {self.spread}: the {self.form} form.", [*kernels.values()]),
+            text=self.module(
+                f"{what}, {self.spread}: the {self.form} form.", [*kernels.values()], [*forward, *backward]
+            ),
             forward=tuple(self.given("forward")),
             backward=tuple(self.given("backward")),
             gradients=tuple(self.gradients),
@@ -234,6 +242,14 @@ class TritonStream(TritonKernels, ScanTensors):
             return self.store(name, self.place(name, made=True), self.zeros(name))
         rows = "own" if self.plain(name) in ROWWISE else "n"
         return self.clear_rows(name, padded(self.rows + self.halo), rows)
+
+    def clear_tokens(self) -> list[str]:
+        """Lines that set the cotangents of tokens to zero, to which windows that overlap add."""
+        if not self.halo:
+            return []
+        lines = [walk("index", f"0, tl.cdiv(N, {self.rows})")]
+        inner = [*self.span, *[self.clear(n) for n in self.seen]]
+        return [*lines, *indented(inner), BARRIER]
 
     # ---- Calls -----------------------------------------------------------------------------------------------------
 

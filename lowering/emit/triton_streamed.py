@@ -28,9 +28,10 @@ class TritonStreamedScan(TritonStream):
 
     def _add(self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str) -> None:
         placed = [*self.shapes, *[r for r in results if r], *[f"d_{n}_new" for n in [*self.carry, *self.extra]]]
-        rows: dict[str, tuple[int, bool | str]] = {n: (0, False) for n in [*placed, *self.per_token, *ROWWISE]}
+        rows: dict[str, tuple[int, bool | str]] = {n: (0, False) for n in placed}
+        rows |= self.token_rows
         if name.endswith("_vjp"):
-            passing = [] if name == "chunk_vjp" else self.carry  # what a part of a chunk does not change
+            passing = self.held if name == "chunk_vjp" else self.carry  # what the piece does not change
             rows |= {f"d_{n}": (0, True) for n in [*self.shared, *passing]}
         self.add_blocked(name, module, results, doc, rows)
 
@@ -103,6 +104,7 @@ class TritonStreamedScan(TritonStream):
         shared = [n for n in self.shared if n in self.gradients]
         places = {n: f"{n}_made + item * {self.elements(n)}" for n in shared}
         body = [self._pair("backward"), f"left = pair + {2 * self._size}", *self.clear_all(shared, places)]
+        body += self.clear_tokens()
         first = self.side_by_side("pair", self.carry)
         for n in self.carry:
             body += self.fill(n, self.at(f"d_end_{n}"), first[n])
@@ -155,7 +157,7 @@ class TritonStreamedScan(TritonStream):
             made = {f"d_{n}": then[n] for n in self.carry}
             before: list[str] = []
             for n in self.carry:
-                if name != "chunk":
+                if name != "chunk" or n in self.held:
                     before += self.fill(n, now[n], then[n])
                 elif n not in nonzero or f"d_{n}" not in function.results:
                     before += self.fill(n, None, then[n])

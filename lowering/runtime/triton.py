@@ -175,7 +175,7 @@ class TritonStream(TritonCode):
         dtype, tokens, signature = compute_dtype(inputs), self._tokens(inputs), self.signature
         every = signature.spacing(inputs) if signature.chunk else 1
         chunks = -(-tokens // signature.chunk) if signature.chunk else 1
-        parts = {"sequences": 1, "chunks": chunks, "groups": -(-chunks // every)}
+        parts = {"sequences": 1, "chunks": chunks, "boundaries": chunks + 1, "groups": -(-chunks // every)}
         arguments: list[Any] = []
         for name, tensor in given.items():
             walked = name in (*self.signature.tokens, "d_z", "d_losses")

@@ -70,7 +70,8 @@ class Handed:
 
     Attributes:
         name: of the kernels' argument, which ends with "_handed".
-        over: what has elements of its own, of every head and sequence: as of a `Launch`.
+        over: what has elements of its own, of every head and sequence: as of a `Launch`, or "boundaries" (before each
+            chunk, and after the last).
         elements: of each.
     """
 

@@ -170,7 +170,8 @@ def triton_work(
     one = sympy.Integer(1)
     every = spacing(spec, sizes, triton.rows, triton.state) if plan.form == "stream" else one
     chunks = sympy.ceiling(N / triton.rows)
-    parts = {"sequences": one, "chunks": chunks, "groups": sympy.ceiling(chunks / every), "ranges": shares}
+    parts = {"sequences": one, "chunks": chunks, "boundaries": chunks + 1, "groups": sympy.ceiling(chunks / every)}
+    parts |= {"ranges": shares}
     outside = [
         (cost(piece.forward if direction == "forward" else piece.backward), H if name == "prepare" else B * H)
         for name, piece in pieces.items()

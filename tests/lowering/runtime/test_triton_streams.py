@@ -17,7 +17,7 @@ import nestloop as nl
 from nestloop import zoo
 from nestloop.errors import NoPlanError, SharedMemoryError
 from nestloop.lowering import pipeline
-from nestloop.lowering.emit import triton_choice, triton_kernels, triton_streamed
+from nestloop.lowering.emit import triton_choice, triton_kernels, triton_stream
 from nestloop.lowering.lower import STREAM_OPS
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime import cache, offline, tiles, tuned
@@ -73,10 +73,10 @@ def streamed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pipeline, "is_affine", lambda piece, carry: False)  # all of it in one kernel
     monkeypatch.setattr(triton_kernels, "SHORTEST_BLOCKED", 32)
     monkeypatch.setattr(triton_kernels, "ALIVE", 0)
-    monkeypatch.setattr(triton_streamed, "BLOCKS", (0, 16))
+    monkeypatch.setattr(triton_stream, "BLOCKS", (0, 16))
 
 
-STREAMED = [zoo.TTTLinear, zoo.TTTMLP, zoo.Yaad, zoo.Moneta, zoo.CausalLaCT, zoo.GatedDeltaNet]
+STREAMED = [zoo.TTTLinear, zoo.TTTMLP, zoo.Yaad, zoo.Moneta, zoo.CausalLaCT, zoo.GatedDeltaNet, zoo.OmegaNet]
 
 
 @pytest.mark.usefixtures("streamed")
@@ -126,6 +126,31 @@ def test_chunks_of_an_affine_state_run_at_once(loop: type[nl.Loop], kernels_of_s
     wanted = run(nl.compile(loop, backend="reference"), inputs, losses=False)
     assert_equal(differences(found, wanted), 1e-9)
     assert {"forward_outputs", "backward_tokens"} <= kernels_of_scans
+
+
+# Gradients are taken at one anchor, in chunks of a length of their own: tokens, and those of the first call.
+ANCHORED = {zoo.NeuralMemory: (150, 70), zoo.InContextAutoregression: (6, 3)}
+WALKED_IN_MEMORY = [zoo.CosFormer, zoo.GatedDeltaNet, zoo.DeltaProduct, zoo.Mesa, *ANCHORED]
+
+
+@pytest.mark.parametrize("loop", WALKED_IN_MEMORY, ids=lambda loop: loop.__name__)
+def test_a_state_that_is_walked_in_memory(
+    loop: type[nl.Loop], kernels_of_scans: set[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Its axes in blocks; several chunks, an incomplete one last, in two calls: the reference."""
+    monkeypatch.setattr(triton_choice, "ALIVE", 0)
+    monkeypatch.setattr(triton_kernels, "SHORTEST_BLOCKED", 16)
+    for name, size in {"d": 16, "dk": 16, "dv": 16}.items():
+        monkeypatch.setitem(SIZES, name, size)
+    torch.manual_seed(0)
+    tokens, first = ANCHORED.get(loop, (37, 20))
+    inputs = drawn(loop, tokens)
+    found = run_in_parts(nl.compile(loop, backend="triton"), inputs, [first], losses=False)
+    wanted = run(nl.compile(loop, backend="reference"), inputs, losses=False)
+    assert_equal(differences(found, wanted), 1e-9)
+    assert {"forward_outputs", "backward_tokens"} <= kernels_of_scans
+    (path, *_) = cache.cache_dir().glob("*_scan_triton*.py")
+    assert "(item * (chunks + 1) + index + 1)" in path.read_text()
 
 
 @pytest.mark.parametrize("loop", [zoo.RetNet, zoo.GatedDeltaNet, zoo.TTTLinear], ids=lambda loop: loop.__name__)
@@ -322,3 +347,14 @@ def test_inspect_shows_every_stage_of_a_kernel():
     assert nl.inspect(zoo.LaCT, "triton") == f"none: {UNPLANNED[zoo.LaCT]}"
     ttir = nl.inspect(zoo.CausalLinearAttention, "ttir")
     assert ttir.startswith("// forward_states for sm_90, bf16: ") and "// backward_tokens for sm_90, bf16: " in ttir
+
+
+@pytest.mark.parametrize("loop", [zoo.GLA, zoo.TTTMLP], ids=lambda loop: loop.__name__)
+def test_the_header_says_how_kernels_are_launched_and_what_functions_cost(loop: type[nl.Loop]):
+    plan = plan_of(loop)
+    header = plan.text.split('"""')[1]
+    for one in plan.all_launches:
+        assert f"\n    {one.kernel}: over {one.over}, {one.warps} warps and " in header
+    for name, numbers in plan.work["functions"].items():
+        (line,) = (line for line in header.splitlines() if line.startswith(f"    {name}: n <= {numbers['tokens']}: "))
+        assert f"{4 * numbers['moved']:,} bytes read and written; {numbers['alive']:,} numbers alive" in line

@@ -77,7 +77,7 @@ class Kernel:
 
     @property
     def code(self) -> str:
-        """A digest of what is compiled; its header and comments, which name lines of declarations, are no part of it."""
+        """A digest of what is compiled, without its header and comments, which name lines of declarations."""
         text = re.sub(r"[ \t]*#.*", "", self.plan.text.split('"""', 2)[2])
         options = self.plan.options(self.kernel, offline.TARGETS[self.device][0] == "cuda")
         return hashlib.sha256(f"{text}{sorted(options.items())}".encode()).hexdigest()[:12]

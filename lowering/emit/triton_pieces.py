@@ -20,7 +20,7 @@ from nestloop.lowering.ops.strided import NoSpelling, extent
 HEIGHTS = (64, 32, 16)  # tokens of a tile
 # Tokens of a tile, and the length of a block of a long axis (0: all of it), best first: with fewer tokens weights are
 # read more often, and products have fewer rows.
-TILES = ((64, 0), (64, 64), (64, 32), (32, 0), (32, 64), (32, 32), (16, 0), (16, 64), (16, 32), (16, 16))
+TILES = ((64, 0), (64, 32), (32, 0), (32, 32), (16, 0), (16, 32), (16, 16))
 CARRIED = ALIVE // 2  # elements of sums that stay in registers from one tile of tokens to the next
 SUMS = ("loss_sum", "loss_after")
 

@@ -33,6 +33,7 @@ class Length:
         self.decisions: list[tuple[Any, ...]] = []
         self.fixed = False
         self.constants: dict[tuple[type, Any], Size] = {}
+        self.computed: dict[tuple[Any, ...], Size] = {}  # by operation and operands: shapes ask for the same again
         self.symbol = sympy.Symbol("n", integer=True, positive=True)
         self.size = torch.SymInt(Size(self, LENGTHS, lambda: self.symbol))
 
@@ -138,9 +139,13 @@ def _method(operation: Callable[..., Any], spell: Callable[..., Any]) -> Callabl
     """The method of `Size` for a Python operator, whose sympy form is `spell`."""
 
     def method(self: Size, *others: Any) -> Size:
-        nodes = [self, *(other if isinstance(other, Size) else self._constant(other) for other in others)]
-        values = _apply(operation, [node.values for node in nodes])
-        return Size(self.length, values, lambda: spell(*(node.expr for node in nodes)), (operation, tuple(nodes)))
+        nodes = (self, *[other if isinstance(other, Size) else self._constant(other) for other in others])
+        computed, key = self.length.computed, (operation, *nodes)
+        if key not in computed:
+            values = _apply(operation, [node.values for node in nodes])
+            made = (operation, nodes)
+            computed[key] = Size(self.length, values, lambda: spell(*(node.expr for node in nodes)), made)
+        return computed[key]
 
     return method
 

@@ -8,6 +8,7 @@ view that no turn or broadcast gives (a slice, tiles side by side) goes through 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from types import MappingProxyType
 
 import torch
@@ -155,14 +156,14 @@ class TritonFunction(TritonValues):
         """Put the values of every phase in order; the most elements that are alive at once."""
         parts = [part for phase in self.phases for part in (phase.once, phase.blocks)]
         last = {o.base: index for index, part in enumerate(parts) for value in part for o in value.reads}
-        worst, there = 0, set(alive)
+        worst, there, weight = 0, set(alive), cache(self._weight)
         for index, part in enumerate(parts):
             given = {v for v in there if v not in self.handed and (last.get(v, -1) >= index or v.result is not None)}
             kept = {v for v in [*given, *part] if v not in self.handed and last.get(v, -1) > index}
-            part[:] = fewest_alive(part, self._weight, given, kept)
+            part[:] = fewest_alive(part, weight, given, kept)
             if self.block is not None:  # reductions are there before the first block
                 given |= {v for v in part if sums_over(v, self.block[0])}
-            worst = max(worst, most_alive(part, self._weight, given, kept))
+            worst = max(worst, most_alive(part, weight, given, kept))
             there |= {v for v in part if not v.written}
         return worst
 

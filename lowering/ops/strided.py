@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import sympy
@@ -36,6 +37,8 @@ class Extent:
     def __mul__(self, other: int | Extent) -> Extent:
         if isinstance(other, int):
             return Extent._of(*[a * other for a in self._powers])
+        if not other.has_tokens:
+            return self * other.constant
         made = [0] * 7
         for i, a in enumerate(self._powers):
             for j, b in enumerate(other._powers):
@@ -58,7 +61,7 @@ class Extent:
 
     def at(self, n: int) -> int:
         """The number for a tile of n tokens."""
-        return sum(factor * n**power for power, factor in enumerate(self._powers))
+        return self.constant + n * (self.per_token + n * (self.square + n * self.cube))
 
     def at_least(self, other: Extent) -> Extent:
         """A size that is no smaller than either."""
@@ -66,7 +69,7 @@ class Extent:
 
     @property
     def is_one(self) -> bool:
-        return self == ONE
+        return self.constant == 1 and not (self.per_token or self.square or self.cube)
 
     @property
     def is_sum(self) -> bool:
@@ -76,7 +79,7 @@ class Extent:
     @property
     def has_tokens(self) -> bool:
         """Whether it depends on n."""
-        return any(self._powers[1:])
+        return bool(self.per_token or self.square or self.cube)
 
 
 ONE, ZERO = Extent(0, 1), Extent(0, 0)
@@ -93,7 +96,12 @@ def extent(size: Any) -> Extent:
     traced = size.meta["val"] if hasattr(size, "meta") else size
     if isinstance(traced, int):
         return Extent(0, traced)
-    expr = traced.node.expr
+    return _polynomial(traced.node.expr)
+
+
+@cache
+def _polynomial(expr: sympy.Expr) -> Extent:
+    """The same sizes come again with every value of a graph."""
     (symbol,) = expr.free_symbols
     powers = expr.as_poly(symbol)
     if powers is None:  # (n**2) // n, say, from a size that a reshape worked out: the cubic through four places

@@ -7,6 +7,7 @@ covers the code of every body, the functions and constants it reaches, and nestl
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import LoopSpec
 
 _KNOWN = {"torch", "math", "nestloop", "builtins", "operator", "functools", "numpy", "einops", "typing", "collections"}
+_OF_A_DATACLASS = ("<string>", dataclasses.__file__)  # where the methods come from that it has by its fields alone
 
 
 class _Unknown(Exception):
@@ -77,7 +79,9 @@ class _Digest:
             if base.__module__.startswith("nestloop.lang"):
                 continue
             for name, value in vars(base).items():
-                if name.startswith("__") or name in ("fast", "slow", "dims", "spec", "where"):
+                if name.startswith("__") and not _is_written(value):
+                    continue
+                if name in ("fast", "slow", "dims", "spec", "where"):
                     continue
                 self.add(name)
                 self.add_value(value)
@@ -117,6 +121,9 @@ class _Digest:
             self.add_value(vars(value))
         elif isinstance(value, property):
             self.add_value(value.fget)
+        elif dataclasses.is_dataclass(value):  # the user's own: what it can do, and what its fields hold
+            self.add_class(type(value))
+            self.add_value({each.name: getattr(value, each.name) for each in dataclasses.fields(value)})
         else:
             raise _Unknown(repr(value))
 
@@ -151,6 +158,11 @@ class _Digest:
                 self.add_code(constant)
             else:
                 self.add_value(constant)
+
+
+def _is_written(value: Any) -> bool:
+    """Whether a special method, as `__call__`, is the user's own."""
+    return isinstance(value, FunctionType) and value.__code__.co_filename not in _OF_A_DATACLASS
 
 
 def _names(code: CodeType) -> list[str]:

@@ -1,16 +1,18 @@
 """Generated Triton on CPU tensors: Triton's interpreter, kernel by kernel, in a process that also compiles.
 
 Triton interprets when TRITON_INTERPRET is set before it is imported, and then compiles nothing. Here one kernel is
-interpreted at a time. Four things of the stock interpreter are mended on the way: bfloat16, which it computes wrongly
+interpreted at a time. Five things of the stock interpreter are mended on the way: bfloat16, which it computes wrongly
 (products of garbage, casts that cut off), is rounded to nearest; what it puts in the place of `triton.language` while a
-function runs is taken back after it; and a number that bounds a loop is read in a way that every numpy allows; and
-products may ask for every precision that devices have, though all are taken in full.
+kernel runs is taken back after it, and put there once, not again for every function that the kernel calls; a number
+that bounds a loop is read in a way that every numpy allows; and products may ask for every precision that devices have,
+though all are taken in full.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,17 +72,14 @@ def _install() -> None:
     def call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:  # tl.sum and the like, and generated functions
         return _function(self)(*args, **kwargs)
 
-    def call_restoring(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
-        scope = interpreter._patch_lang(self.fn)
-        try:
-            return self.rewrite()(*args, **kwargs)
-        finally:
-            if scope is not None:
-                scope.restore()
+    def call_inside(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
+        return self.rewrite()(*args, **kwargs)
 
     JITFunction.__call__ = call
-    InterpretedFunction.__call__ = call_restoring
-    patch = interpreter._patch_lang_tensor
+    InterpretedFunction.__call__ = call_inside
+    patch_lang, patch = interpreter._patch_lang, interpreter._patch_lang_tensor
+    whole = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # the generated file names one, Triton's own both
+    interpreter._patch_lang = lambda function: patch_lang(whole)
 
     def patch_lang_tensor(tensor: type, scope: Any) -> None:
         patch(tensor, scope)

@@ -29,13 +29,17 @@ def fewest_alive(
 
 def most_alive(values: Sequence[Value], weight: Weight, given: Collection[Value], kept: Collection[Value] = ()) -> int:
     """Elements of the tiles that are alive at once, at the worst place."""
-    last = _last_uses(values)
-    alive = set(given)
-    worst = sum(map(weight, alive))
+    last, alive = _last_uses(values), set(given)
+    total = worst = sum(map(weight, alive))
     for index, value in enumerate(values):
-        alive |= {value, *[o.base for o in value.reads]}
-        worst = max(worst, sum(map(weight, alive)))
-        alive = {v for v in alive if last.get(v, -1) > index or _stays(v) or v in kept}
+        near = {value, *[o.base for o in value.reads]}
+        total += sum(map(weight, near - alive))
+        alive |= near
+        worst = max(worst, total)
+        # Of what was alive before the first, nothing may read some; after it all others have a use ahead.
+        ended = {v for v in (near if index else alive) if last.get(v, -1) <= index and not _stays(v) and v not in kept}
+        total -= sum(map(weight, ended))
+        alive -= ended
     return worst
 
 

@@ -48,25 +48,30 @@ def each(strategy: st.SearchStrategy[RandomStream], seeded: int, count: int, che
     holds()
 
 
-def begun(case: RandomStream, loop: type[nl.Loop], tokens: int, before: int, **given: int) -> Inputs:
-    """Inputs that go on from the state after some tokens, whose tensors require gradients of their own."""
+def begun(
+    case: RandomStream, loop: type[nl.Loop], tokens: int, before: int, losses: bool = True, **given: int
+) -> Inputs:
+    """Inputs that go on from the state after some tokens, whose tensors require gradients of their own.
+
+    losses: whether what made the state gave losses too: another lowering than one that did not.
+    """
     inputs = case.inputs(loop, tokens, **given)
     if before:
         earlier = case.inputs(loop, before, **{**given, "seed": given.get("seed", 0) + 1})
-        _, state = nl.compile(loop, backend="torch")(earlier.views, inputs.weights)
+        state = nl.compile(loop, backend="torch")(earlier.views, inputs.weights, return_losses=losses)[1]
         inputs.state = {
             n: t.detach().clone().requires_grad_() if isinstance(t, Tensor) else t for n, t in state.items()
         }
     return inputs
 
 
-def compared(loop: type[nl.Loop], inputs: Inputs, *found: nl.CompiledLoop) -> None:
-    wanted = run(nl.compile(loop, backend="reference"), inputs)
+def compared(loop: type[nl.Loop], inputs: Inputs, *found: nl.CompiledLoop, losses: bool = True) -> None:
+    wanted = run(nl.compile(loop, backend="reference"), inputs, losses)
     if not all(bool(torch.isfinite(value).all()) for value in wanted.values()):
         reject()  # the definition itself has no value (a norm of zero differentiated twice): nothing to equal
     for op in found:
         try:
-            made = run(op, inputs)
+            made = run(op, inputs, losses)
         except NoPlanError as refused:
             assert "too many tensors" in str(refused)  # for one op of PyTorch: the one refusal of a legal stream
             reject()
@@ -83,7 +88,9 @@ def check(case: RandomStream, calls: random.Random) -> None:
         compared(loop, case.inputs(loop, calls.choice(LONG), sequences=1, seed=calls.randrange(1000)), *ops)
     before = case.period * calls.randrange(1, 6)
     if before and not long:
-        compared(loop, begun(case, loop, calls.choice(LENGTHS), before, seed=calls.randrange(1000)), *ops)
+        losses = calls.random() < 0.75
+        inputs = begun(case, loop, calls.choice(LENGTHS), before, losses, seed=calls.randrange(1000))
+        compared(loop, inputs, *ops, losses=losses)
 
 
 @pytest.mark.slow

@@ -355,7 +355,7 @@ def test_no_memory_is_touched_that_is_not_its_own(root: Path, tmp_path: Path):
     environment = {
         **os.environ,
         "NESTLOOP_CACHE": str(tmp_path / "cache"),
-        "NESTLOOP_CXXFLAGS": "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+        "NESTLOOP_CXXFLAGS": "-O0 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
         "LD_PRELOAD": library,
         "ASAN_OPTIONS": "detect_leaks=0",
     }

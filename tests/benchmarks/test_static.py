@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 from pathlib import Path
@@ -22,6 +23,11 @@ FORWARD = [row for row in TABLE.kernels.values() if (row["device"], row["d"]) ==
 FORWARD = [row for row in FORWARD if row["kernel"].startswith("forward") and row.get("seconds", CHEAP + 1) <= CHEAP]
 FORWARD = [row for row in FORWARD if row["registers"] > NEAR]
 WITHOUT = sorted({row["loop"] for row in TABLE.no_plan.values() if row["d"] == D})
+
+
+@functools.cache
+def plans(loop: str) -> dict[str, Any]:
+    return static.plans(getattr(zoo, loop), D)
 
 
 def again(loop: str) -> str:
@@ -45,7 +51,7 @@ def test_every_loop_of_the_zoo_is_in_the_table(loop: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("loop", WITHOUT)
 def test_what_had_no_triton_has_none(loop: str):
-    assert all(isinstance(plan, str) for plan in static.plans(getattr(zoo, loop), D).values()), again(loop)
+    assert all(isinstance(plan, str) for plan in plans(loop).values()), again(loop)
 
 
 @pytest.mark.slow
@@ -53,7 +59,7 @@ def test_what_had_no_triton_has_none(loop: str):
 @pytest.mark.parametrize("row", FORWARD, ids=lambda row: f"{row['loop']}-{row['kernel']}")
 def test_no_kernel_spills_more_than_it_did(row: dict[str, Any]):
     loop = row["loop"]
-    plan = static.plans(getattr(zoo, loop), D)[row["part"]]
+    plan = plans(loop)[row["part"]]
     assert not isinstance(plan, str), f"there is no Triton any more: {plan}"
     assert row["kernel"] in plan.kernels, f"there is no such kernel any more: {again(loop)}"
     made = offline.compiled(plan, row["kernel"], DEVICE)

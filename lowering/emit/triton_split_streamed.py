@@ -30,6 +30,18 @@ class TritonSplitStreamedScan(TritonSplitScan):
         """A piece of a whole chunk runs for all chunks, and all but the last have nothing to leave."""
         return [f"{n}_new" for n in self.extra] if name == "partial" else []
 
+    def add_walk(
+        self,
+        name: str,
+        module: fx.GraphModule,
+        results: Sequence[str | None],
+        doc: str,
+        rows: Collection[str],
+        waits: Collection[str],
+    ) -> None:
+        """A function of a walk, in one: it is large for what it reads and writes of the state."""
+        self._add_one(name, module, results, doc, rows)
+
     def _add_one(
         self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str, rows: Collection[str]
     ) -> None:

@@ -27,7 +27,10 @@ class TritonPrepare(TritonStream):
     Attributes:
         prepared: the functions of walks that are cut in two, by name.
         row: elements of one row of what is handed on, by name.
+        prepares: whether any are.
     """
+
+    prepares = True
 
     def __post_init__(self) -> None:
         self.prepared: dict[str, Prepared] = {}
@@ -49,7 +52,8 @@ class TritonPrepare(TritonStream):
             rows: what it reads and writes itself.
             waits: inputs that the chunk before hands on.
         """
-        cut = prepared(module, [r is not None for r in results], waits, self.rows, f"{WALKS[name]}_")
+        wanted = [r is not None for r in results]
+        cut = prepared(module, wanted, waits, self.rows, f"{WALKS[name]}_") if self.prepares else None
         if cut is None:
             self._add_one(name, module, results, doc, rows)
             return

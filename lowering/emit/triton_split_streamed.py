@@ -25,22 +25,11 @@ class TritonSplitStreamedScan(TritonSplitScan):
     spread = f"{TritonSplitScan.spread}; the state in memory"
     slots_over = "boundaries"
     after = "part + 1"
+    prepares = False  # functions of the walk read and write the state themselves, block by block
 
     def _left_in_memory(self, name: str) -> list[str]:
         """A piece of a whole chunk runs for all chunks, and all but the last have nothing to leave."""
         return [f"{n}_new" for n in self.extra] if name == "partial" else []
-
-    def add_walk(
-        self,
-        name: str,
-        module: fx.GraphModule,
-        results: Sequence[str | None],
-        doc: str,
-        rows: Collection[str],
-        waits: Collection[str],
-    ) -> None:
-        """A function of a walk, in one: it is large for what it reads and writes of the state."""
-        self._add_one(name, module, results, doc, rows)
 
     def _add_one(
         self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str, rows: Collection[str]

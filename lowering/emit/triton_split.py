@@ -3,26 +3,25 @@
 Forward, one program a head and sequence walks the state alone and leaves what each chunk starts with; then every chunk
 is read out by a program of its own. Backward, groups of chunks make their states again, each from the one kept; one
 program walks the state's cotangent in reverse and leaves what reaches the state that each chunk leaves; then every
-chunk's program pulls that back to its tokens. What all chunks give a weight is added up in their order.
+chunk's program pulls that back to its tokens. What all chunks give a weight is added up in their order. Each walk comes
+after a kernel that computes, for all chunks at once, what it does not wait for, where that is much: `triton_prepare`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-
-from torch import fx
+from collections.abc import Sequence
 
 from nestloop.lowering.emit.scan import ROWWISE, TITLES
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import indented
-from nestloop.lowering.emit.triton_stream import TritonStream
+from nestloop.lowering.emit.triton_prepare import PREPARES, WALKS, TritonPrepare
 from nestloop.lowering.emit.triton_tiles import BARRIER, walk
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch
 from nestloop.lowering.streams.step import VALID
 
 
-class TritonSplitScan(TritonStream):
+class TritonSplitScan(TritonPrepare):
     """Writes the module of a scan whose chunks run at once, but for the state.
 
     Raises:
@@ -50,20 +49,20 @@ class TritonSplitScan(TritonStream):
             self._add_one(f"{name}_vjp", piece.backward, rest, f"Cotangents of the tokens of {name}.", rows)
             states = [r if r in carried else None for r in wrt]
             doc = f"Cotangents of the state that {name} starts with."
-            self._add_one(f"{name}_state_vjp", piece.backward, states, doc, [*tokens, *self.carry])
+            pull = (f"{name}_state_vjp", piece.backward, states, doc, [*tokens, *self.carry])
+            if name == "chunk":
+                self.add_walk(*pull, [f"d_{n}_new" for n in self.walked])
+            else:
+                self._add_one(*pull)
         results = [r for r in self.pieces["chunk"].results if r.endswith("_new")]
         wanted = [r if r.removesuffix("_new") in self.carry else None for r in results]
-        self._add_one("advance", self.states["advance"], wanted, f"{TITLES['advance']}.", [*tokens, *self.held])
+        self.add_walk(
+            "advance", self.states["advance"], wanted, f"{TITLES['advance']}.", [*tokens, *self.held], self.walked
+        )
 
     def _left_in_memory(self, name: str) -> list[str]:
         """What the last chunk leaves, of which a piece writes its part itself."""
         return []
-
-    def _add_one(
-        self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str, rows: Collection[str]
-    ) -> None:
-        """A function; `rows`: what it reads and writes itself."""
-        self.add_blocked(name, module, results, doc, dict.fromkeys(rows, (0, False)))
 
     # ---- Kernels ---------------------------------------------------------------------------------------------------
 
@@ -72,6 +71,7 @@ class TritonSplitScan(TritonStream):
         if which == "backward":
             over = {"backward_states": "groups", "backward_cotangents": "sequences", "backward_tokens": "chunks"}
             over |= {"backward_sums": "sequences"} if self._summed else {}
+        over = self.with_prepared(over)
         return tuple(
             Launch(kernel, parts, self.warps_for(self._alive(kernel)), self._scratch(kernel))
             for kernel, parts in over.items()
@@ -79,6 +79,8 @@ class TritonSplitScan(TritonStream):
 
     def _functions_of(self, which: str) -> list[TritonFunction]:
         ends = {"forward_outputs": "", "backward_cotangents": "_state_vjp", "backward_tokens": "_vjp"}
+        if which in PREPARES:
+            return [self.functions[f"prepare_{PREPARES[which]}"]]
         if which in ends:
             return [self.functions[f"{name}{ends[which]}"] for name in self.pieces]
         return [self.functions["advance"]] if which.endswith("_states") else []
@@ -87,8 +89,8 @@ class TritonSplitScan(TritonStream):
         size = self.room_for(self.walked)
         states = Handed("states_handed", self.slots_over, size)
         if which == "forward":
-            return (states,)
-        made = [states, Handed("cotangents_handed", self.slots_over, size)]
+            return (*self.ready_handed("advance"), states)
+        made = [*self.ready_handed(*WALKS), states, Handed("cotangents_handed", self.slots_over, size)]
         return (*made, *([Handed("sums_handed", "chunks", self.room_for(self._summed))] if self._summed else []))
 
     @property
@@ -104,17 +106,16 @@ class TritonSplitScan(TritonStream):
             "backward_cotangents": ("What reaches the state that each chunk leaves, and the first.", self._cotangents),
             "backward_tokens": ("Cotangents of every chunk's tokens.", self._pull),
             "backward_sums": ("Cotangents of weights, added up over chunks.", self._sums),
+            "forward_prepare_states": ("What chunks' states take of each chunk alone.", self._prepare_states),
+            "backward_prepare_states": ("The same, of states that are not kept.", self._prepare_again),
+            "backward_prepare_cotangents": ("What cotangents of states take of each chunk alone.", self._prepare_pull),
         }
         doc, lines = docs[kernel]
-        chunks = [] if kernel in ("forward_outputs", "backward_tokens") else [f"chunks = {self.parts['chunks']}"]
+        of_chunk = kernel in ("forward_outputs", "backward_tokens", *PREPARES)
+        chunks = [] if of_chunk else [f"chunks = {self.parts['chunks']}"]
         return doc, [*chunks, *lines()]
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
-
-    def _slots(self, handed: str, names: Sequence[str], index: str = "index") -> dict[str, str]:
-        """Where a chunk's part of what kernels leave for one another lies."""
-        chunks = "parts" if index.startswith("part") else "chunks"
-        return self.side_by_side(f"{handed}_handed + (item * {chunks} + {index}) * {self.room_for(names)}", names)
 
     def _store_all(self, slots: dict[str, str], value: str) -> list[str]:
         """Lines that write the state, or its cotangent; `value`: what is called so, of each part."""
@@ -126,7 +127,8 @@ class TritonSplitScan(TritonStream):
         """Lines that make the state of the next chunk."""
         made = self.functions["advance"].results
         after = [f"{n} = {f'{n}_new' if f'{n}_new' in made else self.zeros(n)}" for n in self._changed]
-        return [line for line in [self.call("advance", self._places(self.held)), *after] if line]
+        places = {**self._places(self.held), **self.ready("advance")}
+        return [line for line in [self.call("advance", places), *after] if line]
 
     @property
     def _changed(self) -> list[str]:
@@ -171,7 +173,17 @@ class TritonSplitScan(TritonStream):
 
         return ["index = part", *self.span, *self.either(run)]
 
+    def _prepare_states(self) -> list[str]:
+        return self.prepare("advance", self._places(self.held))
+
     # ---- Backward --------------------------------------------------------------------------------------------------
+
+    def _prepare_again(self) -> list[str]:
+        again = "(part + 1 < parts) & ((part + 1) % every != 0)"  # the last of a group makes no state
+        return [f"if {again}:", *indented(self.prepare("advance", self._places(self.held)))]
+
+    def _prepare_pull(self) -> list[str]:
+        return self.prepare("chunk_state_vjp", self._read("part"))
 
     def _states_again(self) -> list[str]:
         first = [self.load(n, self.at(n)) for n in self.walked]
@@ -198,7 +210,8 @@ class TritonSplitScan(TritonStream):
 
         def pull(name: str) -> list[str]:
             function = self.functions[f"{name}_state_vjp"]
-            lines = [*self._ends(function, "chunks"), self.call(function.name, {**read, **passed}, "c_")]
+            places = {**read, **passed, **(self.ready(function.name) if name == "chunk" else {})}
+            lines = [*self._ends(function, "chunks"), self.call(function.name, places, "c_")]
             for n in self.walked:
                 found = f"d_{n}" in function.results
                 if name != "chunk" or n not in self._changed:  # what the chunk does not change passes by

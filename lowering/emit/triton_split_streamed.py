@@ -25,6 +25,7 @@ class TritonSplitStreamedScan(TritonSplitScan):
     spread = f"{TritonSplitScan.spread}; the state in memory"
     slots_over = "boundaries"
     after = "part + 1"
+    prepares = False  # functions of the walk read and write the state themselves, block by block
 
     def _left_in_memory(self, name: str) -> list[str]:
         """A piece of a whole chunk runs for all chunks, and all but the last have nothing to leave."""

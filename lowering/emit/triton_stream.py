@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx
 
+from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.scan import ROWWISE, TITLES, ScanTensors
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import TritonKernels, indented
@@ -96,12 +97,18 @@ class TritonStream(TritonKernels, ScanTensors):
         results: Sequence[str | None],
         doc: str,
         rows: Mapping[str, tuple[int, bool | str]],
+        axes: Mapping[fx.Node, Axes] | None = None,
     ) -> None:
-        """A function that may walk a long axis in blocks; `rows`: what it reads and writes itself."""
-        per_token, axes = self.per_token, self._axes(module)
+        """A function that may walk a long axis in blocks.
+
+        Args:
+            rows: what it reads and writes itself.
+            axes: the names of each value's axes, where its inputs do not tell.
+        """
+        per_token, named = self.per_token, axes or self._axes(module)
 
         def of_tile(height: int, block: tuple[int, int] | None, sums: Sequence[str]) -> TritonFunction:
-            return TritonFunction(name, module, results, per_token, doc, axes, height, rows, block=block)
+            return TritonFunction(name, module, results, per_token, doc, named, height, rows, block=block)
 
         height = self.rows + self.halo
         self.functions[name] = self.fitting(of_tile, module, [(height, length) for length in BLOCKS], [[]])

@@ -42,7 +42,8 @@ def work(
 
     Returns:
         "functions": name -> `of_function`; "elements": name -> of a row or a weight; "kernels": name -> "calls", names
-        of functions, "reads" and "writes", names of tensors, "handed", of what kernels leave for one another, "alive".
+        of functions, "reads" and "writes", names of tensors, "handed", of what kernels leave for one another, "alive",
+        "own", of what is handed that which no function reads or writes for it.
     """
     updates = [f for name, f in functions.items() if name.endswith("update_vjp")]
     again = any(name.startswith("gradient_") for f in updates for name in f.inputs)  # backward sums the gradient too
@@ -54,7 +55,10 @@ def work(
         reads, writes, handed = (
             sorted(set(re.findall(rf"(\w+){end} \+", text))) for end in ("_p", "_made", "(?<=_handed)")
         )
-        kernels[kernel] = {"calls": names, "reads": reads, "writes": writes, "handed": handed, "alive": alive(kernel)}
+        kernels[kernel] = {
+            **{"calls": names, "reads": reads, "writes": writes, "handed": handed, "alive": alive(kernel)},
+            "own": sorted(set(re.findall(r"tl\.(?:load|store)\((\w+_handed) \+", text))),
+        }
     return {
         "functions": {name: of_function(f) for name, f in functions.items()},
         "elements": {name: math.prod(shape) for name, shape in shapes.items()},

@@ -214,7 +214,7 @@ def _kernel_work(
     handed = kernel["alive"] - max((functions[n]["alive"] for n in kernel["calls"]), default=0)
     products: dict[int, Expr] = {}
     for name in kernel["calls"]:
-        function, piece = functions[name], name.removesuffix("_vjp").removesuffix("_state")
+        function, piece = functions[name], name.removeprefix("prepare_").removesuffix("_vjp").removesuffix("_state")
         if stream:
             piece = "chunk" if piece == "advance" and direction == "forward" else piece
             runs, rows = chunks(piece, triton.rows, plain, every), None
@@ -241,13 +241,13 @@ def _kernel_work(
     state = triton.state if stream else _state(plan)
     if alone and (direction == "backward" or not stream):  # states, read and written between; forward's of a scan stay
         moved += FLOAT * state * steps_taken * (2 if stream else 4 if direction == "forward" else 6)
-    left = sum(
-        (parts[one.over] * one.elements for one in triton.handed(direction) if one.name in kernel["handed"]),
-        sympy.Integer(0),
+    left, own = (
+        sum((parts[one.over] * one.elements for one in triton.handed(direction) if one.name in names), sympy.Integer(0))
+        for names in (kernel["handed"], kernel["own"] if stream else kernel["handed"])
     )
     often = steps_taken if launch.each_step else sympy.Integer(1)
     if launch.over != "chunks":  # whose functions read and write it themselves
-        moved += FLOAT * often * left / parts[launch.over]
+        moved += FLOAT * often * own / parts[launch.over]
     kept = sympy.ceiling(sympy.ceiling(N / triton.rows) / every) - 1 if stream else steps_taken - 1
     passes = sympy.Integer(1)  # over the tokens
     if launch.each_step and launch.over == "ranges":

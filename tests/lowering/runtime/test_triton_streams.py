@@ -170,13 +170,33 @@ def test_each_kind_of_scan_gives_losses_and_their_gradients(
 def test_a_state_that_is_not_affine_stays_with_its_program():
     assert plan_of(zoo.TTTLinear).kernels == ("forward", "backward")
     # conjugate gradients read the state, and what it becomes does not
-    wanted = ("forward_states", "forward_outputs", "backward_states", "backward_cotangents", "backward_tokens")
-    assert plan_of(zoo.MesaNet).kernels[:5] == wanted
+    wanted = ("forward_states", "forward_outputs", "backward_states", "backward_prepare_cotangents")
+    assert plan_of(zoo.MesaNet).kernels == (*wanted, "backward_cotangents", "backward_tokens", "backward_sums")
+
+
+@pytest.mark.parametrize("loop", [zoo.DeltaNet, zoo.KDA], ids=lambda loop: loop.__name__)
+def test_systems_are_solved_ahead_of_the_walks(loop: type[nl.Loop]):
+    plan = plan_of(loop)
+    forward = ("forward_prepare_states", "forward_states", "forward_outputs")
+    backward = ("backward_prepare_states", "backward_states", "backward_prepare_cotangents", "backward_cotangents")
+    assert plan.kernels == (*forward, *backward, "backward_tokens")
+    assert {one.over for one in plan.all_launches if "_prepare_" in one.kernel} == {"chunks"}
+    for walk, handed in (("advance", "ready_"), ("chunk_state_vjp", "pulled_")):
+        rest, ahead = (
+            plan.text.partition(f"def {name}(")[2].partition("\n\n\n")[0] for name in (walk, f"prepare_{walk}")
+        )
+        assert "solve" not in rest and f"{handed}1_at" in rest and "tiles.solve_triangular" in ahead
+
+
+@pytest.mark.parametrize("loop", [zoo.CausalLinearAttention, zoo.RetNet, zoo.GLA], ids=lambda loop: loop.__name__)
+def test_nothing_is_prepared_where_a_walk_is_short(loop: type[nl.Loop]):
+    assert not [kernel for kernel in plan_of(loop).kernels if "_prepare_" in kernel]
 
 
 def test_explain_says_which_kernels_run():
     text = nl.explain(nl.compile(zoo.DeltaNet, backend="triton"))
     assert "runs: generated Triton, asked for (backend 'triton'; tensors on a CPU are interpreted)" in text
+    assert "\n  forward_prepare_states: a program a chunk of each, " in text
     assert "\n  forward_outputs: a program a chunk of each, " in text
     alone = nl.explain(nl.compile(zoo.TTTLinear, backend="triton"))
     assert "\n  backward: a program a head and sequence, " in alone and "_outputs" not in alone

@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import networkx
 import torch
 from torch import fx
 
@@ -25,7 +26,6 @@ from nestloop.lowering.ops import Kind
 from nestloop.lowering.ops.results import same_shape, same_size
 from nestloop.lowering.ops.strided import extent
 from nestloop.lowering.recorder import graph_module
-from nestloop.lowering.schedule.flow import Flow
 
 aten = torch.ops.aten
 
@@ -308,19 +308,21 @@ def _again(graph: fx.Graph, waiting: set[fx.Node], costs: _Costs) -> set[fx.Node
     the other side that one on this side reads, what handing it on does.
     """
     nodes = [n for n in graph.nodes if n.op != "output" and n not in waiting and not _is_size(n)]
-    most = 1 + sum(map(costs.again, nodes))
-    flow = Flow()
+    flow: networkx.DiGraph[Any] = networkx.DiGraph()  # an edge without a capacity is never cut
     wanted = {n for n in _results(graph) if n is not None}
     for node in nodes:
-        flow.add(node, "there", costs.again(node))
+        flow.add_edge(node, "there", capacity=costs.again(node))
         floats = node.meta["val"].dtype.is_floating_point
-        flow.add((node, "read"), node, costs.handed(node) if node.op != "placeholder" and floats else most)
+        handed = {"capacity": costs.handed(node)} if node.op != "placeholder" and floats else {}
+        flow.add_edge((node, "read"), node, **handed)
         for user in node.users:
             if user in waiting or (user.op == "output" and node in wanted):
-                flow.add("again", (node, "read"), most)
+                flow.add_edge("again", (node, "read"))
             elif user.op != "output" and not _is_size(user):
-                flow.add(user, (node, "read"), most)
-    apart = flow.cut("again", "there")
+                flow.add_edge(user, (node, "read"))
+    if "again" not in flow or "there" not in flow:
+        return set(waiting)
+    _, (_, apart) = networkx.minimum_cut(flow, "again", "there")
     return waiting | {n for n in nodes if n not in apart and any(True for _ in n.users)}
 
 

@@ -1,4 +1,4 @@
-"""The same with a state that is too large for registers: it is walked in memory, where every chunk finds its own.
+"""A scan whose chunks run at once, with a state too large for registers: it is walked in memory, where chunks find it.
 
 Each step of the walk reads the state that one chunk starts with and writes, block by block, what the next starts with;
 its cotangent goes back in the same way. There is a place more than chunks, for what the last one leaves.

@@ -47,5 +47,5 @@ class TritonPiece(TritonStream):
         body += self.token_cotangents(name)
         for n in [*self.carried, *self.shared]:
             if n in self.gradients:
-                body.append(self.store(n, f"{n}_made + item * {self.elements(n)}", f"c_d_{n}"))
+                body.append(self.store(n, self.pulled(n), f"c_d_{n}"))
         return [line for line in body if line]

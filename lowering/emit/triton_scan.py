@@ -84,10 +84,10 @@ class TritonScan(TritonStream):
         group += [walk("back", "first, last"), *indented(["index = last - 1 - (back - first)", *self._pull()])]
         body += [walk("turn", "0, groups"), *indented(group)]
         for n in self.starts:
-            body.append(self.store(n, f"{n}_made + item * {self.elements(n)}", f"d_{n}"))
+            body.append(self.store(n, self.pulled(n), f"d_{n}"))
         for n in self.shared:
             if n in gradients:
-                body.append(self.store(n, f"{n}_made + item * {self.elements(n)}", f"d_{n}"))
+                body.append(self.store(n, self.pulled(n), f"d_{n}"))
         return body
 
     def _pull(self) -> list[str]:

@@ -9,7 +9,7 @@ after a kernel that computes, for all chunks at once, what it does not wait for,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nestloop.lowering.emit.scan import ROWWISE, TITLES
 from nestloop.lowering.emit.triton import TritonFunction
@@ -19,6 +19,8 @@ from nestloop.lowering.emit.triton_tiles import BARRIER, walk
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch
 from nestloop.lowering.streams.step import VALID
+
+_PREFIX = {"states": "", "cotangents": "d_"}  # of what is walked, in registers
 
 
 class TritonSplitScan(TritonPrepare):
@@ -117,9 +119,26 @@ class TritonSplitScan(TritonPrepare):
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
 
-    def _store_all(self, slots: dict[str, str], value: str) -> list[str]:
-        """Lines that write the state, or its cotangent; `value`: what is called so, of each part."""
-        return [self.store(n, slots[n], value.format(n)) for n in slots]
+    def _take(self, handed: str, places: Mapping[str, str], index: str) -> list[str]:
+        """Lines with which a walk begins: the state, or its cotangent, from places.
+
+        Args:
+            handed: "states" or "cotangents".
+            index: the chunk that it lies at, where it lies in memory.
+        """
+        return [self.load(f"{_PREFIX[handed]}{n}", place) for n, place in places.items()]
+
+    def _give(self, handed: str, places: Mapping[str, str], index: str) -> list[str]:
+        """Lines that write it to places."""
+        return [self.store(n, place, f"{_PREFIX[handed]}{n}") for n, place in places.items()]
+
+    def _last(self, handed: str, places: Mapping[str, str], index: str) -> list[str]:
+        """The same, behind the walk."""
+        return self._give(handed, places, index)
+
+    def _hand(self, handed: str, index: str = "index") -> list[str]:
+        """Lines that leave it, as it is at a chunk, for other kernels."""
+        return self._give(handed, self._slots(handed, self.walked, index), index)
 
     # ---- Forward ---------------------------------------------------------------------------------------------------
 
@@ -135,17 +154,27 @@ class TritonSplitScan(TritonPrepare):
         """The parts of the state that a complete chunk changes."""
         return [n for n in self.walked if f"{n}_new" in self.pieces["chunk"].results]
 
+    def _passed(self, piece: str) -> list[str]:
+        """Those that a piece does not: their cotangent goes by it, and it adds to that."""
+        return [n for n in self.walked if piece != "chunk" or n not in self._changed]
+
     def _states(self) -> list[str]:
-        body = self.read_only("forward_states")
-        body += [self.load(n, self.at(n)) for n in self.walked]
-        body += self.nothing_waits()
-        kept = [self.store(n, self.between(n, "index // every - 1", made=True), n) for n in self.walked]
-        loop = [*self.next_chunk("forward_states"), *self._store_all(self._slots("states", self.walked), "{}")]
-        loop += ["if (index > 0) & (index % every == 0):", *indented([*kept, *self._keep_held()])]
+        kept = {n: self.between(n, "index // every - 1", made=True) for n in self.walked}
+        last = f"N // {self.rows}" if "partial" in self.pieces else "chunks"  # a part of a chunk may leave it as it is
+        loop = [*self.next_chunk("forward_states"), *self._hand("states")]
+        loop += ["if (index > 0) & (index % every == 0):"]
+        loop += indented([*self._give("states", kept, "index"), *self._keep_held()])
         loop += self.leave_anchor()
         loop += self.either(lambda name: self._advance() if name == "chunk" else ["pass"])
-        body += [walk("index", "0, chunks"), *indented(loop)]
-        return [*body, *[self.store(n, self.end(n), n) for n in self.walked], *self._leave_held()]
+        return [
+            *self.read_only("forward_states"),
+            *self._take("states", self._places(self.walked), "0"),
+            *self.nothing_waits(),
+            walk("index", "0, chunks"),
+            *indented(loop),
+            *self._last("states", {n: self.end(n) for n in self.walked}, last),
+            *self._leave_held(),
+        ]
 
     def _keep_held(self) -> list[str]:
         places = {n: self.between(n, "index // every - 1", made=True) for n in self.held}
@@ -186,47 +215,46 @@ class TritonSplitScan(TritonPrepare):
         return self.prepare("chunk_state_vjp", self._read("part"))
 
     def _states_again(self) -> list[str]:
-        first = [self.load(n, self.at(n)) for n in self.walked]
-        later = [self.load(n, self.between(n, "part - 1")) for n in self.walked]
-        slots = self._slots("states", self.walked)
-        loop = [*self.next_chunk("backward_states"), *self._store_all(slots, "{}"), *self._advance()]
+        kept = {n: self.between(n, "part - 1") for n in self.walked}
+        loop = [*self.next_chunk("backward_states"), *self._hand("states"), *self._advance()]
         return [
             *self.read_only("backward_states"),
             "first = part * every",
             "last = tl.minimum(first + every, chunks)",
             "if part == 0:",
-            *indented(first),
+            *indented(self._take("states", self._places(self.walked), "first")),
             "else:",
-            *indented(later),
+            *indented(self._take("states", kept, "first")),
             walk("index", "first, last - 1"),
             *indented(loop),
-            *self._store_all(self._slots("states", self.walked, "last - 1"), "{}"),
+            *self._hand("states", "last - 1"),
         ]
 
     def _cotangents(self) -> list[str]:
-        body = self.read_only("backward_cotangents")
-        body += [self.load(f"d_{n}", self.at(f"d_end_{n}")) for n in self.walked]
-        read = self._read("index")
-
-        def pull(name: str) -> list[str]:
-            function = self.functions[f"{name}_state_vjp"]
-            places = {**read, **passed, **(self.ready(function.name) if name == "chunk" else {})}
-            lines = [*self._ends(function, "chunks"), self.call(function.name, places, "c_")]
-            for n in self.walked:
-                found = f"d_{n}" in function.results
-                if name != "chunk" or n not in self._changed:  # what the chunk does not change passes by
-                    lines += [f"d_{n} += c_d_{n}"] if found else []
-                else:
-                    lines.append(f"d_{n} = {f'c_d_{n}' if found else self.zeros(n)}")
-            return [line for line in lines if line]
-
-        passed = {f"d_{n}_new": f"d_{n}" for n in self.walked}
-        loop = ["index = chunks - 1 - back", *self.next_chunk("backward_cotangents")]
-        loop += self._store_all(self._slots("cotangents", self.walked), "d_{}")
-        loop += self.either(pull)
+        loop = ["index = chunks - 1 - back", *self.next_chunk("backward_cotangents"), *self._hand("cotangents")]
+        loop += self.either(self._pull_state)
         loop += self.pull_anchor("back == 0")
-        body += [walk("back", "0, chunks"), *indented(loop)]
-        return body + [self.store(n, f"{n}_made + item * {self.elements(n)}", f"d_{n}") for n in self.walked]
+        return [
+            *self.read_only("backward_cotangents"),
+            *self._take("cotangents", {n: self.at(f"d_end_{n}") for n in self.walked}, "chunks"),
+            walk("back", "0, chunks"),
+            *indented(loop),
+            *self._last("cotangents", {n: self.pulled(n) for n in self.walked}, "0"),
+        ]
+
+    def _pull_state(self, name: str) -> list[str]:
+        """Lines that pull the state's cotangent back through a piece."""
+        function = self.functions[f"{name}_state_vjp"]
+        places = {**self._read("index"), **{f"d_{n}_new": f"d_{n}" for n in self.walked}}
+        places |= self.ready(function.name) if name == "chunk" else {}
+        lines = [*self._ends(function, "chunks"), self.call(function.name, places, "c_")]
+        for n in self.walked:
+            found = f"d_{n}" in function.results
+            if n in self._passed(name):
+                lines += [f"d_{n} += c_d_{n}"] if found else []
+            else:
+                lines.append(f"d_{n} = {f'c_d_{n}' if found else self.zeros(n)}")
+        return [line for line in lines if line]
 
     def _pull(self) -> list[str]:
         read = {**self._read("part"), **self._places(self.shared)}
@@ -246,8 +274,8 @@ class TritonSplitScan(TritonPrepare):
     def _sums(self) -> list[str]:
         apart, lines = self.room_for(self._summed), []
         for n, place in self._slots("sums", self._summed, "0").items():
-            lines += self.fill(n, place, f"{n}_made + item * {self.elements(n)}", parts=("chunks", apart))
-        ends = {n: f"{n}_made + item * {self.elements(n)}" for n in self.held}
+            lines += self.fill(n, place, self.pulled(n), parts=("chunks", apart))
+        ends = {n: self.pulled(n) for n in self.held}
         ended = [line for n in self.held for line in self.fill(n, self.at(f"d_end_{n}"), ends[n], added=True)]
         return [*lines, *([BARRIER, *ended] if ended else [])]
 

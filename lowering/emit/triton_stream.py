@@ -231,6 +231,10 @@ class TritonStream(TritonKernels, ScanTensors):
         """Where a part of the state that forward leaves lies."""
         return f"end_{name}_made + item * {self.elements(name)}"
 
+    def pulled(self, name: str) -> str:
+        """Where the cotangent of a weight or of the state lies that backward makes."""
+        return f"{name}_made + item * {self.elements(name)}"
+
     def between(self, name: str, index: str, made: bool = False) -> str:
         """Where a kept state's part lies, as forward makes it or backward takes it."""
         return f"between_{name}_{'made' if made else 'p'} + (({index}) * H * B + item) * {self.elements(name)}"

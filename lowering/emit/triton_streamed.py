@@ -102,7 +102,7 @@ class TritonStreamedScan(TritonStream):
 
     def _backward(self) -> list[str]:
         shared = [n for n in self.shared if n in self.gradients]
-        places = {n: f"{n}_made + item * {self.elements(n)}" for n in shared}
+        places = {n: self.pulled(n) for n in shared}
         body = [self._pair("backward"), f"left = pair + {2 * self._size}", *self.clear_all(shared, places)]
         body += self.clear_tokens()
         first = self.side_by_side("pair", self.carry)
@@ -127,7 +127,7 @@ class TritonStreamedScan(TritonStream):
         body += [walk("turn", "0, groups"), *indented(group)]
         body.append(f"pulled = pair + chunks % 2 * {self._size}")
         pulled = self.side_by_side("pulled", self.carry)
-        return body + [x for n in self.starts for x in self.fill(n, pulled[n], f"{n}_made + item * {self.elements(n)}")]
+        return body + [x for n in self.starts for x in self.fill(n, pulled[n], self.pulled(n))]
 
     def _pull(self, states: Mapping[str, str]) -> list[str]:
         """Lines of one chunk's backward."""
@@ -150,7 +150,7 @@ class TritonStreamedScan(TritonStream):
             lines += ["else:", *indented(zeros)] if zeros else []
         lines.append(BARRIER)
         cotangents = {f"d_{n}_new": place for n, place in {**now, **left}.items()}
-        shared = {f"d_{n}": f"{n}_made + item * {self.elements(n)}" for n in self.shared if n in self.gradients}
+        shared = {f"d_{n}": self.pulled(n) for n in self.shared if n in self.gradients}
 
         def pull(name: str) -> list[str]:
             function, nonzero = self.functions[f"{name}_vjp"], self.nonzero(name)

@@ -42,6 +42,10 @@ OTHER_REGISTERS = 127
 TILE_REGISTERS = 112  # so many for tiles leave a thread of 255 few spills, or none
 SPILLED = 8  # bytes written for each register over
 
+# Instructions of all threads, counted in compiled code.
+TRIANGLE = 28 * 128  # of a solved triangle for each of its rows: of 16 to 64 rows
+PIVOT = 550 * 128  # of a general system, for each pivot: of 64 rows
+
 PROGRAMS = 32  # of a multiprocessor, at most
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 

@@ -6,10 +6,11 @@ chunk: see `emit.triton_split`. The graph decides: the derivative of the state b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from torch import fx
 
+from nestloop.lowering import ops
 from nestloop.lowering.differentiate import Piece
 
 
@@ -22,11 +23,10 @@ def is_affine(piece: Piece, carry: Sequence[str]) -> bool:
     Args:
         carry: names of the parts of the state that one chunk hands to the next.
     """
-    given = piece.backward.graph.find_nodes(op="placeholder")
-    cotangents = given[len(piece.inputs) :]
-    left = _reached([node for node in cotangents if node.name in {f"d_{n}_new" for n in carry}])
-    zero = _reached(cotangents) - left
-    (results,) = piece.backward.graph.output_node().args
+    graph = piece.backward.graph
+    cotangents = graph.find_nodes(op="placeholder")[len(piece.inputs) :]
+    zero = reached(graph, [node.name for node in cotangents]) - reached(graph, [f"d_{n}_new" for n in carry])
+    (results,) = graph.output_node().args
     waiting = [made for name, made in zip(piece.wrt, results, strict=True) if name in carry and made is not None]
     seen: set[fx.Node] = set()
     while waiting:
@@ -37,13 +37,14 @@ def is_affine(piece: Piece, carry: Sequence[str]) -> bool:
     return not any(node.op == "placeholder" and node.name in carry for node in seen)
 
 
-def _reached(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """These, and all that is computed of them."""
+def reached(graph: fx.Graph, names: Collection[str]) -> set[fx.Node]:
+    """The inputs of these names and all that is computed of them, sizes and the output aside."""
     found: set[fx.Node] = set()
-    waiting = list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
+    for node in graph.nodes:
+        if (node.op == "placeholder" and node.name in names) or (
+            node.op == "call_function"
+            and not ops.is_size_op(node.target)
+            and any(one in found for one in node.all_input_nodes)
+        ):
             found.add(node)
-            waiting += node.users
     return found

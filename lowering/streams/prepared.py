@@ -26,6 +26,8 @@ from nestloop.lowering.ops import Kind
 from nestloop.lowering.ops.results import same_shape, same_size
 from nestloop.lowering.ops.strided import extent
 from nestloop.lowering.recorder import graph_module
+from nestloop.lowering.schedule.roofline import PIVOT, TRIANGLE
+from nestloop.lowering.streams.affine import reached
 
 aten = torch.ops.aten
 
@@ -34,8 +36,6 @@ _HANDED = 8  # of an element that is written, and read later
 _READ = 1  # of one of a tensor that is there
 _TERMS = 16  # multiply-adds of a product for one
 _EXACT = 6  # times as many in full precision
-_ROW = 28 * 128  # of a triangular system, for each of its rows
-_PIVOT = 550 * 128  # of a general one
 _WORTH = 50_000  # what each chunk of a walk is spared, where that pays for a kernel before it
 
 _SUMS = (aten.add.Tensor, aten.sub.Tensor)
@@ -89,17 +89,6 @@ def prepared(
     ahead = _part(whole.graph, set(whole.graph.nodes) - waiting, {}, handed, sources)
     rest = _part(whole.graph, again, names, _results(whole.graph), sources)
     return Prepared(whole, ahead, rest, tuple(names.values()), sources)
-
-
-def reached(graph: fx.Graph, names: Collection[str]) -> set[fx.Node]:
-    """The inputs of these names and all that is computed of them, the output aside."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if (node.op == "placeholder" and node.name in names) or (
-            node.op == "call_function" and not _is_size(node) and any(n in found for n in node.all_input_nodes)
-        ):
-            found.add(node)
-    return found
 
 
 def _copied(module: fx.GraphModule, wanted: Sequence[bool]) -> fx.GraphModule:
@@ -292,7 +281,7 @@ class _Costs:
             return exact * (size * inner // _TERMS + self.elements(a) + self.elements(b)) + size
         if row.kind is Kind.SOLVE:
             pivots = self.size(node.args[0].meta["val"].shape[-1])
-            return pivots * (_PIVOT if node.target is ops.SOLVE else _ROW) + size
+            return pivots * (PIVOT if node.target is ops.SOLVE else TRIANGLE) + size
         return max(1, row.work) * (self.elements(node.args[0]) if row.kind is Kind.REDUCTION else size)
 
     def handed(self, node: fx.Node) -> int:
@@ -347,9 +336,11 @@ def _part(
         new[node] = part.create_node("placeholder", name, name=name)
         new[node].meta = {**node.meta, "declared": name}
 
-    def sized(node: fx.Node) -> fx.Node:
-        """A size, of any tensor that is there."""
-        if node not in new and node.target is aten.sym_size.int and node.args[0] not in new:
+    def copy(node: fx.Node) -> None:
+        """A node with the sizes that it reads; a size is read of any tensor that is there."""
+        if node in new:
+            return
+        if node.target is aten.sym_size.int and node.args[0] not in new:
             size = node.meta["val"]
             of, axis = next(
                 (one, axis)
@@ -359,22 +350,15 @@ def _part(
                 if same_size(other, size)
             )
             new[node] = part.call_function(node.target, (of, axis))
-            new[node].meta = dict(node.meta)
-        elif node not in new:
-            for one in node.all_input_nodes:
-                if _is_size(one):
-                    sized(one)
+        else:
+            for one in filter(_is_size, node.all_input_nodes):
+                copy(one)
             new[node] = part.node_copy(node, new.__getitem__)
-            new[node].meta = dict(node.meta)
-        return new[node]
+        new[node].meta = dict(node.meta)
 
     for node in graph.nodes:
         if node.op == "call_function" and node in inside and not _is_size(node):
-            for one in node.all_input_nodes:
-                if _is_size(one):
-                    sized(one)
-            new[node] = part.node_copy(node, new.__getitem__)
-            new[node].meta = dict(node.meta)
+            copy(node)
     part.output(tuple(None if r is None else new[r] for r in results))
     part.eliminate_dead_code()
     sources.update({copy: node for node, copy in new.items()})

@@ -16,8 +16,9 @@ from nestloop.lowering.differentiate import Located
 from nestloop.lowering.recorder import record
 from nestloop.lowering.simplify import simplify
 from nestloop.lowering.streams import prepared as cut
+from nestloop.lowering.streams.affine import reached
 from nestloop.lowering.streams.forms import choose, pieces_of
-from nestloop.lowering.streams.prepared import Prepared, prepared, reached
+from nestloop.lowering.streams.prepared import Prepared, prepared
 from nestloop.lowering.streams.step import identifier
 
 ROWS = 16

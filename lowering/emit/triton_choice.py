@@ -71,12 +71,9 @@ def _split(of_length: OfLength, rows: int, free: bool) -> TritonPlan:
 def _walked(*scan: Any) -> TritonSplitScan:
     """The state in registers while it is walked, where it leaves room for what a chunk adds to it, else in memory."""
     try:
-        made = TritonSplitScan(*scan)
-        if sum(made.tile_elements(n) for n in made.walked) <= ALIVE // 2:
-            return made
+        return TritonSplitScan(*scan)
     except NoSpelling:
-        pass
-    return TritonSplitStreamedScan(*scan)
+        return TritonSplitStreamedScan(*scan)
 
 
 def _in_one(of_length: OfLength, rows: int, free: bool) -> TritonPlan:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
@@ -14,7 +16,7 @@ from torch import fx
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_tiles import padded, walk
-from nestloop.lowering.emit.triton_work import described
+from nestloop.lowering.emit.triton_work import described, of_function
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Launch
 from nestloop.lowering.schedule.roofline import TILE_REGISTERS
@@ -60,6 +62,11 @@ class TritonKernels:
 
     # ---- Source ----------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def costs(self) -> dict[str, dict[str, Any]]:
+        """What one call of each function costs; for when all of them are there."""
+        return {name: of_function(function) for name, function in self.functions.items()}
+
     def module(self, plan: str, kernels: Sequence[str], launches: Sequence[Launch]) -> str:
         """The text; `plan`: a sentence on how it runs."""
         spec = self.captured.spec
@@ -68,7 +75,7 @@ class TritonKernels:
             source=spec.where.short,
             dims=", ".join(f"{n} = {s}" for n, s in self.captured.sizes.items()),
             plan=plan,
-            costs="\n".join(described(self.functions, launches)),
+            costs="\n".join(described(self.costs, launches)),
         )
         parts = [function.write() for function in self.functions.values()]
         return head + "\n\n" + "\n\n\n".join([*parts, *kernels]) + "\n"

@@ -44,7 +44,14 @@ class TritonLoop(TritonRanges):
                 backward_handed=self.handed("backward"),
             ),
             common=(*self.hoisted, *self.captured.projected),
-            work=work(self.functions, self.shapes, kernels, called.__getitem__, lambda name: self.alive(called[name])),
+            work=work(
+                self.functions,
+                self.costs,
+                self.shapes,
+                kernels,
+                called.__getitem__,
+                lambda name: self.alive(called[name]),
+            ),
         )
 
     def _launch(self, which: str) -> Launch:

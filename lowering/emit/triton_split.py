@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from nestloop.lowering.emit.scan import ROWWISE, TITLES
 from nestloop.lowering.emit.triton import TritonFunction
-from nestloop.lowering.emit.triton_kernels import indented
+from nestloop.lowering.emit.triton_kernels import ALIVE, indented
 from nestloop.lowering.emit.triton_prepare import PREPARES, WALKS, TritonPrepare
 from nestloop.lowering.emit.triton_tiles import BARRIER, walk
 from nestloop.lowering.ops.strided import NoSpelling
@@ -38,6 +38,7 @@ class TritonSplitScan(TritonPrepare):
         if self.halo:
             raise NoSpelling("windows of chunks that run at once would add to the same rows")
         self.check_in_memory()
+        self._check_room()
         tokens = self.per_token
         carried = {f"d_{n}" for n in self.walked}
         for name, piece in self.pieces.items():
@@ -61,6 +62,11 @@ class TritonSplitScan(TritonPrepare):
         self.add_walk(
             "advance", self.states["advance"], wanted, f"{TITLES['advance']}.", [*tokens, *self.held], self.walked
         )
+
+    def _check_room(self) -> None:
+        """Raise `NoSpelling` for a state that leaves no room in registers for what a chunk adds to it."""
+        if sum(map(self.tile_elements, self.walked)) > ALIVE // 2:
+            raise NoSpelling("its state is more than half of what registers hold")
 
     def _left_in_memory(self, name: str) -> list[str]:
         """What the last chunk leaves, of which a piece writes its part itself."""

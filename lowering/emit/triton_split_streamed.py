@@ -27,6 +27,9 @@ class TritonSplitStreamedScan(TritonSplitScan):
     after = "part + 1"
     prepares = False  # functions of the walk read and write the state themselves, block by block
 
+    def _check_room(self) -> None:
+        """Memory has room."""
+
     def _left_in_memory(self, name: str) -> list[str]:
         """A piece of a whole chunk runs for all chunks, and all but the last have nothing to leave."""
         return [f"{n}_new" for n in self.extra] if name == "partial" else []

@@ -135,7 +135,7 @@ class TritonStream(TritonKernels, ScanTensors):
             backward_launches=backward,
             forward_handed=self._handed("forward"),
             backward_handed=self._handed("backward"),
-            work=work(self.functions, self.shapes, kernels, self._functions_of, self._alive),
+            work=work(self.functions, self.costs, self.shapes, kernels, self._functions_of, self._alive),
         )
 
     def _launches(self, which: str) -> tuple[Launch, ...]:

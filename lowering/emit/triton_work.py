@@ -14,18 +14,16 @@ from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.ops.strided import ZERO, Extent, product
 from nestloop.lowering.runtime.triton_plan import Launch
 from nestloop.lowering.schedule.phases import is_blocked, sums_over
+from nestloop.lowering.schedule.roofline import PIVOT, TRIANGLE
 from nestloop.lowering.schedule.values import Value
 
 NARROW = 64  # rows of a product below which Hopper's and Blackwell's wide instructions do not take it
-_TRIANGLE = (
-    28 * 128
-)  # instructions of a solved triangle for each of its rows, counted in compiled code of 16 to 64 rows
-_PIVOT = 550 * 128  # of a general system, for each pivot: of 64 rows
 _NARROW_TERMS = 64  # multiply-adds for each thread and instruction of a narrow product: 16 x 8 x 16 for 32 threads
 
 
 def work(
     functions: Mapping[str, TritonFunction],
+    costs: Mapping[str, dict[str, Any]],
     shapes: Mapping[str, Sequence[int]],
     texts: Mapping[str, str],
     called: Callable[[str], Sequence[TritonFunction]],
@@ -35,6 +33,7 @@ def work(
 
     Args:
         functions: all of them.
+        costs: what each costs (`of_function`).
         shapes: sizes of one token's row, or of a weight's tile, by name.
         texts: every kernel's source, by its name.
         called: the functions that a kernel may call.
@@ -60,14 +59,18 @@ def work(
             "own": sorted(set(re.findall(r"tl\.(?:load|store)\((\w+_handed) \+", text))),
         }
     return {
-        "functions": {name: of_function(f) for name, f in functions.items()},
+        "functions": dict(costs),
         "elements": {name: math.prod(shape) for name, shape in shapes.items()},
         "kernels": kernels,
     }
 
 
-def described(functions: Mapping[str, TritonFunction], launches: Sequence[Launch]) -> list[str]:
-    """Lines for a module's header: how its kernels are launched, and what one call of each function costs."""
+def described(costs: Mapping[str, dict[str, Any]], launches: Sequence[Launch]) -> list[str]:
+    """Lines for a module's header: how its kernels are launched, and what one call of each function costs.
+
+    Args:
+        costs: by function (`of_function`).
+    """
     lines = ["Kernels, in order:"]
     for one in launches:
         turns = ", once a step" if one.each_step else ""
@@ -75,8 +78,7 @@ def described(functions: Mapping[str, TritonFunction], launches: Sequence[Launch
         room += f" and {4 * one.states:,} for each chunk between kept states" if one.states else ""
         lines.append(f"    {one.kernel}: over {one.over}{turns}, {one.warps} warps and {room} a program")
     lines.append("Functions, for one tile of n tokens (in float32):")
-    for name, function in functions.items():
-        found = of_function(function)
+    for name, found in costs.items():
         low, exact = sum(found["products"].values()) / 1e6, found["exact"] / 1e6
         work = f"{low:.1f} MFLOP in products, padding included" + (f", {exact:.1f} more in exact ones" if exact else "")
         lines.append(
@@ -121,7 +123,7 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
             instructions += terms // _NARROW_TERMS if rows < NARROW else 0
         elif value.kind == "system":
             rows = function.padded(value.reads[0].shape[-1])
-            steps, each = (1, _TRIANGLE * rows) if ops.row(value.node.target).cpp.triangular else (rows, _PIVOT)
+            steps, each = (1, TRIANGLE * rows) if ops.row(value.node.target).cpp.triangular else (rows, PIVOT)
             instructions += steps * each + 5 * space
         elif value.kind != "join":
             instructions += space * (1 if value.copies else max(1, ops.row(value.node.target).work))

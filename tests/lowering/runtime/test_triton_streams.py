@@ -17,7 +17,7 @@ import nestloop as nl
 from nestloop import zoo
 from nestloop.errors import NoPlanError, SharedMemoryError
 from nestloop.lowering import pipeline
-from nestloop.lowering.emit import triton_choice, triton_kernels, triton_stream
+from nestloop.lowering.emit import triton_choice, triton_kernels, triton_split, triton_stream
 from nestloop.lowering.lower import STREAM_OPS
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime import cache, offline, tiles, tuned
@@ -138,7 +138,7 @@ def test_a_state_that_is_walked_in_memory(
     loop: type[nl.Loop], kernels_of_scans: set[str], monkeypatch: pytest.MonkeyPatch
 ):
     """Its axes in blocks; several chunks, an incomplete one last, in two calls: the reference."""
-    monkeypatch.setattr(triton_choice, "ALIVE", 0)
+    monkeypatch.setattr(triton_split, "ALIVE", 0)
     monkeypatch.setattr(triton_kernels, "SHORTEST_BLOCKED", 16)
     for name, size in {"d": 16, "dk": 16, "dv": 16}.items():
         monkeypatch.setitem(SIZES, name, size)

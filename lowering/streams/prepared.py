@@ -361,5 +361,5 @@ def _part(
             copy(node)
     part.output(tuple(None if r is None else new[r] for r in results))
     part.eliminate_dead_code()
-    sources.update({copy: node for node, copy in new.items()})
+    sources.update({made: node for node, made in new.items()})
     return graph_module(part)

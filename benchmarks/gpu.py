@@ -5,7 +5,8 @@ First, in several processes, which fill the compilers' caches: every loop of the
 `gpu_cases` in this process alone: the plans of each in turn on fresh random inputs, forward and forward + backward, as
 medians beside the time that the device's own copy and GEMM rates allow. What is absent (JAX, fla-core), fails, or has
 no time left is put down as such. The table is printed last; the figures go to `$OUT/gpu.json`, or
-`benchmarks/results/gpu.json`, after every case.
+`benchmarks/results/gpu.json`, after every case, with the milliseconds of each kernel of a call. Where there is an
+`$OUT`, whole tracebacks of what failed go to `gpu-failures.log` in it.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import nestloop as nl
@@ -36,6 +41,8 @@ from tests.drawn import draw
 
 LOOPS = {loop.__name__: loop for loop in zoo.loops()}
 SECONDS = 500  # of a command, which a lent machine stops at 600
+BEGAN = time.monotonic()
+ENOUGH = 2000  # ms of one plan: after so much and three rounds its turn is over
 BARS = {"float64 against the reference": 1e-10, "Triton against PyTorch, float32": 1e-4}
 
 
@@ -44,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the command itself")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="begin nothing new after so long")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="cases whose name this regular expression is found in")
+    parser.add_argument("--plans", default="", help="likewise, plans")
     options = parser.parse_args(arguments)
     device, quick = options.device, options.quick
     if device == "cuda" and not torch.cuda.is_available():
@@ -54,14 +62,16 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
     kept = folder / ("gpu-quick.json" if quick else "gpu.json") if not quick or "OUT" in os.environ else None
     result: dict[str, Any] = {"machine": machine.facts(), "device": machine.kind(device), "quick": quick}
-    chosen = [i for i, case in enumerate(cases(device, quick)) if options.only in case.name]
-    result["agreement"] = prepare(device, quick, chosen, until)
+    made = [only(case, options.plans) for case in cases(device, quick)]
+    chosen = [index for index, case in enumerate(made) if re.search(options.only, case.name)]
+    plans = [(index, name) for index in chosen for name in made[index].plans]
+    result["agreement"] = prepare(device, quick, plans, until)
     result |= {
         "gemm_tflops": gemm_tflops(device, quick),
         "copy_gb_s": machine.copy_rate(device, 2**20 if quick else 2**30),
     }
     result["cases"], result["training_step"] = [], {}
-    for index, case in enumerate(cases(device, quick)):
+    for index, case in enumerate(made):
         if index in chosen:
             result["cases"].append(measure(case, device, 2 if quick else 15, until, result))
             keep(kept, result)
@@ -81,22 +91,30 @@ def keep(path: Path | None, result: Mapping[str, Any]) -> None:
 # ---- In several processes --------------------------------------------------------------------------------------------
 
 
-def prepare(device: str, quick: bool, chosen: list[int], until: float) -> dict[str, dict[str, Any]]:
-    """How far every loop is off, by kind; each case is called once beside, so that the caches have what it compiles."""
+def only(case: Case, plans: str) -> Case:
+    """A case with those of its plans in whose names a regular expression is found."""
+    return replace(case, plans={name: plan for name, plan in case.plans.items() if re.search(plans, name)})
+
+
+def prepare(device: str, quick: bool, plans: list[tuple[int, str]], until: float) -> dict[str, dict[str, Any]]:
+    """How far every loop is off, by kind; plans (of which case, and which) are called once beside, so that the caches
+    have what they compile."""
     tasks: dict[Any, str] = {}
     found: dict[str, dict[str, Any]] = {name: {} for name in LOOPS}
     if device == "cpu":
         return {name: agreement(name, device) for name in LOOPS}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, min(12, machine.cores() - 2)), context) as pool:
-        for index in chosen:
-            tasks[pool.submit(warm, index, device, quick)] = ""
+    # A process each: a kernel that reads where it may not leaves nothing to use of its process.
+    with ProcessPoolExecutor(max(1, min(12, machine.cores() - 2)), context, max_tasks_per_child=1) as pool:
+        for index, plan in plans:
+            tasks[pool.submit(warm, index, plan, device, quick)] = ""
         for name in LOOPS:
             tasks[pool.submit(agreement, name, device)] = name
         try:
             for task in as_completed(tasks, timeout=max(until - time.monotonic() - 200, 60)):
                 if name := tasks[task]:
                     found[name] = outcome(task.result)
+                    progress(f"{name}: {' / '.join(map(figure, found[name].values()))}")
         except TimeoutError:
             for process in list(pool._processes.values()):
                 process.terminate()
@@ -104,11 +122,19 @@ def prepare(device: str, quick: bool, chosen: list[int], until: float) -> dict[s
     return {name: made or nothing for name, made in found.items()}
 
 
-def warm(index: int, device: str, quick: bool) -> None:
-    """Call each plan of a case once, forward and backward."""
+def progress(message: str) -> None:
+    """What is done, with the seconds since the command began; the table comes last."""
+    print(f"[{time.monotonic() - BEGAN:5.0f} s] {message}", file=sys.stderr, flush=True)
+
+
+def figure(error: Any) -> str:
+    return f"{error:.1e}" if isinstance(error, float) else str(error)[:60]
+
+
+def warm(index: int, plan: str, device: str, quick: bool) -> None:
+    """Call a plan of a case once, forward and backward."""
     case = list(cases(device, quick))[index]
-    for make in case.plans.values():
-        outcome(lambda make=make: once(make()(0), case, device))  # type: ignore[misc]
+    outcome(lambda: once(case.plans[plan]()(0), case, device))
 
 
 def agreement(name: str, device: str) -> dict[str, Any]:
@@ -146,6 +172,9 @@ def outcome(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except Exception as error:
+        if "OUT" in os.environ:
+            with open(Path(os.environ["OUT"]) / "gpu-failures.log", "a") as log:
+                log.write(traceback.format_exc() + "\n")
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
@@ -167,6 +196,7 @@ def measure(case: Case, device: str, rounds: int, until: float, rates: Mapping[s
             continue
         plan = outcome(make)
         first = plan if isinstance(plan, str) else outcome(lambda p=plan: once(p(0), case, device))  # type: ignore[misc]
+        progress(f"{case.name}: {name} {'failed' if isinstance(first, str) else 'made'}")
         if isinstance(first, str):
             row["plans"][name] = first
             continue
@@ -176,6 +206,8 @@ def measure(case: Case, device: str, rounds: int, until: float, rates: Mapping[s
         if index >= SETS and time.monotonic() > until + 30:
             break
         for name, plan in made.items():
+            if len(times[name]) >= 3 and sum(both for _, both in times[name]) > ENOUGH:
+                continue
             spent = timed(plan(index % SETS), case, device)
             times[name] += [spent] if index >= SETS else []
     for name, spent_by in times.items():
@@ -184,6 +216,8 @@ def measure(case: Case, device: str, rounds: int, until: float, rates: Mapping[s
         row["plans"][name] |= {} if spent_by else {"not timed": "no time left"}
         if case.counted in values and name != case.counted and len(values[name]) == len(values[case.counted]):
             row["plans"][name]["off by"] = max(map(distance, values[name], values[case.counted]))
+    if device == "cuda":
+        row["kernels"] = {name: outcome(lambda p=plan: kernels(p(0), case, device)) for name, plan in made.items()}  # type: ignore[misc]
     if case.counted in made:
         row["floor"] = outcome(lambda: floor(made[case.counted](0), case, device, rates))
     row["targets"] = [
@@ -233,6 +267,17 @@ def timed(run: Run, case: Case, device: str) -> tuple[float, float]:
     return clock.between(0, 1), clock.between(0, 2)
 
 
+def kernels(run: Run, case: Case, device: str) -> dict[str, list[float]]:
+    """How often each kernel of a call runs, and its milliseconds; the longest first, up to 20."""
+    if run.forward is None:
+        return {}
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        once(run, case, device)
+        machine.synchronize(device)
+    found = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)[:20]
+    return {event.key[:100]: [event.count, round(event.self_device_time_total / 1e3, 4)] for event in found}
+
+
 def floor(run: Run, case: Case, device: str, rates: Mapping[str, Any]) -> dict[str, Any]:
     """Milliseconds that products at the GEMM rate take, or reading each input and writing each output once at the copy
     rate, whichever is more."""
@@ -278,9 +323,7 @@ def images_a_second(images: int, make: Callable[[], Callable[[], None]], device:
 def report(result: Mapping[str, Any]) -> None:
     print(f"agreement (bars {', '.join(f'{kind}: {bar:g}' for kind, bar in BARS.items())})")
     for name, found in result["agreement"].items():
-        errors = [
-            (f"{e:.1e}" if isinstance(e, float) else e[:60]) + "  MISSED" * is_missed(k, e) for k, e in found.items()
-        ]
+        errors = [figure(e) + "  MISSED" * is_missed(k, e) for k, e in found.items()]
         print(f"  {name:<26} {'   '.join(errors)}")
     print(f"GEMM {result['gemm_tflops']:.1f} TFLOP/s, copies {result['copy_gb_s']:.0f} GB/s; medians in ms")
     for row in result["cases"]:

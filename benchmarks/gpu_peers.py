@@ -63,7 +63,8 @@ def fla_kernels() -> dict[str, Callable[[Tensors, Tensors], Tensor]]:
     def ttt(views: Tensors, weights: Tensors) -> Tensor:
         q, k, v = (views[n].transpose(1, 2).contiguous() for n in "qkv")
         eta = views["eta"].transpose(1, 2)[..., None].contiguous()
-        made = kernel("ttt", "chunk_ttt_linear")(q, k, v, weights["gamma"], weights["beta"], eta, chunk_size=16)
+        gamma, beta = (weights[n].to(q.dtype) for n in ("gamma", "beta"))  # its kernels take no other
+        made = kernel("ttt", "chunk_ttt_linear")(q, k, v, gamma, beta, eta, chunk_size=16)
         return made[0].transpose(1, 2)
 
     return {

@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="begin nothing new after so long")
     parser.add_argument("--only", default="", help="cases whose name this regular expression is found in")
+    parser.add_argument("--loops", default="", help="likewise, loops of which the agreement is measured")
     parser.add_argument("--plans", default="", help="likewise, plans")
     options = parser.parse_args(arguments)
     device, quick = options.device, options.quick
@@ -65,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     made = [only(case, options.plans) for case in cases(device, quick)]
     chosen = [index for index, case in enumerate(made) if re.search(options.only, case.name)]
     plans = [(index, name) for index in chosen for name in made[index].plans]
-    result["agreement"] = prepare(device, quick, plans, until)
+    loops = [name for name in LOOPS if re.search(options.loops, name)]
+    result["agreement"] = prepare(device, quick, loops, plans, until)
     result |= {
         "gemm_tflops": gemm_tflops(device, quick),
         "copy_gb_s": machine.copy_rate(device, 2**20 if quick else 2**30),
@@ -96,19 +98,22 @@ def only(case: Case, plans: str) -> Case:
     return replace(case, plans={name: plan for name, plan in case.plans.items() if re.search(plans, name)})
 
 
-def prepare(device: str, quick: bool, plans: list[tuple[int, str]], until: float) -> dict[str, dict[str, Any]]:
-    """How far every loop is off, by kind; plans (of which case, and which) are called once beside, so that the caches
-    have what they compile."""
+def prepare(
+    device: str, quick: bool, loops: list[str], plans: list[tuple[int, str]], until: float
+) -> dict[str, dict[str, Any]]:
+    """How far loops are off, by kind; plans (of which case, and which) are called once beside, so that the caches have
+    what they compile."""
     tasks: dict[Any, str] = {}
-    found: dict[str, dict[str, Any]] = {name: {} for name in LOOPS}
+    found: dict[str, dict[str, Any]] = {name: {} for name in loops}
     if device == "cpu":
-        return {name: agreement(name, device) for name in LOOPS}
-    context = multiprocessing.get_context("spawn")
+        return {name: agreement(name, device) for name in loops}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__spec__.name if __spec__ else __name__])
     # A process each: a kernel that reads where it may not leaves nothing to use of its process.
     with ProcessPoolExecutor(max(1, min(12, machine.cores() - 2)), context, max_tasks_per_child=1) as pool:
         for index, plan in plans:
             tasks[pool.submit(warm, index, plan, device, quick)] = ""
-        for name in LOOPS:
+        for name in loops:
             tasks[pool.submit(agreement, name, device)] = name
         try:
             for task in as_completed(tasks, timeout=max(until - time.monotonic() - 200, 60)):
@@ -133,6 +138,7 @@ def figure(error: Any) -> str:
 
 def warm(index: int, plan: str, device: str, quick: bool) -> None:
     """Call a plan of a case once, forward and backward."""
+    torch.set_num_threads(1)
     case = list(cases(device, quick))[index]
     outcome(lambda: once(case.plans[plan]()(0), case, device))
 
@@ -140,6 +146,8 @@ def warm(index: int, plan: str, device: str, quick: bool) -> None:
 def agreement(name: str, device: str) -> dict[str, Any]:
     """The worst relative differences over the output and every gradient, by kind; a message where there is no such
     code."""
+    if device == "cuda":
+        torch.set_num_threads(1)  # a process each
     kinds = [(("torch", "reference"), torch.float64), (("triton", "torch"), torch.float32)]
     return {
         kind: outcome(lambda b=backends, t=dtype: apart(LOOPS[name], b, t, device))  # type: ignore[misc]

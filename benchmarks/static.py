@@ -38,6 +38,7 @@ from nestloop.inspection import trial_sizes
 from nestloop.lang.schedule import Program
 from nestloop.lowering import names, pipeline
 from nestloop.lowering.runtime import offline
+from nestloop.lowering.runtime.assembler import hopper_assembler
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 
 TABLE = RESULTS / "static.json"
@@ -77,10 +78,12 @@ class Kernel:
 
     @property
     def code(self) -> str:
-        """A digest of what is compiled, without its header and comments, which name lines of declarations."""
+        """A digest of what is compiled, without its header and comments, which name lines of declarations, and by what
+        assembler."""
         text = re.sub(r"[ \t]*#.*", "", self.plan.text.split('"""', 2)[2])
         options = self.plan.options(self.kernel, offline.TARGETS[self.device][0] == "cuda")
-        return hashlib.sha256(f"{text}{sorted(options.items())}".encode()).hexdigest()[:12]
+        assembler = str(hopper_assembler()) if self.device == "sm_90" else ""
+        return hashlib.sha256(f"{text}{sorted(options.items())}{assembler}".encode()).hexdigest()[:12]
 
     def measure(self, limit: float) -> dict[str, Any]:
         """Its row: what it takes, or why it does not compile.
@@ -99,6 +102,7 @@ class Kernel:
             "registers": made.registers,
             "spilled": list(made.spilled),
             "shared": made.shared,
+            **({"assembler": made.assembler} if made.assembler else {}),
             "seconds": round(made.seconds, 1),
         }
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from nestloop.errors import NoPlanError
 from nestloop.lowering.runtime import cache
+from nestloop.lowering.runtime.assembler import assembling
 from nestloop.lowering.runtime.refusals import no_room
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 
@@ -46,6 +47,7 @@ class Compiled:
         registers: of a thread.
         spilled: bytes that a thread's registers spill, written and read.
         shared: bytes of shared memory of a program.
+        assembler: what made its machine code, of NVIDIA's where that matters.
         seconds: of CPU that compiling took, the assembler's included: on a busy machine only they mean anything.
         text: the code by stage: "ttir", "ttgir", then "ptx" and "sass", or "amdgcn".
     """
@@ -57,6 +59,7 @@ class Compiled:
     registers: int
     spilled: tuple[int, int]
     shared: int
+    assembler: str
     seconds: float
     text: Mapping[str, str]
 
@@ -67,6 +70,7 @@ class Compiled:
         return (
             f"{self.kernel} for {self.device}, {self.dtype}: {self.warps} warps, {self.registers} registers a thread, "
             f"spills {written} bytes written and {read} read, {self.shared} bytes of shared memory"
+            + (f"; {self.assembler}" if self.assembler else "")
         )
 
 
@@ -150,13 +154,14 @@ def _compile(request: Mapping[str, Any]) -> Compiled:
     )
     before = sum(os.times()[:4])
     target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
-    made = triton.compile(source, target=target, options=request["options"])
-    took = sum(os.times()[:4]) - before
-    text = {stage: made.asm[stage] for stage in STAGES if stage in made.asm}
-    found = _of_nvidia(made, target, text) if backend == "cuda" else _of_amd(text["amdgcn"])
-    return Compiled(
-        request["kernel"], device, dtype, request["options"]["num_warps"], *found, made.metadata.shared, took, text
-    )
+    with assembling(arch // 10 if isinstance(arch, int) else 0) as assembler:
+        options = request["options"] | ({} if assembler is None else assembler.options)
+        made = triton.compile(source, target=target, options=options)
+        took = sum(os.times()[:4]) - before
+        text = {stage: made.asm[stage] for stage in STAGES if stage in made.asm}
+        found = _of_nvidia(made, target, text) if backend == "cuda" else _of_amd(text["amdgcn"])
+    warps, named = request["options"]["num_warps"], "" if assembler is None else str(assembler)
+    return Compiled(request["kernel"], device, dtype, warps, *found, made.metadata.shared, named, took, text)
 
 
 def _of_nvidia(made: Any, target: Any, text: dict[str, str]) -> tuple[int, tuple[int, int]]:

@@ -6,7 +6,9 @@ they compute. Inputs are read where they lie, in the dtype that they have.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache as cached
 from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nestloop.lowering.runtime import cache
+from nestloop.lowering.runtime.assembler import assembling, warn_of_no_wgmma
 from nestloop.lowering.runtime.batches import BatchCode, BatchLoop, Call, compute_dtype
 from nestloop.lowering.runtime.native import readable
 from nestloop.lowering.runtime.refusals import shared_memory_of
@@ -92,8 +95,9 @@ class TritonCode:
 
                 interpreted(kernel, grid, arguments)
             else:
-                with torch.cuda.device(like.device), shared_memory_of(plan, one.kernel):
-                    kernel[grid](**arguments, **plan.options(one.kernel, nvidia=torch.version.hip is None))
+                options = plan.options(one.kernel, nvidia=torch.version.hip is None)
+                with torch.cuda.device(like.device), shared_memory_of(plan, one.kernel), _assembling(like.device) as own:
+                    kernel[grid](**arguments, **options, **own)
 
     @staticmethod
     def settings(dtype: torch.dtype, given: torch.dtype) -> dict[str, Any]:
@@ -106,6 +110,23 @@ class TritonCode:
         exact = torch.get_float32_matmul_precision() == "highest"
         highest = "tf32x3" if torch.version.hip is None else "bf16x6"  # what AMD's compiler has of it
         return {"S": tl.float32, "PRODUCT": _LOW.get(given, highest if exact else "tf32")}
+
+
+@contextmanager
+def _assembling(device: torch.device) -> Iterator[dict[str, Any]]:
+    """While a kernel is launched on a device; gives options of the launch."""
+    with assembling(*_versions(device)) as chosen:
+        if chosen is not None:
+            warn_of_no_wgmma(chosen)
+        yield {} if chosen is None else chosen.options
+
+
+@cached
+def _versions(device: torch.device) -> tuple[int, int | None]:
+    """Major versions: of a device's compute capability, 0 where it is not NVIDIA's; of CUDA that its driver is of."""
+    if torch.version.hip is not None:
+        return 0, None
+    return torch.cuda.get_device_capability(device)[0], torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]
 
 
 def pointers(tensor: Tensor, walked: bool, between: bool) -> list[Any]:

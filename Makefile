@@ -45,9 +45,9 @@ gpu:
 	    $(MAKE) --no-print-directory install && $(PY) -m benchmarks.gpu; \
 	fi
 
-# fla-core's kernels, for `make gpu` to measure beside on a machine that nothing can be downloaded to.
+# For `make gpu` on a machine that nothing can be downloaded to: fla-core's kernels, to measure beside, and an assembler.
 wheels:
-	python3 -m pip download -q --no-deps --only-binary=:all: --dest wheels -c constraints.txt fla-core einops
+	python3 -m pip download -q --no-deps --only-binary=:all: --dest wheels -c constraints.txt fla-core einops nvidia-cuda-nvcc
 
 install: $(INSTALLED)
 

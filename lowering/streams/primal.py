@@ -18,6 +18,8 @@ from nestloop.lowering.streams.halves import Halves
 from nestloop.lowering.streams.step import VALID, Step, Tensors, causal, momentum_names, placeholders
 
 aten = torch.ops.aten
+# vmap's rule for mm asks for the number of elements, which tokens of no known number do not have.
+_KNOWN_LENGTHS_ALONE = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
 
 
 class _OneToken(Located):
@@ -29,6 +31,9 @@ class _OneToken(Located):
             if kwargs.get("approximate", "none") == "tanh":
                 return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
             return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
+        if target is aten.mm.default and _KNOWN_LENGTHS_ALONE and args[0].shape[0] == 1:
+            row, matrix = args
+            return torch.mv(matrix.t(), row[0]).unsqueeze(0)
         return super().call_function(target, args, kwargs)
 
 

@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"torch {torch.__version__} sees no CUDA device, so nothing was measured.", file=sys.stderr)
         return 2
     until = time.monotonic() + options.seconds
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # what fla-core tunes in one process serves the others
     folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
     kept = folder / ("gpu-quick.json" if quick else "gpu.json") if not quick or "OUT" in os.environ else None
     result: dict[str, Any] = {"machine": machine.facts(), "device": machine.kind(device), "quick": quick}
@@ -210,22 +211,21 @@ def measure(case: Case, device: str, rounds: int, until: float, rates: Mapping[s
             continue
         made[name], values[name] = plan, first
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
-    for index in range(rounds + SETS):  # the first ones warm up
-        if index >= SETS and time.monotonic() > until + 30:
-            break
+    for index in range(rounds + SETS):
         for name, plan in made.items():
-            if len(times[name]) >= 3 and sum(both for _, both in times[name]) > ENOUGH:
-                continue
-            spent = timed(plan(index % SETS), case, device)
-            times[name] += [spent] if index >= SETS else []
-    for name, spent_by in times.items():
+            enough = len(times[name]) >= 3 and sum(both for _, both in times[name]) > ENOUGH
+            if not enough and time.monotonic() < until + 30:
+                times[name].append(timed(plan(index % SETS), case, device))
+    for name, every in times.items():
+        spent_by = every[SETS:] if len(every) > SETS else every[1:]  # the first ones warm up
         kinds = {"forward": [f for f, _ in spent_by], "forward + backward": [b for _, b in spent_by]}
         row["plans"][name] = {k: [statistics.median(v), min(v), max(v)] for k, v in kinds.items() if v and v[0] > 0}
         row["plans"][name] |= {} if spent_by else {"not timed": "no time left"}
         if case.counted in values and name != case.counted and len(values[name]) == len(values[case.counted]):
             row["plans"][name]["off by"] = max(map(distance, values[name], values[case.counted]))
     if device == "cuda":
-        row["kernels"] = {name: outcome(lambda p=plan: kernels(p(0), case, device)) for name, plan in made.items()}  # type: ignore[misc]
+        few = [name for name, every in times.items() if sum(both for _, both in every) < ENOUGH]
+        row["kernels"] = {name: outcome(lambda n=name: kernels(made[n](0), case, device)) for name in few}  # type: ignore[misc]
     if case.counted in made:
         row["floor"] = outcome(lambda: floor(made[case.counted](0), case, device, rates))
     row["targets"] = [

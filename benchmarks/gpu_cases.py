@@ -58,14 +58,13 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
     sizes = (2, 33, 24, 3) if quick else (256, 196, 384, 6)
     yield layer_case(zoo.MTTTMLP, *sizes, device)
     streams = ((1, 33, 2, 16),) if quick else ((16, 2048, 32, 64), (4, 8192, 32, 64), (1, 32768, 32, 64))
-    for shape in streams:
-        yield stream_case(zoo.TTTLinear, *shape, device)
-        yield stream_case(gpu_peers.TTTLinearFla, *shape, device)
-    for shape in streams[:2]:
-        yield stream_case(zoo.TTTMLP, *shape, device)
-    for loop in (zoo.CausalLinearAttention, zoo.LightningAttentionFla, zoo.GLA, zoo.DeltaNet, zoo.GatedDeltaNet):
-        for shape in ((1, 33, 2, 16),) if quick else ((8, 2048, 16, 128), (1, 16384, 16, 128)):
-            yield stream_case(loop, *shape, device)
+    for loop in (zoo.TTTLinear, gpu_peers.TTTLinearFla, zoo.TTTMLP):
+        for shape in streams:
+            yield stream_case(loop, *shape, device, stepwise=shape is streams[0])
+    shapes = ((1, 33, 2, 16),) if quick else ((8, 2048, 16, 128), (1, 16384, 16, 128))
+    for loop in (zoo.CausalLinearAttention, zoo.DeltaNet, zoo.GLA, zoo.LightningAttentionFla, zoo.GatedDeltaNet):
+        for shape in shapes:
+            yield stream_case(loop, *shape, device, stepwise=shape is shapes[0])
     yield layer_case(zoo.MTTTLinear, *sizes, device)
     pixels = (1, 40, 12, 3) if quick else (4, 50_176, 192, 3)
     yield layer_case(zoo.MTTTMLP4, *pixels, device, steps=4, attention=True)
@@ -129,8 +128,11 @@ def layer_case(
     return Case(f"{loop.__name__} layer", sizes, plans, targets)
 
 
-def stream_case(loop: Any, batch: int, tokens: int, heads: int, d: int, device: str) -> Case:
-    """A stream alone on bfloat16 views, beside fla-core's kernels or the dual form by hand."""
+def stream_case(loop: Any, batch: int, tokens: int, heads: int, d: int, device: str, stepwise: bool = True) -> Case:
+    """A stream alone on bfloat16 views, beside fla-core's kernels or the dual form by hand.
+
+    stepwise: whether what launches kernels for every chunk is measured too: of many chunks it takes seconds a call.
+    """
     name = loop.__name__
 
     @cache
@@ -153,15 +155,13 @@ def stream_case(loop: Any, batch: int, tokens: int, heads: int, d: int, device: 
         op = nl.compile(loop, **settings)
         return plan(lambda views, weights: op(views, weights)[0])
 
-    plans: dict[str, Callable[[], Plan]] = {
-        TRITON: partial(ours, backend="triton"),
-        TORCH: partial(ours, backend="torch"),
-    }
+    plans: dict[str, Callable[[], Plan]] = {TRITON: partial(ours, backend="triton")}
+    plans |= {TORCH: partial(ours, backend="torch")} if stepwise else {}
     targets: list[tuple[str, str, float]] = []
     if kernel := gpu_peers.fla_kernels().get(name):
         plans["fla-core"] = lambda: plan(kernel)
         targets.append((TRITON, "fla-core", 1.2 if name == "TTTLinearFla" else 1.0))
-    if name in ("TTTLinear", "TTTMLP"):
+    if stepwise and name in ("TTTLinear", "TTTMLP"):
         plans[INDUCTOR] = partial(ours, backend="torch", inductor=True)
         plans["dual form, compiled"] = lambda: plan(gpu_peers.dual_form(name))
         targets.append((TRITON, "dual form, compiled", 5.0))

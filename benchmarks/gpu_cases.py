@@ -58,11 +58,19 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
     sizes = (2, 33, 24, 3) if quick else (256, 196, 384, 6)
     yield layer_case(zoo.MTTTMLP, *sizes, device)
     streams = ((1, 33, 2, 16),) if quick else ((16, 2048, 32, 64), (4, 8192, 32, 64), (1, 32768, 32, 64))
-    for loop in (zoo.TTTLinear, gpu_peers.TTTLinearFla, zoo.TTTMLP):
+    nonlinear: Sequence[Any] = (zoo.TTTLinear, gpu_peers.TTTLinearFla, zoo.TTTMLP)
+    linear: Sequence[Any] = (
+        zoo.CausalLinearAttention,
+        zoo.DeltaNet,
+        zoo.GLA,
+        zoo.LightningAttentionFla,
+        zoo.GatedDeltaNet,
+    )
+    for loop in nonlinear:
         for shape in streams:
             yield stream_case(loop, *shape, device, stepwise=shape is streams[0])
     shapes = ((1, 33, 2, 16),) if quick else ((8, 2048, 16, 128), (1, 16384, 16, 128))
-    for loop in (zoo.CausalLinearAttention, zoo.DeltaNet, zoo.GLA, zoo.LightningAttentionFla, zoo.GatedDeltaNet):
+    for loop in linear:
         for shape in shapes:
             yield stream_case(loop, *shape, device, stepwise=shape is shapes[0])
     yield layer_case(zoo.MTTTLinear, *sizes, device)

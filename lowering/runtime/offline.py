@@ -47,9 +47,9 @@ class Compiled:
         registers: of a thread.
         spilled: bytes that a thread's registers spill, written and read.
         shared: bytes of shared memory of a program.
-        assembler: what made its machine code, of NVIDIA's where that matters.
         seconds: of CPU that compiling took, the assembler's included: on a busy machine only they mean anything.
         text: the code by stage: "ttir", "ttgir", then "ptx" and "sass", or "amdgcn".
+        assembler: what made its machine code, where it matters which of NVIDIA's it was.
     """
 
     kernel: str
@@ -59,9 +59,9 @@ class Compiled:
     registers: int
     spilled: tuple[int, int]
     shared: int
-    assembler: str
     seconds: float
     text: Mapping[str, str]
+    assembler: str = ""
 
     @property
     def summary(self) -> str:
@@ -161,7 +161,7 @@ def _compile(request: Mapping[str, Any]) -> Compiled:
         text = {stage: made.asm[stage] for stage in STAGES if stage in made.asm}
         found = _of_nvidia(made, target, text) if backend == "cuda" else _of_amd(text["amdgcn"])
     warps, named = request["options"]["num_warps"], "" if assembler is None else str(assembler)
-    return Compiled(request["kernel"], device, dtype, warps, *found, made.metadata.shared, named, took, text)
+    return Compiled(request["kernel"], device, dtype, warps, *found, made.metadata.shared, took, text, named)
 
 
 def _of_nvidia(made: Any, target: Any, text: dict[str, str]) -> tuple[int, tuple[int, int]]:

@@ -1,12 +1,13 @@
 """Generated Triton compiled for a device that need not be there: its code at every stage, and what the kernel takes.
 
-Registers, spills and shared memory are facts about a kernel before any GPU runs it. A process of its own compiles,
-since the compiler may end the one it runs in: `python -m nestloop.lowering.runtime.offline`, with a request on its
-standard input.
+Registers, spills and shared memory are facts about a kernel before any GPU runs it. A process of its own compiles each,
+since the compiler may end the one it runs in. Importing Triton takes longer than most kernels do, so another process,
+`python -m nestloop.lowering.runtime.offline`, imports it once, takes requests on its standard input, and forks.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
@@ -15,9 +16,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 from nestloop.errors import NoPlanError
@@ -92,20 +95,16 @@ def compiled(
     request: dict[str, Any] = {"text": plan.text, "kernel": kernel, "device": device, "dtype": dtype, "wide": plan.wide}
     request["timeout"] = timeout
     request["options"] = plan.options(kernel, TARGETS[device][0] == "cuda")
-    command = [sys.executable, "-m", "nestloop.lowering.runtime.offline"]
+    ran = _ask({**request, "environment": dict(os.environ)})
+    if not ran["status"]:
+        made = json.loads(ran["out"].splitlines()[-1])
+        if made["shared"] > SHARED[device]:
+            raise no_room(plan, kernel, made["shared"], SHARED[device])
+        return Compiled(**{**made, "spilled": tuple(made["spilled"])})
     reason = f"longer than {timeout:g} seconds"
-    try:
-        ran = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=10 * timeout)
-        if not ran.returncode:
-            made = json.loads(ran.stdout.splitlines()[-1])
-            if made["shared"] > SHARED[device]:
-                raise no_room(plan, kernel, made["shared"], SHARED[device])
-            return Compiled(**{**made, "spilled": tuple(made["spilled"])})
-        if ran.returncode not in (-signal.SIGXCPU, LATE):
-            said = [line for line in ran.stderr.splitlines() if line.strip() and not line.startswith("Repro command")]
-            reason = said[-1] if said else "no message"  # without the paths of this machine
-    except subprocess.TimeoutExpired:
-        pass
+    if ran["status"] not in (-signal.SIGXCPU, -signal.SIGKILL, LATE):
+        said = [line for line in ran["err"].splitlines() if line.strip() and not line.startswith("Repro command")]
+        reason = said[-1] if said else "no message"  # without the paths of this machine
     raise NoPlanError(
         f"The {kernel} kernel does not compile for {device}.",
         given=reason,
@@ -192,22 +191,85 @@ def _of_amd(text: str) -> tuple[int, tuple[int, int]]:
     return found("vgpr_count"), (spilled, spilled)
 
 
-def _main() -> int:
-    """Compile what standard input asks for; a busy machine takes longer, so the limit is one of CPU."""
+# ---- The process that forks ------------------------------------------------------------------------------------------
+
+_IDLE: dict[str, list[subprocess.Popen[str]]] = {}  # by where they import from, what waits for a request
+
+
+def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What became of a request: its exit status, standard output and standard error. Threads may ask at a time."""
+    waiting = _IDLE.setdefault(os.environ.get("PYTHONPATH", ""), [])
+    try:
+        process = waiting.pop()
+    except IndexError:
+        command = [sys.executable, "-m", "nestloop.lowering.runtime.offline"]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+    except BaseException:  # whoever is interrupted does not read another's answer later
+        process.kill()
+        raise
+    if not answer:
+        raise RuntimeError(f"the process that compiles ended with status {process.wait()}")
+    waiting.append(process)
+    found: dict[str, Any] = json.loads(answer)
+    return found
+
+
+@atexit.register
+def _end() -> None:
+    for process in [one for waiting in _IDLE.values() for one in waiting]:
+        process.communicate()  # closes its input, at the end of which it ends
+
+
+def _serve() -> None:
+    """Answer requests, a line each, until there are no more."""
+    import triton.backends.nvidia.compiler
+    import triton.language  # noqa: F401
+
+    from nestloop.lowering.emit import tiles  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            child = os.fork()
+            if not child:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                os.environ.clear()
+                os.environ.update(request["environment"])
+                os._exit(_answer(request))
+            # The limit is one of CPU, since a busy machine takes longer; what waits for nothing ends all the same.
+            late = Timer(10 * request["timeout"], os.kill, (child, signal.SIGKILL))
+            late.start()
+            _, status = os.waitpid(child, 0)
+            late.cancel()
+            said = {"out": out, "err": err}
+            for file in said.values():
+                file.seek(0)
+            found = {name: file.read() for name, file in said.items()}
+        print(json.dumps({"status": os.waitstatus_to_exitcode(status), **found}), flush=True)
+
+
+def _answer(request: Mapping[str, Any]) -> int:
+    """Compile what is asked for, onto standard output; the exit status."""
     import resource  # Unix alone has it, as it alone has Triton
 
-    request = json.load(sys.stdin)
     limit = math.ceil(request["timeout"])
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))  # of this process, and of the assembler that it starts
+    status = 0
     try:
-        made = _compile(request)
+        print("\n" + json.dumps(asdict(_compile(request))))
     except Exception:
-        if resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime > limit - 2:
-            return LATE
-        raise
-    sys.stdout.write("\n" + json.dumps(asdict(made)) + "\n")
-    return 0
+        status = 1 if resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime <= limit - 2 else LATE
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    _serve()

@@ -15,7 +15,7 @@ import torch
 
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import plan as plans
-from nestloop.lowering.runtime.executable import EXECUTABLES, build
+from nestloop.lowering.runtime.executable import EXECUTABLES, build, settled
 from nestloop.lowering.runtime.fingerprint import fingerprint
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.streams import STREAM_OPS, build_stream
@@ -119,13 +119,16 @@ def lower(
     double: bool = False,
     backend: str = "torch",
     part: str = "",
+    gpu: bool = False,
 ) -> str:
     """The name in `EXECUTABLES` (of a stream, in `STREAM_OPS`) of the op for one set of sizes; "" where a body holds
     for one length only and `tokens` does not say which.
 
-    backend: "torch", "cpp", "triton" or "auto" (`runtime.executable.build`).
+    Args:
+        backend: "torch", "cpp", "triton" or "auto" (`runtime.executable.build`).
+        gpu: whether "auto" may be Triton: tensors lie on a GPU.
     """
-    triton = backend == "triton"
+    triton = backend == "triton" or (backend == "auto" and gpu)
     tiling = tiling_for(spec, sizes) if triton else UNTUNED
     plan = plan_for(spec, sizes, tokens, losses, carried, part=part, triton=triton, tiling=tiling)
     if plan.triton is None and tiling.rows is not None:  # tuned for the loop alone, without losses or a state
@@ -136,9 +139,9 @@ def lower(
     if double and plan.reads_dtype:
         plan = plan_for(spec, sizes, tokens, losses, carried, double, part, triton, tiling)
     if spec.streams:
-        return build_stream(spec, plan, sizes["H"], inductor, backend, double)
+        return build_stream(spec, plan, sizes["H"], inductor, settled(plan, backend, gpu), double)
 
     def wide() -> Plan:
         return plan_for(spec, sizes, tokens, losses, carried, double and plan.reads_dtype, "wide", triton)
 
-    return build(spec, plan, sizes["H"], losses, inductor, backend, double, wide)
+    return build(spec, plan, sizes["H"], losses, inductor, backend, double, wide, gpu)

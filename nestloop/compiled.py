@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from nestloop.lowering.runtime.executable import OPS
 from nestloop.lowering.runtime.refusals import singular_system
 from nestloop.lowering.runtime.streams import StreamOp, run_stream
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "reference", "torch", "cpp", "triton")
 
 
@@ -46,7 +48,7 @@ class CompiledLoop:
 
     def __init__(self, loop: type[Loop], backend: str = "auto", inductor: bool = False, **dims: int) -> None:
         self.loop, self.spec = loop, spec_of(loop)
-        self.renamed = names.safe(self.spec, triton=backend == "triton")
+        self.renamed = names.safe(self.spec, triton=backend in ("auto", "triton"))
         if backend not in BACKENDS:
             raise UnknownBackendError(
                 "There is no such backend.",
@@ -61,7 +63,7 @@ class CompiledLoop:
 
     @property
     def backend(self) -> str:
-        """The backend that is tried first: "auto" is C++ on a CPU, unless inductor compiles the generated PyTorch. The
+        """The backend that is tried first, on a CPU: "auto" is C++, unless inductor compiles the generated PyTorch. The
         sizes of a call may still say that generated PyTorch is faster."""
         if self.requested != "auto":
             return self.requested
@@ -196,11 +198,12 @@ class CompiledLoop:
         sizes = tuple(sorted({**binding.dims, "H": binding.heads}.items()))
         # One lowering serves every length but 1, where sizes broadcast, and loops that hold for one length only.
         double = reference.compute_dtype({**views, **weights, **(state or {})}) == torch.float64
+        gpu = not double and self._may_be_triton(views)
         name = ""
         if self.spec.grid is None and binding.tokens != 1:
-            name = self._lowered(return_losses, carried, 0, sizes, double)
+            name = self._lowered(return_losses, carried, 0, sizes, double, gpu=gpu)
         if not name:
-            name = self._lowered(return_losses, carried, binding.tokens, sizes, double)
+            name = self._lowered(return_losses, carried, binding.tokens, sizes, double, gpu=gpu)
         return lower.EXECUTABLES[name](views, weights, state, order)
 
     def _run_stream(
@@ -215,24 +218,39 @@ class CompiledLoop:
         tensors = {n: t for n, t in {**views, **weights, **(state or {})}.items() if isinstance(t, Tensor)}
         dtype = reference.compute_dtype(tensors)
         losses = return_losses and not isinstance(self.spec.schedule, Program)
+        double = dtype == torch.float64
+        gpu = not double and self._may_be_triton(views)
 
         def op(part: str, tokens: int) -> StreamOp:
             rows = getattr(self.spec.schedule, "micro", 1) * (self.spec.optimizer.window or 1)
             alone = tokens == 1 and rows == 1
-            name = "" if alone else self._lowered(losses, False, 0, sizes, dtype == torch.float64, part)
+            name = "" if alone else self._lowered(losses, False, 0, sizes, double, part, gpu)
             if not name:
-                name = self._lowered(losses, False, tokens, sizes, dtype == torch.float64, part)
+                name = self._lowered(losses, False, tokens, sizes, double, part, gpu)
             return lower.STREAM_OPS[name]
 
         start = None if state is None else dict(state)
         return run_stream(self.renamed, binding, op, views, weights, start, return_losses, dtype)
 
+    def _may_be_triton(self, views: Mapping[str, Tensor]) -> bool:
+        """Whether "auto" may be Triton: on NVIDIA's GPUs, where it has been measured."""
+        if self.requested != "auto" or self.inductor or not HAS_TRITON:
+            return False
+        return _on_a_gpu(next(iter(views.values())))
+
     def _lowered(
-        self, losses: bool, carried: bool, tokens: int, sizes: tuple[tuple[str, int], ...], double: bool, part: str = ""
+        self,
+        losses: bool,
+        carried: bool,
+        tokens: int,
+        sizes: tuple[tuple[str, int], ...],
+        double: bool,
+        part: str = "",
+        gpu: bool = False,
     ) -> str:
         """The name of the executable for these sizes, lowered the first time it is asked for (also while Dynamo traces
         a call, for which a name is a constant)."""
-        key = (losses, carried, tokens, sizes, double, part)
+        key = (losses, carried, tokens, sizes, double, part, gpu)
         if key not in self._names:
             try:
                 name = lower.lower(
@@ -245,6 +263,7 @@ class CompiledLoop:
                     double,
                     self.requested,
                     part,
+                    gpu,
                 )
             except ShapeMismatchError:
                 if tokens:
@@ -280,6 +299,10 @@ class CompiledLoop:
         return output
 
 
+def _on_a_gpu(view: Tensor) -> bool:
+    return view.is_cuda and torch.version.hip is None
+
+
 def _remake(loop: type[Loop], backend: str, inductor: bool, dims: dict[str, int]) -> CompiledLoop:
     return CompiledLoop(loop, backend, inductor, **dims)
 
@@ -292,7 +315,8 @@ def compile(loop: type[Loop], backend: str = "auto", inductor: bool = False, **d
         backend: "reference" (brute force, the definition), "torch" (generated PyTorch), "cpp" (generated C++),
             "triton" (generated Triton; on a CPU it is interpreted, slowly), or "auto": cpp where the loop
             has a plan for it, a C++ compiler is there, and it is expected to be as fast at the sizes of the call
-            (`lowering.runtime.work`); else torch. Tensors on a GPU run generated PyTorch unless triton is asked for.
+            (`lowering.runtime.work`); else torch. On one of NVIDIA's GPUs it is triton, where that is installed and the
+            loop has a plan that does not take minutes to compile; else, and in float64, torch.
         inductor: compile the generated PyTorch with `torch.compile` (tens of seconds once, then faster).
         dims: sizes that no tensor gives.
 

@@ -289,12 +289,16 @@ def _backend(
     if native:
         compiler = find()
         lines = [f"runs: generated C++, built by {compiler.version or compiler.command}, for tensors on a CPU"]
-        return [*lines, "  (backend 'cpp'; tensors on a GPU run generated PyTorch)"], True, chosen
+        return [*lines, f"  (backend 'cpp'; {_ON_A_GPU[requested]})"], True, chosen
     lines = ["runs: generated PyTorch" + (", its pieces compiled by torch.compile" if inductor else ", eager")]
     why = "inductor=True" if inductor else "asked for" if requested == "torch" else f"no C++ here: {missing}"
     return [*lines, f"  (backend 'torch': {'expected to be faster' if chosen else why})"], False, chosen
 
 
+_ON_A_GPU = {
+    "auto": "tensors on a GPU run generated Triton, where the loop has it",
+    "cpp": "tensors on a GPU run generated PyTorch",
+}
 _OVER = {
     "sequences": "a program a head and sequence",
     "chunks": "a program a chunk of each",

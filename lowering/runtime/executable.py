@@ -25,6 +25,7 @@ from nestloop.lowering.runtime.work import flops, pays
 
 Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
 
+LONGEST_MODULE = 3000  # lines of Triton; of more, one kernel takes minutes to compile
 EXECUTABLES: dict[str, Executable] = {}
 OPS: dict[str, NestedLoopOp] = {}  # what those of them call that are no attention
 
@@ -38,18 +39,21 @@ def build(
     backend: str = "torch",
     double: bool = False,
     wide: Callable[[], Plan] | None = None,
+    gpu: bool = False,
 ) -> str:
     """Make a plan runnable; its name in `EXECUTABLES`.
 
     Args:
         backend: "torch"; "cpp"; "triton"; or "auto": where the plan has C++ and it can be built, C++ or PyTorch by the
-            sizes of a call; else PyTorch.
+            sizes of a call; else PyTorch; on a GPU Triton, where the plan has it (`settled`).
         double: whether it is float64 that will be computed in.
         wide: gives the plan for weights that this one is not precise with (`rewrites.gram`), when they come.
+        gpu: whether "auto" may be Triton.
 
     Raises:
         NoPlanError: "cpp" was asked for, and the loop has no C++ or it cannot be built.
     """
+    asked, backend = backend, settled(plan, backend, gpu)
     if plan.form == "attention" and backend != "cpp":
         name = f"softmax_attention_{plan.scale}"
         EXECUTABLES.setdefault(name, _attention(plan.scale))
@@ -64,10 +68,14 @@ def build(
         name = f"{path.stem}_{backend}_{cache.digest(native.text)}"  # a module of PyTorch goes with several of C++
     if name not in EXECUTABLES:
         signature = _signature(spec, plan, heads, losses, wide is not None)
-        settings = (inductor, backend, double)
-        code = _code(spec, plan, signature, *settings)
-        other = None if wide is None else lambda: _code(spec, wide(), signature, *settings)
-        OPS[name] = NestedLoopOp(name, code, signature, flops(spec, plan, heads), spec, other)
+        code = _code(spec, plan, signature, inductor, backend, double)
+
+        def other() -> Code:
+            assert wide is not None
+            found = wide()
+            return _code(spec, found, signature, inductor, settled(found, asked, gpu), double)
+
+        OPS[name] = NestedLoopOp(name, code, signature, flops(spec, plan, heads), spec, wide and other)
         EXECUTABLES[name] = _loop(OPS[name], spec)
     return name
 
@@ -85,6 +93,13 @@ def _code(spec: LoopSpec, plan: Plan, signature: Signature, inductor: bool, back
     library = None if native is None else _library(spec, plan.name, native, module, signature)
     module = library.prepared() if isinstance(library, NativeModule) else module
     return Code(module, plan.rows, tuple(plan.shared), library, pays(spec, plan) if backend == "auto" else None)
+
+
+def settled(plan: Plan, backend: str, gpu: bool) -> str:
+    """What "auto" is on a GPU: Triton where a plan has it that does not take minutes to compile; else PyTorch."""
+    if backend != "auto" or not gpu:
+        return backend
+    return "triton" if plan.triton is not None and plan.triton.text.count("\n") <= LONGEST_MODULE else "torch"
 
 
 def no_native_reason(plan: Plan, inductor: bool, backend: str, double: bool) -> str:

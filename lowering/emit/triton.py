@@ -43,8 +43,8 @@ class TritonFunction(TritonValues):
         block: an axis's size, and how much of it is computed at a time: see `schedule.phases`.
 
     Attributes:
-        inputs, results: names of what it takes and makes; a tile, or for `rows` a place in memory, to which an input
-            adds the elements from one row to the next.
+        inputs, results: names of what it takes and makes; a tile, or for `rows` a place in memory, to which an input,
+            and a result of tokens, adds the elements from one row to the next.
         returned: the results that it returns.
         alive: elements of the tiles that are alive at once, at most.
         tiles: name -> sizes of the axes of every input and result, those of size 1 left out.
@@ -85,7 +85,7 @@ class TritonFunction(TritonValues):
             self._check_size(value)
         self.clean = {v: [True] * len(held(v)) for v in self.given.values()}
         self.returned = [r for r in self.results if r not in rows]
-        walked = [name for name in self.tiles if name in rows and any(size.has_tokens for size in self.tiles[name][:1])]
+        walked = [name for name in self.tiles if name in rows and self.walks(name)]
         self.ordered = ordered and bool(walked)
         self.again = any(rows[r][1] == "again" for r in self.results if r in rows)
         for result, value in made.items():
@@ -131,8 +131,14 @@ class TritonFunction(TritonValues):
         given: list[str] = []
         for name in self.inputs:
             given += [f"{name}_at", f"{name}_n"] if name in self.rows else [name]
-        given += [f"{name}_at" for name in self.results if name in self.rows]
+        for name in self.results:
+            if name in self.rows:
+                given += [f"{name}_at", *([f"{name}_n"] if self.walks(name) else [])]
         return [*given, *(["order_at"] if self.ordered else []), *(["again"] if self.again else [])]
+
+    def walks(self, name: str) -> bool:
+        """Whether an input or a result has a row for each token of a tile."""
+        return any(size.has_tokens for size in self.tiles[name][:1])
 
     # ---- Phases ----------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ class TritonLoop(TritonRanges):
             forward=tuple(map(self.original, self.given("forward"))),
             backward=tuple(map(self.original, self.given("backward"))),
             gradients=tuple(map(self.original, self.gradients)),
+            rounded=tuple(map(self.original, self.rounded)),
             rows=self.rows,
             state=0,
             wide=tuple(n for n in self.given("backward") if n != "d_losses" and self.elements(n) % 16 == 0),

@@ -25,7 +25,7 @@ CARRIED = ALIVE // 2  # elements of sums that stay in registers from one tile of
 SUMS = ("loss_sum", "loss_after")
 
 
-class TritonPieces(TritonKernels, Batches):
+class TritonPieces(Batches, TritonKernels):
     """The functions of one lowered loop.
 
     Args:
@@ -114,7 +114,7 @@ class TritonPieces(TritonKernels, Batches):
         written = set(self.reached("readout"))
         if piece.endswith("gradient"):
             written |= {*self.cleared, *(self.reached("final_loss") if self.losses else [])}
-        again = piece.endswith("gradient") and not self.ordered and "again"
+        again = piece.endswith("gradient") and not self.ordered and self.spec.schedule.steps > 1 and "again"
         return {n: True if n in written else again for n in seen}
 
     @property
@@ -123,6 +123,13 @@ class TritonPieces(TritonKernels, Batches):
         seen = [set(self.reached(f"{v}gradient")) for v in self.variants]
         before = {*self.reached("readout"), *(self.reached("final_loss") if self.losses else [])}
         return [n for n in self.tokens if n in set.union(*seen) - set.intersection(*seen) - before]
+
+    @property
+    def rounded(self) -> list[str]:
+        """Views whose cotangent is whole when it is written, and nothing is added to it."""
+        added = {n for name in self.pieces for n, added in self._added(name).items() if added}
+        views = [n for n in self.tokens if n in self.declared]
+        return [n for n in self.gradients if n in views and n not in {*added, *self.outside}]
 
     def functions_of(self, which: str) -> list[TritonFunction]:
         """The functions of a direction; `backward` sums the gradient again."""

@@ -134,10 +134,7 @@ class TritonTiles:
     def _put(self, value: Value) -> list[str]:
         """Lines that write a result's rows."""
         assert value.result is not None
-        sizes = held(value)
-        tall = bool(sizes) and sizes[0].has_tokens
-        step = product(sizes[1:] if tall else sizes)
-        places, mask = self._rows(value, value.result, str(step))
+        places, mask = self._rows(value, value.result, f"{value.result}_n")
         place, text = f"{value.result}_at + {places}", value.name
         added = self.rows[value.result][1]
         if added:

@@ -164,14 +164,20 @@ def strides_beside(shape: Sequence[int]) -> tuple[int, ...]:
     return (inner[0], length * heads * inner[0], heads * inner[0], *inner[1:])
 
 
-def side_by_side(like: Tensor, shape: Sequence[int]) -> Tensor:
+def side_by_side(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory for such tokens."""
-    return like.new_empty_strided(shape, strides_beside(shape))
+    return like.new_empty_strided(shape, strides_beside(shape), dtype=dtype)
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """float64 if anything is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def output_dtype(views: Sequence[Tensor], inputs: Sequence[Tensor]) -> torch.dtype:
+    """Of z: the views' dtype; the compute dtype where they have several."""
+    dtypes = {t.dtype for t in views}
+    return dtypes.pop() if len(dtypes) == 1 else compute_dtype(inputs)
 
 
 def summed(partial: Tensor, like: Tensor) -> Tensor:

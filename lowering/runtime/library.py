@@ -161,9 +161,7 @@ class NestedLoopOp:
             made = self._made("forward", inputs, order)
             shapes = self.signature.shapes(inputs)
             strides = [strides_beside(s) if tokens else None for s, tokens in zip(shapes, beside, strict=True)]
-            owned = _owned(made, shapes, strides, inputs)
-            if self.signature.results[0] == "z":
-                owned[0] = owned[0].to(self._output_dtype(inputs))
+            owned = _owned(made, shapes, strides, self.signature.dtypes(inputs), inputs)
             return tuple(owned) if len(owned) > 1 else owned[0]
 
         return kernel
@@ -247,16 +245,8 @@ class NestedLoopOp:
 
     def _forward_fake(self, *tensors: Tensor) -> Any:
         inputs, _ = self._split(tensors)
-        dtype = compute_dtype(inputs)
-        made = self.signature.empty(inputs, dtype)
-        if self.signature.results[0] == "z":
-            made[0] = made[0].to(self._output_dtype(inputs))
+        made = self.signature.empty(inputs)
         return tuple(made) if len(made) > 1 else made[0]
-
-    def _output_dtype(self, inputs: Sequence[Tensor]) -> torch.dtype:
-        """The views' dtype; the compute dtype where they have several."""
-        dtypes = {t.dtype for t in inputs[: len(self.signature.tokens)]}
-        return dtypes.pop() if len(dtypes) == 1 else compute_dtype(inputs)
 
     def _backward_kernel(self) -> Callable[..., Any]:
         count, tokens = len(self.signature.inputs), len(self.signature.tokens)
@@ -269,8 +259,7 @@ class NestedLoopOp:
             made = [like_lead(g, t) for g, t in zip(made, own, strict=True)]
             # tokens' as `empty_like` lays them out, which the fake kernel promises
             strides = [torch.empty_like(t, device="meta").stride() if i < tokens else None for i, t in enumerate(own)]
-            owned = _owned(made, [t.shape for t in own], strides, given)
-            owned = [g.to(t.dtype) for g, t in zip(owned, own, strict=True)]
+            owned = _owned(made, [t.shape for t in own], strides, [t.dtype for t in own], given)
             return tuple(owned) if len(owned) > 1 else owned[0]
 
         return kernel
@@ -390,17 +379,19 @@ def _owned(
     made: Sequence[Tensor],
     shapes: Sequence[Sequence[int]],
     strides: Sequence[Sequence[int] | None],
+    dtypes: Sequence[torch.dtype],
     inputs: Sequence[Tensor],
 ) -> list[Tensor]:
     """Results with memory of their own, with these strides or None for contiguous: an op's results alias neither its
-    inputs nor each other."""
+    inputs nor each other. Those that code has written as the op says are taken as they are."""
     taken = {t.untyped_storage().data_ptr() for t in inputs}
     owned = []
-    for tensor, shape, wanted in zip(made, shapes, strides, strict=True):
+    for tensor, shape, wanted, dtype in zip(made, shapes, strides, dtypes, strict=True):
         tensor = tensor.expand(*shape)
         laid = tensor.is_contiguous() if wanted is None else _has_strides(tensor, wanted)
-        if not laid or tensor.untyped_storage().data_ptr() in taken:
-            fresh = tensor.new_empty(shape) if wanted is None else tensor.new_empty_strided(shape, wanted)
+        if not laid or tensor.dtype != dtype or tensor.untyped_storage().data_ptr() in taken:
+            like = {"dtype": dtype, "device": tensor.device}
+            fresh = torch.empty(shape, **like) if wanted is None else torch.empty_strided(shape, wanted, **like)
             tensor = fresh.copy_(tensor)
         taken.add(tensor.untyped_storage().data_ptr())
         owned.append(tensor)

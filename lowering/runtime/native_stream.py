@@ -47,7 +47,7 @@ class NativeStream(NativeLibrary):
         if not self._tokens(inputs):
             return self.module.forward(*tensors, None, 1)
         values = dict(zip(self.signature.inputs, inputs, strict=True))
-        made = self.signature.empty(inputs, inputs[0].dtype)
+        made = self.signature.empty(inputs)
         named = list(zip(self.signature.results, made, strict=True))
         self._run("forward", inputs, [(n, values[n]) for n in self.plan.forward], named, 1)
         return made

@@ -92,8 +92,8 @@ def compiled(
         NoPlanError: it does not compile, or not in time.
         SharedMemoryError: it does, and wants more shared memory than a program may take there.
     """
-    request: dict[str, Any] = {"text": plan.text, "kernel": kernel, "device": device, "dtype": dtype, "wide": plan.wide}
-    request["timeout"] = timeout
+    request: dict[str, Any] = {"text": plan.text, "kernel": kernel, "device": device, "dtype": dtype}
+    request |= {"wide": plan.wide, "rounded": plan.rounded, "timeout": timeout}
     request["options"] = plan.options(kernel, TARGETS[device][0] == "cuda")
     ran = _ask({**request, "environment": dict(os.environ)})
     if not ran["status"]:
@@ -113,11 +113,15 @@ def compiled(
     )
 
 
-def _signature(function: Any, dtype: str, wide: Collection[str]) -> tuple[dict[str, str], set[str]]:
+def _signature(
+    function: Any, dtype: str, wide: Collection[str], rounded: Collection[str]
+) -> tuple[dict[str, str], set[str]]:
     """The type of each argument as a launch gives it; those that are multiples of 16.
 
     wide: tensors whose rows are, and so the steps between them.
+    rounded: tokens whose cotangents are made in their dtype, as z is.
     """
+    low = [f"{n}_made" for n in ("z", *rounded)]
     types, multiples = {}, set()
     for name in function.arg_names:
         if name in ("S", "PRODUCT"):
@@ -125,7 +129,7 @@ def _signature(function: Any, dtype: str, wide: Collection[str]) -> tuple[dict[s
         elif name in _NUMBERS:
             types[name] = _NUMBERS[name]
             multiples.add(name)
-        elif name == "d_z_p" or (name.endswith("_p") and not name.startswith(_COMPUTED)):
+        elif name == "d_z_p" or name in low or (name.endswith("_p") and not name.startswith(_COMPUTED)):
             types[name] = f"*{dtype}"
             multiples.add(name)
         elif name.endswith(("_p", "_made", "_handed")):
@@ -133,7 +137,8 @@ def _signature(function: Any, dtype: str, wide: Collection[str]) -> tuple[dict[s
             multiples.add(name)
         else:
             types[name] = "i32"
-            multiples |= {name} if name[:-2] in wide else set()
+            plain = name[:-2].removesuffix("_made")
+            multiples |= {name} if plain in wide or f"d_{plain}" in wide else set()
     return types, multiples
 
 
@@ -145,7 +150,7 @@ def _compile(request: Mapping[str, Any]) -> Compiled:
     device, dtype = request["device"], request["dtype"]
     backend, arch = TARGETS[device]
     function = getattr(cache.load(cache.write("offline", request["text"])), request["kernel"])
-    types, multiples = _signature(function, dtype, request["wide"])
+    types, multiples = _signature(function, dtype, request["wide"], request["rounded"])
     at = {name: (index,) for index, name in enumerate(function.arg_names)}
     constants = {at["S"]: tl.float32, at["PRODUCT"]: _PRODUCTS[dtype]}
     source = triton.compiler.ASTSource(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestloop.lowering.runtime.batches import is_token, side_by_side
+from nestloop.lowering.runtime.batches import compute_dtype, is_token, output_dtype, side_by_side
 
 MOST_ARGUMENTS = 64  # of an operator of PyTorch
 KEPT = ("between_", "shared_", "first_form")  # results for backward alone
@@ -90,8 +90,15 @@ class Signature:
         """Results with a row for each token, whose heads lie side by side in memory."""
         return frozenset(["z", *[f"shared_{n}" for n in self.shared if is_token(n)]])
 
-    def empty(self, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    def dtypes(self, inputs: Sequence[Tensor]) -> list[torch.dtype]:
+        """Of forward's results: z is in the views' dtype, all else in the compute dtype."""
+        z, computed = output_dtype(inputs[: len(self.tokens)], inputs), compute_dtype(inputs)
+        return [z if name == "z" else computed for name in self.results]
+
+    def empty(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Memory for forward's results, as an op's callers see it."""
-        like = inputs[0].new_empty(0, dtype=dtype)
-        named = zip(self.results, self.shapes(inputs), strict=True)
-        return [side_by_side(like, shape) if name in self.beside else like.new_empty(shape) for name, shape in named]
+        made = zip(self.results, self.shapes(inputs), self.dtypes(inputs), strict=True)
+        return [
+            side_by_side(inputs[0], shape, dtype) if name in self.beside else inputs[0].new_empty(shape, dtype=dtype)
+            for name, shape, dtype in made
+        ]

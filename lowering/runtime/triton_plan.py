@@ -98,6 +98,8 @@ class TritonPlan:
         text: the module, with all `kernels`.
         forward, backward: names of the tensors that all kernels of a direction take, in order.
         gradients: names of the inputs that `backward` gives a cotangent of, in order; the others' are zero.
+        rounded: those of them that are tokens' and whole when they are written, to which nothing is added: they are
+            written in their tokens' dtype.
         rows: tokens of a chunk of a scan, or of a tile; of one piece, the most that it takes.
         state: elements of the state between two chunks.
         wide: names of the tensors whose rows are a multiple of 16 elements long.
@@ -112,6 +114,7 @@ class TritonPlan:
     forward: tuple[str, ...]
     backward: tuple[str, ...]
     gradients: tuple[str, ...]
+    rounded: tuple[str, ...]
     rows: int
     state: int
     wide: tuple[str, ...]

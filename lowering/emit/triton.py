@@ -47,6 +47,7 @@ class TritonFunction(TritonValues):
             and a result of tokens, adds the elements from one row to the next.
         returned: the results that it returns.
         alive: elements of the tiles that are alive at once, at most.
+        tokens: how many a tile has.
         tiles: name -> sizes of the axes of every input and result, those of size 1 left out.
         scratch: elements of memory that it works in.
 
@@ -70,6 +71,7 @@ class TritonFunction(TritonValues):
     ) -> None:
         super().__init__(longest, rows, block)
         self.name, self.doc, self.axes = name, doc, axes
+        self.per_token = {*per_token, *[f"d_{n}" for n in per_token], "z", "losses"}
         values = read(module, results, [False] * len(results), per_token, identifier, TRITON)
         self.values = values.computed
         self.given = dict(values.inputs)
@@ -78,6 +80,8 @@ class TritonFunction(TritonValues):
         self.results = values.results
         made = {v.result: v for v in self.values if v.result is not None}
         self.tiles = {name: held(value) for name, value in {**self.given, **made}.items()}
+        counts = [value.shape[0] for name, value in self.given.items() if name in per_token]
+        self.tokens = TOKENS if not counts or counts[0].is_one else counts[0]
         self.narrow = self._narrow()
         for value in [*self.given.values(), *self.values]:
             if ZERO in value.space or any(ZERO in operand.shape for operand in value.reads):
@@ -137,8 +141,9 @@ class TritonFunction(TritonValues):
         return [*given, *(["order_at"] if self.ordered else []), *(["again"] if self.again else [])]
 
     def walks(self, name: str) -> bool:
-        """Whether an input or a result has a row for each token of a tile."""
-        return any(size.has_tokens for size in self.tiles[name][:1])
+        for size in self.tiles[name][:1]:  # a graph may hold for one number of tokens
+            return size.has_tokens or (name in self.per_token and size == self.tokens)
+        return False
 
     # ---- Phases ----------------------------------------------------------------------------------------------------
 

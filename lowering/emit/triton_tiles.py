@@ -115,8 +115,7 @@ class TritonTiles:
 
     def _rows(self, value: Value, name: str, step: str) -> tuple[str, str]:
         """Places and mask of a tile of rows, the first one at the start of the tensor's own."""
-        sizes, first = held(value), self.rows[name][0]
-        tall = bool(sizes) and sizes[0].has_tokens
+        sizes, first, tall = held(value), self.rows[name][0], self.walks(name)
         rank, places = len(sizes), []
         strides = [ONE, *dense(sizes[1:])] if tall else dense(sizes)
         for d, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
@@ -130,6 +129,10 @@ class TritonTiles:
         if first:
             mask += f" & ({self._index(0, rank, sizes[0])} >= {first})"
         return " + ".join(places) or "0", mask
+
+    def walks(self, name: str) -> bool:
+        """Whether an input or a result has a row for each token of a tile."""
+        raise NotImplementedError
 
     def _put(self, value: Value) -> list[str]:
         """Lines that write a result's rows."""

@@ -168,9 +168,11 @@ class NestedLoopOp:
 
     def _made(self, name: str, tensors: list[Tensor], order: Tensor | None) -> list[Tensor]:
         """The results of `forward` or `backward`. Raises `SingularSystemError`."""
-        own, in_triton = tensors[: len(self.signature.inputs)], isinstance(self.code.native, TritonCode)
-        if in_triton:  # which reads tensors in the dtype that they have
-            given, (inputs, low) = tensors, _prepare(own, own) if self._computes_outside else (own, None)
+        own, tokens = tensors[: len(self.signature.inputs)], len(self.signature.tokens)
+        if isinstance(self.code.native, TritonCode):  # which reads tensors in the dtype that they have
+            given, (inputs, low) = tensors, (own, None)
+            if self._computes_outside:  # of tokens products alone, whose factors are rounded
+                inputs, low = _prepare(own, own, tokens)
         else:
             given, low = _prepare(tensors, own)
             inputs = given[: len(own)]
@@ -363,11 +365,13 @@ def _define(schema: str, kernel: Any, fake: Any, flops: Any) -> None:
     register_flop_formula(getattr(torch.ops.nestloop, name))(flops)
 
 
-def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
-    """Inputs in the compute dtype, and the low precision of products, if the tokens come in one."""
+def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor], factors: int = 0) -> tuple[list[Tensor], Any]:
+    """Inputs in the compute dtype, and the low precision of products, if the tokens come in one; the first `factors`
+    inputs may stay in that."""
     dtype = compute_dtype(deciding)
     low = deciding[0].dtype if deciding[0].dtype in LOW and dtype is torch.float32 else None
-    return [t if t.dtype is dtype else t.to(dtype) for t in tensors], low
+    kept = [(dtype, low) if index < factors else (dtype,) for index in range(len(tensors))]
+    return [t if t.dtype in own else t.to(dtype) for t, own in zip(tensors, kept, strict=True)], low
 
 
 def _as_it_says(device: str) -> AbstractContextManager[Any]:

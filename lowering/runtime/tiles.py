@@ -70,15 +70,16 @@ def well_conditioned(grams: Sequence[Tensor]) -> bool:
     if grams[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     least = 2.0**LOST_BITS * torch.finfo(grams[0].dtype).eps
-    for gram in grams:
-        norm = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        scale = torch.where(norm == 0, 1, norm).reciprocal()
-        correlations = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-        diagonal = torch.diag_embed((norm == 0).to(gram.dtype) - least)
-        factor, failed = torch.linalg.cholesky_ex(correlations + diagonal)
-        if not bool((failed == 0).all() & factor.isfinite().all()):
-            return False
-    return True
+    return all(bool(_positive(gram, least)) for gram in grams)
+
+
+def _positive(gram: Tensor, least: float) -> Tensor:
+    """Whether the correlations of some rows, shifted down by `least`, have a Cholesky factor: a factor of theirs is one
+    of the Gram matrix, its rows scaled."""
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    shift = torch.where(squares == 0, 1, squares * -least)
+    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift))
+    return failed.sum() + 0 * factor.sum() == 0  # what is not finite is not equal
 
 
 def reshape(x: Tensor, *tile: int) -> Tensor:

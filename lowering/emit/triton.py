@@ -17,7 +17,7 @@ from torch import fx
 from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.triton_tiles import BARRIER, NARROWEST, TOKENS, held, walk
 from nestloop.lowering.emit.triton_values import NEUTRAL, TRITON, TritonValues
-from nestloop.lowering.ops.strided import ZERO, Extent, NoSpelling, Strided, product
+from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, product
 from nestloop.lowering.schedule.order import fewest_alive, most_alive
 from nestloop.lowering.schedule.phases import NoPhases, Phase, handed_on, is_blocked, phases, sums_over
 from nestloop.lowering.schedule.recompute import recompute_phases
@@ -141,9 +141,17 @@ class TritonFunction(TritonValues):
         return [*given, *(["order_at"] if self.ordered else []), *(["again"] if self.again else [])]
 
     def walks(self, name: str) -> bool:
-        for size in self.tiles[name][:1]:  # a graph may hold for one number of tokens
-            return size.has_tokens or (name in self.per_token and size == self.tokens)
-        return False
+        """Whether an input or a result has a row, or several, for each token of a tile."""
+        return self.rows_each(name) > 0
+
+    def rows_each(self, name: str) -> int:
+        size = next(iter(self.tiles[name]), ONE)
+        if name not in self.per_token or self.ordered:
+            return int(size.has_tokens)
+        if size.has_tokens:
+            return size.per_token
+        # A graph may hold for one number of tokens.
+        return 0 if self.tokens.has_tokens or size.is_one else size.constant // self.tokens.constant
 
     # ---- Phases ----------------------------------------------------------------------------------------------------
 

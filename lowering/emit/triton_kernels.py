@@ -90,6 +90,7 @@ class TritonKernels:
         body: Sequence[str],
         parts: str = "",
         counted: Sequence[str] = (),
+        chosen: bool = False,
     ) -> str:
         """A kernel.
 
@@ -97,6 +98,7 @@ class TritonKernels:
             room: elements of memory that a program works in, as Triton.
             parts: programs of each head and sequence, as Triton, of which each is one `part`; "" for one alone.
             counted: arguments that differ from launch to launch, for which it is compiled once all the same.
+            chosen: whether it does nothing where the call has not chosen its form.
         """
         split = [
             f"parts = {parts}",
@@ -104,6 +106,7 @@ class TritonKernels:
         ]
         program, place = ("program", "item * parts + part") if parts else ("tl.program_id(0)", "item")
         start = [
+            *(["if tl.load(chosen) == 0:", "    return"] if chosen else []),
             *(split if parts else []),
             f"head, sequence = ({program} // B).to(tl.int64), ({program} % B).to(tl.int64)",
             "item = head * B + sequence",

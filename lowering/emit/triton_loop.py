@@ -44,6 +44,7 @@ class TritonLoop(TritonRanges):
                 forward_handed=self.handed("forward"),
                 backward_handed=self.handed("backward"),
             ),
+            decided=self.decided,
             common=(*self.hoisted, *self.captured.projected),
             work=work(
                 self.functions,
@@ -66,7 +67,9 @@ class TritonLoop(TritonRanges):
             doc = f"{', '.join(self.results)}, the states between steps."
         places, room = self.parts(self.functions_of(which), KEPT[which])
         parts = [f"{name} = scratch + {at}" for name, at in places.items()]
-        return self.frame(which, doc, self.arguments(which), f"{room}", [*parts, *self.order, *body])
+        return self.frame(
+            which, doc, self.arguments(which), f"{room}", [*parts, *self.order, *body], chosen=self.chooses(which)
+        )
 
     def _room(self, which: str) -> int:
         return self.parts(self.functions_of(which), KEPT[which])[1]

@@ -30,6 +30,7 @@ class TritonPieces(Batches, TritonKernels):
 
     Args:
         heights: tokens that a tile may have; the first at which a function's tiles fit registers, else the last.
+        decided: whether it is one of two forms between which the weights of a call decide, on the device.
 
     Raises:
         NoSpelling: something in it has no Triton; the text is the reason.
@@ -44,9 +45,10 @@ class TritonPieces(Batches, TritonKernels):
         losses: bool,
         carried: bool,
         heights: Sequence[int] = HEIGHTS,
+        decided: bool = False,
     ) -> None:
         super().__init__(captured, pieces, losses, carried, str)  # `names.safe` has made them fit
-        self.heights = heights
+        self.heights, self.decided = heights, decided
         self._check_tiles()
         self.shapes = {n: tuple(size for size in tile if size != 1) for n, tile in self.tiles().items()}
         self.ordered = self.spec.schedule.needs_order

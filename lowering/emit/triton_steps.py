@@ -98,7 +98,12 @@ class TritonSteps(TritonPieces):
         made = self.gradients if which == "backward" else [*self.results, *[f"between_{n}" for n in self.fast]]
         given = [*self.pointers(self.given(which)), *self.made_pointers(made)]
         given += ["order_p", "order_h", "order_b"] if self.ordered else []
+        given += ["chosen"] if self.chooses(which) else []
         return [*given, "bounds", "weights", "rates", *handed, "memory", "H", "B", "N", "steps"]
+
+    def chooses(self, which: str) -> bool:
+        """Whether kernels of a direction read what the call has chosen: forward's, since backward is called later."""
+        return self.decided and which == "forward"
 
     @property
     def results(self) -> list[str]:

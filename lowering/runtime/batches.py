@@ -85,16 +85,24 @@ class BatchCode:
 
     def forward(self, *tensors: Tensor) -> Sequence[Tensor]:
         """Inputs [H, B, ..], what all steps share, and the order -> results, as the PyTorch module's `forward`."""
+        call = Call(self, list(tensors[: len(self.loop.inputs)]), tensors[-1])
+        made = self.results(call)
+        self.run("forward", call, self.given(tensors), made)
+        return list(made.values())
+
+    def given(self, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        """What the code takes of what its `forward` is called with, by name."""
+        values = dict(zip(self._names, tensors[:-1], strict=True))
+        return [(n, values[n]) for n in self.plan.forward]
+
+    def results(self, call: Call) -> dict[str, Tensor]:
+        """Memory for the results of forward, by name."""
         loop = self.loop
-        call = Call(self, list(tensors[: len(loop.inputs)]), tensors[-1])
         made = {"z": self.memory(call, "z", loop.tiles["z"])}
         made |= {f"end_{n}": call.new(*loop.tiles[n]) for n in loop.ends}
         made |= {"losses": call.new(call.steps + 1)} if loop.losses else {}
         lead = (max(call.steps - 1, 0),)
-        made |= {f"between_{n}": call.new(*loop.tiles[n], lead=lead) for n in loop.ends}
-        values = dict(zip(self._names, tensors[:-1], strict=True))
-        self.run("forward", call, [(n, values[n]) for n in self.plan.forward], made)
-        return list(made.values())
+        return made | {f"between_{n}": call.new(*loop.tiles[n], lead=lead) for n in loop.ends}
 
     def backward(self, *tensors: Tensor) -> Sequence[Tensor | None]:
         """Inputs, what all steps share, the states and cotangents of the results, and the order -> cotangents of the
@@ -136,6 +144,8 @@ class Call:
         weights, rates: of each step, what a token's loss counts and what the update is multiplied by.
         order: [H, B, N], an axis of size 1 being shared; None where tokens are taken as they come.
         separate: of backward, whether each sequence has a fast weight of its own to start from.
+        chosen: of forward, whether it is the form that the call has chosen: one element on the device, 0 or 1; None
+            where there is one form.
     """
 
     def __init__(self, code: BatchCode, inputs: list[Tensor], order: Tensor | None) -> None:
@@ -152,6 +162,7 @@ class Call:
         self.rates = [1.0 if rate is None else rate(i, n, self.length, self.sequences) for i, n in enumerate(sizes)]
         self.order = None if order is None else order.contiguous()
         self.separate = False
+        self.chosen: Tensor | None = None
 
     def new(self, *shape: int, lead: tuple[int, ...] = ()) -> Tensor:
         return self.like.new_empty(*lead, self.heads, self.sequences, *shape, dtype=self.dtype)

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
+from nestloop.errors import NoPlanError
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime.batches import LOW, compute_dtype, strides_beside, summed
+from nestloop.lowering.runtime.decision import Decision, known
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.refusals import singular_system
-from nestloop.lowering.runtime.signature import KEPT, Signature
+from nestloop.lowering.runtime.signature import DECIDED, KEPT, Signature
 from nestloop.lowering.runtime.tiles import Singular, like_lead
 from nestloop.lowering.runtime.triton import TritonBatches, TritonCode, TritonStream
 
@@ -89,7 +91,6 @@ class NestedLoopOp:
             to `torch.compile` and the like it is one op all the same.
 
     Attributes:
-        ran: which of the two the last call took, if there are two: GRAM or WIDE.
         names: of the tensors that forward and backward take, the order aside.
     """
 
@@ -102,7 +103,8 @@ class NestedLoopOp:
         spec: LoopSpec,
         wide: Callable[[], Code] | None = None,
     ) -> None:
-        self.name, self.signature, self.code, self.ran = name, signature, code, ""
+        self.name, self.signature, self.code = name, signature, code
+        self._took: tuple[Tensor, torch.device] | bool | None = None
         self.spec, self._make_wide = spec, wide
         inputs = [f"Tensor {n}" for n in signature.inputs]
         order = ["Tensor order"] if signature.ordered else []
@@ -144,14 +146,42 @@ class NestedLoopOp:
         assert self._make_wide is not None
         return self._make_wide()
 
+    @property
+    def ran(self) -> str:
+        """Which of the two the last call took, if there are two: GRAM or WIDE. It waits for a device that decides."""
+        took = known(*self._took) if isinstance(self._took, tuple) else self._took
+        return "" if self._took is None else GRAM if took else WIDE
+
+    @property
+    def _decides(self) -> bool:
+        return self._make_wide is not None and hasattr(self.code.module, "conditioned")
+
+    def _decision(self, inputs: Sequence[Tensor]) -> Decision:
+        """What a call with these inputs, in the compute dtype, decides."""
+        heads, dtype = max(t.shape[0] for t in inputs), compute_dtype(inputs)
+        return Decision(self.code.module.conditioned(*inputs), heads, dtype)
+
     def _code_for(self, inputs: Sequence[Tensor], decided: Tensor | None) -> Code:
-        """The code for a call with these inputs, in the compute dtype; `decided`: what forward has kept of that."""
-        conditioned = getattr(self.code.module, "conditioned", None)
-        if conditioned is None or self._make_wide is None:
+        """The code for a call with these inputs, in the compute dtype; `decided`: what forward has kept of that. Where
+        the host cannot know, the wide form: it is precise with all weights."""
+        if not self._decides:
             return self.code
-        first = conditioned(*inputs) if decided is None else bool(decided.all())
-        self.ran = GRAM if first else WIDE
+        device = inputs[0].device
+        first = None if decided is None else known(decided, device)
+        first = known(self._decision(inputs).kept, device) if first is None else first
+        self._took = bool(first)
         return self.code if first else self._wide
+
+    @cached_property
+    def _other(self) -> TritonBatches | None:
+        """The wide form, where kernels of both can be launched and the device decides between them."""
+        if not self._decides or not isinstance(self.code.native, TritonBatches):
+            return None
+        try:
+            native = self._wide.native
+        except NoPlanError:
+            return None
+        return native if isinstance(native, TritonBatches) else None
 
     def _forward_kernel(self) -> Callable[..., Any]:
         beside = [result in self.signature.beside for result in self.signature.results]
@@ -178,7 +208,9 @@ class NestedLoopOp:
             inputs = given[: len(own)]
         named = dict(zip(self.names[name], given, strict=True))
         with _as_it_says(own[0].device.type):
-            code = self._code_for(inputs, named.pop("first_form", None))
+            if name == "forward" and self._other is not None:
+                return self._either(self._other, own, inputs, order, low)
+            code = self._code_for(inputs, named.pop(DECIDED, None))
             kept = [named.pop(f"shared_{n}") for n in self.signature.shared if f"shared_{n}" in named]
             common = getattr(code.module, "common", None)
             shared: Sequence[Tensor] = ()
@@ -198,13 +230,29 @@ class NestedLoopOp:
                 found = [_add(a, b, like) for a, b, like in zip(found, more, inputs, strict=True)]
             return list(map(_filled, found, inputs))
 
+    def _either(
+        self, other: TritonBatches, own: Sequence[Tensor], inputs: Sequence[Tensor], order: Tensor | None, low: Any
+    ) -> list[Tensor]:
+        """The results of `forward` where the device decides."""
+        decision = self._decision(inputs)
+        self._took = decision.kept, inputs[0].device
+        shared, others = (
+            [*code.module.common(*inputs, low)] if code.shared else [] for code in (self.code, self._wide)
+        )
+        native = self.code.native
+        assert isinstance(native, TritonBatches)
+        first: list[Any] = [*own, *shared, order]
+        second: list[Any] = [*own, *others, order]
+        made = native.either(decision.chosen, first, other, second)
+        return [*made, *([*shared, decision.kept] if self.signature.kept_shared else [])]
+
     def _kept(self, code: Code, shared: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """What a call keeps of what all steps share: nothing but zeros where they take the other form."""
         if not self.signature.kept_shared:
             return []
         first = code is self.code
-        form = inputs[0].new_full((), float(first))
-        values = shared if first else [form] * len(self.signature.shared)
+        values = shared if first else [inputs[0].new_zeros(())] * len(self.signature.shared)
+        form = torch.full((), float(first), dtype=inputs[0].dtype)
         return [*values, *([form] if self.signature.decides else [])]
 
     def _run(self, code: Code, name: str, given: Mapping[str, Tensor], order: Tensor | None, low: Any) -> Sequence[Any]:

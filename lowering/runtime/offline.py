@@ -33,7 +33,14 @@ TARGETS = {"sm_80": ("cuda", 80), "sm_90": ("cuda", 90), "sm_100": ("cuda", 100)
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program may take
 STAGES = ("ttir", "ttgir", "ptx", "sass", "amdgcn")
 LATE = 3  # exit status of a process whose assembler took too long
-_NUMBERS = {"memory": "*fp32", "weights": "*fp32", "rates": "*fp32", "bounds": "*i32", "order_p": "*i64"}
+_NUMBERS = {
+    "memory": "*fp32",
+    "weights": "*fp32",
+    "rates": "*fp32",
+    "bounds": "*i32",
+    "chosen": "*i32",
+    "order_p": "*i64",
+}
 _COMPUTED = ("between_", "end_", "d_", "hoisted_", "projected_", "gram_")  # names of tensors in the compute dtype
 _PRODUCTS = {"bf16": "bf16", "fp16": "fp16", "fp32": "tf32"}
 

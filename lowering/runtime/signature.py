@@ -13,7 +13,8 @@ from torch import Tensor
 from nestloop.lowering.runtime.batches import compute_dtype, is_token, output_dtype, side_by_side
 
 MOST_ARGUMENTS = 64  # of an operator of PyTorch
-KEPT = ("between_", "shared_", "first_form")  # results for backward alone
+DECIDED = "first_form"  # which of two forms forward has taken, on the host
+KEPT = ("between_", "shared_", DECIDED)  # results for backward alone
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Signature:
 
     @cached_property
     def kept_shared(self) -> tuple[str, ...]:
-        """Results that hold what all steps share, and [H, 1] whether that is of the first form."""
-        names = [f"shared_{n}" for n in self.shared] + (["first_form"] if self.decides else [])
+        """Results that hold what all steps share, and [H, 1], on the host, whether that is of the first form."""
+        names = [f"shared_{n}" for n in self.shared] + ([DECIDED] if self.decides else [])
         others = 2 * len(self.ends) + len(self.between) + 2 + self.losses + self.ordered  # states, cotangents, z
         return tuple(names) if len(self.inputs) + len(names) + others <= MOST_ARGUMENTS else ()
 
@@ -97,8 +98,10 @@ class Signature:
 
     def empty(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Memory for forward's results, as an op's callers see it."""
-        made = zip(self.results, self.shapes(inputs), self.dtypes(inputs), strict=True)
-        return [
-            side_by_side(inputs[0], shape, dtype) if name in self.beside else inputs[0].new_empty(shape, dtype=dtype)
-            for name, shape, dtype in made
-        ]
+
+        def memory(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            if name in self.beside:
+                return side_by_side(inputs[0], shape, dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu" if name == DECIDED else inputs[0].device)
+
+        return list(map(memory, self.results, self.shapes(inputs), self.dtypes(inputs)))

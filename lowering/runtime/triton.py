@@ -247,6 +247,22 @@ class TritonBatches(BatchCode, TritonCode):
         parts = 1 if name in self.loop.fast else self.ranges(call)  # each program adds up its own
         return call.like.new_empty(call.heads, call.sequences * parts, *row, dtype=call.dtype)
 
+    def either(
+        self, chosen: Tensor, tensors: Sequence[Tensor], other: TritonBatches, others: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """`forward` of this code or of that of the other form, as the device has chosen: kernels of both are launched,
+        and those of one do nothing.
+
+        Args:
+            chosen: int32 [2], on the device: 1 for the form that writes the results, this one's first.
+            tensors, others: what each `forward` takes.
+        """
+        call = Call(self, list(tensors[: len(self.loop.inputs)]), tensors[-1])
+        made = self.results(call)
+        for code, given, call.chosen in ((self, tensors, chosen[:1]), (other, others, chosen[1:])):
+            code.run("forward", call, code.given(given), made)
+        return list(made.values())
+
     def ranges(self, call: Call) -> int:
         """Ranges of tokens that have a program each; one where a program walks all steps."""
         longest = max(
@@ -259,7 +275,8 @@ class TritonBatches(BatchCode, TritonCode):
         ranges = self.ranges(call)
         plan, counts = (self.plan, ()) if ranges == 1 else (self.plan.in_ranges(), (ranges,))
         parts, counts = {"sequences": 1, "ranges": ranges}, (call.length, call.steps, *counts)
-        lead, more = (call.heads, call.sequences), [*order, *self._steps(call)]
+        chosen = [] if call.chosen is None else [call.chosen]
+        lead, more = (call.heads, call.sequences), [*order, *chosen, *self._steps(call)]
         like, dtype, steps = call.like, call.dtype, call.steps
         self.launch(plan, function, lead, dict(given), made, more, counts, parts, 1, like, dtype, steps)
 

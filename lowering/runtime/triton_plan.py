@@ -106,6 +106,8 @@ class TritonPlan:
         forward_launches, backward_launches: the kernels, in order.
         forward_handed, backward_handed: what they leave for one another.
         ranges: of a loop of batches, what it runs in place of them where heads and sequences are few.
+        decided: of a loop of batches, whether it is one of two forms: kernels of "forward" do nothing where `chosen`
+            is 0.
         common: of a loop of batches, names of what all steps share, which the PyTorch module makes.
         work: what its kernels do, for the cost model (`emit.triton_work.work`).
     """
@@ -123,6 +125,7 @@ class TritonPlan:
     forward_handed: tuple[Handed, ...] = ()
     backward_handed: tuple[Handed, ...] = ()
     ranges: InRanges | None = None
+    decided: bool = False
     common: tuple[str, ...] = ()
     work: dict[str, Any] = field(default_factory=dict)
 

@@ -45,6 +45,8 @@ class TritonLoop(TritonRanges):
                 backward_handed=self.handed("backward"),
             ),
             decided=self.decided,
+            sums=self.sums(),
+            apart=self.room_for(self.shared),
             common=(*self.hoisted, *self.captured.projected),
             work=work(
                 self.functions,

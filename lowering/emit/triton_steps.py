@@ -82,10 +82,23 @@ class TritonSteps(TritonPieces):
             places |= {f"d_{n}": self.made_at(n) for n in self.tokens}
         return {n: place for n, place in places.items() if n in function.rows}
 
+    @property
+    def shared(self) -> list[str]:
+        """What sequences share and has a cotangent: those of a program lie side by side, to be added up together."""
+        return [n for n in [*self.slow, *self.hoisted] if n in self.gradients]
+
+    def sums(self) -> dict[str, int]:
+        """Where each begins among a program's."""
+        starts, offset = {}, 0
+        for n in self.shared:
+            starts[self.original(n)] = offset
+            offset += aligned(self.elements(n))
+        return starts
+
     def _shared(self, share: Share) -> dict[str, str]:
         """Where a program's cotangents of what sequences share add up."""
-        shared = [n for n in [*self.slow, *self.hoisted] if n in self.gradients]
-        return {n: f"{n}_made + {share.part} * {self.elements(n)}" for n in shared}
+        apart = self.room_for(self.shared)
+        return {n: f"{n}_made + {share.part} * {apart}" for n in self.shared}
 
     def _cotangents(self, fast: Mapping[str, str], share: Share) -> dict[str, str]:
         """Where cotangents of what is no token add up."""

@@ -79,6 +79,10 @@ class BatchCode:
         as many as it adds up apart. `like`: what that is a cotangent of."""
         raise NotImplementedError
 
+    def totals(self, call: Call, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Cotangents, of these tiles, that are added up together, by name."""
+        return {}
+
     def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
         """Call `forward` or `backward` on tensors by name, which writes `made`."""
         raise NotImplementedError
@@ -116,6 +120,7 @@ class BatchCode:
         rows = {n: values[n].shape[3:] if self.is_token(n) else values[n].shape[2:] for n in self.plan.gradients}
         made = {name: self.memory(call, name, row, values[name]) for name, row in rows.items()}
         self.run("backward", call, [(n, values[n]) for n in self.plan.backward], made)
+        made |= self.totals(call, {n: rows[n] for n in made})
         return [summed(made[n], values[n]) if n in made else None for n in self._names]
 
     @property
@@ -144,6 +149,7 @@ class Call:
         weights, rates: of each step, what a token's loss counts and what the update is multiplied by.
         order: [H, B, N], an axis of size 1 being shared; None where tokens are taken as they come.
         separate: of backward, whether each sequence has a fast weight of its own to start from.
+        sums: of backward, cotangents of what sequences share, side by side.
         chosen: of forward, whether it is the form that the call has chosen: one element on the device, 0 or 1; None
             where there is one form.
     """
@@ -162,6 +168,7 @@ class Call:
         self.rates = [1.0 if rate is None else rate(i, n, self.length, self.sequences) for i, n in enumerate(sizes)]
         self.order = None if order is None else order.contiguous()
         self.separate = False
+        self.sums: Tensor | None = None
         self.chosen: Tensor | None = None
 
     def new(self, *shape: int, lead: tuple[int, ...] = ()) -> Tensor:
@@ -195,6 +202,11 @@ def summed(partial: Tensor, like: Tensor) -> Tensor:
     """A cotangent with what sequences (or groups of them) and heads share added up."""
     shared = [axis for axis in (0, 1) if like.shape[axis] == 1 and partial.shape[axis] != 1]
     return partial.sum(shared, keepdim=True) if shared else partial
+
+
+def filled(cotangent: Tensor | None, like: Tensor) -> Tensor:
+    """A cotangent that may be None, for zero, as a tensor."""
+    return like.new_zeros(()).expand_as(like) if cotangent is None else cotangent
 
 
 def is_token(shared: str) -> bool:

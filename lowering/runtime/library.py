@@ -7,6 +7,7 @@ ordinary op.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from nestloop.errors import NoPlanError
 from nestloop.lang.loop import LoopSpec
-from nestloop.lowering.runtime.batches import LOW, compute_dtype, strides_beside, summed
+from nestloop.lowering.runtime.batches import LOW, compute_dtype, filled, strides_beside, summed
 from nestloop.lowering.runtime.decision import Decision, known
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
@@ -226,9 +227,9 @@ class NestedLoopOp:
                 return [*made, *self._kept(code, shared, inputs)]
             found, of_shared = list(made[: len(own)]), made[len(own) :]
             if common is not None:
-                more = code.module.common_vjp(*inputs, *shared, *map(_filled, of_shared, shared), low)
+                more = code.module.common_vjp(*inputs, *shared, *map(filled, of_shared, shared), low)
                 found = [_add(a, b, like) for a, b, like in zip(found, more, inputs, strict=True)]
-            return list(map(_filled, found, inputs))
+            return list(map(filled, found, inputs))
 
     def _either(
         self, other: TritonBatches, own: Sequence[Tensor], inputs: Sequence[Tensor], order: Tensor | None, low: Any
@@ -392,17 +393,30 @@ class NestedLoopOp:
                 inputs = saved[:inputs_count]
                 order = saved[inputs_count : inputs_count + 1] if ordered else ()
                 kept = saved[inputs_count + len(order) :]
-                given = list(grads[:cotangents])
-                for index, grad in enumerate(given):
-                    if grad is None:  # nobody reads that state: one tile of zeros, for all heads and sequences
-                        shape, dtype = ctx.like[index]
-                        given[index] = inputs[0].new_zeros(shape[2:], dtype=dtype).expand(shape)
+                given: Sequence[Tensor | None] = grads[:cotangents]
+                if any(grad is None for grad in given):
+                    given = _with_zeros(given, ctx.like, inputs[0])
                 made = backward_op(*inputs, *kept, *given, *order)
                 made = tuple(made) if isinstance(made, (tuple, list)) else (made,)
                 return (*made, None) if ordered else made
 
         NestedLoop.__name__ = f"NestedLoop_{self.name}"
         return NestedLoop
+
+
+def _with_zeros(
+    grads: Sequence[Tensor | None], results: Sequence[tuple[torch.Size, torch.dtype]], like: Tensor
+) -> list[Tensor]:
+    """Cotangents of results, those that nobody reads zero: one tile of zeros, for all states, heads and sequences."""
+    zeros: dict[torch.dtype, Tensor] = {}
+    given = []
+    for grad, (shape, dtype) in zip(grads, results, strict=True):
+        if grad is None and dtype not in zeros:
+            alike = [s for g, (s, d) in zip(grads, results, strict=True) if g is None and d == dtype]
+            zeros[dtype] = like.new_zeros(max(math.prod(s[2:]) for s in alike), dtype=dtype)
+        tile = shape[2:]
+        given.append(zeros[dtype][: math.prod(tile)].view(tile).expand(shape) if grad is None else grad)
+    return given
 
 
 def _define(schema: str, kernel: Any, fake: Any, flops: Any) -> None:
@@ -460,11 +474,6 @@ def _add(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return summed(a, like) + summed(b, like)
-
-
-def _filled(cotangent: Tensor | None, like: Tensor) -> Tensor:
-    """A cotangent that may be None, for zero, as a tensor."""
-    return like.new_zeros(()).expand_as(like) if cotangent is None else cotangent
 
 
 def _sum_to(split: Tensor, original: Tensor, dim: int | None) -> Tensor:

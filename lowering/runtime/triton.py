@@ -7,6 +7,7 @@ the op's callers see them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache as cached
@@ -19,7 +20,15 @@ from torch import Tensor
 
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.assembler import assembling, warn_of_no_wgmma
-from nestloop.lowering.runtime.batches import BatchCode, BatchLoop, Call, compute_dtype, output_dtype, side_by_side
+from nestloop.lowering.runtime.batches import (
+    BatchCode,
+    BatchLoop,
+    Call,
+    compute_dtype,
+    filled,
+    output_dtype,
+    side_by_side,
+)
 from nestloop.lowering.runtime.native import laid_out, readable
 from nestloop.lowering.runtime.refusals import shared_memory_of
 from nestloop.lowering.runtime.triton_plan import TritonPlan, ranges_of
@@ -89,9 +98,10 @@ class TritonCode:
         read = [x for n, t in given.items() for x in pointers(t, self.walks(n), n.startswith("between_"))]
         written = [x for n, t in made.items() for x in (t, *(strides(t, True) if self.walks(n) else ()))]
         values = [*read, *written, *more, *handed, memory, heads, sequences, *counts]
+        settings = self.settings(dtype, like.dtype)
         for one, step in plan.turns(direction, steps):
             kernel, grid = getattr(self.kernels, one.kernel), (items * parts[one.over], 1)
-            arguments = dict(zip(kernel.arg_names, values, strict=False)) | self.settings(dtype, like.dtype)
+            arguments = dict(zip(kernel.arg_names, values, strict=False)) | settings
             arguments |= {"step": step} if one.each_step else {}
             if like.device.type == "cpu":
                 from nestloop.lowering.runtime.interpreter import interpreted
@@ -99,7 +109,11 @@ class TritonCode:
                 interpreted(kernel, grid, arguments)
             else:
                 options = plan.options(one.kernel, nvidia=torch.version.hip is None)
-                with torch.cuda.device(like.device), shared_memory_of(plan, one.kernel), _assembling(like.device) as own:
+                with (
+                    torch.cuda.device(like.device),
+                    shared_memory_of(plan, one.kernel),
+                    _assembling(like.device) as own,
+                ):
                     kernel[grid](**arguments, **options, **own)
 
     def walks(self, name: str) -> bool:
@@ -205,8 +219,7 @@ class TritonStream(TritonCode):
             for n in self.plan.gradients
         }
         self._run("backward", inputs, {n: values[n] for n in self.plan.backward}, made)
-        zero = [t.new_zeros((), dtype=dtype).expand_as(t) for t in inputs]
-        return [made.get(n, nothing) for n, nothing in zip(signature.inputs, zero, strict=True)]
+        return [made[n] if n in made else filled(None, t) for n, t in zip(signature.inputs, inputs, strict=True)]
 
     def _tokens(self, inputs: Sequence[Tensor]) -> int:
         return inputs[0].shape[2] - self.signature.halo
@@ -244,8 +257,22 @@ class TritonBatches(BatchCode, TritonCode):
         if self.is_token(name):
             assert like is not None
             return self.cotangent(name, like, call.heads, call.dtype)
-        parts = 1 if name in self.loop.fast else self.ranges(call)  # each program adds up its own
-        return call.like.new_empty(call.heads, call.sequences * parts, *row, dtype=call.dtype)
+        if name in self.loop.fast:
+            return call.new(*row)
+        if call.sums is None:  # each program adds up its own
+            shape = (call.heads, call.sequences * self.ranges(call), self.plan.apart)
+            call.sums = call.like.new_empty(shape, dtype=call.dtype)
+        return self._part(call.sums, name, row)
+
+    def totals(self, call: Call, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        if call.sums is None:
+            return {}
+        total = call.sums.sum(1, keepdim=True)
+        return {n: self._part(total, n, row) for n, row in rows.items() if n in self.plan.sums}
+
+    def _part(self, sums: Tensor, name: str, row: Sequence[int]) -> Tensor:
+        """The cotangents of one tensor among those that are added up together [H, *, apart]."""
+        return sums.narrow(-1, self.plan.sums[name], math.prod(row)).view(*sums.shape[:2], *row)
 
     def either(
         self, chosen: Tensor, tensors: Sequence[Tensor], other: TritonBatches, others: Sequence[Tensor]

@@ -108,6 +108,8 @@ class TritonPlan:
         ranges: of a loop of batches, what it runs in place of them where heads and sequences are few.
         decided: of a loop of batches, whether it is one of two forms: kernels of "forward" do nothing where `chosen`
             is 0.
+        sums: of a loop of batches, what sequences share -> where its cotangent begins among those of a program, which
+            are `apart` elements in all.
         common: of a loop of batches, names of what all steps share, which the PyTorch module makes.
         work: what its kernels do, for the cost model (`emit.triton_work.work`).
     """
@@ -126,6 +128,8 @@ class TritonPlan:
     backward_handed: tuple[Handed, ...] = ()
     ranges: InRanges | None = None
     decided: bool = False
+    sums: dict[str, int] = field(default_factory=dict)
+    apart: int = 0
     common: tuple[str, ...] = ()
     work: dict[str, Any] = field(default_factory=dict)
 

@@ -151,7 +151,7 @@ class NestedLoopOp:
     def ran(self) -> str:
         """Which of the two the last call took, if there are two: GRAM or WIDE. It waits for a device that decides."""
         took = known(*self._took) if isinstance(self._took, tuple) else self._took
-        return "" if self._took is None else GRAM if took else WIDE
+        return "" if took is None else GRAM if took else WIDE
 
     @property
     def _decides(self) -> bool:

@@ -71,7 +71,8 @@ class DimExpr:
         """The value as an axis size. Raises `UnresolvedDimError` if it is not a whole positive number."""
         if isinstance(self.tree, ast.Name) and isinstance(size := sizes.get(self.text), int) and size > 0:
             return size  # nearly all are, and every call asks for dozens
-        value = self.evaluate({k: Fraction(v) for k, v in sizes.items()}, where)
+        read = self.names if all(name in sizes for name in self.names) else sizes  # else for the error
+        value = self.evaluate({k: Fraction(sizes[k]) for k in read}, where)
         if Fraction(value).denominator != 1 or value <= 0:
             known = ", ".join(f"{n} = {sizes[n]}" for n in self.names if n != self.text)
             raise UnresolvedDimError(

@@ -118,7 +118,7 @@ def stages(
     source = None if attention else TorchEmitter(projected, differentiated, losses, carried).emit()
     parts = (projected, differentiated, losses, carried)
     native, not_native = _spelled(lambda: _native(*parts))
-    kernels, not_triton = _spelled(lambda: _triton(*parts, tiling)) if triton else (None, "")
+    kernels, not_triton = _spelled(lambda: _triton(*parts, tiling, wide)) if triton else (None, "")
     return Lowered(captured, typing, differentiated, applied, source, native, not_native, kernels, not_triton)
 
 
@@ -141,12 +141,13 @@ def _native(captured: Captured, differentiated: dict[str, Piece], losses: bool, 
 
 
 def _triton(
-    captured: Captured, differentiated: dict[str, Piece], losses: bool, carried: bool, tiling: Tiling
+    captured: Captured, differentiated: dict[str, Piece], losses: bool, carried: bool, tiling: Tiling, wide: bool
 ) -> TritonPlan:
     """The loop in Triton."""
     _check_steps(captured)
     heights = HEIGHTS if tiling.rows is None else (tiling.rows,)
-    made = TritonLoop(captured, differentiated, losses, carried, heights).emit()
+    decided = wide or captured.grams is not None
+    made = TritonLoop(captured, differentiated, losses, carried, heights, decided).emit()
     return made if tiling.warps is None else made.with_warps(tiling.warps)
 
 

@@ -22,7 +22,7 @@ class Batches:
     Attributes:
         fast, slow, hoisted, tokens: names, in generated code, of what `forward` takes or makes.
         starts: fast weights that it takes.
-        prepare: what makes `hoisted`, if there is any.
+        prepare, project: what makes `hoisted`, and what of `tokens` is no view, if there is any.
         variants: prefixes of the pieces of the first step and the others, or of all.
         whole: whether a tile must hold all tokens.
     """
@@ -48,7 +48,7 @@ class Batches:
             for name, piece in pieces.items()
             if name not in OUTSIDE and not (carried and name.startswith("first_"))
         }
-        self.prepare = pieces.get("prepare")
+        self.prepare, self.project = pieces.get("prepare"), pieces.get("project")
         self.variants = ["first_", ""] if "first_gradient" in self.pieces else [""]
         if "gradient" not in self.pieces:
             self.variants = ["first_"]
@@ -80,8 +80,8 @@ class Batches:
         return sizes
 
     def walks(self, name: str) -> bool:
-        """Whether a tensor that `forward` or `backward` takes has one row for each token."""
-        return name in self.tokens or name == "d_z"
+        """Whether a tensor that `forward` or `backward` takes or makes has one row for each token."""
+        return name in self.tokens or name in ("z", "d_z")
 
     def given(self, which: str) -> list[str]:
         """Names of the tensors that `forward` or `backward` takes."""
@@ -93,8 +93,16 @@ class Batches:
 
     def reached(self, piece: str) -> list[str]:
         """Inputs that a piece's backward gives a cotangent of."""
-        found = zip(self.pieces[piece].wrt, self.pieces[piece].backward.graph.output_node().args[0], strict=True)
+        return self._reached(self.pieces[piece])
+
+    def _reached(self, piece: Piece) -> list[str]:
+        found = zip(piece.wrt, piece.backward.graph.output_node().args[0], strict=True)
         return [self.name(n) for n, cotangent in found if cotangent is not None]
+
+    @property
+    def outside(self) -> list[str]:
+        """Views that PyTorch gives a cotangent of, through what it makes of them for all heads at once."""
+        return [] if self.project is None else [n for n in self._reached(self.project) if n in self.tokens]
 
     @property
     def gradients(self) -> list[str]:

@@ -17,7 +17,7 @@ from torch import fx
 from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.triton_tiles import BARRIER, NARROWEST, TOKENS, held, walk
 from nestloop.lowering.emit.triton_values import NEUTRAL, TRITON, TritonValues
-from nestloop.lowering.ops.strided import ZERO, Extent, NoSpelling, Strided, product
+from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, product
 from nestloop.lowering.schedule.order import fewest_alive, most_alive
 from nestloop.lowering.schedule.phases import NoPhases, Phase, handed_on, is_blocked, phases, sums_over
 from nestloop.lowering.schedule.recompute import recompute_phases
@@ -43,10 +43,11 @@ class TritonFunction(TritonValues):
         block: an axis's size, and how much of it is computed at a time: see `schedule.phases`.
 
     Attributes:
-        inputs, results: names of what it takes and makes; a tile, or for `rows` a place in memory, to which an input
-            adds the elements from one row to the next.
+        inputs, results: names of what it takes and makes; a tile, or for `rows` a place in memory, to which an input,
+            and a result of tokens, adds the elements from one row to the next.
         returned: the results that it returns.
         alive: elements of the tiles that are alive at once, at most.
+        tokens: how many a tile has.
         tiles: name -> sizes of the axes of every input and result, those of size 1 left out.
         scratch: elements of memory that it works in.
 
@@ -70,6 +71,7 @@ class TritonFunction(TritonValues):
     ) -> None:
         super().__init__(longest, rows, block)
         self.name, self.doc, self.axes = name, doc, axes
+        self.per_token = {*per_token, *[f"d_{n}" for n in per_token], "z", "losses"}
         values = read(module, results, [False] * len(results), per_token, identifier, TRITON)
         self.values = values.computed
         self.given = dict(values.inputs)
@@ -78,6 +80,8 @@ class TritonFunction(TritonValues):
         self.results = values.results
         made = {v.result: v for v in self.values if v.result is not None}
         self.tiles = {name: held(value) for name, value in {**self.given, **made}.items()}
+        counts = [value.shape[0] for name, value in self.given.items() if name in per_token]
+        self.tokens = TOKENS if not counts or counts[0].is_one else counts[0]
         self.narrow = self._narrow()
         for value in [*self.given.values(), *self.values]:
             if ZERO in value.space or any(ZERO in operand.shape for operand in value.reads):
@@ -85,7 +89,7 @@ class TritonFunction(TritonValues):
             self._check_size(value)
         self.clean = {v: [True] * len(held(v)) for v in self.given.values()}
         self.returned = [r for r in self.results if r not in rows]
-        walked = [name for name in self.tiles if name in rows and any(size.has_tokens for size in self.tiles[name][:1])]
+        walked = [name for name in self.tiles if name in rows and self.walks(name)]
         self.ordered = ordered and bool(walked)
         self.again = any(rows[r][1] == "again" for r in self.results if r in rows)
         for result, value in made.items():
@@ -131,8 +135,23 @@ class TritonFunction(TritonValues):
         given: list[str] = []
         for name in self.inputs:
             given += [f"{name}_at", f"{name}_n"] if name in self.rows else [name]
-        given += [f"{name}_at" for name in self.results if name in self.rows]
+        for name in self.results:
+            if name in self.rows:
+                given += [f"{name}_at", *([f"{name}_n"] if self.walks(name) else [])]
         return [*given, *(["order_at"] if self.ordered else []), *(["again"] if self.again else [])]
+
+    def walks(self, name: str) -> bool:
+        """Whether an input or a result has a row, or several, for each token of a tile."""
+        return self.rows_each(name) > 0
+
+    def rows_each(self, name: str) -> int:
+        size = next(iter(self.tiles[name]), ONE)
+        if name not in self.per_token or self.ordered:
+            return int(size.has_tokens)
+        if size.has_tokens:
+            return size.per_token
+        # A graph may hold for one number of tokens.
+        return 0 if self.tokens.has_tokens or size.is_one else size.constant // self.tokens.constant
 
     # ---- Phases ----------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """What every Triton module is written with: its header, a kernel's frame, tiles read and written, calls of functions.
 
-One program runs one head of one sequence. Tensors are read where they lie, by their strides; results lie densely.
+One program runs one head of one sequence. Tensors are read where they lie, by their strides; results of tokens are
+written by theirs, rounded to the dtype that they have, and others lie densely.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ class TritonKernels:
         body: Sequence[str],
         parts: str = "",
         counted: Sequence[str] = (),
+        chosen: bool = False,
     ) -> str:
         """A kernel.
 
@@ -96,6 +98,7 @@ class TritonKernels:
             room: elements of memory that a program works in, as Triton.
             parts: programs of each head and sequence, as Triton, of which each is one `part`; "" for one alone.
             counted: arguments that differ from launch to launch, for which it is compiled once all the same.
+            chosen: whether it does nothing where the call has not chosen its form.
         """
         split = [
             f"parts = {parts}",
@@ -103,6 +106,7 @@ class TritonKernels:
         ]
         program, place = ("program", "item * parts + part") if parts else ("tl.program_id(0)", "item")
         start = [
+            *(["if tl.load(chosen) == 0:", "    return"] if chosen else []),
             *(split if parts else []),
             f"head, sequence = ({program} // B).to(tl.int64), ({program} % B).to(tl.int64)",
             "item = head * B + sequence",
@@ -114,10 +118,25 @@ class TritonKernels:
         once = f"(do_not_specialize={list(counted)})" if counted else ""
         return f"@triton.jit{once}\n" + "\n".join(lines)
 
-    @staticmethod
-    def pointers(name: str, walked: bool) -> list[str]:
-        """The arguments for a given tensor: where it lies and its strides, one along the tokens where it has some."""
-        return [f"{name}_p", f"{name}_h", f"{name}_b", *([f"{name}_n"] if walked else [])]
+    def pointers(self, names: Sequence[str]) -> list[str]:
+        """The arguments for tensors that are given: where each lies and its strides, one along the tokens where it has
+        some; states between steps lie in one piece."""
+        given: list[str] = []
+        for n in names:
+            strides = [] if n.startswith("between_") else [f"{n}_h", f"{n}_b", *([f"{n}_n"] if self.walks(n) else [])]
+            given += [f"{n}_p", *strides]
+        return given
+
+    def made_pointers(self, names: Sequence[str]) -> list[str]:
+        """The arguments for results: where each lies, and of tokens the strides."""
+        given: list[str] = []
+        for n in names:
+            given += [f"{n}_made", *([f"{n}_made_{axis}" for axis in "hbn"] if self.walks(n) else [])]
+        return given
+
+    def walks(self, name: str) -> bool:
+        """Whether a tensor that is given or made has a row for each token."""
+        raise NotImplementedError
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
 
@@ -241,13 +260,17 @@ class TritonKernels:
         """Where a given tensor's tile of this head and sequence begins."""
         return f"{name}_p + head * {name}_h + sequence * {name}_b"
 
+    def made_at(self, name: str) -> str:
+        """Where the rows of this head and sequence begin in a result of tokens."""
+        return f"{name}_made + head * {name}_made_h + sequence * {name}_made_b"
+
     def place(self, name: str, made: bool = False) -> str:
         """Where the first row of a tile of tokens lies: of a tensor that is given, or made."""
         raise NotImplementedError
 
-    def step(self, name: str) -> str:
-        """Elements from one row of a given tensor to the next."""
-        return f"{name}_n"
+    def step(self, name: str, made: bool = False) -> str:
+        """Elements from one row of a tensor that is given, or made, to the next."""
+        return f"{name}_made_n" if made else f"{name}_n"
 
     def clear_rows(self, name: str, height: int, count: str) -> str:
         """The line that sets a tile's rows of a result to zero: `count` of them, of a tile of `height`."""
@@ -255,7 +278,7 @@ class TritonKernels:
         self.used.add(height)
         row = self.beside(0, len(shape) + 1, f"i{height}")
         places, masks = self.dense(shape, 1)
-        places = [self.place(name, made=True), f"{row} * {self.elements(name)}", *places]
+        places = [self.place(name, made=True), f"{row} * {self.step(name, made=True)}", *places]
         masks = [self.beside(0, len(shape) + 1, f"(i{height} < {count})"), *masks]
         nothing = zeros([height, *map(padded, shape)])
         return f"tl.store({' + '.join(places)}, {nothing}, mask={' & '.join(masks)})"
@@ -315,6 +338,7 @@ class TritonKernels:
             if r in function.rows:
                 row = r.removeprefix("d_") if name.endswith("_vjp") else r
                 given.append(places.get(r) or self.place(row, made=True))
+                given += [self.step(row, made=True)] if function.walks(r) else []
         given += self.more(function)
         made = ", ".join(f"{prefix}{r}" for r in function.returned) + ("," if len(function.returned) == 1 else "")
         return f"{made}{' = ' if made else ''}{name}({', '.join([*given, 'scratch', 'S', 'PRODUCT'])})"

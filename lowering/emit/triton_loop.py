@@ -32,6 +32,7 @@ class TritonLoop(TritonRanges):
             forward=tuple(map(self.original, self.given("forward"))),
             backward=tuple(map(self.original, self.given("backward"))),
             gradients=tuple(map(self.original, self.gradients)),
+            rounded=tuple(map(self.original, self.rounded)),
             rows=self.rows,
             state=0,
             wide=tuple(n for n in self.given("backward") if n != "d_losses" and self.elements(n) % 16 == 0),
@@ -43,6 +44,9 @@ class TritonLoop(TritonRanges):
                 forward_handed=self.handed("forward"),
                 backward_handed=self.handed("backward"),
             ),
+            decided=self.decided,
+            sums=self.sums(),
+            apart=self.room_for(self.shared),
             common=(*self.hoisted, *self.captured.projected),
             work=work(
                 self.functions,
@@ -65,7 +69,9 @@ class TritonLoop(TritonRanges):
             doc = f"{', '.join(self.results)}, the states between steps."
         places, room = self.parts(self.functions_of(which), KEPT[which])
         parts = [f"{name} = scratch + {at}" for name, at in places.items()]
-        return self.frame(which, doc, self.arguments(which), f"{room}", [*parts, *self.order, *body])
+        return self.frame(
+            which, doc, self.arguments(which), f"{room}", [*parts, *self.order, *body], chosen=self.chooses(which)
+        )
 
     def _room(self, which: str) -> int:
         return self.parts(self.functions_of(which), KEPT[which])[1]

@@ -25,11 +25,12 @@ CARRIED = ALIVE // 2  # elements of sums that stay in registers from one tile of
 SUMS = ("loss_sum", "loss_after")
 
 
-class TritonPieces(TritonKernels, Batches):
+class TritonPieces(Batches, TritonKernels):
     """The functions of one lowered loop.
 
     Args:
         heights: tokens that a tile may have; the first at which a function's tiles fit registers, else the last.
+        decided: whether it is one of two forms between which the weights of a call decide, on the device.
 
     Raises:
         NoSpelling: something in it has no Triton; the text is the reason.
@@ -44,9 +45,10 @@ class TritonPieces(TritonKernels, Batches):
         losses: bool,
         carried: bool,
         heights: Sequence[int] = HEIGHTS,
+        decided: bool = False,
     ) -> None:
         super().__init__(captured, pieces, losses, carried, str)  # `names.safe` has made them fit
-        self.heights = heights
+        self.heights, self.decided = heights, decided
         self._check_tiles()
         self.shapes = {n: tuple(size for size in tile if size != 1) for n, tile in self.tiles().items()}
         self.ordered = self.spec.schedule.needs_order
@@ -114,7 +116,7 @@ class TritonPieces(TritonKernels, Batches):
         written = set(self.reached("readout"))
         if piece.endswith("gradient"):
             written |= {*self.cleared, *(self.reached("final_loss") if self.losses else [])}
-        again = piece.endswith("gradient") and not self.ordered and "again"
+        again = piece.endswith("gradient") and not self.ordered and self.spec.schedule.steps > 1 and "again"
         return {n: True if n in written else again for n in seen}
 
     @property
@@ -123,6 +125,13 @@ class TritonPieces(TritonKernels, Batches):
         seen = [set(self.reached(f"{v}gradient")) for v in self.variants]
         before = {*self.reached("readout"), *(self.reached("final_loss") if self.losses else [])}
         return [n for n in self.tokens if n in set.union(*seen) - set.intersection(*seen) - before]
+
+    @property
+    def rounded(self) -> list[str]:
+        """Views whose cotangent is whole when it is written, and nothing is added to it."""
+        added = {n for name in self.pieces for n, added in self._added(name).items() if added}
+        views = [n for n in self.tokens if n in self.declared]
+        return [n for n in self.gradients if n in views and n not in {*added, *self.outside}]
 
     def functions_of(self, which: str) -> list[TritonFunction]:
         """The functions of a direction; `backward` sums the gradient again."""

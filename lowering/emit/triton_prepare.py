@@ -76,8 +76,8 @@ class TritonPrepare(TritonStream):
         """A function; `rows`: what it reads and writes itself."""
         self.add_blocked(name, module, results, doc, dict.fromkeys(rows, (0, False)))
 
-    def step(self, name: str) -> str:
-        return str(self.row[name]) if name in self.row else super().step(name)
+    def step(self, name: str, made: bool = False) -> str:
+        return str(self.row[name]) if name in self.row else super().step(name, made)
 
     def _slots(self, handed: str, names: Sequence[str], index: str = "index") -> dict[str, str]:
         """Where a chunk's part of what kernels leave for one another lies."""

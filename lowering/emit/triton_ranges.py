@@ -66,7 +66,7 @@ class TritonRanges(TritonSteps):
         in_range = kernel.over == "ranges"
         lines = [*self._memory(kernel.which, in_range), *(self.order if in_range else []), *kernel.lines()]
         room, parts = str(self._works_in(kernel)), "ranges" if in_range else ""
-        return self.frame(kernel.name, kernel.doc, given, room, lines, parts, step)
+        return self.frame(kernel.name, kernel.doc, given, room, lines, parts, step, self.chooses(kernel.which))
 
     def launch(self, kernel: Kernel) -> Launch:
         warps = self.warps_for(self.alive(self.called(kernel)))

@@ -66,11 +66,11 @@ class TritonSteps(TritonPieces):
 
     def place(self, name: str, made: bool = False) -> str:
         if made:
-            return f"{name}_made + (item * N + first) * {self.elements(name)}"
+            return f"{self.made_at(name)} + tl.cast(first, tl.int64) * {name}_made_n"
         return f"{self.at(name)} + tl.cast(first, tl.int64) * {name}_n"
 
-    def step(self, name: str) -> str:
-        return f"{name}_n" if self.walks(name) else "0"
+    def step(self, name: str, made: bool = False) -> str:
+        return super().step(name, made) if self.walks(name) else "0"
 
     def _read(self, name: str, states: Mapping[str, str]) -> dict[str, str]:
         """Where a function finds what it reads, the fast weights in `states`."""
@@ -79,13 +79,26 @@ class TritonSteps(TritonPieces):
         places |= {**states, **{f"gradient_{n}": place for n, place in self.held("sums").items()}}
         if function.ordered:
             places |= {n: self.at(n) for n in self.tokens}
-            places |= {f"d_{n}": f"{n}_made + item * N * {self.elements(n)}" for n in self.tokens}
+            places |= {f"d_{n}": self.made_at(n) for n in self.tokens}
         return {n: place for n, place in places.items() if n in function.rows}
+
+    @property
+    def shared(self) -> list[str]:
+        """What sequences share and has a cotangent: those of a program lie side by side, to be added up together."""
+        return [n for n in [*self.slow, *self.hoisted] if n in self.gradients]
+
+    def sums(self) -> dict[str, int]:
+        """Where each begins among a program's."""
+        starts, offset = {}, 0
+        for n in self.shared:
+            starts[self.original(n)] = offset
+            offset += aligned(self.elements(n))
+        return starts
 
     def _shared(self, share: Share) -> dict[str, str]:
         """Where a program's cotangents of what sequences share add up."""
-        shared = [n for n in [*self.slow, *self.hoisted] if n in self.gradients]
-        return {n: f"{n}_made + {share.part} * {self.elements(n)}" for n in shared}
+        apart = self.room_for(self.shared)
+        return {n: f"{n}_made + {share.part} * {apart}" for n in self.shared}
 
     def _cotangents(self, fast: Mapping[str, str], share: Share) -> dict[str, str]:
         """Where cotangents of what is no token add up."""
@@ -96,12 +109,14 @@ class TritonSteps(TritonPieces):
     def arguments(self, which: str, handed: Sequence[str] = ()) -> list[str]:
         """What a kernel of a direction takes, as its launch gives it; `handed`: what kernels leave for one another."""
         made = self.gradients if which == "backward" else [*self.results, *[f"between_{n}" for n in self.fast]]
-        given: list[str] = []
-        for n in self.given(which):
-            given += [f"{n}_p"] if n.startswith("between_") else self.pointers(n, self.walks(n))
-        given += [f"{n}_made" for n in made]
+        given = [*self.pointers(self.given(which)), *self.made_pointers(made)]
         given += ["order_p", "order_h", "order_b"] if self.ordered else []
+        given += ["chosen"] if self.chooses(which) else []
         return [*given, "bounds", "weights", "rates", *handed, "memory", "H", "B", "N", "steps"]
+
+    def chooses(self, which: str) -> bool:
+        """Whether kernels of a direction read what the call has chosen: forward's, since backward is called later."""
+        return self.decided and which == "forward"
 
     @property
     def results(self) -> list[str]:

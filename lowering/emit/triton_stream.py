@@ -128,6 +128,7 @@ class TritonStream(TritonKernels, ScanTensors):
             forward=tuple(self.given("forward")),
             backward=tuple(self.given("backward")),
             gradients=tuple(self.gradients),
+            rounded=() if self.halo else tuple(self.seen),  # windows that overlap add to the same rows
             rows=self.rows,
             state=self._state,
             wide=tuple(n for n in self.given("backward") if self.elements(n) % 16 == 0),
@@ -159,10 +160,7 @@ class TritonStream(TritonKernels, ScanTensors):
         self.used = set()
         doc, body = self._written(launch.kernel)
         made = self.made + [f"between_{n}" for n in self.kept] if which == "forward" else self.gradients
-        given: list[str] = []
-        for n in self.given(which):
-            given += [f"{n}_p"] if n.startswith("between_") else self.pointers(n, self._walks(n))
-        given += [f"{n}_made" for n in made]
+        given = [*self.pointers(self.given(which)), *self.made_pointers(made)]
         given += [*[one.name for one in self._handed(which)], "memory", "H", "B", "N", "every"]
         room = f"{launch.scratch}" + (f" + every * {launch.states}" if launch.states else "")
         return self.frame(launch.kernel, doc, given, room, body, self.parts.get(launch.over, ""))
@@ -184,11 +182,11 @@ class TritonStream(TritonKernels, ScanTensors):
         """What is given with a row for each token."""
         return [*self.tokens, "d_z", "d_losses"]
 
-    def _walks(self, name: str) -> bool:
-        return name in self.per_token
+    def walks(self, name: str) -> bool:
+        return name in self.per_token or name in ROWWISE
 
-    def step(self, name: str) -> str:
-        return f"{name}_n" if self._walks(name) else "0"
+    def step(self, name: str, made: bool = False) -> str:
+        return super().step(name, made) if self.walks(name) else "0"
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
 
@@ -221,11 +219,8 @@ class TritonStream(TritonKernels, ScanTensors):
 
     def place(self, name: str, made: bool = False) -> str:
         """Where a chunk's first row lies: of a tensor that is given, or made."""
-        if not made:
-            return f"{self.at(name)} + tl.cast(start, tl.int64) * {name}_n"
-        width = self.elements(self.plain(name))
-        tokens = f"(N + {self.halo})" if self.halo and self.plain(name) not in ROWWISE else "N"
-        return f"{name}_made + (item * {tokens} + start) * {width}"
+        begins, step = (self.made_at(name) if made else self.at(name)), self.step(name, made)
+        return f"{begins} + tl.cast(start, tl.int64) * {step}"
 
     def end(self, name: str) -> str:
         """Where a part of the state that forward leaves lies."""

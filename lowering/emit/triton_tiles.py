@@ -115,15 +115,17 @@ class TritonTiles:
 
     def _rows(self, value: Value, name: str, step: str) -> tuple[str, str]:
         """Places and mask of a tile of rows, the first one at the start of the tensor's own."""
-        sizes, first = held(value), self.rows[name][0]
-        tall = bool(sizes) and sizes[0].has_tokens
+        sizes, first, each = held(value), self.rows[name][0], self.rows_each(name)
         rank, places = len(sizes), []
-        strides = [ONE, *dense(sizes[1:])] if tall else dense(sizes)
+        strides = [ONE, *dense(sizes[1:])] if each else dense(sizes)
         for d, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
             index = self._index(d, rank, size)
-            if tall and not d:
+            if each and not d:
                 row = self._vector("row", d, rank) if self.ordered else f"({index} - {first})" if first else index
-                places.append(f"{row} * {step}")
+                within = product(sizes[1:])
+                places += (
+                    [f"{row} * {step}"] if each == 1 else [f"{row} // {each} * {step}", f"{row} % {each} * {within}"]
+                )
             else:
                 places.append(index if stride == ONE else f"{index} * {stride}")
         mask = self._masks(sizes)
@@ -131,13 +133,14 @@ class TritonTiles:
             mask += f" & ({self._index(0, rank, sizes[0])} >= {first})"
         return " + ".join(places) or "0", mask
 
+    def rows_each(self, name: str) -> int:
+        """How many rows an input or a result has for each token of a tile; 0 where it has no axis of them."""
+        raise NotImplementedError
+
     def _put(self, value: Value) -> list[str]:
         """Lines that write a result's rows."""
         assert value.result is not None
-        sizes = held(value)
-        tall = bool(sizes) and sizes[0].has_tokens
-        step = product(sizes[1:] if tall else sizes)
-        places, mask = self._rows(value, value.result, str(step))
+        places, mask = self._rows(value, value.result, f"{value.result}_n")
         place, text = f"{value.result}_at + {places}", value.name
         added = self.rows[value.result][1]
         if added:

@@ -79,22 +79,34 @@ class BatchCode:
         as many as it adds up apart. `like`: what that is a cotangent of."""
         raise NotImplementedError
 
+    def totals(self, call: Call, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Cotangents, of these tiles, that are added up together, by name."""
+        return {}
+
     def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
         """Call `forward` or `backward` on tensors by name, which writes `made`."""
         raise NotImplementedError
 
     def forward(self, *tensors: Tensor) -> Sequence[Tensor]:
         """Inputs [H, B, ..], what all steps share, and the order -> results, as the PyTorch module's `forward`."""
+        call = Call(self, list(tensors[: len(self.loop.inputs)]), tensors[-1])
+        made = self.results(call)
+        self.run("forward", call, self.given(tensors), made)
+        return list(made.values())
+
+    def given(self, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+        """What the code takes of what its `forward` is called with, by name."""
+        values = dict(zip(self._names, tensors[:-1], strict=True))
+        return [(n, values[n]) for n in self.plan.forward]
+
+    def results(self, call: Call) -> dict[str, Tensor]:
+        """Memory for the results of forward, by name."""
         loop = self.loop
-        call = Call(self, list(tensors[: len(loop.inputs)]), tensors[-1])
         made = {"z": self.memory(call, "z", loop.tiles["z"])}
         made |= {f"end_{n}": call.new(*loop.tiles[n]) for n in loop.ends}
         made |= {"losses": call.new(call.steps + 1)} if loop.losses else {}
         lead = (max(call.steps - 1, 0),)
-        made |= {f"between_{n}": call.new(*loop.tiles[n], lead=lead) for n in loop.ends}
-        values = dict(zip(self._names, tensors[:-1], strict=True))
-        self.run("forward", call, [(n, values[n]) for n in self.plan.forward], made)
-        return list(made.values())
+        return made | {f"between_{n}": call.new(*loop.tiles[n], lead=lead) for n in loop.ends}
 
     def backward(self, *tensors: Tensor) -> Sequence[Tensor | None]:
         """Inputs, what all steps share, the states and cotangents of the results, and the order -> cotangents of the
@@ -108,6 +120,7 @@ class BatchCode:
         rows = {n: values[n].shape[3:] if self.is_token(n) else values[n].shape[2:] for n in self.plan.gradients}
         made = {name: self.memory(call, name, row, values[name]) for name, row in rows.items()}
         self.run("backward", call, [(n, values[n]) for n in self.plan.backward], made)
+        made |= self.totals(call, {n: rows[n] for n in made})
         return [summed(made[n], values[n]) if n in made else None for n in self._names]
 
     @property
@@ -136,6 +149,9 @@ class Call:
         weights, rates: of each step, what a token's loss counts and what the update is multiplied by.
         order: [H, B, N], an axis of size 1 being shared; None where tokens are taken as they come.
         separate: of backward, whether each sequence has a fast weight of its own to start from.
+        sums: of backward, cotangents of what sequences share, side by side.
+        chosen: of forward, whether it is the form that the call has chosen: one element on the device, 0 or 1; None
+            where there is one form.
     """
 
     def __init__(self, code: BatchCode, inputs: list[Tensor], order: Tensor | None) -> None:
@@ -152,6 +168,8 @@ class Call:
         self.rates = [1.0 if rate is None else rate(i, n, self.length, self.sequences) for i, n in enumerate(sizes)]
         self.order = None if order is None else order.contiguous()
         self.separate = False
+        self.sums: Tensor | None = None
+        self.chosen: Tensor | None = None
 
     def new(self, *shape: int, lead: tuple[int, ...] = ()) -> Tensor:
         return self.like.new_empty(*lead, self.heads, self.sequences, *shape, dtype=self.dtype)
@@ -164,9 +182,9 @@ def strides_beside(shape: Sequence[int]) -> tuple[int, ...]:
     return (inner[0], length * heads * inner[0], heads * inner[0], *inner[1:])
 
 
-def side_by_side(like: Tensor, shape: Sequence[int]) -> Tensor:
+def side_by_side(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory for such tokens."""
-    return like.new_empty_strided(shape, strides_beside(shape))
+    return like.new_empty_strided(shape, strides_beside(shape), dtype=dtype)
 
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -174,10 +192,21 @@ def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def output_dtype(views: Sequence[Tensor], inputs: Sequence[Tensor]) -> torch.dtype:
+    """Of z: the views' dtype; the compute dtype where they have several."""
+    dtypes = {t.dtype for t in views}
+    return dtypes.pop() if len(dtypes) == 1 else compute_dtype(inputs)
+
+
 def summed(partial: Tensor, like: Tensor) -> Tensor:
     """A cotangent with what sequences (or groups of them) and heads share added up."""
     shared = [axis for axis in (0, 1) if like.shape[axis] == 1 and partial.shape[axis] != 1]
     return partial.sum(shared, keepdim=True) if shared else partial
+
+
+def filled(cotangent: Tensor | None, like: Tensor) -> Tensor:
+    """A cotangent that may be None, for zero, as a tensor."""
+    return like.new_zeros(()).expand_as(like) if cotangent is None else cotangent
 
 
 def is_token(shared: str) -> bool:

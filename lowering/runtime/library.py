@@ -7,6 +7,7 @@ ordinary op.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
+from nestloop.errors import NoPlanError
 from nestloop.lang.loop import LoopSpec
-from nestloop.lowering.runtime.batches import LOW, compute_dtype, strides_beside, summed
+from nestloop.lowering.runtime.batches import LOW, compute_dtype, filled, strides_beside, summed
+from nestloop.lowering.runtime.decision import Decision, known
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.refusals import singular_system
-from nestloop.lowering.runtime.signature import KEPT, Signature
+from nestloop.lowering.runtime.signature import DECIDED, KEPT, Signature
 from nestloop.lowering.runtime.tiles import Singular, like_lead
 from nestloop.lowering.runtime.triton import TritonBatches, TritonCode, TritonStream
 
@@ -89,7 +92,6 @@ class NestedLoopOp:
             to `torch.compile` and the like it is one op all the same.
 
     Attributes:
-        ran: which of the two the last call took, if there are two: GRAM or WIDE.
         names: of the tensors that forward and backward take, the order aside.
     """
 
@@ -102,7 +104,8 @@ class NestedLoopOp:
         spec: LoopSpec,
         wide: Callable[[], Code] | None = None,
     ) -> None:
-        self.name, self.signature, self.code, self.ran = name, signature, code, ""
+        self.name, self.signature, self.code = name, signature, code
+        self._took: tuple[Tensor, torch.device] | bool | None = None
         self.spec, self._make_wide = spec, wide
         inputs = [f"Tensor {n}" for n in signature.inputs]
         order = ["Tensor order"] if signature.ordered else []
@@ -144,14 +147,42 @@ class NestedLoopOp:
         assert self._make_wide is not None
         return self._make_wide()
 
+    @property
+    def ran(self) -> str:
+        """Which of the two the last call took, if there are two: GRAM or WIDE. It waits for a device that decides."""
+        took = known(*self._took) if isinstance(self._took, tuple) else self._took
+        return "" if took is None else GRAM if took else WIDE
+
+    @property
+    def _decides(self) -> bool:
+        return self._make_wide is not None and hasattr(self.code.module, "conditioned")
+
+    def _decision(self, inputs: Sequence[Tensor]) -> Decision:
+        """What a call with these inputs, in the compute dtype, decides."""
+        heads, dtype = max(t.shape[0] for t in inputs), compute_dtype(inputs)
+        return Decision(self.code.module.conditioned(*inputs), heads, dtype)
+
     def _code_for(self, inputs: Sequence[Tensor], decided: Tensor | None) -> Code:
-        """The code for a call with these inputs, in the compute dtype; `decided`: what forward has kept of that."""
-        conditioned = getattr(self.code.module, "conditioned", None)
-        if conditioned is None or self._make_wide is None:
+        """The code for a call with these inputs, in the compute dtype; `decided`: what forward has kept of that. Where
+        the host cannot know, the wide form: it is precise with all weights."""
+        if not self._decides:
             return self.code
-        first = conditioned(*inputs) if decided is None else bool(decided.all())
-        self.ran = GRAM if first else WIDE
+        device = inputs[0].device
+        first = None if decided is None else known(decided, device)
+        first = known(self._decision(inputs).kept, device) if first is None else first
+        self._took = bool(first)
         return self.code if first else self._wide
+
+    @cached_property
+    def _other(self) -> TritonBatches | None:
+        """The wide form, where kernels of both can be launched and the device decides between them."""
+        if not self._decides or not isinstance(self.code.native, TritonBatches):
+            return None
+        try:
+            native = self._wide.native
+        except NoPlanError:
+            return None
+        return native if isinstance(native, TritonBatches) else None
 
     def _forward_kernel(self) -> Callable[..., Any]:
         beside = [result in self.signature.beside for result in self.signature.results]
@@ -161,24 +192,26 @@ class NestedLoopOp:
             made = self._made("forward", inputs, order)
             shapes = self.signature.shapes(inputs)
             strides = [strides_beside(s) if tokens else None for s, tokens in zip(shapes, beside, strict=True)]
-            owned = _owned(made, shapes, strides, inputs)
-            if self.signature.results[0] == "z":
-                owned[0] = owned[0].to(self._output_dtype(inputs))
+            owned = _owned(made, shapes, strides, self.signature.dtypes(inputs), inputs)
             return tuple(owned) if len(owned) > 1 else owned[0]
 
         return kernel
 
     def _made(self, name: str, tensors: list[Tensor], order: Tensor | None) -> list[Tensor]:
         """The results of `forward` or `backward`. Raises `SingularSystemError`."""
-        own, in_triton = tensors[: len(self.signature.inputs)], isinstance(self.code.native, TritonCode)
-        if in_triton:  # which reads tensors in the dtype that they have
-            given, (inputs, low) = tensors, _prepare(own, own) if self._computes_outside else (own, None)
+        own, tokens = tensors[: len(self.signature.inputs)], len(self.signature.tokens)
+        if isinstance(self.code.native, TritonCode):  # which reads tensors in the dtype that they have
+            given, (inputs, low) = tensors, (own, None)
+            if self._computes_outside:  # of tokens products alone, whose factors are rounded
+                inputs, low = _prepare(own, own, tokens)
         else:
             given, low = _prepare(tensors, own)
             inputs = given[: len(own)]
         named = dict(zip(self.names[name], given, strict=True))
         with _as_it_says(own[0].device.type):
-            code = self._code_for(inputs, named.pop("first_form", None))
+            if name == "forward" and self._other is not None:
+                return self._either(self._other, own, inputs, order, low)
+            code = self._code_for(inputs, named.pop(DECIDED, None))
             kept = [named.pop(f"shared_{n}") for n in self.signature.shared if f"shared_{n}" in named]
             common = getattr(code.module, "common", None)
             shared: Sequence[Tensor] = ()
@@ -194,17 +227,33 @@ class NestedLoopOp:
                 return [*made, *self._kept(code, shared, inputs)]
             found, of_shared = list(made[: len(own)]), made[len(own) :]
             if common is not None:
-                more = code.module.common_vjp(*inputs, *shared, *map(_filled, of_shared, shared), low)
+                more = code.module.common_vjp(*inputs, *shared, *map(filled, of_shared, shared), low)
                 found = [_add(a, b, like) for a, b, like in zip(found, more, inputs, strict=True)]
-            return list(map(_filled, found, inputs))
+            return list(map(filled, found, inputs))
+
+    def _either(
+        self, other: TritonBatches, own: Sequence[Tensor], inputs: Sequence[Tensor], order: Tensor | None, low: Any
+    ) -> list[Tensor]:
+        """The results of `forward` where the device decides."""
+        decision = self._decision(inputs)
+        self._took = decision.kept, inputs[0].device
+        shared, others = (
+            [*code.module.common(*inputs, low)] if code.shared else [] for code in (self.code, self._wide)
+        )
+        native = self.code.native
+        assert isinstance(native, TritonBatches)
+        first: list[Any] = [*own, *shared, order]
+        second: list[Any] = [*own, *others, order]
+        made = native.either(decision.chosen, first, other, second)
+        return [*made, *([*shared, decision.kept] if self.signature.kept_shared else [])]
 
     def _kept(self, code: Code, shared: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """What a call keeps of what all steps share: nothing but zeros where they take the other form."""
         if not self.signature.kept_shared:
             return []
         first = code is self.code
-        form = inputs[0].new_full((), float(first))
-        values = shared if first else [form] * len(self.signature.shared)
+        values = shared if first else [inputs[0].new_zeros(())] * len(self.signature.shared)
+        form = torch.full((), float(first), dtype=inputs[0].dtype)
         return [*values, *([form] if self.signature.decides else [])]
 
     def _run(self, code: Code, name: str, given: Mapping[str, Tensor], order: Tensor | None, low: Any) -> Sequence[Any]:
@@ -247,16 +296,8 @@ class NestedLoopOp:
 
     def _forward_fake(self, *tensors: Tensor) -> Any:
         inputs, _ = self._split(tensors)
-        dtype = compute_dtype(inputs)
-        made = self.signature.empty(inputs, dtype)
-        if self.signature.results[0] == "z":
-            made[0] = made[0].to(self._output_dtype(inputs))
+        made = self.signature.empty(inputs)
         return tuple(made) if len(made) > 1 else made[0]
-
-    def _output_dtype(self, inputs: Sequence[Tensor]) -> torch.dtype:
-        """The views' dtype; the compute dtype where they have several."""
-        dtypes = {t.dtype for t in inputs[: len(self.signature.tokens)]}
-        return dtypes.pop() if len(dtypes) == 1 else compute_dtype(inputs)
 
     def _backward_kernel(self) -> Callable[..., Any]:
         count, tokens = len(self.signature.inputs), len(self.signature.tokens)
@@ -269,8 +310,7 @@ class NestedLoopOp:
             made = [like_lead(g, t) for g, t in zip(made, own, strict=True)]
             # tokens' as `empty_like` lays them out, which the fake kernel promises
             strides = [torch.empty_like(t, device="meta").stride() if i < tokens else None for i, t in enumerate(own)]
-            owned = _owned(made, [t.shape for t in own], strides, given)
-            owned = [g.to(t.dtype) for g, t in zip(owned, own, strict=True)]
+            owned = _owned(made, [t.shape for t in own], strides, [t.dtype for t in own], given)
             return tuple(owned) if len(owned) > 1 else owned[0]
 
         return kernel
@@ -353,17 +393,30 @@ class NestedLoopOp:
                 inputs = saved[:inputs_count]
                 order = saved[inputs_count : inputs_count + 1] if ordered else ()
                 kept = saved[inputs_count + len(order) :]
-                given = list(grads[:cotangents])
-                for index, grad in enumerate(given):
-                    if grad is None:  # nobody reads that state: one tile of zeros, for all heads and sequences
-                        shape, dtype = ctx.like[index]
-                        given[index] = inputs[0].new_zeros(shape[2:], dtype=dtype).expand(shape)
+                given: Sequence[Tensor | None] = grads[:cotangents]
+                if any(grad is None for grad in given):
+                    given = _with_zeros(given, ctx.like, inputs[0])
                 made = backward_op(*inputs, *kept, *given, *order)
                 made = tuple(made) if isinstance(made, (tuple, list)) else (made,)
                 return (*made, None) if ordered else made
 
         NestedLoop.__name__ = f"NestedLoop_{self.name}"
         return NestedLoop
+
+
+def _with_zeros(
+    grads: Sequence[Tensor | None], results: Sequence[tuple[torch.Size, torch.dtype]], like: Tensor
+) -> list[Tensor]:
+    """Cotangents of results, those that nobody reads zero: one tile of zeros, for all states, heads and sequences."""
+    zeros: dict[torch.dtype, Tensor] = {}
+    given = []
+    for grad, (shape, dtype) in zip(grads, results, strict=True):
+        if grad is None and dtype not in zeros:
+            alike = [s for g, (s, d) in zip(grads, results, strict=True) if g is None and d == dtype]
+            zeros[dtype] = like.new_zeros(max(math.prod(s[2:]) for s in alike), dtype=dtype)
+        tile = shape[2:]
+        given.append(zeros[dtype][: math.prod(tile)].view(tile).expand(shape) if grad is None else grad)
+    return given
 
 
 def _define(schema: str, kernel: Any, fake: Any, flops: Any) -> None:
@@ -374,11 +427,13 @@ def _define(schema: str, kernel: Any, fake: Any, flops: Any) -> None:
     register_flop_formula(getattr(torch.ops.nestloop, name))(flops)
 
 
-def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
-    """Inputs in the compute dtype, and the low precision of products, if the tokens come in one."""
+def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor], factors: int = 0) -> tuple[list[Tensor], Any]:
+    """Inputs in the compute dtype, and the low precision of products, if the tokens come in one; the first `factors`
+    inputs may stay in that."""
     dtype = compute_dtype(deciding)
     low = deciding[0].dtype if deciding[0].dtype in LOW and dtype is torch.float32 else None
-    return [t if t.dtype is dtype else t.to(dtype) for t in tensors], low
+    kept = [(dtype, low) if index < factors else (dtype,) for index in range(len(tensors))]
+    return [t if t.dtype in own else t.to(dtype) for t, own in zip(tensors, kept, strict=True)], low
 
 
 def _as_it_says(device: str) -> AbstractContextManager[Any]:
@@ -390,17 +445,19 @@ def _owned(
     made: Sequence[Tensor],
     shapes: Sequence[Sequence[int]],
     strides: Sequence[Sequence[int] | None],
+    dtypes: Sequence[torch.dtype],
     inputs: Sequence[Tensor],
 ) -> list[Tensor]:
     """Results with memory of their own, with these strides or None for contiguous: an op's results alias neither its
-    inputs nor each other."""
+    inputs nor each other. Those that code has written as the op says are taken as they are."""
     taken = {t.untyped_storage().data_ptr() for t in inputs}
     owned = []
-    for tensor, shape, wanted in zip(made, shapes, strides, strict=True):
+    for tensor, shape, wanted, dtype in zip(made, shapes, strides, dtypes, strict=True):
         tensor = tensor.expand(*shape)
         laid = tensor.is_contiguous() if wanted is None else _has_strides(tensor, wanted)
-        if not laid or tensor.untyped_storage().data_ptr() in taken:
-            fresh = tensor.new_empty(shape) if wanted is None else tensor.new_empty_strided(shape, wanted)
+        if not laid or tensor.dtype != dtype or tensor.untyped_storage().data_ptr() in taken:
+            like = {"dtype": dtype, "device": tensor.device}
+            fresh = torch.empty(shape, **like) if wanted is None else torch.empty_strided(shape, wanted, **like)
             tensor = fresh.copy_(tensor)
         taken.add(tensor.untyped_storage().data_ptr())
         owned.append(tensor)
@@ -417,11 +474,6 @@ def _add(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return summed(a, like) + summed(b, like)
-
-
-def _filled(cotangent: Tensor | None, like: Tensor) -> Tensor:
-    """A cotangent that may be None, for zero, as a tensor."""
-    return like.new_zeros(()).expand_as(like) if cotangent is None else cotangent
 
 
 def _sum_to(split: Tensor, original: Tensor, dim: int | None) -> Tensor:

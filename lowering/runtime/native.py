@@ -156,7 +156,7 @@ class NativeModule(BatchCode, NativeLibrary):
 
     def memory(self, call: Call, name: str, row: Sequence[int], like: Tensor | None = None) -> Tensor:
         if name == "z":
-            return side_by_side(call.new(0), (call.heads, call.sequences, call.length, *row))
+            return side_by_side(call.like, (call.heads, call.sequences, call.length, *row), call.dtype)
         if self.is_token(name):
             assert like is not None
             return laid_out(like, call.heads, call.dtype)
@@ -248,7 +248,7 @@ def laid_out(like: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
         made = torch.empty_like(like, dtype=dtype)
         if readable(made, True) is made:
             return made
-    return side_by_side(like.new_empty(0, dtype=dtype), (heads, *like.shape[1:]))
+    return side_by_side(like, (heads, *like.shape[1:]), dtype)
 
 
 def argument(tensor: Tensor, walked: bool, between: bool = False) -> TensorArgument:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nestloop.lowering.runtime.batches import filled
 from nestloop.lowering.runtime.native import NativeLibrary, NativePlan, laid_out
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class NativeStream(NativeLibrary):
         if not self._tokens(inputs):
             return self.module.forward(*tensors, None, 1)
         values = dict(zip(self.signature.inputs, inputs, strict=True))
-        made = self.signature.empty(inputs, inputs[0].dtype)
+        made = self.signature.empty(inputs)
         named = list(zip(self.signature.results, made, strict=True))
         self._run("forward", inputs, [(n, values[n]) for n in self.plan.forward], named, 1)
         return made
@@ -71,7 +72,7 @@ class NativeStream(NativeLibrary):
             made[name] = inputs[0].new_empty(heads, groups if shared else sequences, *values[name].shape[2:])
         given = [(n, values[n]) for n in self.plan.backward]
         self._run("backward", inputs, given, list(made.items()), groups)
-        return [made.get(n, t.new_zeros(()).expand_as(t)) for n, t in zip(signature.inputs, inputs, strict=True)]
+        return [made[n] if n in made else filled(None, t) for n, t in zip(signature.inputs, inputs, strict=True)]
 
     def _tokens(self, inputs: Sequence[Tensor]) -> int:
         return inputs[0].shape[2] - self.signature.halo

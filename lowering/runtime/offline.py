@@ -33,7 +33,14 @@ TARGETS = {"sm_80": ("cuda", 80), "sm_90": ("cuda", 90), "sm_100": ("cuda", 100)
 SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program may take
 STAGES = ("ttir", "ttgir", "ptx", "sass", "amdgcn")
 LATE = 3  # exit status of a process whose assembler took too long
-_NUMBERS = {"memory": "*fp32", "weights": "*fp32", "rates": "*fp32", "bounds": "*i32", "order_p": "*i64"}
+_NUMBERS = {
+    "memory": "*fp32",
+    "weights": "*fp32",
+    "rates": "*fp32",
+    "bounds": "*i32",
+    "chosen": "*i32",
+    "order_p": "*i64",
+}
 _COMPUTED = ("between_", "end_", "d_", "hoisted_", "projected_", "gram_")  # names of tensors in the compute dtype
 _PRODUCTS = {"bf16": "bf16", "fp16": "fp16", "fp32": "tf32"}
 
@@ -92,8 +99,8 @@ def compiled(
         NoPlanError: it does not compile, or not in time.
         SharedMemoryError: it does, and wants more shared memory than a program may take there.
     """
-    request: dict[str, Any] = {"text": plan.text, "kernel": kernel, "device": device, "dtype": dtype, "wide": plan.wide}
-    request["timeout"] = timeout
+    request: dict[str, Any] = {"text": plan.text, "kernel": kernel, "device": device, "dtype": dtype}
+    request |= {"wide": plan.wide, "rounded": plan.rounded, "timeout": timeout}
     request["options"] = plan.options(kernel, TARGETS[device][0] == "cuda")
     ran = _ask({**request, "environment": dict(os.environ)})
     if not ran["status"]:
@@ -113,11 +120,15 @@ def compiled(
     )
 
 
-def _signature(function: Any, dtype: str, wide: Collection[str]) -> tuple[dict[str, str], set[str]]:
+def _signature(
+    function: Any, dtype: str, wide: Collection[str], rounded: Collection[str]
+) -> tuple[dict[str, str], set[str]]:
     """The type of each argument as a launch gives it; those that are multiples of 16.
 
     wide: tensors whose rows are, and so the steps between them.
+    rounded: tokens whose cotangents are made in their dtype, as z is.
     """
+    low = [f"{n}_made" for n in ("z", *rounded)]
     types, multiples = {}, set()
     for name in function.arg_names:
         if name in ("S", "PRODUCT"):
@@ -125,7 +136,7 @@ def _signature(function: Any, dtype: str, wide: Collection[str]) -> tuple[dict[s
         elif name in _NUMBERS:
             types[name] = _NUMBERS[name]
             multiples.add(name)
-        elif name == "d_z_p" or (name.endswith("_p") and not name.startswith(_COMPUTED)):
+        elif name == "d_z_p" or name in low or (name.endswith("_p") and not name.startswith(_COMPUTED)):
             types[name] = f"*{dtype}"
             multiples.add(name)
         elif name.endswith(("_p", "_made", "_handed")):
@@ -133,7 +144,8 @@ def _signature(function: Any, dtype: str, wide: Collection[str]) -> tuple[dict[s
             multiples.add(name)
         else:
             types[name] = "i32"
-            multiples |= {name} if name[:-2] in wide else set()
+            plain = name[:-2].removesuffix("_made")
+            multiples |= {name} if plain in wide or f"d_{plain}" in wide else set()
     return types, multiples
 
 
@@ -145,7 +157,7 @@ def _compile(request: Mapping[str, Any]) -> Compiled:
     device, dtype = request["device"], request["dtype"]
     backend, arch = TARGETS[device]
     function = getattr(cache.load(cache.write("offline", request["text"])), request["kernel"])
-    types, multiples = _signature(function, dtype, request["wide"])
+    types, multiples = _signature(function, dtype, request["wide"], request["rounded"])
     at = {name: (index,) for index, name in enumerate(function.arg_names)}
     constants = {at["S"]: tl.float32, at["PRODUCT"]: _PRODUCTS[dtype]}
     source = triton.compiler.ASTSource(

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestloop.lowering.runtime.batches import is_token, side_by_side
+from nestloop.lowering.runtime.batches import compute_dtype, is_token, output_dtype, side_by_side
 
 MOST_ARGUMENTS = 64  # of an operator of PyTorch
-KEPT = ("between_", "shared_", "first_form")  # results for backward alone
+DECIDED = "first_form"  # which of two forms forward has taken, on the host
+KEPT = ("between_", "shared_", DECIDED)  # results for backward alone
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Signature:
 
     @cached_property
     def kept_shared(self) -> tuple[str, ...]:
-        """Results that hold what all steps share, and [H, 1] whether that is of the first form."""
-        names = [f"shared_{n}" for n in self.shared] + (["first_form"] if self.decides else [])
+        """Results that hold what all steps share, and [H, 1], on the host, whether that is of the first form."""
+        names = [f"shared_{n}" for n in self.shared] + ([DECIDED] if self.decides else [])
         others = 2 * len(self.ends) + len(self.between) + 2 + self.losses + self.ordered  # states, cotangents, z
         return tuple(names) if len(self.inputs) + len(names) + others <= MOST_ARGUMENTS else ()
 
@@ -90,8 +91,17 @@ class Signature:
         """Results with a row for each token, whose heads lie side by side in memory."""
         return frozenset(["z", *[f"shared_{n}" for n in self.shared if is_token(n)]])
 
-    def empty(self, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    def dtypes(self, inputs: Sequence[Tensor]) -> list[torch.dtype]:
+        """Of forward's results: z is in the views' dtype, all else in the compute dtype."""
+        z, computed = output_dtype(inputs[: len(self.tokens)], inputs), compute_dtype(inputs)
+        return [z if name == "z" else computed for name in self.results]
+
+    def empty(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Memory for forward's results, as an op's callers see it."""
-        like = inputs[0].new_empty(0, dtype=dtype)
-        named = zip(self.results, self.shapes(inputs), strict=True)
-        return [side_by_side(like, shape) if name in self.beside else like.new_empty(shape) for name, shape in named]
+
+        def memory(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            if name in self.beside:
+                return side_by_side(inputs[0], shape, dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu" if name == DECIDED else inputs[0].device)
+
+        return list(map(memory, self.results, self.shapes(inputs), self.dtypes(inputs)))

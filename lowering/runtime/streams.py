@@ -262,7 +262,8 @@ class _Call:
             self.tokens[name] = torch.cat([tail, view.expand(heads, *view.shape[1:])], 2)
         absent = max(0, self.halo - self.position)
         rows = self.halo + self.binding.tokens
-        valid = (torch.arange(rows, device=self.like.device) >= absent).to(self.like.dtype)
+        dtype = next(iter(self.tokens.values())).dtype  # as a view's: z is in the dtype of all tokens
+        valid = (torch.arange(rows, device=self.like.device) >= absent).to(dtype)
         for name, view in self.tokens.items():
             self.carry[f"{name}.tail"] = view[:, :, rows - self.halo :].to(self.like.dtype)
         self.tokens[VALID] = valid[None, None]

@@ -59,26 +59,26 @@ def like_lead(cotangent: Tensor, like: Tensor) -> Tensor:
 LOST_BITS = 14  # of the 24 (float32) or 53 (float64) of a square, at most and for the worst of all vectors
 
 
-def well_conditioned(grams: Sequence[Tensor]) -> bool:
-    """Whether quadratic forms with these matrices [H, 1, d, d] keep the precision of the squares they stand for.
+def well_conditioned(grams: Sequence[Tensor]) -> Tensor:
+    """Whether quadratic forms with these matrices [H, 1, d, d] keep the precision of the squares they stand for: one
+    element.
 
     Row i of a decoder is in z G with z_i, so the form z (G G^T) z^T is rounded like sum_i z_i^2 |G_i|^2. It is never
     smaller than this times the least eigenvalue of the correlations of the rows, which shows in whether a Cholesky
-    factor exists below a shift. A row of zeros rounds nothing. Without a look at the numbers, while a CUDA graph is
-    captured, the answer is no.
+    factor exists below a shift. A row of zeros rounds nothing.
     """
-    if grams[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
     least = 2.0**LOST_BITS * torch.finfo(grams[0].dtype).eps
-    for gram in grams:
-        norm = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        scale = torch.where(norm == 0, 1, norm).reciprocal()
-        correlations = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-        diagonal = torch.diag_embed((norm == 0).to(gram.dtype) - least)
-        factor, failed = torch.linalg.cholesky_ex(correlations + diagonal)
-        if not bool((failed == 0).all() & factor.isfinite().all()):
-            return False
-    return True
+    fine = [_positive(gram, least) for gram in grams]
+    return fine[0] if len(fine) == 1 else torch.stack(fine).all()
+
+
+def _positive(gram: Tensor, least: float) -> Tensor:
+    """Whether the correlations of some rows, shifted down by `least`, have a Cholesky factor: a factor of theirs is one
+    of the Gram matrix, its rows scaled."""
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    shift = torch.where(squares == 0, 1, squares * -least)
+    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift))
+    return failed.sum() + 0 * factor.sum() == 0  # what is not finite is not equal
 
 
 def reshape(x: Tensor, *tile: int) -> Tensor:

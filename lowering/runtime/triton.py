@@ -1,11 +1,13 @@
 """Generated Triton: its kernels, and calls of them on tensors.
 
 On a GPU they are compiled and launched by Triton; on a CPU they are interpreted, which is slow and for finding out what
-they compute. Inputs are read where they lie, in the dtype that they have.
+they compute. Inputs are read where they lie, in the dtype that they have; z and the cotangents of tokens are written as
+the op's callers see them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache as cached
@@ -18,8 +20,16 @@ from torch import Tensor
 
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.assembler import assembling, warn_of_no_wgmma
-from nestloop.lowering.runtime.batches import BatchCode, BatchLoop, Call, compute_dtype
-from nestloop.lowering.runtime.native import readable
+from nestloop.lowering.runtime.batches import (
+    BatchCode,
+    BatchLoop,
+    Call,
+    compute_dtype,
+    filled,
+    output_dtype,
+    side_by_side,
+)
+from nestloop.lowering.runtime.native import laid_out, readable
 from nestloop.lowering.runtime.refusals import shared_memory_of
 from nestloop.lowering.runtime.triton_plan import TritonPlan, ranges_of
 
@@ -49,8 +59,8 @@ class TritonCode:
         plan: TritonPlan,
         direction: str,
         lead: tuple[int, int],
-        given: Sequence[Any],
-        made: Sequence[Tensor],
+        given: Mapping[str, Tensor],
+        made: Mapping[str, Tensor],
         more: Sequence[Any],
         counts: Sequence[int],
         parts: Mapping[str, int],
@@ -64,8 +74,8 @@ class TritonCode:
 
         Args:
             plan: the plan, or what it is in ranges.
-            given, made, more: the first of them: tensors that are read (`pointers`), results, and others; before the
-                rest come what one leaves for another and the memory that programs work in.
+            given, made, more: the first of them: tensors that are read, results, and others; before the rest come what
+                one leaves for another and the memory that programs work in.
             counts: the last of them, after heads and sequences: tokens, and steps or chunks.
             parts: programs of each head and sequence, by what they are over (`Launch`).
             every: chunks from one state that is kept to the next.
@@ -74,7 +84,7 @@ class TritonCode:
             steps: of a loop of batches.
         """
         if not all(lead):  # nothing but sums over no heads, or no sequences
-            for tensor in made:
+            for tensor in made.values():
                 tensor.zero_()
             return
         heads, sequences = lead
@@ -85,10 +95,13 @@ class TritonCode:
 
         handed = [space(parts[one.over] * one.elements) for one in plan.handed(direction)]
         memory = space(max(parts[one.over] * (one.scratch + every * one.states) for one in plan.launches(direction)))
-        values = [*given, *made, *more, *handed, memory, heads, sequences, *counts]
+        read = [x for n, t in given.items() for x in pointers(t, self.walks(n), n.startswith("between_"))]
+        written = [x for n, t in made.items() for x in (t, *(strides(t, True) if self.walks(n) else ()))]
+        values = [*read, *written, *more, *handed, memory, heads, sequences, *counts]
+        settings = self.settings(dtype, like.dtype)
         for one, step in plan.turns(direction, steps):
             kernel, grid = getattr(self.kernels, one.kernel), (items * parts[one.over], 1)
-            arguments = dict(zip(kernel.arg_names, values, strict=False)) | self.settings(dtype, like.dtype)
+            arguments = dict(zip(kernel.arg_names, values, strict=False)) | settings
             arguments |= {"step": step} if one.each_step else {}
             if like.device.type == "cpu":
                 from nestloop.lowering.runtime.interpreter import interpreted
@@ -96,8 +109,22 @@ class TritonCode:
                 interpreted(kernel, grid, arguments)
             else:
                 options = plan.options(one.kernel, nvidia=torch.version.hip is None)
-                with torch.cuda.device(like.device), shared_memory_of(plan, one.kernel), _assembling(like.device) as own:
+                with (
+                    torch.cuda.device(like.device),
+                    shared_memory_of(plan, one.kernel),
+                    _assembling(like.device) as own,
+                ):
                     kernel[grid](**arguments, **options, **own)
+
+    def walks(self, name: str) -> bool:
+        """Whether a tensor has a row for each token."""
+        raise NotImplementedError
+
+    def cotangent(self, name: str, like: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+        """Memory for the cotangent of tokens [H, B, N, *]: in their dtype where the kernels write it once, and heads do
+        not share them; else in the compute dtype."""
+        rounded = name in self.plan.rounded and like.shape[0] == heads
+        return laid_out(like, heads, like.dtype if rounded else dtype)
 
     @staticmethod
     def settings(dtype: torch.dtype, given: torch.dtype) -> dict[str, Any]:
@@ -135,8 +162,13 @@ def pointers(tensor: Tensor, walked: bool, between: bool) -> list[Any]:
     if between:
         return [tensor.contiguous()]
     tensor = readable(tensor, walked)
-    strides = [tensor.stride(axis) if tensor.shape[axis] > 1 else 0 for axis in (0, 1)]
-    return [tensor, *strides, *([tensor.stride(2)] if walked else [])]
+    return [tensor, *strides(tensor, walked)]
+
+
+def strides(tensor: Tensor, walked: bool) -> list[int]:
+    """Elements from one head, one sequence and, where they are `walked`, one token to the next."""
+    lead = [tensor.stride(axis) if tensor.shape[axis] > 1 else 0 for axis in (0, 1)]
+    return [*lead, *([tensor.stride(2)] if walked else [])]
 
 
 def programs(device: torch.device) -> int:
@@ -165,7 +197,7 @@ class TritonStream(TritonCode):
         if not self._tokens(inputs):
             return self.module.forward(*[t.to(dtype) for t in inputs], None, None, 1)
         values = dict(zip(self.signature.inputs, inputs, strict=True))
-        made = [inputs[0].new_empty(shape, dtype=dtype) for shape in self.signature.shapes(inputs)]
+        made = self.signature.empty(inputs)
         named = dict(zip(self.signature.results, made, strict=True))
         self._run("forward", inputs, {n: values[n] for n in self.plan.forward}, named)
         return made
@@ -180,10 +212,14 @@ class TritonStream(TritonCode):
         names = [*signature.inputs, *signature.saved, *[f"d_{n}" for n in signature.made]]
         values = dict(zip(names, tensors[:-1], strict=True))
         lead = self._lead(inputs)
-        made = {n: inputs[0].new_empty(*lead, *values[n].shape[2:], dtype=dtype) for n in self.plan.gradients}
+        made = {
+            n: self.cotangent(n, values[n], lead[0], dtype)
+            if n in signature.tokens
+            else inputs[0].new_empty(*lead, *values[n].shape[2:], dtype=dtype)
+            for n in self.plan.gradients
+        }
         self._run("backward", inputs, {n: values[n] for n in self.plan.backward}, made)
-        zero = [t.new_zeros((), dtype=dtype).expand_as(t) for t in inputs]
-        return [made.get(n, nothing) for n, nothing in zip(signature.inputs, zero, strict=True)]
+        return [made[n] if n in made else filled(None, t) for n, t in zip(signature.inputs, inputs, strict=True)]
 
     def _tokens(self, inputs: Sequence[Tensor]) -> int:
         return inputs[0].shape[2] - self.signature.halo
@@ -197,12 +233,11 @@ class TritonStream(TritonCode):
         every = signature.spacing(inputs) if signature.chunk else 1
         chunks = -(-tokens // signature.chunk) if signature.chunk else 1
         parts = {"sequences": 1, "chunks": chunks, "boundaries": chunks + 1, "groups": -(-chunks // every)}
-        arguments: list[Any] = []
-        for name, tensor in given.items():
-            walked = name in (*self.signature.tokens, "d_z", "d_losses")
-            arguments += pointers(tensor, walked, name.startswith("between_"))
         lead, counts = self._lead(inputs), (tokens, every)
-        self.launch(self.plan, direction, lead, arguments, [*made.values()], (), counts, parts, every, inputs[0], dtype)
+        self.launch(self.plan, direction, lead, given, made, (), counts, parts, every, inputs[0], dtype)
+
+    def walks(self, name: str) -> bool:
+        return name in (*self.signature.tokens, "z", "losses", "d_z", "d_losses")
 
 
 class TritonBatches(BatchCode, TritonCode):
@@ -216,10 +251,44 @@ class TritonBatches(BatchCode, TritonCode):
         self._numbers: dict[Any, list[Tensor]] = {}
 
     def memory(self, call: Call, name: str, row: Sequence[int], like: Tensor | None = None) -> Tensor:
-        if name == "z" or self.is_token(name):
-            return call.new(call.length, *row)
-        parts = 1 if name in self.loop.fast else self.ranges(call)  # each program adds up its own
-        return call.like.new_empty(call.heads, call.sequences * parts, *row, dtype=call.dtype)
+        if name == "z":
+            dtype = output_dtype(call.inputs[: len(self.loop.tokens)], call.inputs)
+            return side_by_side(call.like, (call.heads, call.sequences, call.length, *row), dtype)
+        if self.is_token(name):
+            assert like is not None
+            return self.cotangent(name, like, call.heads, call.dtype)
+        if name in self.loop.fast:
+            return call.new(*row)
+        if call.sums is None:  # each program adds up its own
+            shape = (call.heads, call.sequences * self.ranges(call), self.plan.apart)
+            call.sums = call.like.new_empty(shape, dtype=call.dtype)
+        return self._part(call.sums, name, row)
+
+    def totals(self, call: Call, rows: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        if call.sums is None:
+            return {}
+        total = call.sums.sum(1, keepdim=True)
+        return {n: self._part(total, n, row) for n, row in rows.items() if n in self.plan.sums}
+
+    def _part(self, sums: Tensor, name: str, row: Sequence[int]) -> Tensor:
+        """The cotangents of one tensor among those that are added up together [H, *, apart]."""
+        return sums.narrow(-1, self.plan.sums[name], math.prod(row)).view(*sums.shape[:2], *row)
+
+    def either(
+        self, chosen: Tensor, tensors: Sequence[Tensor], other: TritonBatches, others: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """`forward` of this code or of that of the other form, as the device has chosen: kernels of both are launched,
+        and those of one do nothing.
+
+        Args:
+            chosen: int32 [2], on the device: 1 for the form that writes the results, this one's first.
+            tensors, others: what each `forward` takes.
+        """
+        call = Call(self, list(tensors[: len(self.loop.inputs)]), tensors[-1])
+        made = self.results(call)
+        for code, given, call.chosen in ((self, tensors, chosen[:1]), (other, others, chosen[1:])):
+            code.run("forward", call, code.given(given), made)
+        return list(made.values())
 
     def ranges(self, call: Call) -> int:
         """Ranges of tokens that have a program each; one where a program walks all steps."""
@@ -229,17 +298,17 @@ class TritonBatches(BatchCode, TritonCode):
         return ranges_of(call.heads * call.sequences, longest, self.plan.rows, programs(call.like.device))
 
     def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
-        arguments: list[Any] = []
-        for name, tensor in given:
-            arguments += pointers(tensor, name == "d_z" or self.is_token(name), name.startswith("between_"))
         order = [] if call.order is None else pointers(call.order, False, False)
         ranges = self.ranges(call)
         plan, counts = (self.plan, ()) if ranges == 1 else (self.plan.in_ranges(), (ranges,))
         parts, counts = {"sequences": 1, "ranges": ranges}, (call.length, call.steps, *counts)
-        lead, more = (call.heads, call.sequences), [*order, *self._steps(call)]
-        results = [*made.values()]
+        chosen = [] if call.chosen is None else [call.chosen]
+        lead, more = (call.heads, call.sequences), [*order, *chosen, *self._steps(call)]
         like, dtype, steps = call.like, call.dtype, call.steps
-        self.launch(plan, function, lead, arguments, results, more, counts, parts, 1, like, dtype, steps)
+        self.launch(plan, function, lead, dict(given), made, more, counts, parts, 1, like, dtype, steps)
+
+    def walks(self, name: str) -> bool:
+        return name in ("z", "d_z") or self.is_token(name)
 
     def _steps(self, call: Call) -> list[Tensor]:
         """Bounds, weights and rates where the tensors are: kept, so that only the first call moves them there."""

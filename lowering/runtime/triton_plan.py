@@ -98,12 +98,18 @@ class TritonPlan:
         text: the module, with all `kernels`.
         forward, backward: names of the tensors that all kernels of a direction take, in order.
         gradients: names of the inputs that `backward` gives a cotangent of, in order; the others' are zero.
+        rounded: those of them that are tokens' and whole when they are written, to which nothing is added: they are
+            written in their tokens' dtype.
         rows: tokens of a chunk of a scan, or of a tile; of one piece, the most that it takes.
         state: elements of the state between two chunks.
         wide: names of the tensors whose rows are a multiple of 16 elements long.
         forward_launches, backward_launches: the kernels, in order.
         forward_handed, backward_handed: what they leave for one another.
         ranges: of a loop of batches, what it runs in place of them where heads and sequences are few.
+        decided: of a loop of batches, whether it is one of two forms: kernels of "forward" do nothing where `chosen`
+            is 0.
+        sums: of a loop of batches, what sequences share -> where its cotangent begins among those of a program, which
+            are `apart` elements in all.
         common: of a loop of batches, names of what all steps share, which the PyTorch module makes.
         work: what its kernels do, for the cost model (`emit.triton_work.work`).
     """
@@ -112,6 +118,7 @@ class TritonPlan:
     forward: tuple[str, ...]
     backward: tuple[str, ...]
     gradients: tuple[str, ...]
+    rounded: tuple[str, ...]
     rows: int
     state: int
     wide: tuple[str, ...]
@@ -120,6 +127,9 @@ class TritonPlan:
     forward_handed: tuple[Handed, ...] = ()
     backward_handed: tuple[Handed, ...] = ()
     ranges: InRanges | None = None
+    decided: bool = False
+    sums: dict[str, int] = field(default_factory=dict)
+    apart: int = 0
     common: tuple[str, ...] = ()
     work: dict[str, Any] = field(default_factory=dict)
 

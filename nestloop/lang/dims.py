@@ -69,7 +69,10 @@ class DimExpr:
 
     def size(self, sizes: Mapping[str, int], where: Location | None = None) -> int:
         """The value as an axis size. Raises `UnresolvedDimError` if it is not a whole positive number."""
-        value = self.evaluate({k: Fraction(v) for k, v in sizes.items()}, where)
+        if isinstance(self.tree, ast.Name) and isinstance(size := sizes.get(self.text), int) and size > 0:
+            return size  # nearly all are, and every call asks for dozens
+        read = self.names if all(name in sizes for name in self.names) else sizes  # else for the error
+        value = self.evaluate({k: Fraction(sizes[k]) for k in read}, where)
         if Fraction(value).denominator != 1 or value <= 0:
             known = ", ".join(f"{n} = {sizes[n]}" for n in self.names if n != self.text)
             raise UnresolvedDimError(

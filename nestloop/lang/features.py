@@ -79,16 +79,24 @@ class Rope(Map):
                 fix="choose an even d, or leave nl.rope() out",
             )
         period = call.chunk if self.period == "chunk" else self.period
-        # float32, as the tables of the published models are
-        index = torch.arange(0, features, 2, dtype=torch.int64, device=x.device).float()
-        places = call.positions(x.shape[1], x.device, period).float()  # type: ignore[arg-type]
-        angle = (places[:, None] * (1.0 / self.theta ** (index / features)))[:, None]  # [N, 1, f/2]
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        key = (self.label, self.theta, period, features, x.dtype)
+        if key not in call.memo:  # views that are turned alike read one table
+            call.memo[key] = self._table(x, call, period)  # type: ignore[arg-type]
+        cos, sin = call.memo[key]
         if self.pairs == "half":
             one, other = x.chunk(2, -1)
             return torch.cat([one * cos - other * sin, other * cos + one * sin], -1)
         one, other = x[..., ::2], x[..., 1::2]
         return torch.stack([one * cos - other * sin, other * cos + one * sin], -1).flatten(-2)
+
+    def _table(self, x: Tensor, call: Call, period: int | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions of x [B, N, G, f]: [N, 1, f/2]."""
+        # float32, as the tables of the published models are
+        features = x.shape[-1]
+        index = torch.arange(0, features, 2, dtype=torch.int64, device=x.device).float()
+        places = call.positions(x.shape[1], x.device, period).float()
+        angle = (places[:, None] * (1.0 / self.theta ** (index / features)))[:, None]
+        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 
 class CosReweight(Map):

@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -76,24 +77,24 @@ class LoopSpec:
     def is_kernel_estimator(self) -> bool:
         return issubclass(self.learner, KernelEstimator)
 
-    @property
+    @cached_property
     def inputs(self) -> dict[str, View | Gate]:
         """Everything that comes per token: views, then gates."""
         return {**self.views, **self.gates}
 
-    @property
+    @cached_property
     def weights(self) -> dict[str, Fast | Slow]:
         """Everything that comes per head: fast weights (those frozen at zero aside), then slow ones."""
         return {**{name: w for name, w in self.fast.items() if not w.frozen_zero}, **self.slow}
 
-    @property
+    @cached_property
     def dim_names(self) -> set[str]:
         """Every dim with a size of its own: all but those of the call (sequences, heads, tokens)."""
         declared = [*self.views.values(), *self.fast.values(), *self.slow.values()]
         used = {name for d in declared for expr in d.dims for name in expr.names}
         return (used | set(self.dims) | {"D"}) - {"B", "H", "N", "n"}
 
-    @property
+    @cached_property
     def default_dims(self) -> dict[str, int]:
         """Sizes that the declaration itself gives."""
         return {name: dim.default for name, dim in self.dims.items() if dim.default is not None}

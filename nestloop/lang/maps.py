@@ -53,7 +53,7 @@ class Call:
     kept: dict[str, Tensor]
     run: Callable[[Sequence[Any], Tensor], Tensor]
     key: str = ""
-    memo: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    memo: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     def positions(self, tokens: int, device: torch.device, period: int | None = None) -> Tensor:
         """The places of so many tokens in the sequence, or in their period: int64 [N]."""

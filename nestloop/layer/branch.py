@@ -20,6 +20,8 @@ from nestloop.layer.making import Making, Shared, pool, walk
 
 State = dict[str, Any]
 
+_NOTHING = Shared()  # what a branch without shared maps has of them
+
 
 @dataclass(frozen=True)
 class Passing:
@@ -143,7 +145,7 @@ class Branch(nn.Module):
 
     @property
     def _shared(self) -> Shared:
-        return self.shared if "shared" in self._modules else Shared()
+        return self.shared if "shared" in self._modules else _NOTHING
 
     def _make(self, call: Call, shared: Shared | None = None) -> dict[str, Tensor]:
         shared = self._shared if shared is None else shared

@@ -378,3 +378,14 @@ def test_the_header_says_how_kernels_are_launched_and_what_functions_cost(loop: 
     for name, numbers in plan.work["functions"].items():
         (line,) = (line for line in header.splitlines() if line.startswith(f"    {name}: n <= {numbers['tokens']}: "))
         assert f"{4 * numbers['moved']:,} bytes read and written; {numbers['alive']:,} numbers alive" in line
+
+
+@pytest.mark.parametrize("loop", [zoo.Mesa, zoo.OmegaNet], ids=lambda loop: loop.__name__)
+def test_views_are_read_where_they_lie(loop: type[nl.Loop]):
+    """Where graphs hold for one number of tokens, and where windows overlap, too."""
+    torch.manual_seed(0)
+    inputs, op = drawn(loop, 19), nl.compile(loop, backend="triton")
+    plain = run(op, inputs)
+    for name, view in inputs.views.items():
+        inputs.views[name] = view.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    assert_equal(differences(run(op, inputs), plain), 0.0)

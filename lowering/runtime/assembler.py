@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -53,10 +53,8 @@ def _candidates() -> Iterator[str]:
     import triton
 
     yield triton.knobs.nvidia.ptxas_blackwell.path
-    try:
+    with suppress(metadata.PackageNotFoundError):
         yield str(metadata.distribution("nvidia-cuda-nvcc").locate_file("nvidia/cu13/bin/ptxas"))
-    except metadata.PackageNotFoundError:
-        pass
     for home in filter(None, map(os.environ.get, ("CUDA_HOME", "CUDA_PATH"))):
         yield str(Path(home) / "bin" / "ptxas")
     if found := shutil.which("ptxas"):

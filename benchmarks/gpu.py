@@ -117,7 +117,7 @@ def prepare(
         for name in loops:
             tasks[pool.submit(agreement, name, device)] = name
         try:
-            for task in as_completed(tasks, timeout=max(until - time.monotonic() - 200, 60)):
+            for task in as_completed(tasks, timeout=max((until - time.monotonic()) / 2, 60)):
                 if name := tasks[task]:
                     found[name] = outcome(task.result)
                     progress(f"{name}: {' / '.join(map(figure, found[name].values()))}")

@@ -242,8 +242,6 @@ def _serve() -> None:
     import triton.backends.nvidia.compiler
     import triton.language  # noqa: F401
 
-    from nestloop.lowering.emit import tiles  # noqa: F401
-
     for line in sys.stdin:
         request = json.loads(line)
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:

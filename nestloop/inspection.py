@@ -323,7 +323,9 @@ def _of_triton(plan: Plan) -> list[str]:
 def _kernels(triton: TritonPlan) -> list[str]:
     """A line on each of the kernels that run one after the other."""
     return [
-        f"  {launch.kernel}: {_OVER[launch.over]}, {launch.warps} warps{', each step' if launch.each_step else ''}"
+        f"  {launch.kernel}: {_OVER[launch.over]}"
+        f"{f' and each of {launch.strips} strips of its state' if launch.strips > 1 else ''}"
+        f", {launch.warps} warps{', each step' if launch.each_step else ''}"
         for direction in ("forward", "backward")
         for launch in triton.launches(direction)
     ]

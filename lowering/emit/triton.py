@@ -18,6 +18,7 @@ from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.triton_tiles import BARRIER, NARROWEST, TOKENS, held, walk
 from nestloop.lowering.emit.triton_values import NEUTRAL, TRITON, TritonValues
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, product
+from nestloop.lowering.schedule.apart import Block, tell_apart
 from nestloop.lowering.schedule.order import fewest_alive, most_alive
 from nestloop.lowering.schedule.phases import NoPhases, Phase, handed_on, is_blocked, phases, sums_over
 from nestloop.lowering.schedule.recompute import recompute_phases
@@ -40,7 +41,9 @@ class TritonFunction(TritonValues):
             the call says so.
         identifier: an input's name -> its name in the function.
         ordered: whether its rows of tokens are those that an order lists, from a place that it is given.
-        block: an axis's size, and how much of it is computed at a time: see `schedule.phases`.
+        block: an axis of which some is computed at a time, in phases (`schedule.phases`), or in each program.
+        rounded: whether `alive` counts what registers hold where wide products take rounded factors from shared memory:
+            half of a factor, and nothing of a constant.
 
     Attributes:
         inputs, results: names of what it takes and makes; a tile, or for `rows` a place in memory, to which an input,
@@ -67,9 +70,11 @@ class TritonFunction(TritonValues):
         rows: Mapping[str, tuple[int, bool | str]] = MappingProxyType({}),
         identifier: Callable[[str], str] = str,
         ordered: bool = False,
-        block: tuple[int, int] | None = None,
+        block: Block | None = None,
+        rounded: bool = False,
     ) -> None:
         super().__init__(longest, rows, block)
+        self.rounded = rounded
         self.name, self.doc, self.axes = name, doc, axes
         self.per_token = {*per_token, *[f"d_{n}" for n in per_token], "z", "losses"}
         values = read(module, results, [False] * len(results), per_token, identifier, TRITON)
@@ -79,6 +84,8 @@ class TritonFunction(TritonValues):
         self.inputs = [*values.inputs, *scalars]
         self.results = values.results
         made = {v.result: v for v in self.values if v.result is not None}
+        if block is not None and block.axes is not None:
+            tell_apart(self.values, {**self.given, **made}, block)
         self.tiles = {name: held(value) for name, value in {**self.given, **made}.items()}
         counts = [value.shape[0] for name, value in self.given.items() if name in per_token]
         self.tokens = TOKENS if not counts or counts[0].is_one else counts[0]
@@ -88,6 +95,7 @@ class TritonFunction(TritonValues):
                 raise NoSpelling(f"a tile {self._named(value)} without elements")
             self._check_size(value)
         self.clean = {v: [True] * len(held(v)) for v in self.given.values()}
+        self.used |= {self.strip.length} if self.strip is not None else set()
         self.returned = [r for r in self.results if r not in rows]
         walked = [name for name in self.tiles if name in rows and self.walks(name)]
         self.ordered = ordered and bool(walked)
@@ -116,10 +124,15 @@ class TritonFunction(TritonValues):
 
     def write(self) -> str:
         """The source of the function."""
-        given = ["n", *self.parameters, "scratch", "S: tl.constexpr", "PRODUCT: tl.constexpr"]
+        strip = ["strip"] if self.strip is not None else []
+        given = ["n", *self.parameters, *strip, "scratch", "S: tl.constexpr", "PRODUCT: tl.constexpr"]
         lines = [f"def {self.name}({', '.join(given)}):", f'    """{self.doc}"""']
         lines += [f"    i{size} = tl.arange(0, {size})" for size in sorted(self.used)]
-        lines += [f"    {name} = i{self.padded(size)} < {size}" for size, name in self.masks.items()]
+        if self.strip is not None:
+            lines.append(f"    {self.strip.places} = strip + i{self.strip.length}")
+        lines += [
+            f"    {self._masked(size)}" for size in self.masks if self.strip is not None or not self.in_blocks(size)
+        ]
         if self.ordered:
             lines.append(f"    row = tl.load(order_at + i{self.padded(TOKENS)}, mask=in_n, other=0)")
         lines += [f"    {line}" for line in self.body]
@@ -128,6 +141,37 @@ class TritonFunction(TritonValues):
             made = ", ".join(names[r] for r in self.returned)
             lines.append(f"    return {made}{',' if len(self.returned) == 1 else ''}")
         return "@triton.jit\n" + "\n".join(lines)
+
+    def is_factor(self, name: str) -> bool:
+        """Whether an input is but a factor of products that low precision is for, or the negative of one."""
+        waiting = list(self.given[name].users) if name in self.given else []
+        while waiting:
+            user = waiting.pop()
+            if user.node.target is torch.ops.aten.neg.default and not user.result:
+                waiting += user.users
+            elif not self._is_low_dot(user):
+                return False
+        return True
+
+    def _is_low_dot(self, value: Value) -> bool:
+        return value.kind == "product" and self.is_dot(value) and self.is_low(value)
+
+    def _weight(self, value: Value) -> int:
+        whole = super()._weight(value)
+        if not self.rounded or value.result is not None:
+            return whole
+        if value.kind == "element" and not value.reads:
+            return 0
+        return whole // 2 if all(map(self._is_low_dot, value.users)) else whole
+
+    @property
+    def strip(self) -> Block | None:
+        """The axis of which each program has a block."""
+        return self.block if self.block is not None and self.block.is_strip else None
+
+    def _masked(self, size: Extent) -> str:
+        """The line that says where an axis holds a value's own elements."""
+        return f"{self.masks[size]} = {self._places(size)} < {size}"
 
     @property
     def parameters(self) -> list[str]:
@@ -156,17 +200,17 @@ class TritonFunction(TritonValues):
     # ---- Phases ----------------------------------------------------------------------------------------------------
 
     def _phases(self) -> list[Phase]:
-        if self.block is None:
+        if self.block is None or self.strip is not None:
             return [Phase(once=self.values)]
-        size = self.block[0]
+        size = self.block.size
         try:
             found = phases(self.values, size)
         except NoPhases as reason:
-            raise NoSpelling(f"its axis of {size} is not walked in blocks: {reason}") from None
+            raise NoSpelling(f"its axis {self.block.name} is not walked in blocks: {reason}") from None
         if any(is_blocked(v, size) for v in self.values if v.result in self.returned) or any(
             is_blocked(v, size) for n, v in self.given.items() if n not in self.rows
         ):
-            raise NoSpelling(f"its axis of {size} is not walked in blocks: a tile of it is handed on in registers")
+            raise NoSpelling(f"its axis {self.block.name} is not walked in blocks: a tile is handed on in registers")
         recompute_phases(found, size)
         self.handed = handed_on(found, size)
         return found
@@ -181,7 +225,7 @@ class TritonFunction(TritonValues):
             kept = {v for v in [*given, *part] if v not in self.handed and last.get(v, -1) > index}
             part[:] = fewest_alive(part, weight, given, kept)
             if self.block is not None:  # reductions are there before the first block
-                given |= {v for v in part if sums_over(v, self.block[0])}
+                given |= {v for v in part if sums_over(v, self.block.size)}
             worst = max(worst, most_alive(part, weight, given, kept))
             there |= {v for v in part if not v.written}
         return worst
@@ -192,7 +236,7 @@ class TritonFunction(TritonValues):
         if not phase.blocks:
             return lines
         assert self.block is not None
-        size, length = self.block
+        size, length = self.block.size, self.block.length
         sums = [value for value in phase.blocks if sums_over(value, size)]
         for value in phase.blocks:
             for base in (view.base for view in value.reads):
@@ -208,7 +252,8 @@ class TritonFunction(TritonValues):
             sizes, start = f"({shape}{',' if len(held(value)) == 1 else ''})", NEUTRAL[self._reduced_by(value)]
             lines.append(f"{value.name} = tl.full({sizes}, {start}, S)")
         lines.append(walk("block", f"0, {size}, {length}"))
-        lines += [f"    {line}" for line in [f"in_block = block + i{length}", *inside]]
+        masked = [self._masked(size)] if size in self.masks else []
+        lines += [f"    {line}" for line in [f"{self.block.places} = block + i{length}", *masked, *inside]]
         if any(value in self.handed for value in phase.blocks):
             lines.append(BARRIER)
         for value in sums:

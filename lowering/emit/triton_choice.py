@@ -40,7 +40,7 @@ def triton_scan(
     if tiling.rows not in (None, longest) and not free:
         raise NoSpelling(f"its {form.name} form takes chunks of {longest} tokens, and no others")
     free = free and tiling.rows is None
-    most = {1: longest, 2: min(form.longest, LONGEST_SPLIT) if free else longest}
+    most = {1: longest, 2: LONGEST_SPLIT if free else longest}
     emit = {1: _in_one, 2: _split}
     *first, last = levels if tiling.levels is None else (tiling.levels,)
     for level in first:

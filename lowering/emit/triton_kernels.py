@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -18,8 +19,9 @@ from nestloop.lowering.capture import Captured
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_tiles import padded, walk
 from nestloop.lowering.emit.triton_work import described, of_function
-from nestloop.lowering.ops.strided import NoSpelling
+from nestloop.lowering.ops.strided import Extent, NoSpelling
 from nestloop.lowering.runtime.triton_plan import Launch
+from nestloop.lowering.schedule.apart import Block
 from nestloop.lowering.schedule.roofline import TILE_REGISTERS
 
 _HEADER = '''"""{title}
@@ -52,6 +54,7 @@ class TritonKernels:
         functions: the functions of the pieces, by name.
         shapes: sizes of one token's row, or of a weight's tile, by name, without axes of size 1.
         used: lengths of the axes along which the kernel counts.
+        strip: the axis of the state of which each of the kernel's programs has a block, where it does.
         prefixes: of names that have the shape of another.
     """
 
@@ -59,6 +62,7 @@ class TritonKernels:
     functions: dict[str, TritonFunction]
     shapes: dict[str, tuple[int, ...]]
     used: set[int]
+    strip: Block | None = None
     prefixes: tuple[str, ...] = ("", "d_", "end_", "d_end_", "between_")
 
     # ---- Source ----------------------------------------------------------------------------------------------------
@@ -100,21 +104,29 @@ class TritonKernels:
             counted: arguments that differ from launch to launch, for which it is compiled once all the same.
             chosen: whether it does nothing where the call has not chosen its form.
         """
-        split = [
-            f"parts = {parts}",
-            "part, program = (tl.program_id(0) % parts).to(tl.int64), tl.program_id(0) // parts",
-        ]
-        program, place = ("program", "item * parts + part") if parts else ("tl.program_id(0)", "item")
+        program, place, split = "tl.program_id(0)", "item", []
+        if self.strip is not None:
+            count, length = self.strip.count, self.strip.length
+            split.append(
+                f"strip, program = {program} % {count} * {length}, {program} // {count}  # of {self.strip.name}"
+            )
+            program = "program"
+        if parts:
+            split += [f"parts = {parts}", f"part, program = ({program} % parts).to(tl.int64), {program} // parts"]
+            program, place = "program", "(item * parts + part)"
+        if self.strip is not None:
+            place = f"({place} * {self.strip.count} + strip // {self.strip.length})"
         start = [
             *(["if tl.load(chosen) == 0:", "    return"] if chosen else []),
-            *(split if parts else []),
+            *split,
             f"head, sequence = ({program} // B).to(tl.int64), ({program} % B).to(tl.int64)",
             "item = head * B + sequence",
-            f"scratch = memory + {f'({place})' if parts else place} * ({room})",
+            f"scratch = memory + {place} * ({room})",
         ]
-        count = [f"i{size} = tl.arange(0, {size})" for size in sorted(self.used)]
+        counts = [f"i{size} = tl.arange(0, {size})" for size in sorted(self.used)]
+        counts += [f"{self.strip.places} = strip + i{self.strip.length}"] if self.strip is not None else []
         given = [*given, "S: tl.constexpr", "PRODUCT: tl.constexpr"]
-        lines = [f"def {name}({', '.join(given)}):", f'    """{doc}"""', *indented([*start, *count, *body])]
+        lines = [f"def {name}({', '.join(given)}):", f'    """{doc}"""', *indented([*start, *counts, *body])]
         once = f"(do_not_specialize={list(counted)})" if counted else ""
         return f"@triton.jit{once}\n" + "\n".join(lines)
 
@@ -143,8 +155,23 @@ class TritonKernels:
     def elements(self, name: str) -> int:
         return math.prod(self.shapes[self.plain(name)])
 
+    def tile(self, name: str) -> list[int]:
+        """The lengths of the axes of a weight's tile."""
+        axis = self._strip_axis(name)
+        shape = enumerate(self.shapes[self.plain(name)])
+        return [self.strip.length if self.strip is not None and d == axis else padded(size) for d, size in shape]
+
     def tile_elements(self, name: str) -> int:
-        return math.prod(map(padded, self.shapes[self.plain(name)]))
+        return math.prod(self.tile(name))
+
+    def _strip_axis(self, name: str) -> int | None:
+        """Which axis of a weight's tile each program has a block of; None where it has all of it."""
+        return None if self.strip is None or self.strip.axes is None else self.strip.axes.get(self.plain(name))
+
+    @property
+    def _once(self) -> list[str]:
+        """The condition under which a program writes what all those of a head and sequence have."""
+        return ["(strip == 0)"] if self.strip is not None else []
 
     def room_for(self, names: Sequence[str]) -> int:
         """Elements that tiles take side by side in a program's memory (`side_by_side`)."""
@@ -172,17 +199,20 @@ class TritonKernels:
 
     def fitting(
         self,
-        of_tile: Callable[[int, tuple[int, int] | None, Sequence[str]], TritonFunction],
+        of_tile: Callable[[int, Block | None, Sequence[str]], TritonFunction],
         module: fx.GraphModule,
         tiles: Sequence[tuple[int, int]],
         sums: Sequence[Sequence[str]],
+        axis: Block | None = None,
     ) -> TritonFunction:
         """The function on the first tiles that fit registers; on those that come closest where none do.
 
         Args:
-            of_tile: (tokens of a tile, an axis and the length of its blocks, sums that stay in registers) -> it.
+            of_tile: (tokens of a tile, an axis that is walked in blocks, sums that stay in registers) -> it.
             tiles: tokens, and the length of a block (0: all of the axis), the best first.
             sums: what may stay in registers from tile to tile, the best first.
+            axis: one that is told apart from others of its size, the first to be walked in blocks, none of which is
+                shorter than its own.
         """
         lengths = {
             size
@@ -191,11 +221,20 @@ class TritonKernels:
             for size in node.meta["val"].shape
             if isinstance(size, int) and size >= SHORTEST_BLOCKED
         }
+
+        def blocks(length: int) -> list[Block | None]:
+            if not length:
+                return [None]
+            first = []
+            if axis is not None and axis.length <= length < axis.size.constant:
+                first = [replace(axis, length=length)]
+            return [*first, *[Block(Extent(0, size), length) for size in sorted(lengths) if not size % length]]
+
         found: dict[TritonFunction, int] = {}
         refused = None
         for carried in sums:
             for height, length in tiles:
-                for block in [(size, length) for size in sorted(lengths) if not size % length] if length else [None]:
+                for block in blocks(length):
                     try:
                         function = of_tile(height, block, carried)
                     except NoSpelling as reason:
@@ -226,35 +265,42 @@ class TritonKernels:
         index = ", ".join(":" if d == axis else "None" for d in range(rank))
         return f"{text}[{index}]" if rank > 1 else text
 
-    def dense(self, shape: Sequence[int], first: int = 0) -> tuple[list[str], list[str]]:
-        """Places and masks of the axes of a tile in memory, after `first` others."""
+    def dense(self, shape: Sequence[int], first: int = 0, strip: int | None = None) -> tuple[list[str], list[str]]:
+        """Places and masks of the axes of a tile in memory, after `first` others; `strip`: the one of the strip."""
         rank, step = len(shape) + first, 1
         places: list[str] = []
         masks: list[str] = []
         for axis in reversed(range(len(shape))):
             size = shape[axis]
-            self.used.add(padded(size))
-            index = self.beside(axis + first, rank, f"i{padded(size)}")
+            if axis == strip:
+                assert self.strip is not None
+                self.used.add(length := self.strip.length)
+                index = self.beside(axis + first, rank, self.strip.places)
+            else:
+                self.used.add(length := padded(size))
+                index = self.beside(axis + first, rank, f"i{length}")
             places.insert(0, index if step == 1 else f"{index} * {step}")
-            if size != padded(size):
+            if size % length:
                 masks.insert(0, f"({index} < {size})")
             step *= size
         return places, masks
 
     def load(self, name: str, start: str, to: str = "", under: str = "") -> str:
         """The line that reads a weight's tile, dense from `start`; `under`: a condition, zero where it fails."""
-        places, masks = self.dense(self.shapes[self.plain(name)])
+        places, masks = self.dense(self.shapes[self.plain(name)], strip=self._strip_axis(name))
         masks += [f"({under})"] if under else []
         masked = f", mask={' & '.join(masks)}, other=0" if masks else ""
         return f"{to or name} = tl.load({' + '.join([start, *places])}{masked}).to(S)"
 
     def store(self, name: str, start: str, value: str) -> str:
-        places, masks = self.dense(self.shapes[self.plain(name)])
+        axis = self._strip_axis(name)
+        places, masks = self.dense(self.shapes[self.plain(name)], strip=axis)
+        masks += self._once if axis is None else []
         masked = f", mask={' & '.join(masks)}" if masks else ""
         return f"tl.store({' + '.join([start, *places])}, {value}{masked})"
 
     def zeros(self, name: str) -> str:
-        return zeros([padded(size) for size in self.shapes[self.plain(name)]])
+        return zeros(self.tile(name))
 
     def at(self, name: str) -> str:
         """Where a given tensor's tile of this head and sequence begins."""
@@ -296,9 +342,10 @@ class TritonKernels:
         size = self.elements(name)
         length = min(padded(size), PIECE)
         self.used.add(length)
-        index, masked = (f"i{length}", "") if size <= length else (f"piece + i{length}", "")
-        if size % length:
-            masked = f", mask={index} < {size}"
+        index, masked = f"i{length}" if size <= length else f"piece + i{length}", ""
+        masks = [*([f"({index} < {size})"] if size % length else []), *self._once]
+        if masks:
+            masked = f", mask={' & '.join(masks)}"
         tile = zeros([length])
         if source is not None and parts is None:
             tile = f"tl.load({source} + {index}{masked}{', other=0' if masked else ''}).to(S)"
@@ -339,7 +386,7 @@ class TritonKernels:
                 row = r.removeprefix("d_") if name.endswith("_vjp") else r
                 given.append(places.get(r) or self.place(row, made=True))
                 given += [self.step(row, made=True)] if function.walks(r) else []
-        given += self.more(function)
+        given += [*self.more(function), *(["strip"] if function.strip is not None else [])]
         made = ", ".join(f"{prefix}{r}" for r in function.returned) + ("," if len(function.returned) == 1 else "")
         return f"{made}{' = ' if made else ''}{name}({', '.join([*given, 'scratch', 'S', 'PRODUCT'])})"
 

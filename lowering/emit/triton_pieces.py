@@ -16,6 +16,7 @@ from nestloop.lowering.emit.torch import TITLES
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import ALIVE, TritonKernels
 from nestloop.lowering.ops.strided import NoSpelling, extent
+from nestloop.lowering.schedule.apart import Block
 
 HEIGHTS = (64, 32, 16)  # tokens of a tile
 # Tokens of a tile, and the length of a block of a long axis (0: all of it), best first: with fewer tokens weights are
@@ -88,7 +89,7 @@ class TritonPieces(Batches, TritonKernels):
         tokens = [*self.tokens, "d_z"]
         ordered = self.ordered and of.endswith("gradient")
 
-        def of_tile(height: int, block: tuple[int, int] | None, carried: Sequence[str]) -> TritonFunction:
+        def of_tile(height: int, block: Block | None, carried: Sequence[str]) -> TritonFunction:
             own = {n: row for n, row in rows.items() if n not in (*carried, *handed)}
             given = (axes, height, own, self.name, ordered, block)
             return TritonFunction(name, module, results, tokens, doc, *given)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from torch import fx
 
 from nestloop.lowering.emit.triton_stream import TritonStream
 from nestloop.lowering.ops.strided import Extent, extent, product
 from nestloop.lowering.runtime.triton_plan import Handed
+from nestloop.lowering.schedule.apart import Block
 from nestloop.lowering.streams.prepared import Prepared, prepared
 
 # What the functions of walks are handed of their own chunk, as memory is called.
@@ -37,6 +39,19 @@ class TritonPrepare(TritonStream):
         self.row: dict[str, Extent] = {}
         super().__post_init__()
 
+    def prepare_ahead(
+        self, name: str, module: fx.GraphModule, results: Sequence[str | None], waits: Collection[str]
+    ) -> None:
+        """Cut a function of a walk in two where that is worth it.
+
+        Args:
+            waits: inputs that the chunk before hands on.
+        """
+        wanted = [r is not None for r in results]
+        cut = prepared(module, wanted, waits, self.rows, f"{WALKS[name]}_") if self.prepares else None
+        if cut is not None:
+            self.prepared[name] = cut
+
     def add_walk(
         self,
         name: str,
@@ -44,20 +59,12 @@ class TritonPrepare(TritonStream):
         results: Sequence[str | None],
         doc: str,
         rows: Collection[str],
-        waits: Collection[str],
     ) -> None:
-        """A function of a walk, in two where that is worth it.
-
-        Args:
-            rows: what it reads and writes itself.
-            waits: inputs that the chunk before hands on.
-        """
-        wanted = [r is not None for r in results]
-        cut = prepared(module, wanted, waits, self.rows, f"{WALKS[name]}_") if self.prepares else None
+        """A function of a walk, less what is prepared of it; `rows`: what it reads and writes itself."""
+        cut = self.prepared.get(name)
         if cut is None:
             self._add_one(name, module, results, doc, rows)
             return
-        self.prepared[name] = cut
         whole = self._axes(cut.whole)
         axes = {node: whole[source] for node, source in cut.sources.items() if source in whole}
         for node in cut.rest.graph.find_nodes(op="placeholder"):
@@ -68,13 +75,19 @@ class TritonPrepare(TritonStream):
         made = f"What {name} takes of its chunk alone. Makes {', '.join(cut.handed)}."
         own = dict.fromkeys([*self.per_token, *self.shared, *self.carry, *cut.handed], (0, False))
         self.add_blocked(f"prepare_{name}", cut.ahead, cut.handed, made, own, axes)
-        self.add_blocked(name, cut.rest, results, doc, dict.fromkeys([*rows, *cut.handed], (0, False)), axes)
+        own = dict.fromkeys([*rows, *cut.handed], (0, False))
+        self.add_blocked(name, cut.rest, results, doc, own, axes, self.strips)
 
     def _add_one(
         self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str, rows: Collection[str]
     ) -> None:
         """A function; `rows`: what it reads and writes itself."""
-        self.add_blocked(name, module, results, doc, dict.fromkeys(rows, (0, False)))
+        self.add_blocked(name, module, results, doc, dict.fromkeys(rows, (0, False)), blocked=self.blocks_of(name))
+
+    def blocks_of(self, name: str) -> Block | None:
+        """The axis of the state of which a function computes a block at a time: a strip's, in a walk."""
+        walks = name == "advance" or name.endswith("_state_vjp")
+        return self.strips if walks or self.strips is None else replace(self.strips, is_strip=False)
 
     def step(self, name: str, made: bool = False) -> str:
         return str(self.row[name]) if name in self.row else super().step(name, made)

@@ -1,25 +1,35 @@
 """A scan over chunks in Triton of which only the state is walked in order: all else runs for all chunks at once.
 
-Forward, one program a head and sequence walks the state alone and leaves what each chunk starts with; then every chunk
-is read out by a program of its own. Backward, groups of chunks make their states again, each from the one kept; one
-program walks the state's cotangent in reverse and leaves what reaches the state that each chunk leaves; then every
-chunk's program pulls that back to its tokens. What all chunks give a weight is added up in their order. Each walk comes
-after a kernel that computes, for all chunks at once, what it does not wait for, where that is much: `triton_prepare`.
+Forward, the state is walked alone, by a program a head and sequence or one for each strip of it (`triton_strips`), and
+what each chunk starts with is left; then every chunk is read out by a program of its own. Backward, groups of chunks
+make their states again, each from the one kept; a walk of the state's cotangent in reverse leaves what reaches the
+state that each chunk leaves; then every chunk's program pulls that back to its tokens. What all chunks give a weight is
+added up in their order. Each walk comes after a kernel that computes, for all chunks at once, what it does not wait
+for, where that is much: `triton_prepare`.
+
+What a walk leaves is as exact as what it carries, but for parts that others take as factors of products alone: those
+are rounded as the products would round them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import fx
+
 from nestloop.lowering.emit.scan import ROWWISE, TITLES
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import ALIVE, indented
 from nestloop.lowering.emit.triton_prepare import PREPARES, WALKS, TritonPrepare
+from nestloop.lowering.emit.triton_strips import strips_of
 from nestloop.lowering.emit.triton_tiles import BARRIER, walk
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch
+from nestloop.lowering.schedule.apart import Block
+from nestloop.lowering.schedule.roofline import OTHER_REGISTERS, WIDE_ROWS
 from nestloop.lowering.streams.step import VALID
 
+WALKED = ("forward_states", "backward_states", "backward_cotangents")  # kernels that walk the state, or its cotangent
 _PREFIX = {"states": "", "cotangents": "d_"}  # of what is walked, in registers
 
 
@@ -38,6 +48,11 @@ class TritonSplitScan(TritonPrepare):
         if self.halo:
             raise NoSpelling("windows of chunks that run at once would add to the same rows")
         self.check_in_memory()
+        self._prepare_walks()
+        self.strips = self._strips()
+        if self.strips is not None:
+            self.spread = f"each strip of {self.strips.name} of the state in one program a head and sequence"
+            self.spread += ", all else in one a chunk"
         self._check_room()
         tokens = self.per_token
         carried = {f"d_{n}" for n in self.walked}
@@ -50,23 +65,67 @@ class TritonSplitScan(TritonPrepare):
             rows = [*own, *[f"d_{n}" for n in [*self.tokens, *self._summed]], *[f"d_{n}_new" for n in self.walked]]
             rows += [f"d_{n}" for n in self._left_in_memory(name)]
             self._add_one(f"{name}_vjp", piece.backward, rest, f"Cotangents of the tokens of {name}.", rows)
-            states = [r if r in carried else None for r in wrt]
             doc = f"Cotangents of the state that {name} starts with."
-            pull = (f"{name}_state_vjp", piece.backward, states, doc, [*tokens, *self.carry])
-            if name == "chunk":
-                self.add_walk(*pull, [f"d_{n}_new" for n in self.walked])
-            else:
-                self._add_one(*pull)
+            self.add_walk(*self._pulled_walk(name), doc, [*tokens, *self.carry])
+        self.add_walk(*self._advanced, f"{TITLES['advance']}.", [*tokens, *self.held])
+        self.low = {handed: self._factors(handed) for handed in _PREFIX}
+
+    @property
+    def _advanced(self) -> tuple[str, fx.GraphModule, list[str | None]]:
+        """The function that makes the next state: its name, its graph, and what is wanted of its results."""
         results = [r for r in self.pieces["chunk"].results if r.endswith("_new")]
         wanted = [r if r.removesuffix("_new") in self.carry else None for r in results]
-        self.add_walk(
-            "advance", self.states["advance"], wanted, f"{TITLES['advance']}.", [*tokens, *self.held], self.walked
-        )
+        return "advance", self.states["advance"], wanted
+
+    def _pulled_walk(self, name: str) -> tuple[str, fx.GraphModule, list[str | None]]:
+        """The function that pulls the state's cotangent back through a piece."""
+        piece = self.pieces[name]
+        wanted = [f"d_{n}" if n in self.walked else None for n in piece.wrt]
+        return f"{name}_state_vjp", piece.backward, wanted
+
+    def _prepare_walks(self) -> None:
+        self.prepare_ahead(*self._pulled_walk("chunk"), [f"d_{n}_new" for n in self.walked])
+        self.prepare_ahead(*self._advanced, self.walked)
+
+    def _strips(self) -> Block | None:
+        """The axis of the state of which each program of a walk has a block."""
+        walks = []
+        for name, module, wanted in [self._advanced, *map(self._pulled_walk, self.pieces)]:
+            walks.append((self.prepared[name].rest if name in self.prepared else module, wanted))
+        # what only the last chunk leaves is cut as the weight is that it is of
+        alike = {n: n for n in [*self.walked, *self.shared]}
+        alike |= {n: n.split("__")[0] for n in self.extra if self.shapes[n] == self.shapes.get(n.split("__")[0])}
+        names = {form: of for n, of in alike.items() for form in (n, f"{n}_new", f"d_{n}", f"d_{n}_new")}
+        shapes, dims = {n: self.shapes[n] for n in self.walked}, {n: self.dims(n) for n in self.walked}
+        return strips_of(walks, self.per_token, shapes, dims, names)
 
     def _check_room(self) -> None:
         """Raise `NoSpelling` for a state that leaves no room in registers for what a chunk adds to it."""
+        self.strip = self.strips
         if sum(map(self.tile_elements, self.walked)) > ALIVE // 2:
             raise NoSpelling("its state is more than half of what registers hold")
+        self.strip = None
+
+    def _factors(self, handed: str) -> list[str]:
+        """The parts of what is handed on that functions take from memory as factors of products alone."""
+        names = {n: f"d_{n}_new" if handed == "cotangents" else n for n in self.walked}
+        functions = self.functions.values()
+        return [n for n, read in names.items() if all(f.is_factor(read) for f in functions if read in f.rows)]
+
+    def _slots(self, handed: str, names: Sequence[str], index: str = "index") -> dict[str, str]:
+        low = self.low.get(handed, [])
+        exact = super()._slots(handed, [n for n in names if n not in low], index)
+        return exact | super()._slots(f"{handed}_low", [n for n in names if n in low], index)
+
+    def _handed_on(self, handed: str) -> list[Handed]:
+        """The memory in which a walk leaves what other kernels read of it."""
+        low = self.low[handed]
+        exact = [n for n in self.walked if n not in low]
+        made = [Handed(f"{handed}_handed", self.slots_over, self.room_for(exact))] if exact else []
+        return [
+            *made,
+            *([Handed(f"{handed}_low_handed", self.slots_over, self.room_for(low), low=True)] if low else []),
+        ]
 
     def _left_in_memory(self, name: str) -> list[str]:
         """What the last chunk leaves, of which a piece writes its part itself."""
@@ -80,10 +139,22 @@ class TritonSplitScan(TritonPrepare):
             over = {"backward_states": "groups", "backward_cotangents": "sequences", "backward_tokens": "chunks"}
             over |= {"backward_sums": "sequences"} if self._summed else {}
         over = self.with_prepared(over)
+        count = 1 if self.strips is None else self.strips.count
         return tuple(
-            Launch(kernel, parts, self.warps_for(self._alive(kernel)), self._scratch(kernel))
+            Launch(
+                kernel,
+                parts,
+                self._warps(kernel),
+                self._scratch(kernel),
+                strips=count if kernel in WALKED else 1,
+            )
             for kernel, parts in over.items()
         )
+
+    def _warps(self, kernel: str) -> int:
+        """Of a program: 8 would take each wide product of 64 rows twice, so 4 where these are expected not to spill."""
+        alive, most = self._alive(kernel), 4 * 32 * (255 - OTHER_REGISTERS)
+        return 4 if self.strips is not None and self.rows == WIDE_ROWS and alive <= most else self.warps_for(alive)
 
     def _functions_of(self, which: str) -> list[TritonFunction]:
         ends = {"forward_outputs": "", "backward_cotangents": "_state_vjp", "backward_tokens": "_vjp"}
@@ -94,11 +165,9 @@ class TritonSplitScan(TritonPrepare):
         return [self.functions["advance"]] if which.endswith("_states") else []
 
     def _handed(self, which: str) -> tuple[Handed, ...]:
-        size = self.room_for(self.walked)
-        states = Handed("states_handed", self.slots_over, size)
         if which == "forward":
-            return (*self.ready_handed("advance"), states)
-        made = [*self.ready_handed(*WALKS), states, Handed("cotangents_handed", self.slots_over, size)]
+            return (*self.ready_handed("advance"), *self._handed_on("states"))
+        made = [*self.ready_handed(*WALKS), *self._handed_on("states"), *self._handed_on("cotangents")]
         return (*made, *([Handed("sums_handed", "chunks", self.room_for(self._summed))] if self._summed else []))
 
     @property
@@ -146,6 +215,10 @@ class TritonSplitScan(TritonPrepare):
         """Lines that leave it, as it is at a chunk, for other kernels."""
         return self._give(handed, self._slots(handed, self.walked, index), index)
 
+    def _walk(self, kernel: str, index: str, bounds: str) -> str:
+        """The head of a walk: of one that writes no memory that it reads, each turn is read ahead."""
+        return walk(index, bounds, ahead=not self._scratch(kernel))
+
     # ---- Forward ---------------------------------------------------------------------------------------------------
 
     def _advance(self) -> list[str]:
@@ -176,7 +249,7 @@ class TritonSplitScan(TritonPrepare):
             *self.read_only("forward_states"),
             *self._take("states", self._places(self.walked), "0"),
             *self.nothing_waits(),
-            walk("index", "0, chunks"),
+            self._walk("forward_states", "index", "0, chunks"),
             *indented(loop),
             *self._last("states", {n: self.end(n) for n in self.walked}, last),
             *self._leave_held(),
@@ -231,7 +304,7 @@ class TritonSplitScan(TritonPrepare):
             *indented(self._take("states", self._places(self.walked), "first")),
             "else:",
             *indented(self._take("states", kept, "first")),
-            walk("index", "first, last - 1"),
+            self._walk("backward_states", "index", "first, last - 1"),
             *indented(loop),
             *self._hand("states", "last - 1"),
         ]
@@ -243,7 +316,7 @@ class TritonSplitScan(TritonPrepare):
         return [
             *self.read_only("backward_cotangents"),
             *self._take("cotangents", {n: self.at(f"d_end_{n}") for n in self.walked}, "chunks"),
-            walk("back", "0, chunks"),
+            self._walk("backward_cotangents", "back", "0, chunks"),
             *indented(loop),
             *self._last("cotangents", {n: self.pulled(n) for n in self.walked}, "0"),
         ]

@@ -12,7 +12,8 @@ from torch import fx
 
 from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_split import TritonSplitScan
-from nestloop.lowering.emit.triton_tiles import BARRIER
+from nestloop.lowering.emit.triton_tiles import BARRIER, walk
+from nestloop.lowering.schedule.apart import Block
 
 
 class TritonSplitStreamedScan(TritonSplitScan):
@@ -27,8 +28,14 @@ class TritonSplitStreamedScan(TritonSplitScan):
     after = "part + 1"
     prepares = False  # functions of the walk read and write the state themselves, block by block
 
+    def _strips(self) -> Block | None:
+        return None  # functions of the walk take blocks of what they read
+
     def _check_room(self) -> None:
         """Memory has room."""
+
+    def _factors(self, handed: str) -> list[str]:
+        return []  # what is walked lies there
 
     def _left_in_memory(self, name: str) -> list[str]:
         """A piece of a whole chunk runs for all chunks, and all but the last have nothing to leave."""
@@ -77,6 +84,9 @@ class TritonSplitStreamedScan(TritonSplitScan):
 
     def read_only(self, which: str) -> list[str]:
         return []  # functions of the walk read weights themselves
+
+    def _walk(self, kernel: str, index: str, bounds: str) -> str:
+        return walk(index, bounds)  # each turn reads the state that the one before writes
 
     def next_chunk(self, kernel: str) -> list[str]:
         return [*self.span, BARRIER]

@@ -18,6 +18,8 @@ from nestloop.lowering.emit.triton_tiles import BARRIER, padded, walk
 from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch, TritonPlan
+from nestloop.lowering.schedule.apart import Block
+from nestloop.lowering.schedule.roofline import WIDE_ROWS
 from nestloop.lowering.streams.step import VALID, identifier
 
 BLOCKS = (0, 32, 16)  # lengths of the blocks of a long axis, the best first; 0: all of it
@@ -28,12 +30,14 @@ class TritonStream(TritonKernels, ScanTensors):
 
     Attributes:
         spread: how it runs, in words.
+        strips: the axis of the state of which each program of a walk has a block; None where it has all of it.
 
     Raises:
         NoSpelling: something in it has no Triton; the text is the reason.
     """
 
     spread = "one program a head and sequence"
+    strips: Block | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,6 +75,13 @@ class TritonStream(TritonKernels, ScanTensors):
         shapes |= {f"{n}__initial": tuple(e.size(sizes) for e in fast.dims) for n, fast in spec.fast.items()}
         return {n: tuple(size for size in shape if size != 1) for n, shape in shapes.items()}
 
+    def dims(self, name: str) -> list[str]:
+        """What the axes of an entry's tile are called, those of size 1 left out."""
+        sizes = self.captured.sizes
+        (entry,) = (entry for n, entry in self.entries.items() if identifier(n) == name)
+        rows = [(entry.rows, str(entry.rows))] if entry.rows else []
+        return [dim for size, dim in [*rows, *[(e.size(sizes), str(e)) for e in entry.like.dims]] if size != 1]
+
     def _add(self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str) -> None:
         per_token, axes, height = self.per_token, self._axes(module), self.rows + self.halo
         self.functions[name] = TritonFunction(name, module, results, per_token, doc, axes, height, self.token_rows)
@@ -98,20 +109,28 @@ class TritonStream(TritonKernels, ScanTensors):
         doc: str,
         rows: Mapping[str, tuple[int, bool | str]],
         axes: Mapping[fx.Node, Axes] | None = None,
+        blocked: Block | None = None,
     ) -> None:
         """A function that may walk a long axis in blocks.
 
         Args:
             rows: what it reads and writes itself.
             axes: the names of each value's axes, where its inputs do not tell.
+            blocked: an axis that it walks rather than others; a strip, of which it computes a block alone.
         """
         per_token, named = self.per_token, axes or self._axes(module)
 
-        def of_tile(height: int, block: tuple[int, int] | None, sums: Sequence[str]) -> TritonFunction:
-            return TritonFunction(name, module, results, per_token, doc, named, height, rows, block=block)
+        def of_tile(height: int, block: Block | None, sums: Sequence[str] = ()) -> TritonFunction:
+            given = (name, module, results, per_token, doc, named, height, rows)
+            rounded = self.strips is not None and height >= WIDE_ROWS
+            return TritonFunction(*given, block=block, rounded=rounded)
 
         height = self.rows + self.halo
-        self.functions[name] = self.fitting(of_tile, module, [(height, length) for length in BLOCKS], [[]])
+        if blocked is not None and blocked.is_strip:
+            self.functions[name] = of_tile(height, blocked)
+            return
+        tiles = [(height, length) for length in BLOCKS]
+        self.functions[name] = self.fitting(of_tile, module, tiles, [[]], blocked)
 
     # ---- Source ----------------------------------------------------------------------------------------------------
 
@@ -158,6 +177,7 @@ class TritonStream(TritonKernels, ScanTensors):
 
     def _kernel(self, which: str, launch: Launch) -> str:
         self.used = set()
+        self.strip = self.strips if launch.strips > 1 else None
         doc, body = self._written(launch.kernel)
         made = self.made + [f"between_{n}" for n in self.kept] if which == "forward" else self.gradients
         given = [*self.pointers(self.given(which)), *self.made_pointers(made)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from nestloop.lowering.emit.expressions import offset
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, product
+from nestloop.lowering.schedule.apart import Block
 from nestloop.lowering.schedule.values import Value
 
 NARROWEST = 16  # what a product of tiles takes
@@ -26,9 +27,14 @@ def padded(size: int) -> int:
 BARRIER = "tl.debug_barrier()"  # a program's threads wait for one another, and see what they have written
 
 
-def walk(index: str, bounds: str) -> str:
-    """The head of a loop; what it computes again is not kept in registers from one turn to the next instead."""
-    return f"for {index} in tl.range({bounds}, disable_licm=True):"
+def walk(index: str, bounds: str, ahead: bool = False) -> str:
+    """The head of a loop; what it computes again is not kept in registers from one turn to the next instead.
+
+    Args:
+        ahead: whether a turn's tiles are read while the one before computes, for which it may write none of them.
+    """
+    stages = "num_stages=2, " if ahead else ""
+    return f"for {index} in tl.range({bounds}, {stages}disable_licm=True):"
 
 
 class TritonTiles:
@@ -38,14 +44,14 @@ class TritonTiles:
         longest: the most tokens that a tile has.
         rows: of inputs and results that the function itself reads and writes, one row a token: the first row that the
             tile holds in memory, and whether a result is added to what is there.
+        block: the axis that is walked in blocks, or of which a program has one.
 
     Attributes:
         clean: for each axis of a tile, whether it is zero beyond the value's own size.
         turned: axes along which a tile is held from its end.
         place: what scratch memory holds, and where; `size` elements in all.
         used, masks: the positions and masks that lines read.
-        block: the axis that is walked in blocks, by its size, and a block's length; `handed`: what blocks leave in
-            scratch memory for a later walk.
+        handed: what blocks leave in scratch memory for a later walk.
         at_once: what is read from scratch memory soon after it is written.
         narrow: sizes of axes that no product has, which are no longer than the next power of two.
         ordered: whether rows lie in the order that the call gives.
@@ -56,10 +62,9 @@ class TritonTiles:
         self,
         longest: int,
         rows: Mapping[str, tuple[int, bool | str]],
-        block: tuple[int, int] | None = None,
+        block: Block | None = None,
     ) -> None:
-        self.longest, self.rows = longest, rows
-        self.block = None if block is None else (Extent(0, block[0]), block[1])
+        self.longest, self.rows, self.block = longest, rows, block
         self.handed: set[Value] = set()
         self.at_once: set[Value] = set()
         self.narrow: set[Extent] = set()
@@ -81,16 +86,18 @@ class TritonTiles:
         return math.prod(map(self.padded, held(value)))
 
     def in_blocks(self, size: Extent) -> bool:
-        return self.block is not None and size == self.block[0]
+        return self.block is not None and size == self.block.size
 
     def padded(self, size: Extent) -> int:
         if size in self.narrow:
             return 1 << (size.constant - 1).bit_length()
-        return self.block[1] if self.block is not None and self.in_blocks(size) else padded(size.at(self.longest))
+        return self.block.length if self.block is not None and self.in_blocks(size) else padded(size.at(self.longest))
 
     def whole(self, size: Extent) -> bool:
         """Whether a tile's axis holds nothing beyond a value's own size."""
-        return self.in_blocks(size) or (not size.has_tokens and size.constant == self.padded(size))
+        if self.block is not None and self.in_blocks(size):
+            return not size.constant % self.block.length
+        return not size.has_tokens and size.constant == self.padded(size)
 
     def _place(self, value: Value) -> None:
         if value not in self.place:
@@ -201,10 +208,12 @@ class TritonTiles:
         return text, clean
 
     def _index(self, axis: int, rank: int, size: Extent) -> str:
-        if self.in_blocks(size):
-            return self._vector("in_block", axis, rank)
+        return self._vector(self._places(size), axis, rank)
+
+    def _places(self, size: Extent) -> str:
+        """The places along an axis, of those that a tile has."""
         self.used.add(self.padded(size))
-        return self._vector(f"i{self.padded(size)}", axis, rank)
+        return f"i{self.padded(size)}" if self.block is None or not self.in_blocks(size) else self.block.places
 
     @staticmethod
     def _vector(text: str, axis: int, rank: int) -> str:
@@ -214,7 +223,7 @@ class TritonTiles:
 
     def _mask(self, axis: int, rank: int, size: Extent) -> str:
         """Where an axis holds a value's own elements."""
-        self.used.add(self.padded(size))
+        self._places(size)
         if size not in self.masks:
             self.masks[size] = f"in_{'n' if size == TOKENS else len(self.masks)}"
         return self._vector(self.masks[size], axis, rank)

@@ -76,7 +76,8 @@ def described(costs: Mapping[str, dict[str, Any]], launches: Sequence[Launch]) -
         turns = ", once a step" if one.each_step else ""
         room = f"{4 * one.scratch:,} bytes of memory" if one.scratch else "no memory"
         room += f" and {4 * one.states:,} for each chunk between kept states" if one.states else ""
-        lines.append(f"    {one.kernel}: over {one.over}{turns}, {one.warps} warps and {room} a program")
+        strips = f" and {one.strips} strips of each" if one.strips > 1 else ""
+        lines.append(f"    {one.kernel}: over {one.over}{strips}{turns}, {one.warps} warps and {room} a program")
     lines.append("Functions, for one tile of n tokens (in float32):")
     for name, found in costs.items():
         low, exact = sum(found["products"].values()) / 1e6, found["exact"] / 1e6
@@ -148,10 +149,10 @@ def _elements(function: TritonFunction, shape: Sequence[Extent]) -> int:
 
 def _turns(function: TritonFunction, value: Value) -> int:
     """How many blocks of a long axis a value is computed for."""
-    if function.block is None:
+    if function.block is None or function.block.is_strip:
         return 1
-    size, length = function.block
-    return size.constant // length if is_blocked(value, size) or sums_over(value, size) else 1
+    size = function.block.size
+    return function.block.count if is_blocked(value, size) or sums_over(value, size) else 1
 
 
 def _waits(function: TritonFunction, value: Value) -> int:
@@ -166,7 +167,9 @@ def _moved(function: TritonFunction) -> int:
     """Elements that a call reads and writes: rows of tensors, and its scratch memory."""
 
     def size(value: Value) -> int:
-        return math.prod(extent.at(function.longest) for extent in value.shape)
+        whole = math.prod(extent.at(function.longest) for extent in value.shape)
+        strip = function.strip
+        return whole // strip.count if strip is not None and is_blocked(value, strip.size) else whole
 
     total = sum(size(value) for name, value in function.given.items() if name in function.rows)
     for value in function.values:

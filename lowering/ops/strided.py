@@ -19,12 +19,17 @@ class NoSpelling(Exception):
 
 @dataclass(frozen=True)
 class Extent:
-    """A size `cube * n^3 + square * n^2 + per_token * n + constant`, n being the tokens of the tile."""
+    """A size `cube * n^3 + square * n^2 + per_token * n + constant`, n being the tokens of the tile.
+
+    Attributes:
+        axis: the name of an axis that is told apart from others of its size; what is computed of sizes has none.
+    """
 
     per_token: int
     constant: int
     square: int = 0
     cube: int = 0
+    axis: str = ""
 
     @property
     def _powers(self) -> tuple[int, ...]:

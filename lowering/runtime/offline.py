@@ -140,7 +140,7 @@ def _signature(
             types[name] = f"*{dtype}"
             multiples.add(name)
         elif name.endswith(("_p", "_made", "_handed")):
-            types[name] = "*fp32"
+            types[name] = f"*{dtype if name.endswith('_low_handed') else 'fp32'}"
             multiples.add(name)
         else:
             types[name] = "i32"

@@ -90,17 +90,21 @@ class TritonCode:
         heads, sequences = lead
         items = heads * sequences
 
-        def space(elements: int) -> Tensor:
+        low = like.dtype if dtype == torch.float32 and like.dtype in _LOW else dtype
+
+        def space(elements: int, dtype: torch.dtype = dtype) -> Tensor:
             return like.new_empty(max(items * elements, 1), dtype=dtype)
 
-        handed = [space(parts[one.over] * one.elements) for one in plan.handed(direction)]
-        memory = space(max(parts[one.over] * (one.scratch + every * one.states) for one in plan.launches(direction)))
+        handed = [space(parts[one.over] * one.elements, low if one.low else dtype) for one in plan.handed(direction)]
+        programs = {one.kernel: parts[one.over] * one.strips for one in plan.launches(direction)}
+        rooms = [programs[one.kernel] * (one.scratch + every * one.states) for one in plan.launches(direction)]
+        memory = space(max(rooms))
         read = [x for n, t in given.items() for x in pointers(t, self.walks(n), n.startswith("between_"))]
         written = [x for n, t in made.items() for x in (t, *(strides(t, True) if self.walks(n) else ()))]
         values = [*read, *written, *more, *handed, memory, heads, sequences, *counts]
         settings = self.settings(dtype, like.dtype)
         for one, step in plan.turns(direction, steps):
-            kernel, grid = getattr(self.kernels, one.kernel), (items * parts[one.over], 1)
+            kernel, grid = getattr(self.kernels, one.kernel), (items * programs[one.kernel], 1)
             arguments = dict(zip(kernel.arg_names, values, strict=False)) | settings
             arguments |= {"step": step} if one.each_step else {}
             if like.device.type == "cpu":

@@ -54,6 +54,7 @@ class Launch:
         scratch: elements of memory that a program works in.
         states: elements more for each chunk from one state that is kept to the next.
         each_step: whether it runs once for every step of a loop of batches, in turn with its neighbours that do.
+        strips: programs that share each of these, with a block of an axis of the state each.
     """
 
     kernel: str
@@ -62,6 +63,7 @@ class Launch:
     scratch: int
     states: int = 0
     each_step: bool = False
+    strips: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,13 @@ class Handed:
         over: what has elements of its own, of every head and sequence: as of a `Launch`, or "boundaries" (before each
             chunk, and after the last).
         elements: of each.
+        low: whether it holds factors of products alone, and so the dtype that they are rounded to.
     """
 
     name: str
     over: str
     elements: int
+    low: bool = False
 
 
 @dataclass(frozen=True)

@@ -241,22 +241,29 @@ def _kernel_work(
     state = triton.state if stream else _state(plan)
     if alone and (direction == "backward" or not stream):  # states, read and written between; forward's of a scan stay
         moved += FLOAT * state * steps_taken * (2 if stream else 4 if direction == "forward" else 6)
-    left, own = (
-        sum((parts[one.over] * one.elements for one in triton.handed(direction) if one.name in names), sympy.Integer(0))
+    left, own = (  # bytes
+        sum(
+            (
+                parts[one.over] * one.elements * (BYTES[dtype] if one.low else FLOAT)
+                for one in triton.handed(direction)
+                if one.name in names
+            ),
+            sympy.Integer(0),
+        )
         for names in (kernel["handed"], kernel["own"] if stream else kernel["handed"])
     )
     often = steps_taken if launch.each_step else sympy.Integer(1)
     if launch.over != "chunks":  # whose functions read and write it themselves
-        moved += FLOAT * often * own / parts[launch.over]
+        moved += often * own / (parts[launch.over] * launch.strips)
     kept = sympy.ceiling(sympy.ceiling(N / triton.rows) / every) - 1 if stream else steps_taken - 1
     passes = sympy.Integer(1)  # over the tokens
     if launch.each_step and launch.over == "ranges":
         passes = sum((count * tokens for count, tokens in batches(spec)), sympy.Integer(0)) / N
     return Work(
         flops=B * H * flops,
-        traffic=passes * _traffic(spec, plan, triton, kernel, direction, dtype, kept) + FLOAT * B * H * often * left,
+        traffic=passes * _traffic(spec, plan, triton, kernel, direction, dtype, kept) + B * H * often * left,
         launches=often,
-        programs=B * H * parts[launch.over],
+        programs=B * H * parts[launch.over] * launch.strips,
         products=products,
         exact=exact,
         instructions=instructions,

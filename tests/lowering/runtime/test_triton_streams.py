@@ -14,16 +14,17 @@ import pytest
 import torch
 
 import nestloop as nl
-from nestloop import zoo
+from nestloop import inspection, zoo
 from nestloop.errors import NoPlanError, SharedMemoryError
 from nestloop.lowering import pipeline
-from nestloop.lowering.emit import triton_choice, triton_kernels, triton_split, triton_stream
+from nestloop.lowering.emit import triton_choice, triton_kernels, triton_split, triton_stream, triton_strips
 from nestloop.lowering.lower import STREAM_OPS
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime import cache, offline, tiles, tuned
 from nestloop.lowering.runtime.refusals import shared_memory_of
 from nestloop.lowering.runtime.triton import TritonStream
-from nestloop.lowering.runtime.triton_plan import Tiling
+from nestloop.lowering.runtime.triton_plan import Tiling, TritonPlan
+from nestloop.lowering.streams import prepared
 from tests.drawn import SIZES
 from tests.lowering.comparison import assert_equal, differences, run, run_in_parts
 from tests.lowering.runtime.test_native import Causally, doubled, inputs_of, single
@@ -128,6 +129,51 @@ def test_chunks_of_an_affine_state_run_at_once(loop: type[nl.Loop], kernels_of_s
     assert {"forward_outputs", "backward_tokens"} <= kernels_of_scans
 
 
+# The axis that strips are of: the last, but where a label of ones lies beside it.
+IN_STRIPS = {zoo.NormAttention: "dv", zoo.Mamba2: "dv", zoo.GatedDeltaNet: "dv", zoo.CausalLinearAttentionElu: "d"}
+
+
+@pytest.mark.parametrize("loop", IN_STRIPS, ids=lambda loop: loop.__name__)
+def test_a_state_is_walked_in_strips(loop: type[nl.Loop], kernels_of_scans: set[str], monkeypatch: pytest.MonkeyPatch):
+    """The last one shorter; chunks walk the same axis in blocks, and all that can be is prepared: the reference."""
+    monkeypatch.setattr(triton_strips, "LENGTH", 16)
+    monkeypatch.setattr(prepared, "_WORTH", 0)
+    monkeypatch.setattr(triton_stream, "BLOCKS", (16, 0))
+    for name, size in {"d": 40, "dk": 17, "dv": 40}.items():
+        monkeypatch.setitem(SIZES, name, size)
+    torch.manual_seed(0)
+    inputs = drawn(loop, 21)
+    found = run_in_parts(nl.compile(loop, backend="triton"), inputs, [18], losses=False)
+    wanted = run(nl.compile(loop, backend="reference"), inputs, losses=False)
+    assert_equal(differences(found, wanted), 1e-9)
+    assert {"forward_outputs", "backward_tokens"} <= kernels_of_scans
+    text = "".join(path.read_text() for path in cache.cache_dir().glob("*_scan_triton*.py"))
+    axis = IN_STRIPS[loop]
+    assert f"each strip of {axis} of the state" in text and f"in_strip < {SIZES[axis]}" in text
+
+
+def test_factors_of_products_are_handed_on_as_these_round_them(
+    kernels_of_scans: set[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The same numbers to the last bit, at half the bytes; the gradient of a decay reads whole states."""
+    torch.manual_seed(0)
+    low = {n: t.detach().bfloat16().requires_grad_() for n, t in drawn(zoo.DeltaNet, 37).views.items()}
+    op = nl.compile(zoo.DeltaNet, backend="triton")
+
+    def results() -> list[torch.Tensor]:
+        z, _ = op(low, {})
+        return [z, *torch.autograd.grad(z.float().square().sum(), list(low.values()))]
+
+    handed = TritonPlan.handed
+    named = {one.name for one in plan_of(zoo.DeltaNet).backward_handed if one.low}
+    assert {"states_low_handed", "cotangents_low_handed"} == named
+    assert not any(one.low for one in plan_of(zoo.GatedDeltaNet).backward_handed)
+    rounded = results()
+    exact = lambda plan, which: [dataclasses.replace(one, low=False) for one in handed(plan, which)]  # noqa: E731
+    monkeypatch.setattr(TritonPlan, "handed", exact)
+    assert "forward_outputs" in kernels_of_scans and all(map(torch.equal, rounded, results()))
+
+
 # Gradients are taken at one anchor, in chunks of a length of their own: tokens, and those of the first call.
 ANCHORED = {zoo.NeuralMemory: (150, 70), zoo.InContextAutoregression: (6, 3)}
 WALKED_IN_MEMORY = [zoo.CosFormer, zoo.GatedDeltaNet, zoo.DeltaProduct, zoo.Mesa, *ANCHORED]
@@ -194,6 +240,8 @@ def test_nothing_is_prepared_where_a_walk_is_short(loop: type[nl.Loop]):
 
 
 def test_explain_says_which_kernels_run():
+    lines = inspection._kernels(plan_of(zoo.DeltaNet, dk=64, dv=64))
+    assert "  forward_states: a program a head and sequence and each of 2 strips of its state, 4 warps" in lines
     text = nl.explain(nl.compile(zoo.DeltaNet, backend="triton"))
     assert "runs: generated Triton, asked for (backend 'triton'; tensors on a CPU are interpreted)" in text
     assert "\n  forward_prepare_states: a program a chunk of each, " in text
@@ -374,7 +422,8 @@ def test_the_header_says_how_kernels_are_launched_and_what_functions_cost(loop: 
     plan = plan_of(loop)
     header = plan.text.split('"""')[1]
     for one in plan.all_launches:
-        assert f"\n    {one.kernel}: over {one.over}, {one.warps} warps and " in header
+        strips = f" and {one.strips} strips of each" if one.strips > 1 else ""
+        assert f"\n    {one.kernel}: over {one.over}{strips}, {one.warps} warps and " in header
     for name, numbers in plan.work["functions"].items():
         (line,) = (line for line in header.splitlines() if line.startswith(f"    {name}: n <= {numbers['tokens']}: "))
         assert f"{4 * numbers['moved']:,} bytes read and written; {numbers['alive']:,} numbers alive" in line

@@ -7,6 +7,7 @@ the op's callers see them.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -146,18 +147,20 @@ class TritonCode:
 @contextmanager
 def _assembling(device: torch.device) -> Iterator[dict[str, Any]]:
     """While a kernel is launched on a device; gives options of the launch."""
-    with assembling(*_versions(device)) as chosen:
+    with assembling(*versions(device)) as chosen:
         if chosen is not None:
             warn_of_no_wgmma(chosen)
         yield {} if chosen is None else chosen.options
 
 
 @cached
-def _versions(device: torch.device) -> tuple[int, int | None]:
+def versions(device: torch.device) -> tuple[int, int | None]:
     """Major versions: of a device's compute capability, 0 where it is not NVIDIA's; of CUDA that its driver is of."""
     if torch.version.hip is not None:
         return 0, None
-    return torch.cuda.get_device_capability(device)[0], torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))  # PyTorch does not tell it
+    return torch.cuda.get_device_capability(device)[0], version.value // 1000
 
 
 def pointers(tensor: Tensor, walked: bool, between: bool) -> list[Any]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from nestloop import zoo
 from nestloop.lowering import pipeline
 from nestloop.lowering.runtime import assembler, offline
+from nestloop.lowering.runtime.triton import versions
 
 triton = pytest.importorskip("triton")
 
@@ -105,3 +109,17 @@ def test_what_is_compiled_has_wgmma_only_from_one_that_gets_it_right(
     assert ("wgmma.mma_async" in made.text["ptx"]) == (version >= assembler.RIGHT) == ("without" not in made.assembler)
     assert found or version < assembler.RIGHT
     assert made.assembler in made.summary
+
+
+def test_the_driver_says_which_cuda_it_is_of(monkeypatch: pytest.MonkeyPatch):
+    class Driver:
+        def __init__(self, name: str) -> None:
+            assert name == "libcuda.so.1"
+
+        def cuDriverGetVersion(self, place: Any) -> int:
+            place._obj.value = 12_080
+            return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", Driver)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert versions.__wrapped__(torch.device("cuda", 3)) == (9, 12)

@@ -15,7 +15,7 @@ from torch import fx
 
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.emit.triton import TritonFunction
-from nestloop.lowering.emit.triton_tiles import padded, walk
+from nestloop.lowering.emit.triton_tiles import BARRIER, padded, walk
 from nestloop.lowering.emit.triton_work import described, of_function
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Launch
@@ -36,8 +36,8 @@ import triton.language as tl
 from nestloop.lowering.emit import tiles
 '''
 
-# Elements of tiles alive at once, at which tiles are made shorter; with 64 tokens half of it, since products that
-# follow one another then take 4 warps.
+TALL = 64  # tokens of a tile whose products, where they follow one another, take 4 warps and no more
+# Elements of tiles alive at once, at which tiles are made shorter; of tall ones half of it.
 ALIVE = 8 * 32 * TILE_REGISTERS
 SHORTEST_BLOCKED = 128  # an axis that is shorter is never walked in blocks
 PIECE = 4096  # numbers that are copied at a time
@@ -89,6 +89,7 @@ class TritonKernels:
         body: Sequence[str],
         parts: str = "",
         counted: Sequence[str] = (),
+        walks: bool = False,
     ) -> str:
         """A kernel.
 
@@ -96,12 +97,14 @@ class TritonKernels:
             room: elements of memory that a program works in, as Triton.
             parts: programs of each head and sequence, as Triton, of which each is one `part`; "" for one alone.
             counted: arguments that differ from launch to launch, for which it is compiled once all the same.
+            walks: whether a program takes one head and sequence after the other, each in the same memory.
         """
         split = [
             f"parts = {parts}",
             "part, program = (tl.program_id(0) % parts).to(tl.int64), tl.program_id(0) // parts",
         ]
-        program, place = ("program", "item * parts + part") if parts else ("tl.program_id(0)", "item")
+        program, place = ("program", "item * parts + part") if parts or walks else ("tl.program_id(0)", "item")
+        place = "tl.program_id(0).to(tl.int64)" if walks else place
         start = [
             *(split if parts else []),
             f"head, sequence = ({program} // B).to(tl.int64), ({program} % B).to(tl.int64)",
@@ -110,7 +113,10 @@ class TritonKernels:
         ]
         count = [f"i{size} = tl.arange(0, {size})" for size in sorted(self.used)]
         given = [*given, "S: tl.constexpr", "PRODUCT: tl.constexpr"]
-        lines = [f"def {name}({', '.join(given)}):", f'    """{doc}"""', *indented([*start, *count, *body])]
+        body = [*start, *count, *body]
+        if walks:
+            body = [walk("program", "tl.program_id(0), H * B, tl.num_programs(0)"), *indented([*body, BARRIER])]
+        lines = [f"def {name}({', '.join(given)}):", f'    """{doc}"""', *indented(body)]
         once = f"(do_not_specialize={list(counted)})" if counted else ""
         return f"@triton.jit{once}\n" + "\n".join(lines)
 
@@ -182,15 +188,17 @@ class TritonKernels:
                     except NoSpelling as reason:
                         refused = refused or reason
                         continue
-                    found[function] = function.alive + sum(
-                        math.prod(map(padded, self.shapes[self.plain(n)])) for n in carried
-                    )
-                    if found[function] <= (ALIVE // 2 if height >= 64 else ALIVE):
+                    found[function] = function.alive + (function.kept if carried else 0)
+                    if self.fits(function, found[function]):
                         return function
         if not found:
             assert refused is not None
             raise refused
         return min(found, key=found.__getitem__)
+
+    def fits(self, function: TritonFunction, alive: int) -> bool:
+        """Whether registers hold so many elements of a function's tiles, and of what it hands on."""
+        return alive <= (ALIVE // 2 if function.longest >= TALL else ALIVE)
 
     # ---- Tiles -----------------------------------------------------------------------------------------------------
 
@@ -207,35 +215,49 @@ class TritonKernels:
         index = ", ".join(":" if d == axis else "None" for d in range(rank))
         return f"{text}[{index}]" if rank > 1 else text
 
-    def dense(self, shape: Sequence[int], first: int = 0) -> tuple[list[str], list[str]]:
-        """Places and masks of the axes of a tile in memory, after `first` others."""
+    def dense(self, shape: Sequence[int], first: int = 0, block: int = 0) -> tuple[list[str], list[str]]:
+        """Places and masks of the axes of a tile in memory, after `first` others; `block`: of axes of that size a block
+        is meant, which `in_block` counts."""
         rank, step = len(shape) + first, 1
         places: list[str] = []
         masks: list[str] = []
         for axis in reversed(range(len(shape))):
-            size = shape[axis]
-            self.used.add(padded(size))
-            index = self.beside(axis + first, rank, f"i{padded(size)}")
+            size, count = shape[axis], f"i{padded(shape[axis])}"
+            if size == block:
+                count = "in_block"
+            else:
+                self.used.add(padded(size))
+            index = self.beside(axis + first, rank, count)
             places.insert(0, index if step == 1 else f"{index} * {step}")
-            if size != padded(size):
+            if size not in (block, padded(size)):
                 masks.insert(0, f"({index} < {size})")
             step *= size
         return places, masks
 
-    def load(self, name: str, start: str, to: str = "", under: str = "") -> str:
-        """The line that reads a weight's tile, dense from `start`; `under`: a condition, zero where it fails."""
-        places, masks = self.dense(self.shapes[self.plain(name)])
+    def load(
+        self, name: str, start: str, to: str = "", under: str = "", block: int = 0, is_factor: bool = False
+    ) -> str:
+        """The line that reads a weight's tile, dense from `start`.
+
+        Args:
+            under: a condition, zero where it fails.
+            block: as of `dense`.
+            is_factor: whether it is only ever a factor of products.
+        """
+        places, masks = self.dense(self.shapes[self.plain(name)], block=block)
         masks += [f"({under})"] if under else []
         masked = f", mask={' & '.join(masks)}, other=0" if masks else ""
-        return f"{to or name} = tl.load({' + '.join([start, *places])}{masked}).to(S)"
+        tile = f"tl.load({' + '.join([start, *places])}{masked})"
+        return f"{to or name} = " + (f"tiles.factor({tile}, S, PRODUCT)" if is_factor else f"{tile}.to(S)")
 
-    def store(self, name: str, start: str, value: str) -> str:
-        places, masks = self.dense(self.shapes[self.plain(name)])
+    def store(self, name: str, start: str, value: str, block: int = 0) -> str:
+        places, masks = self.dense(self.shapes[self.plain(name)], block=block)
         masked = f", mask={' & '.join(masks)}" if masks else ""
         return f"tl.store({' + '.join([start, *places])}, {value}{masked})"
 
-    def zeros(self, name: str) -> str:
-        return zeros([padded(size) for size in self.shapes[self.plain(name)]])
+    def zeros(self, name: str, block: int = 0, length: int = 0) -> str:
+        """A weight's tile of zeros, of axes of the size `block` so much."""
+        return zeros([length if size == block else padded(size) for size in self.shapes[self.plain(name)]])
 
     def at(self, name: str) -> str:
         """Where a given tensor's tile of this head and sequence begins."""
@@ -315,7 +337,7 @@ class TritonKernels:
             if r in function.rows:
                 row = r.removeprefix("d_") if name.endswith("_vjp") else r
                 given.append(places.get(r) or self.place(row, made=True))
-        given += self.more(function)
+        given += [*self.more(function), *(["block"] if function.outside else [])]
         made = ", ".join(f"{prefix}{r}" for r in function.returned) + ("," if len(function.returned) == 1 else "")
         return f"{made}{' = ' if made else ''}{name}({', '.join([*given, 'scratch', 'S', 'PRODUCT'])})"
 

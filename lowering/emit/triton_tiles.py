@@ -45,7 +45,7 @@ class TritonTiles:
         place: what scratch memory holds, and where; `size` elements in all.
         used, masks: the positions and masks that lines read.
         block: the axis that is walked in blocks, by its size, and a block's length; `handed`: what blocks leave in
-            scratch memory for a later walk.
+            scratch memory for a later walk. `outside`: whether a call takes one block, and its caller walks them.
         at_once: what is read from scratch memory soon after it is written.
         narrow: sizes of axes that no product has, which are no longer than the next power of two.
         ordered: whether rows lie in the order that the call gives.
@@ -57,8 +57,9 @@ class TritonTiles:
         longest: int,
         rows: Mapping[str, tuple[int, bool | str]],
         block: tuple[int, int] | None = None,
+        outside: bool = False,
     ) -> None:
-        self.longest, self.rows = longest, rows
+        self.longest, self.rows, self.outside = longest, rows, outside
         self.block = None if block is None else (Extent(0, block[0]), block[1])
         self.handed: set[Value] = set()
         self.at_once: set[Value] = set()

@@ -93,7 +93,7 @@ def compiled(
         SharedMemoryError: it does, and wants more shared memory than a program may take there.
     """
     request: dict[str, Any] = {"text": plan.text, "kernel": kernel, "device": device, "dtype": dtype, "wide": plan.wide}
-    request["timeout"] = timeout
+    request |= {"computed": plan.computed, "timeout": timeout}
     request["options"] = plan.options(kernel, TARGETS[device][0] == "cuda")
     ran = _ask({**request, "environment": dict(os.environ)})
     if not ran["status"]:
@@ -113,10 +113,14 @@ def compiled(
     )
 
 
-def _signature(function: Any, dtype: str, wide: Collection[str]) -> tuple[dict[str, str], set[str]]:
+def _signature(
+    function: Any, dtype: str, wide: Collection[str], computed: Collection[str]
+) -> tuple[dict[str, str], set[str]]:
     """The type of each argument as a launch gives it; those that are multiples of 16.
 
-    wide: tensors whose rows are, and so the steps between them.
+    Args:
+        wide: tensors whose rows are, and so the steps between them.
+        computed: tensors in the compute dtype, beside those that are always.
     """
     types, multiples = {}, set()
     for name in function.arg_names:
@@ -125,7 +129,9 @@ def _signature(function: Any, dtype: str, wide: Collection[str]) -> tuple[dict[s
         elif name in _NUMBERS:
             types[name] = _NUMBERS[name]
             multiples.add(name)
-        elif name == "d_z_p" or (name.endswith("_p") and not name.startswith(_COMPUTED)):
+        elif name in ("d_z_p", "low_handed") or (
+            name.endswith("_p") and not name.startswith(_COMPUTED) and name[:-2] not in computed
+        ):
             types[name] = f"*{dtype}"
             multiples.add(name)
         elif name.endswith(("_p", "_made", "_handed")):
@@ -145,7 +151,7 @@ def _compile(request: Mapping[str, Any]) -> Compiled:
     device, dtype = request["device"], request["dtype"]
     backend, arch = TARGETS[device]
     function = getattr(cache.load(cache.write("offline", request["text"])), request["kernel"])
-    types, multiples = _signature(function, dtype, request["wide"])
+    types, multiples = _signature(function, dtype, request["wide"], request["computed"])
     at = {name: (index,) for index, name in enumerate(function.arg_names)}
     constants = {at["S"]: tl.float32, at["PRODUCT"]: _PRODUCTS[dtype]}
     source = triton.compiler.ASTSource(

@@ -21,7 +21,7 @@ from nestloop.lowering.runtime.assembler import assembling, warn_of_no_wgmma
 from nestloop.lowering.runtime.batches import BatchCode, BatchLoop, Call, compute_dtype
 from nestloop.lowering.runtime.native import readable
 from nestloop.lowering.runtime.refusals import shared_memory_of
-from nestloop.lowering.runtime.triton_plan import TritonPlan, ranges_of
+from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan, programs_of, ranges_of
 
 if TYPE_CHECKING:
     from nestloop.lowering.runtime.streams import StreamSignature
@@ -80,14 +80,17 @@ class TritonCode:
         heads, sequences = lead
         items = heads * sequences
 
-        def space(elements: int) -> Tensor:
-            return like.new_empty(max(items * elements, 1), dtype=dtype)
+        def space(elements: int, is_low: bool = False) -> Tensor:
+            low = like.dtype if like.dtype in _LOW and dtype != torch.float64 else dtype
+            return like.new_empty(max(items * elements, 1), dtype=low if is_low else dtype)
 
-        handed = [space(parts[one.over] * one.elements) for one in plan.handed(direction)]
-        memory = space(max(parts[one.over] * (one.scratch + every * one.states) for one in plan.launches(direction)))
+        handed = [space(parts[one.over] * one.elements, one.is_low) for one in plan.handed(direction)]
+        grids = {one.kernel: self.grid(one, items, parts, like) for one in plan.launches(direction)}
+        room = max(grids[one.kernel] * (one.scratch + every * one.states) for one in plan.launches(direction))
+        memory = like.new_empty(max(room, 1), dtype=dtype)
         values = [*given, *made, *more, *handed, memory, heads, sequences, *counts]
         for one, step in plan.turns(direction, steps):
-            kernel, grid = getattr(self.kernels, one.kernel), (items * parts[one.over], 1)
+            kernel, grid = getattr(self.kernels, one.kernel), (grids[one.kernel], 1)
             arguments = dict(zip(kernel.arg_names, values, strict=False)) | self.settings(dtype, like.dtype)
             arguments |= {"step": step} if one.each_step else {}
             if like.device.type == "cpu":
@@ -98,6 +101,14 @@ class TritonCode:
                 options = plan.options(one.kernel, nvidia=torch.version.hip is None)
                 with torch.cuda.device(like.device), shared_memory_of(plan, one.kernel), _assembling(like.device) as own:
                     kernel[grid](**arguments, **options, **own)
+
+    @staticmethod
+    def grid(one: Launch, items: int, parts: Mapping[str, int], like: Tensor) -> int:
+        """Programs of a kernel."""
+        if like.device.type != "cuda":
+            return items * parts[one.over]
+        device = torch.cuda.get_device_properties(like.device)
+        return parts[one.over] * programs_of(one, items, device.multi_processor_count, device.L2_cache_size)
 
     @staticmethod
     def settings(dtype: torch.dtype, given: torch.dtype) -> dict[str, Any]:
@@ -231,11 +242,13 @@ class TritonBatches(BatchCode, TritonCode):
     def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
         arguments: list[Any] = []
         for name, tensor in given:
+            tensor = tensor.to(call.dtype) if name in self.loop.fast else tensor
             arguments += pointers(tensor, name == "d_z" or self.is_token(name), name.startswith("between_"))
         order = [] if call.order is None else pointers(call.order, False, False)
         ranges = self.ranges(call)
         plan, counts = (self.plan, ()) if ranges == 1 else (self.plan.in_ranges(), (ranges,))
-        parts, counts = {"sequences": 1, "ranges": ranges}, (call.length, call.steps, *counts)
+        parts = {"sequences": 1, "ranges": ranges, "tokens": call.length}
+        counts = (call.length, call.steps, *counts)
         lead, more = (call.heads, call.sequences), [*order, *self._steps(call)]
         results = [*made.values()]
         like, dtype, steps = call.like, call.dtype, call.steps

@@ -9,6 +9,7 @@ from typing import Any
 
 from nestloop.lowering.runtime.batches import ranges_within
 
+MOST_WARPS = 8  # that a multiprocessor runs at once, each thread with all registers that it may have
 WORTH = 4  # tiles, of the tallest, that a range has at least: with fewer, launches take what ranges save
 
 
@@ -22,6 +23,19 @@ def ranges_of(items: int, tokens: int, rows: int, programs: int) -> int:
         programs: that the device runs at once, each on a multiprocessor of its own.
     """
     return ranges_within(items, -(-tokens // rows) // WORTH, programs)
+
+
+def programs_of(launch: Launch, items: int, multiprocessors: int, cache: int) -> int:
+    """Programs of a launch that walk heads and sequences: one for each, or as many as run at once, twice, where the
+    memory that all work in is more than the cache that multiprocessors share.
+
+    Args:
+        items: heads times sequences.
+        multiprocessors, cache: of the device: how many, and bytes.
+    """
+    if not launch.walks or 4 * items * launch.scratch <= cache:
+        return items
+    return min(items, multiprocessors * 2 * max(1, MOST_WARPS // launch.warps))
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,7 @@ class Launch:
         scratch: elements of memory that a program works in.
         states: elements more for each chunk from one state that is kept to the next.
         each_step: whether it runs once for every step of a loop of batches, in turn with its neighbours that do.
+        walks: whether a program takes one head and sequence after the other, where there are fewer programs than those.
     """
 
     kernel: str
@@ -62,6 +77,7 @@ class Launch:
     scratch: int
     states: int = 0
     each_step: bool = False
+    walks: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,13 +87,18 @@ class Handed:
     Attributes:
         name: of the kernels' argument, which ends with "_handed".
         over: what has elements of its own, of every head and sequence: as of a `Launch`, or "boundaries" (before each
-            chunk, and after the last).
+            chunk, and after the last), or "tokens".
         elements: of each.
     """
 
     name: str
     over: str
     elements: int
+
+    @property
+    def is_low(self) -> bool:
+        """Whether it holds factors of products alone, in the dtype that these are rounded to."""
+        return self.name == "low_handed"
 
 
 @dataclass(frozen=True)
@@ -104,6 +125,7 @@ class TritonPlan:
         forward_launches, backward_launches: the kernels, in order.
         forward_handed, backward_handed: what they leave for one another.
         ranges: of a loop of batches, what it runs in place of them where heads and sequences are few.
+        computed: what kernels call inputs that they take in the compute dtype.
         common: of a loop of batches, names of what all steps share, which the PyTorch module makes.
         work: what its kernels do, for the cost model (`emit.triton_work.work`).
     """
@@ -120,6 +142,7 @@ class TritonPlan:
     forward_handed: tuple[Handed, ...] = ()
     backward_handed: tuple[Handed, ...] = ()
     ranges: InRanges | None = None
+    computed: tuple[str, ...] = ()
     common: tuple[str, ...] = ()
     work: dict[str, Any] = field(default_factory=dict)
 

@@ -45,6 +45,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernels, "SHORTEST_BLOCKED", 32)
     monkeypatch.setattr(triton_kernels, "ALIVE", 0)
     monkeypatch.setattr(triton_pieces, "TILES", ((16, 0), (16, 16)))
+    monkeypatch.setattr(triton_pieces, "BLOCKS", ((16, 16),))
 
 
 def inputs_of(loop: type[nl.Loop], tokens: int = 19, **settings: Any) -> Inputs:

@@ -12,6 +12,7 @@ from nestloop.lowering.runtime.triton_plan import Handed
 
 # Where rows lie: those that are only ever factors of products, in the dtype that these are rounded to, and the others.
 LOW, FULL = "low_handed", "rows_handed"
+PULLED = "low_pulled_handed"  # the same of cotangents of a step's gradient
 
 
 class TritonInTwo(TritonPieces):
@@ -32,6 +33,23 @@ class TritonInTwo(TritonPieces):
             function: {n: self.elements(n) for n, is_factor in rows.items() if is_factor == (memory == LOW)}
             for function, rows in self.handed_rows.items()
         }
+
+    @property
+    def low_pulled(self) -> list[str]:
+        """Fast weights of whose gradient the cotangent is only ever a factor of products."""
+        readers = [f for name, f in self.functions.items() if name.endswith("gradient_vjp")]
+        found = [{n for n in self.fast if f"d_gradient_{n}" in set(f.inputs) - set(f.factors)} for f in readers]
+        return [n for n in self.fast if n not in set().union(*found)]
+
+    def pulled_handed(self, over: str) -> tuple[Handed, ...]:
+        """Memory for these cotangents; `over`: as of `Handed`."""
+        size = self.room_for(self.low_pulled)
+        return (Handed(PULLED, over, size),) if size else ()
+
+    def at_pulled(self, index: str) -> list[str]:
+        """The line that finds them, by the number of whose they are."""
+        size = self.room_for(self.low_pulled)
+        return [f"low_pulled = {PULLED} + {index} * {size}"] if size else []
 
     def handed_places(self, name: str, is_ordered: bool) -> dict[str, str]:
         """Where the rows of tokens lie that a function in two hands on: the first of them, or the tile's."""

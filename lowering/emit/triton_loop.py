@@ -38,7 +38,7 @@ class TritonLoop(TritonRanges):
             forward_launches=(self._launch("forward"),),
             backward_launches=(self._launch("backward"),),
             forward_handed=self.rows_handed(),
-            backward_handed=self.rows_handed(),
+            backward_handed=(*self.rows_handed(), *self.pulled_handed("programs")),
             ranges=InRanges(
                 forward_launches=tuple(map(self.launch, ranged["forward"])),
                 backward_launches=tuple(map(self.launch, ranged["backward"])),
@@ -68,6 +68,7 @@ class TritonLoop(TritonRanges):
             doc = f"{', '.join(self.results)}, the states between steps."
         places, room = self.parts(self.functions_of(which), self.kept(which))
         parts = [f"{name} = scratch + {at}" for name, at in places.items()]
+        parts += self.at_pulled("tl.program_id(0).to(tl.int64)") if which == "backward" else []
         return self.frame(which, doc, self.arguments(which), f"{room}", [*parts, *self.order, *body], walks=True)
 
     def _room(self, which: str) -> int:

@@ -82,7 +82,8 @@ class TritonRanges(TritonSteps):
         """What the kernels of a direction leave for one another."""
         of_item = self.parts([], self.kept(which))[1]
         own = Handed("items_handed", "sequences", of_item), Handed("sums_handed", "ranges", self._apart)
-        return (*self.rows_handed(), *own)
+        pulled = self.pulled_handed("sequences") if which == "backward" else ()
+        return (*self.rows_handed(), *pulled, *own)
 
     @property
     def _apart(self) -> int:
@@ -101,7 +102,8 @@ class TritonRanges(TritonSteps):
             found["sums"] = f"sums_handed + (item * ranges + part) * {self._apart}"
         else:
             found["partial"] = f"sums_handed + item * ranges * {self._apart}"
-        return [f"{name} = {at}" for name, at in found.items()]
+        pulled = self.at_pulled("item") if which == "backward" else []
+        return [*[f"{name} = {at}" for name, at in found.items()], *pulled]
 
     # ---- Sums of ranges --------------------------------------------------------------------------------------------
 

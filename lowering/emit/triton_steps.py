@@ -68,6 +68,10 @@ class TritonSteps(TritonInTwo):
         """Where each fast weight, or what has its shape, lies in a part of the program's memory."""
         return self.side_by_side(part, self.fast)
 
+    def pulled(self) -> dict[str, str]:
+        """Where the cotangents of a step's gradient lie."""
+        return self.held("pulled") | self.side_by_side("low_pulled", self.low_pulled)
+
     def found(self, part: str) -> dict[str, str]:
         """The same of what lies here or there, to which `turns` and `recall` point."""
         return {n: f"{part}_{n}" for n in self.fast}
@@ -126,7 +130,8 @@ class TritonSteps(TritonInTwo):
             given += [f"{n}_p"] if n.startswith("between_") else self.pointers(n, self.walks(n))
         given += [f"{n}_made" for n in made]
         given += ["order_p", "order_h", "order_b"] if self.ordered else []
-        handed = [*[one.name for one in self.rows_handed()], *handed]
+        pulled = self.pulled_handed("sequences") if which == "backward" else ()
+        handed = [*[one.name for one in (*self.rows_handed(), *pulled)], *handed]
         return [*given, "bounds", "weights", "rates", *handed, "memory", "H", "B", "N", "steps"]
 
     @property
@@ -319,7 +324,7 @@ class TritonSteps(TritonInTwo):
     def pull_update(self, share: Share) -> list[str]:
         """Lines that run a step's backward, from the cotangent of its state to those of the state before and of the
         gradient."""
-        now, then, pulled = self.found("d_now"), self.found("d_then"), self.held("pulled")
+        now, then, pulled = self.found("d_now"), self.found("d_then"), self.pulled()
 
         def one(variant: str) -> list[str]:
             name = f"{variant}update_vjp"
@@ -343,7 +348,7 @@ class TritonSteps(TritonInTwo):
 
     def pull_gradient(self, share: Share, into: Mapping[str, str]) -> list[str]:
         """Lines that run the gradient's backward over tiles; `into` as for `pull_read_out`."""
-        given = {**self.found("state"), **{f"d_gradient_{n}": place for n, place in self.held("pulled").items()}}
+        given = {**self.found("state"), **{f"d_gradient_{n}": place for n, place in self.pulled().items()}}
         made = self._cotangents(into, share)
         return self._variants(lambda v: self._pull(f"{v}gradient", ("start", "stop"), given, made))
 

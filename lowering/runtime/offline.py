@@ -129,7 +129,7 @@ def _signature(
         elif name in _NUMBERS:
             types[name] = _NUMBERS[name]
             multiples.add(name)
-        elif name in ("d_z_p", "low_handed") or (
+        elif name in ("d_z_p", "low_handed", "low_pulled_handed") or (
             name.endswith("_p") and not name.startswith(_COMPUTED) and name[:-2] not in computed
         ):
             types[name] = f"*{dtype}"

@@ -79,13 +79,13 @@ class TritonCode:
             return
         heads, sequences = lead
         items = heads * sequences
-
-        def space(elements: int, is_low: bool = False) -> Tensor:
-            low = like.dtype if like.dtype in _LOW and dtype != torch.float64 else dtype
-            return like.new_empty(max(items * elements, 1), dtype=low if is_low else dtype)
-
-        handed = [space(parts[one.over] * one.elements, one.is_low) for one in plan.handed(direction)]
         grids = {one.kernel: self.grid(one, items, parts, like) for one in plan.launches(direction)}
+        parts = {name: items * count for name, count in parts.items()} | {"programs": max(grids.values())}
+        low = like.dtype if like.dtype in _LOW and dtype != torch.float64 else dtype
+        handed = [
+            like.new_empty(max(parts[one.over] * one.elements, 1), dtype=low if one.is_low else dtype)
+            for one in plan.handed(direction)
+        ]
         room = max(grids[one.kernel] * (one.scratch + every * one.states) for one in plan.launches(direction))
         memory = like.new_empty(max(room, 1), dtype=dtype)
         values = [*given, *made, *more, *handed, memory, heads, sequences, *counts]
@@ -99,7 +99,11 @@ class TritonCode:
                 interpreted(kernel, grid, arguments)
             else:
                 options = plan.options(one.kernel, nvidia=torch.version.hip is None)
-                with torch.cuda.device(like.device), shared_memory_of(plan, one.kernel), _assembling(like.device) as own:
+                with (
+                    torch.cuda.device(like.device),
+                    shared_memory_of(plan, one.kernel),
+                    _assembling(like.device) as own,
+                ):
                     kernel[grid](**arguments, **options, **own)
 
     @staticmethod

@@ -87,7 +87,7 @@ class Handed:
     Attributes:
         name: of the kernels' argument, which ends with "_handed".
         over: what has elements of its own, of every head and sequence: as of a `Launch`, or "boundaries" (before each
-            chunk, and after the last), or "tokens".
+            chunk, and after the last), or "tokens"; or "programs", which is each that runs.
         elements: of each.
     """
 
@@ -98,7 +98,7 @@ class Handed:
     @property
     def is_low(self) -> bool:
         """Whether it holds factors of products alone, in the dtype that these are rounded to."""
-        return self.name == "low_handed"
+        return self.name.startswith("low_")
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ def triton_work(
     every = spacing(spec, sizes, triton.rows, triton.state) if plan.form == "stream" else one
     chunks = sympy.ceiling(N / triton.rows)
     parts = {"sequences": one, "chunks": chunks, "boundaries": chunks + 1, "groups": sympy.ceiling(chunks / every)}
-    parts |= {"ranges": shares, "tokens": N}
+    parts |= {"ranges": shares, "tokens": N, "programs": one}
     outside = [
         (cost(piece.forward if direction == "forward" else piece.backward), H if name == "prepare" else B * H)
         for name, piece in pieces.items()

@@ -94,5 +94,6 @@ class TritonInTwo(TritonPieces):
             f"for first in tl.range({start}, {stop}, {height}):",
             *indented(tile),
             *[self.store(r, into[r], r, block=size) for r in function.returned],
+            *([BARRIER] if set(function.results) - set(function.returned) else []),  # the next adds to the same rows
         ]
         return [BARRIER, walk("block", f"0, {size}, {length}"), *indented(lines), BARRIER]

@@ -1,5 +1,5 @@
-"""The Triton emitter for loops of batches: one program walks the schedule for one head of one sequence; or, where these
-are few, kernels over ranges of tokens follow one another (`triton_ranges`)."""
+"""The Triton emitter for loops of batches: one program walks the schedule for one head of one sequence, and then for
+another; or, where these are few, kernels over ranges of tokens follow one another (`triton_ranges`)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class TritonLoop(TritonRanges):
     def emit(self) -> TritonPlan:
         """The module."""
         plan = (
-            "One program a head and sequence walks the steps, tile of tokens by tile; or, where these are few, one a\n"
-            "range of tokens sums up what a step needs, and one a head and sequence takes it."
+            "One program walks the steps of a head and sequence, tile of tokens by tile, and then those of another;\n"
+            "or, where these are few, one a range of tokens sums up what a step needs, and one a head and sequence\n"
+            "takes it."
         )
         ranged = {which: self.range_kernels(which) for which in ("forward", "backward")}
         kernels = {name: self._kernel(name) for name in ("forward", "backward")}

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import nestloop as nl
 from nestloop import zoo
@@ -17,7 +16,8 @@ from nestloop.lowering.runtime import interpreter
 from nestloop.lowering.runtime.triton import TritonBatches, TritonCode
 from nestloop.lowering.runtime.triton_plan import Launch, programs_of
 from tests.lowering.comparison import Inputs, assert_equal, differences, random_inputs, run
-from tests.lowering.runtime.test_native import Recall, doubled
+from tests.lowering.runtime.test_native import Recall
+from tests.lowering.runtime.test_triton_batches import differences_in_bfloat16
 
 pytest.importorskip("triton")
 
@@ -82,19 +82,8 @@ def test_programs_walk_where_memory_of_all_is_more_than_the_cache():
 
 
 def test_bfloat16_rounds_factors_of_products_alone():
-    inputs = inputs_of(zoo.MTTTMLP, 19, sequences=1)
-
-    def low(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {n: t.detach().to(torch.bfloat16).requires_grad_() for n, t in tensors.items()}
-
-    halved = Inputs(low(inputs.views), inputs.weights, None, None)
-    exact = Inputs(
-        {n: t.detach().double().requires_grad_() for n, t in halved.views.items()}, inputs.weights, None, None
-    )
-    weights = {n: w.detach().float().requires_grad_() for n, w in inputs.weights.items()}
-    wanted = doubled(run(nl.compile(zoo.MTTTMLP, backend="reference"), exact))
-    found = doubled(run(nl.compile(zoo.MTTTMLP, backend="triton"), Inputs(halved.views, weights, None, None)))
-    assert_equal(differences(found, wanted), 2e-2)  # 8 bits of every factor, and of what is given back
+    found = differences_in_bfloat16(zoo.MTTTMLP, inputs_of(zoo.MTTTMLP, 19, sequences=1))
+    assert_equal(found, 2e-2)  # 8 bits of every factor, and of what is given back
 
 
 def test_what_is_read_and_written_is_what_the_header_says(monkeypatch: pytest.MonkeyPatch):

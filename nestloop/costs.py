@@ -204,7 +204,7 @@ def costs_of(
                 rows[d].append(Row(one, w, expected, why))
     (candidate,) = (one for one in plans if one.name == chosen)
     ran = {name: (works[name], (of["forward"], of["backward"])) for name, of in best.items()}
-    beside = (one for one in plans if one.plan is not None and one.tiling == candidate.tiling)
+    beside = (one for one in plans if one.plan is not None and one.is_triton and one.tiling == candidate.tiling)
     other = next((ran[one.name] for one in beside if one.in_ranges != candidate.in_ranges), None)
     work, warps = ran[chosen]
     return Costs(spec, figures, dtype, sizes, rows, candidate, warps, work, other if candidate.is_triton else None)

@@ -17,6 +17,18 @@ def dot(a, b, S: tl.constexpr, PRODUCT: tl.constexpr):
 
 
 @triton.jit
+def factor(x, S: tl.constexpr, PRODUCT: tl.constexpr):
+    """x as `dot` takes it."""
+    if PRODUCT == "bf16":
+        x = x.to(tl.bfloat16)
+    elif PRODUCT == "fp16":
+        x = x.to(tl.float16)
+    else:
+        x = x.to(S)
+    return x
+
+
+@triton.jit
 def exact_dot(a, b, S: tl.constexpr):
     """a [M, K] b [K, N] in the compute dtype S, and no less: for what low precision is not for.
 

@@ -44,13 +44,16 @@ class TritonFunction(TritonValues):
         block: an axis of which some is computed at a time, in phases (`schedule.phases`), or in each program.
         rounded: whether `alive` counts what registers hold where wide products take rounded factors from shared memory:
             half of a factor, and nothing of a constant.
+        outside: whether a call computes one block, of which it is given the first place: `schedule.interchange`.
 
     Attributes:
         inputs, results: names of what it takes and makes; a tile, or for `rows` a place in memory, to which an input,
             and a result of tokens, adds the elements from one row to the next.
         returned: the results that it returns.
-        alive: elements of the tiles that are alive at once, at most.
+        alive: elements of the tiles that are alive at once, at most; `kept`: of those that it returns; `inside`: of
+            those that are alive in what it does most often, a block.
         tokens: how many a tile has.
+        factors: inputs that only products in low precision read.
         tiles: name -> sizes of the axes of every input and result, those of size 1 left out.
         scratch: elements of memory that it works in.
 
@@ -71,9 +74,10 @@ class TritonFunction(TritonValues):
         identifier: Callable[[str], str] = str,
         ordered: bool = False,
         block: Block | None = None,
+        outside: bool = False,
         rounded: bool = False,
     ) -> None:
-        super().__init__(longest, rows, block)
+        super().__init__(longest, rows, block, outside)
         self.rounded = rounded
         self.name, self.doc, self.axes = name, doc, axes
         self.per_token = {*per_token, *[f"d_{n}" for n in per_token], "z", "losses"}
@@ -130,9 +134,10 @@ class TritonFunction(TritonValues):
         lines += [f"    i{size} = tl.arange(0, {size})" for size in sorted(self.used)]
         if self.strip is not None:
             lines.append(f"    {self.strip.places} = strip + i{self.strip.length}")
-        lines += [
-            f"    {self._masked(size)}" for size in self.masks if self.strip is not None or not self.in_blocks(size)
-        ]
+        if self.outside and self.block is not None:
+            lines.append(f"    {self.block.places} = block + i{self.block.length}")
+        there = self.strip is not None or self.outside  # else a walk over blocks says what is in each
+        lines += [f"    {self._masked(size)}" for size in self.masks if there or not self.in_blocks(size)]
         if self.ordered:
             lines.append(f"    row = tl.load(order_at + i{self.padded(TOKENS)}, mask=in_n, other=0)")
         lines += [f"    {line}" for line in self.body]
@@ -182,7 +187,20 @@ class TritonFunction(TritonValues):
         for name in self.results:
             if name in self.rows:
                 given += [f"{name}_at", *([f"{name}_n"] if self.walks(name) else [])]
-        return [*given, *(["order_at"] if self.ordered else []), *(["again"] if self.again else [])]
+        given += [*(["order_at"] if self.ordered else []), *(["again"] if self.again else [])]
+        return [*given, *(["block"] if self.outside else [])]
+
+    @property
+    def factors(self) -> list[str]:
+        return [name for name, value in self.given.items() if value.users and all(map(self._is_low_dot, value.users))]
+
+    @property
+    def kept(self) -> int:
+        return sum(self._weight(value) for value in self.values if value.result in self.returned)
+
+    def in_registers(self, size: int) -> list[str]:
+        """Inputs that are handed in registers, and have an axis of a size."""
+        return [n for n, value in self.given.items() if n not in self.rows and Extent(0, size) in held(value)]
 
     def walks(self, name: str) -> bool:
         """Whether an input or a result has a row, or several, for each token of a tile."""
@@ -207,6 +225,9 @@ class TritonFunction(TritonValues):
             found = phases(self.values, size)
         except NoPhases as reason:
             raise NoSpelling(f"its axis {self.block.name} is not walked in blocks: {reason}") from None
+        if self.outside:
+            self.used.add(self.block.length)
+            return [Phase(once=self.values)]
         if any(is_blocked(v, size) for v in self.values if v.result in self.returned) or any(
             is_blocked(v, size) for n, v in self.given.items() if n not in self.rows
         ):
@@ -220,13 +241,16 @@ class TritonFunction(TritonValues):
         parts = [part for phase in self.phases for part in (phase.once, phase.blocks)]
         last = {o.base: index for index, part in enumerate(parts) for value in part for o in value.reads}
         worst, there, weight = 0, set(alive), cache(self._weight)
+        self.inside = 0
         for index, part in enumerate(parts):
             given = {v for v in there if v not in self.handed and (last.get(v, -1) >= index or v.result is not None)}
             kept = {v for v in [*given, *part] if v not in self.handed and last.get(v, -1) > index}
             part[:] = fewest_alive(part, weight, given, kept)
-            if self.block is not None:  # reductions are there before the first block
-                given |= {v for v in part if sums_over(v, self.block.size)}
-            worst = max(worst, most_alive(part, weight, given, kept))
+            given |= set(filter(self._is_walked, part))  # reductions are there before the first block
+            most = most_alive(part, weight, given, kept)
+            worst = max(worst, most)
+            if self.block is None or self.outside or any(part is phase.blocks for phase in self.phases):
+                self.inside = max(self.inside, most)
             there |= {v for v in part if not v.written}
         return worst
 

@@ -17,7 +17,7 @@ from torch import fx
 
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.emit.triton import TritonFunction
-from nestloop.lowering.emit.triton_tiles import padded, walk
+from nestloop.lowering.emit.triton_tiles import BARRIER, padded, walk
 from nestloop.lowering.emit.triton_work import described, of_function
 from nestloop.lowering.ops.strided import Extent, NoSpelling
 from nestloop.lowering.runtime.triton_plan import Launch
@@ -39,8 +39,8 @@ import triton.language as tl
 from nestloop.lowering.emit import tiles
 '''
 
-# Elements of tiles alive at once, at which tiles are made shorter; with 64 tokens half of it, since products that
-# follow one another then take 4 warps.
+TALL = 64  # tokens of a tile whose products, where they follow one another, take 4 warps and no more
+# Elements of tiles alive at once, at which tiles are made shorter; of tall ones half of it.
 ALIVE = 8 * 32 * TILE_REGISTERS
 SHORTEST_BLOCKED = 128  # an axis that is shorter is never walked in blocks
 PIECE = 4096  # numbers that are copied at a time
@@ -95,6 +95,7 @@ class TritonKernels:
         parts: str = "",
         counted: Sequence[str] = (),
         chosen: bool = False,
+        walks: bool = False,
     ) -> str:
         """A kernel.
 
@@ -103,6 +104,7 @@ class TritonKernels:
             parts: programs of each head and sequence, as Triton, of which each is one `part`; "" for one alone.
             counted: arguments that differ from launch to launch, for which it is compiled once all the same.
             chosen: whether it does nothing where the call has not chosen its form.
+            walks: whether a program takes one head and sequence after the other, each in the same memory.
         """
         program, place, split = "tl.program_id(0)", "item", []
         if self.strip is not None:
@@ -116,8 +118,9 @@ class TritonKernels:
             program, place = "program", "(item * parts + part)"
         if self.strip is not None:
             place = f"({place} * {self.strip.count} + strip // {self.strip.length})"
+        if walks:
+            program, place = "program", "tl.program_id(0).to(tl.int64)"
         start = [
-            *(["if tl.load(chosen) == 0:", "    return"] if chosen else []),
             *split,
             f"head, sequence = ({program} // B).to(tl.int64), ({program} % B).to(tl.int64)",
             "item = head * B + sequence",
@@ -126,7 +129,11 @@ class TritonKernels:
         counts = [f"i{size} = tl.arange(0, {size})" for size in sorted(self.used)]
         counts += [f"{self.strip.places} = strip + i{self.strip.length}"] if self.strip is not None else []
         given = [*given, "S: tl.constexpr", "PRODUCT: tl.constexpr"]
-        lines = [f"def {name}({', '.join(given)}):", f'    """{doc}"""', *indented([*start, *counts, *body])]
+        body = [*start, *counts, *body]
+        if walks:
+            body = [walk("program", "tl.program_id(0), H * B, tl.num_programs(0)"), *indented([*body, BARRIER])]
+        body = [*(["if tl.load(chosen) == 0:", "    return"] if chosen else []), *body]
+        lines = [f"def {name}({', '.join(given)}):", f'    """{doc}"""', *indented(body)]
         once = f"(do_not_specialize={list(counted)})" if counted else ""
         return f"@triton.jit{once}\n" + "\n".join(lines)
 
@@ -240,15 +247,17 @@ class TritonKernels:
                     except NoSpelling as reason:
                         refused = refused or reason
                         continue
-                    found[function] = function.alive + sum(
-                        math.prod(map(padded, self.shapes[self.plain(n)])) for n in carried
-                    )
-                    if found[function] <= (ALIVE // 2 if height >= 64 else ALIVE):
+                    found[function] = function.alive + (function.kept if carried else 0)
+                    if self.fits(function, found[function]):
                         return function
         if not found:
             assert refused is not None
             raise refused
         return min(found, key=found.__getitem__)
+
+    def fits(self, function: TritonFunction, alive: int) -> bool:
+        """Whether registers hold so many elements of a function's tiles, and of what it hands on."""
+        return alive <= (ALIVE // 2 if function.longest >= TALL else ALIVE)
 
     # ---- Tiles -----------------------------------------------------------------------------------------------------
 
@@ -265,8 +274,15 @@ class TritonKernels:
         index = ", ".join(":" if d == axis else "None" for d in range(rank))
         return f"{text}[{index}]" if rank > 1 else text
 
-    def dense(self, shape: Sequence[int], first: int = 0, strip: int | None = None) -> tuple[list[str], list[str]]:
-        """Places and masks of the axes of a tile in memory, after `first` others; `strip`: the one of the strip."""
+    def dense(
+        self, shape: Sequence[int], first: int = 0, strip: int | None = None, block: int = 0
+    ) -> tuple[list[str], list[str]]:
+        """Places and masks of the axes of a tile in memory, after `first` others.
+
+        Args:
+            strip: the axis of the strip.
+            block: of axes of that size a block is meant, which `in_block` counts.
+        """
         rank, step = len(shape) + first, 1
         places: list[str] = []
         masks: list[str] = []
@@ -276,6 +292,8 @@ class TritonKernels:
                 assert self.strip is not None
                 self.used.add(length := self.strip.length)
                 index = self.beside(axis + first, rank, self.strip.places)
+            elif size == block:
+                length, index = 1, self.beside(axis + first, rank, "in_block")  # blocks are whole
             else:
                 self.used.add(length := padded(size))
                 index = self.beside(axis + first, rank, f"i{length}")
@@ -285,22 +303,37 @@ class TritonKernels:
             step *= size
         return places, masks
 
-    def load(self, name: str, start: str, to: str = "", under: str = "") -> str:
-        """The line that reads a weight's tile, dense from `start`; `under`: a condition, zero where it fails."""
-        places, masks = self.dense(self.shapes[self.plain(name)], strip=self._strip_axis(name))
+    def load(
+        self, name: str, start: str, to: str = "", under: str = "", block: int = 0, is_factor: bool = False
+    ) -> str:
+        """The line that reads a weight's tile, dense from `start`.
+
+        Args:
+            under: a condition, zero where it fails.
+            block: as of `dense`.
+            is_factor: whether it is only ever a factor of products.
+        """
+        places, masks = self.dense(self.shapes[self.plain(name)], strip=self._strip_axis(name), block=block)
         masks += [f"({under})"] if under else []
         masked = f", mask={' & '.join(masks)}, other=0" if masks else ""
-        return f"{to or name} = tl.load({' + '.join([start, *places])}{masked}).to(S)"
+        tile = f"tl.load({' + '.join([start, *places])}{masked})"
+        return f"{to or name} = " + (f"tiles.factor({tile}, S, PRODUCT)" if is_factor else f"{tile}.to(S)")
 
-    def store(self, name: str, start: str, value: str) -> str:
+    def store(self, name: str, start: str, value: str, block: int = 0) -> str:
         axis = self._strip_axis(name)
-        places, masks = self.dense(self.shapes[self.plain(name)], strip=axis)
+        places, masks = self.dense(self.shapes[self.plain(name)], strip=axis, block=block)
         masks += self._once if axis is None else []
         masked = f", mask={' & '.join(masks)}" if masks else ""
         return f"tl.store({' + '.join([start, *places])}, {value}{masked})"
 
-    def zeros(self, name: str) -> str:
-        return zeros(self.tile(name))
+    def zeros(self, name: str, block: int = 0, length: int = 0) -> str:
+        """A weight's tile of zeros, of axes of the size `block` so much."""
+        return zeros(
+            [
+                length if size == block else n
+                for size, n in zip(self.shapes[self.plain(name)], self.tile(name), strict=True)
+            ]
+        )
 
     def at(self, name: str) -> str:
         """Where a given tensor's tile of this head and sequence begins."""
@@ -386,7 +419,8 @@ class TritonKernels:
                 row = r.removeprefix("d_") if name.endswith("_vjp") else r
                 given.append(places.get(r) or self.place(row, made=True))
                 given += [self.step(row, made=True)] if function.walks(r) else []
-        given += [*self.more(function), *(["strip"] if function.strip is not None else [])]
+        given += self.more(function)
+        given += [*(["block"] if function.outside else []), *(["strip"] if function.strip is not None else [])]
         made = ", ".join(f"{prefix}{r}" for r in function.returned) + ("," if len(function.returned) == 1 else "")
         return f"{made}{' = ' if made else ''}{name}({', '.join([*given, 'scratch', 'S', 'PRODUCT'])})"
 

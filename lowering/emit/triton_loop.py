@@ -1,11 +1,11 @@
-"""The Triton emitter for loops of batches: one program walks the schedule for one head of one sequence; or, where these
-are few, kernels over ranges of tokens follow one another (`triton_ranges`)."""
+"""The Triton emitter for loops of batches: one program walks the schedule for one head of one sequence, and then for
+another; or, where these are few, kernels over ranges of tokens follow one another (`triton_ranges`)."""
 
 from __future__ import annotations
 
 from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_ranges import TritonRanges
-from nestloop.lowering.emit.triton_steps import KEPT, WHOLE
+from nestloop.lowering.emit.triton_steps import WHOLE
 from nestloop.lowering.emit.triton_tiles import BARRIER, walk
 from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.runtime.triton_plan import InRanges, Launch, TritonPlan
@@ -17,8 +17,9 @@ class TritonLoop(TritonRanges):
     def emit(self) -> TritonPlan:
         """The module."""
         plan = (
-            "One program a head and sequence walks the steps, tile of tokens by tile; or, where these are few, one a\n"
-            "range of tokens sums up what a step needs, and one a head and sequence takes it."
+            "One program walks the steps of a head and sequence, tile of tokens by tile, and then those of another;\n"
+            "or, where these are few, one a range of tokens sums up what a step needs, and one a head and sequence\n"
+            "takes it."
         )
         ranged = {which: self.range_kernels(which) for which in ("forward", "backward")}
         kernels = {name: self._kernel(name) for name in ("forward", "backward")}
@@ -38,6 +39,8 @@ class TritonLoop(TritonRanges):
             wide=tuple(n for n in self.given("backward") if n != "d_losses" and self.elements(n) % 16 == 0),
             forward_launches=(self._launch("forward"),),
             backward_launches=(self._launch("backward"),),
+            forward_handed=self.rows_handed(),
+            backward_handed=(*self.rows_handed(), *self.pulled_handed("programs")),
             ranges=InRanges(
                 forward_launches=tuple(map(self.launch, ranged["forward"])),
                 backward_launches=tuple(map(self.launch, ranged["backward"])),
@@ -47,6 +50,7 @@ class TritonLoop(TritonRanges):
             decided=self.decided,
             sums=self.sums(),
             apart=self.room_for(self.shared),
+            computed=tuple(self.starts),
             common=(*self.hoisted, *self.captured.projected),
             work=work(
                 self.functions,
@@ -59,7 +63,7 @@ class TritonLoop(TritonRanges):
         )
 
     def _launch(self, which: str) -> Launch:
-        return Launch(which, "sequences", self.warps_for(self._alive(which)), self._room(which))
+        return Launch(which, "sequences", self.warps_of(self.functions_of(which)), self._room(which), walks=True)
 
     def _kernel(self, which: str) -> str:
         self.used = set()
@@ -67,36 +71,32 @@ class TritonLoop(TritonRanges):
         doc = "Cotangents of forward's inputs, each step recomputed from the state it started from."
         if which == "forward":
             doc = f"{', '.join(self.results)}, the states between steps."
-        places, room = self.parts(self.functions_of(which), KEPT[which])
+        places, room = self.parts(self.functions_of(which), self.kept(which))
         parts = [f"{name} = scratch + {at}" for name, at in places.items()]
-        return self.frame(
-            which, doc, self.arguments(which), f"{room}", [*parts, *self.order, *body], chosen=self.chooses(which)
-        )
+        parts += self.at_pulled("tl.program_id(0).to(tl.int64)") if which == "backward" else []
+        own = [*parts, *self.order, *body]
+        return self.frame(which, doc, self.arguments(which), f"{room}", own, chosen=self.chooses(which), walks=True)
 
     def _room(self, which: str) -> int:
-        return self.parts(self.functions_of(which), KEPT[which])[1]
-
-    def _alive(self, which: str) -> int:
-        return self.alive(self.functions_of(which))
+        return self.parts(self.functions_of(which), self.kept(which))[1]
 
     def _forward(self) -> list[str]:
-        step = [*self.numbers, *self.turns("forward"), *self.gradient(self.held("now"))]
+        step = [*self.numbers, *self.turns("forward"), *self.gradient(self.found("now"))]
         step += [self.loss("step", "loss_sum", "stop - start")] if self.losses else []
         step += [BARRIER, *self.update()]
         body = [*self.start(), BARRIER, walk("step", "0, steps"), *indented(step)]
-        body += [self.turn("forward"), *self.read_out(WHOLE)]
+        body += [*self.turn("forward"), *self.read_out(WHOLE)]
         return [*body, self.loss("steps", "loss_after", "N")] if self.losses else body
 
     def _backward(self) -> list[str]:
         step = ["step = steps - 1 - back", *self.numbers, *self.turns("backward"), *self.recall()]
-        step += [*self.gradient(self.held("states")), BARRIER] if self.sums_again else []
-        step += [*self.pull_update(WHOLE), BARRIER, *self.d_loss, *self.pull_gradient(WHOLE, "d_then")]
+        step += [*self.gradient(self.found("state")), BARRIER] if self.sums_again else []
+        step += [*self.pull_update(WHOLE), BARRIER, *self.d_loss, *self.pull_gradient(WHOLE, self.found("d_then"))]
         return [
             *self.clear_shared(WHOLE),
             *self.given_cotangents(),
-            *self.pull_read_out(WHOLE, "cotangents"),
+            *self.pull_read_out(WHOLE, self.held("cotangents")),
             walk("back", "0, steps"),
             *indented(step),
-            self.turn("backward"),
             *self.give_back(),
         ]

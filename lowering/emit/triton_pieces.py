@@ -6,24 +6,62 @@ Sums over tokens stay in registers from one tile to the next where they are few,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from nestloop.lowering.axes import readout_axes, type_axes
+from torch import fx
+
+from nestloop.lowering.axes import Axes, readout_axes, type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.batches import Batches
 from nestloop.lowering.emit.torch import TITLES
 from nestloop.lowering.emit.triton import TritonFunction
-from nestloop.lowering.emit.triton_kernels import ALIVE, TritonKernels
+from nestloop.lowering.emit.triton_kernels import ALIVE, TALL, TritonKernels
 from nestloop.lowering.ops.strided import NoSpelling, extent
 from nestloop.lowering.schedule.apart import Block
+from nestloop.lowering.schedule.interchange import Interchanged, interchanged
 
 HEIGHTS = (64, 32, 16)  # tokens of a tile
 # Tokens of a tile, and the length of a block of a long axis (0: all of it), best first: with fewer tokens weights are
 # read more often, and products have fewer rows.
-TILES = ((64, 0), (64, 32), (32, 0), (32, 32), (16, 0), (16, 32), (16, 16))
+TILES = ((64, 0), (64, 32), (32, 0), (32, 64), (32, 32), (16, 0), (16, 64), (16, 32), (16, 16))
+# The same, of sums with blocks outside: with shorter ones tokens are read more often, and half of 8 warps would do.
+BLOCKS = ((64, 64), (32, 64), (64, 32), (32, 32), (16, 64), (16, 32), (16, 16))
+# Elements alive at once, as NVIDIA's assembler held them in registers (sm_90): what is computed once a tile may spill a
+# few, since most is done in blocks; where a call is a block, it takes elements one after the other.
+ALIVE_ONCE = ALIVE * 5 // 4
+ALIVE_BLOCK = ALIVE * 2
 CARRIED = ALIVE // 2  # elements of sums that stay in registers from one tile of tokens to the next
 SUMS = ("loss_sum", "loss_after")
+
+
+_IN_BLOCKS = "What {} sums over tokens that has a long axis, of one block of it."
+
+
+@dataclass(frozen=True)
+class TileGraph:
+    """A graph that becomes a function: fields as the arguments of `TritonFunction`."""
+
+    name: str
+    module: fx.GraphModule
+    results: Sequence[str | None]
+    tokens: tuple[str, ...]
+    doc: str
+    axes: Mapping[fx.Node, Axes]
+    rows: Mapping[str, tuple[int, bool | str]]
+    ordered: bool
+
+    def without(self, carried: Sequence[str]) -> TileGraph:
+        """The same, which hands on some of its results in registers."""
+        return replace(self, rows={n: row for n, row in self.rows.items() if n not in carried})
+
+    def function(
+        self, height: int, identifier: Callable[[str], str], block: Block | None, outside: bool = False
+    ) -> TritonFunction:
+        """Its function on tiles of so many tokens."""
+        given = (self.axes, height, self.rows, identifier, self.ordered, block, outside)
+        return TritonFunction(self.name, self.module, self.results, self.tokens, self.doc, *given)
 
 
 class TritonPieces(Batches, TritonKernels):
@@ -33,10 +71,15 @@ class TritonPieces(Batches, TritonKernels):
         heights: tokens that a tile may have; the first at which a function's tiles fit registers, else the last.
         decided: whether it is one of two forms between which the weights of a call decide, on the device.
 
+    Attributes:
+        handed_rows: of functions in two, by name: what the first part hands to the second, a row a token, and whether
+            it is only ever a factor of products.
+
     Raises:
         NoSpelling: something in it has no Triton; the text is the reason.
     """
 
+    handed_rows: dict[str, dict[str, bool]]
     prefixes = ("", "d_", "gradient_", "d_gradient_", "end_", "between_")
 
     def __init__(
@@ -55,6 +98,7 @@ class TritonPieces(Batches, TritonKernels):
         self.ordered = self.spec.schedule.needs_order
         self.used = set()
         self.functions = {}
+        self.handed_rows = {}
         for name, piece in self.pieces.items():
             self._add(name, name, [self.name(r) for r in piece.results])
         for name, piece in self.pieces.items():
@@ -85,20 +129,63 @@ class TritonPieces(Batches, TritonKernels):
         if of.endswith("update"):  # of the gradient: where the sum of it is
             step = self.functions[of.replace("update", "gradient")]
             handed += [f"gradient_{n}" for n in self.fast if f"gradient_{n}" not in step.rows]
+        rows = {n: row for n, row in rows.items() if n not in handed}
         axes = type_axes(self.spec, module, readout_axes(self.captured)).axes
-        tokens = [*self.tokens, "d_z"]
-        ordered = self.ordered and of.endswith("gradient")
+        tokens, ordered = (*self.tokens, "d_z"), self.ordered and of.endswith("gradient")
+        graph = TileGraph(name, module, results, tokens, doc, axes, rows, ordered)
+        carried = summed if sum(map(self.tile_elements, summed)) <= CARRIED else []
+        function = self._tiled(graph, [carried, []] if carried else [[]])
+        self.functions[name] = function
+        if function.block is None or self.heights == (1,) or of.endswith("update"):
+            return
+        cut = interchanged(module, results, summed, function.block.size.constant, f"{name}_row_")
+        try:
+            self.functions |= {} if cut is None else self._in_two(graph, cut, summed, function.block.size.constant)
+        except NoSpelling:
+            return
+
+    def _tiled(self, graph: TileGraph, sums: Sequence[Sequence[str]]) -> TritonFunction:
+        """A function on a tile of tokens; `sums`: what may stay in registers from tile to tile, the best first."""
 
         def of_tile(height: int, block: Block | None, carried: Sequence[str]) -> TritonFunction:
-            own = {n: row for n, row in rows.items() if n not in (*carried, *handed)}
-            given = (axes, height, own, self.name, ordered, block)
-            return TritonFunction(name, module, results, tokens, doc, *given)
+            return graph.without(carried).function(height, self.name, block)
 
-        carried = summed if sum(map(self.tile_elements, summed)) <= CARRIED else []
         tiles = [tile for tile in TILES if tile[0] in self.heights]
         if self.heights == (1,):
             tiles = [(1, length) for height, length in TILES if height == HEIGHTS[-1]]
-        self.functions[name] = self.fitting(of_tile, module, tiles, [carried, []] if carried else [[]])
+        return self.fitting(of_tile, graph.module, tiles, sums)
+
+    def _in_two(
+        self, graph: TileGraph, cut: Interchanged, summed: Sequence[str], size: int
+    ) -> dict[str, TritonFunction]:
+        """A function in two, one of rows of tokens, and one of sums with blocks of an axis of a size outside."""
+        for node in cut.sums.graph.find_nodes(op="placeholder"):
+            if node.name in cut.handed:
+                self.shapes[node.name] = tuple(int(n) for n in node.meta["val"].shape[1:] if n != 1)
+        stay = [None if moved else r for r, moved in zip(graph.results, cut.moved, strict=True)]
+        added = [r if moved else None for r, moved in zip(graph.results, cut.moved, strict=True)]
+        axes = {node: graph.axes[source] for node, source in cut.sources.items() if source in graph.axes}
+        tokens, rows = (*graph.tokens, *cut.handed), {**graph.rows, **dict.fromkeys(cut.handed, (0, False))}
+        kept = replace(graph, module=cut.rows, results=[*stay, *cut.handed], tokens=tokens, axes=axes, rows=rows)
+
+        # What has the axis is in registers; a row that blocks add up is added to what is there, but for the first.
+        sums = [r for r in added if r in summed]
+        weights = [n for n in rows if n not in tokens and size in self.shapes.get(n, ())]
+        own = {n: row for n, row in rows.items() if n not in (*sums, *weights)}
+        own |= {r: (own[r][0], own[r][1] or "again") for r in added if r in own}
+        name, doc = f"sums_{graph.name}", _IN_BLOCKS.format(graph.name)
+        blocked = replace(kept, name=name, doc=doc, module=cut.sums, results=added, rows=own)
+
+        def of_block(height: int, block: Block | None, carried: Sequence[str]) -> TritonFunction:
+            if block is None or block.size.constant != size:
+                raise NoSpelling(f"blocks of an axis of {size} are wanted")
+            return blocked.function(height, self.name, block, outside=True)
+
+        function = self._tiled(kept, [[]])
+        of_blocks = [tile for tile in BLOCKS if tile[0] in self.heights]
+        made = self.fitting(of_block, cut.sums, of_blocks, [[r for r in sums if r is not None]])
+        self.handed_rows[graph.name] = {n: n in made.factors for n in cut.handed}
+        return {graph.name: function, blocked.name: made}
 
     def _summed(self, name: str, results: Sequence[str]) -> list[str]:
         """Results that tiles, and steps, add up."""
@@ -134,6 +221,13 @@ class TritonPieces(Batches, TritonKernels):
         views = [n for n in self.tokens if n in self.declared]
         return [n for n in self.gradients if n in views and n not in {*added, *self.outside}]
 
+    def fits(self, function: TritonFunction, alive: int) -> bool:
+        if function.outside:
+            return alive <= (ALIVE_BLOCK // 2 if function.longest >= TALL else ALIVE_BLOCK)
+        if function.block is None:
+            return super().fits(function, alive)
+        return alive <= ALIVE_ONCE and super().fits(function, function.inside)
+
     def functions_of(self, which: str) -> list[TritonFunction]:
         """The functions of a direction; `backward` sums the gradient again."""
         pulls = which == "backward"
@@ -141,5 +235,15 @@ class TritonPieces(Batches, TritonKernels):
 
     def alive(self, functions: Sequence[TritonFunction]) -> int:
         """Elements of the tiles that are alive at once, those that the tiles of tokens hand on among them."""
-        handed = {f: sum(self.tile_elements(r) for r in f.returned if r not in SUMS) for f in functions}
-        return max((f.alive + more for f, more in handed.items()), default=0)
+        return max((f.alive + f.kept for f in functions), default=0)
+
+    def warps_of(self, functions: Sequence[TritonFunction]) -> int:
+        """Warps of a program that calls functions: as many as the most demanding takes."""
+        return max(map(self._warps, functions), default=4)
+
+    def _warps(self, function: TritonFunction) -> int:
+        if function.outside:
+            return 4 if function.longest >= TALL or function.alive + function.kept <= ALIVE_BLOCK // 2 else 8
+        if function.block is not None and function.longest >= TALL:
+            return 4
+        return self.warps_for(function.alive + function.kept)

@@ -7,12 +7,12 @@ on who is first. The parts of a step are those of the one kernel that walks them
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import aligned, indented, zeros
-from nestloop.lowering.emit.triton_steps import KEPT, Share, TritonSteps
+from nestloop.lowering.emit.triton_steps import Share, TritonSteps
 from nestloop.lowering.emit.triton_tiles import BARRIER
 from nestloop.lowering.runtime.triton_plan import Handed, Launch
 
@@ -60,7 +60,7 @@ class TritonRanges(TritonSteps):
     def write_kernel(self, kernel: Kernel) -> str:
         """The source of a kernel."""
         self.used = set()
-        handed = [one.name for one in self.handed(kernel.which)]
+        handed = ["items_handed", "sums_handed"]
         step = ["step"] if kernel.each_step else []
         given = [*self.arguments(kernel.which, handed), "ranges", *step]
         in_range = kernel.over == "ranges"
@@ -69,7 +69,7 @@ class TritonRanges(TritonSteps):
         return self.frame(kernel.name, kernel.doc, given, room, lines, parts, step, self.chooses(kernel.which))
 
     def launch(self, kernel: Kernel) -> Launch:
-        warps = self.warps_for(self.alive(self.called(kernel)))
+        warps = self.warps_of(self.called(kernel))
         return Launch(kernel.name, kernel.over, warps, self._works_in(kernel), each_step=kernel.each_step)
 
     def called(self, kernel: Kernel) -> list[TritonFunction]:
@@ -80,8 +80,10 @@ class TritonRanges(TritonSteps):
 
     def handed(self, which: str) -> tuple[Handed, ...]:
         """What the kernels of a direction leave for one another."""
-        of_item = self.parts([], KEPT[which])[1]
-        return Handed("items_handed", "sequences", of_item), Handed("sums_handed", "ranges", self._apart)
+        of_item = self.parts([], self.kept(which))[1]
+        own = Handed("items_handed", "sequences", of_item), Handed("sums_handed", "ranges", self._apart)
+        pulled = self.pulled_handed("sequences") if which == "backward" else ()
+        return (*self.rows_handed(), *pulled, *own)
 
     @property
     def _apart(self) -> int:
@@ -94,13 +96,14 @@ class TritonRanges(TritonSteps):
 
     def _memory(self, which: str, in_range: bool) -> list[str]:
         """Lines that find what a head and sequence keeps, and the sums of its ranges or of one."""
-        places, size = self.parts([], KEPT[which])
+        places, size = self.parts([], self.kept(which))
         found = {name: f"items_handed + item * {size} + {at}" for name, at in places.items()}
         if in_range:
             found["sums"] = f"sums_handed + (item * ranges + part) * {self._apart}"
         else:
             found["partial"] = f"sums_handed + item * ranges * {self._apart}"
-        return [f"{name} = {at}" for name, at in found.items()]
+        pulled = self.at_pulled("item") if which == "backward" else []
+        return [*[f"{name} = {at}" for name, at in found.items()], *pulled]
 
     # ---- Sums of ranges --------------------------------------------------------------------------------------------
 
@@ -123,26 +126,26 @@ class TritonRanges(TritonSteps):
         functions = [self.functions[f"{v}gradient"] for v in self.variants]
         return [n for n in self.fast if any(f"gradient_{n}" not in f.rows for f in functions)]
 
-    def _range_gradient(self, states: str) -> list[str]:
+    def _range_gradient(self, states: Mapping[str, str]) -> list[str]:
         """Lines that sum a step's gradient and loss over a range, and leave them in its memory."""
         sums = self.held("sums")
-        lines = [*self._narrowed(), *self.gradient(self.held(states))]
+        lines = [*self._narrowed(), *self.gradient(states)]
         lines += [self.store(f"gradient_{n}", sums[n], f"gradient_{n}") for n in self._in_registers]
         return [*lines, *self._range_loss("loss_sum")]
 
     def _range_loss(self, total: str) -> list[str]:
         return [f"tl.store(sums + {self.state}, {total})"] if self.losses else []
 
-    def _total(self, into: str, added: bool) -> list[str]:
+    def _total(self, places: Mapping[str, str], added: bool) -> list[str]:
         """Lines that add up what ranges have summed, in their order; `added`: to what is there."""
-        places, parts = self.held(into), ("ranges", self._apart)
+        parts = ("ranges", self._apart)
         pairs = self.held("partial").items()
         return [line for n, at in pairs for line in self.fill(n, at, places[n], added=added, parts=parts)] + [BARRIER]
 
     def _total_gradient(self) -> list[str]:
         """The same of a step's gradient, which an update takes in registers where they hold it."""
         sums = self.held("sums")
-        return [*self._total("sums", False), *[self.load(f"gradient_{n}", sums[n]) for n in self._in_registers]]
+        return [*self._total(sums, False), *[self.load(f"gradient_{n}", sums[n]) for n in self._in_registers]]
 
     def _total_loss(self, total: str, index: str, count: str) -> list[str]:
         """Lines that write a loss."""
@@ -161,14 +164,14 @@ class TritonRanges(TritonSteps):
         step = [*self.numbers, *self.turns("forward")]
 
         def gradient() -> list[str]:
-            return [*step, *self._range_gradient("now")]
+            return [*step, *self._range_gradient(self.found("now"))]
 
         def update() -> list[str]:
             loss = self._total_loss("loss_sum", "step", "stop - start")
             return [*step, *loss, *self._total_gradient(), *self.update()]
 
         def read_out() -> list[str]:
-            lines = ["start, stop = 0, N", *self._narrowed(), self.turn("forward"), *self.read_out(RANGE)]
+            lines = ["start, stop = 0, N", *self._narrowed(), *self.turn("forward"), *self.read_out(RANGE)]
             return [*lines, *self._range_loss("loss_after")]
 
         def end() -> list[str]:
@@ -186,7 +189,7 @@ class TritonRanges(TritonSteps):
     # ---- Backward --------------------------------------------------------------------------------------------------
 
     def _backward_kernels(self) -> list[Kernel]:
-        step = ["back = steps - 1 - step", *self.numbers, *self.turns("backward")]
+        step = ["back = steps - 1 - step", *self.numbers, *self.turns("backward"), *self.recall()]
 
         def cleared() -> list[str]:
             return [*self.clear_all(self.fast, self.held("sums")), BARRIER]
@@ -194,22 +197,22 @@ class TritonRanges(TritonSteps):
         def read_out() -> list[str]:
             first = ["if part == 0:", *indented(self.given_cotangents())]
             lines = [*first, "start, stop = 0, N", *self._narrowed(), *self.clear_shared(RANGE), *cleared()]
-            return [*lines, *self.pull_read_out(RANGE, "sums")]
+            return [*lines, *self.pull_read_out(RANGE, self.held("sums"))]
 
         def recall() -> list[str]:
-            return [*step, *self._total("d_now", True), *self.recall()]
+            return [*step, *self._total(self.found("d_now"), True)]
 
         def sums() -> list[str]:
-            return [*step, *self._range_gradient("states")]
+            return [*step, *self._range_gradient(self.found("state"))]
 
         def update() -> list[str]:
             return [*([*step, *self._total_gradient()] if self.sums_again else recall()), *self.pull_update(FIRST)]
 
         def gradient() -> list[str]:
-            return [*step, *self.d_loss, *self._narrowed(), *cleared(), *self.pull_gradient(RANGE, "sums")]
+            return [*step, *self.d_loss, *self._narrowed(), *cleared(), *self.pull_gradient(RANGE, self.held("sums"))]
 
         def end() -> list[str]:
-            return [self.turn("backward"), *self._total("d_now", True), *self.give_back()]
+            return [*self.turn("backward"), *self._total(self.found("d_now"), True), *self.give_back()]
 
         doc = "Cotangents of a range of tokens, and of what it was read out with."
         read = ("readout_vjp", "final_loss_vjp")

@@ -10,15 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nestloop.lowering.emit.triton import TritonFunction
+from nestloop.lowering.emit.triton_in_two import TritonInTwo
 from nestloop.lowering.emit.triton_kernels import aligned, indented, zeros
-from nestloop.lowering.emit.triton_pieces import TritonPieces
 from nestloop.lowering.emit.triton_tiles import BARRIER, walk
-
-# How many tiles of every fast weight a kernel keeps in memory for a head and sequence, by what they are.
-KEPT = {
-    "forward": {"states": 2, "sums": 1},
-    "backward": {"states": 1, "sums": 1, "cotangents": 2, "pulled": 1},
-}
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class Share:
 WHOLE = Share("0", "N", "item")
 
 
-class TritonSteps(TritonPieces):
+class TritonSteps(TritonInTwo):
     """What the kernels of one lowered loop share."""
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
@@ -60,9 +54,40 @@ class TritonSteps(TritonPieces):
             size += states * self.state
         return places, size
 
+    def kept(self, which: str) -> dict[str, int]:
+        """How many tiles of every fast weight a direction keeps in memory for a head and sequence, by what they are.
+
+        States are read where they are given, and written where they are results; one that is not given is zero.
+        """
+        states = {"states": 1} if len(self.starts) < len(self.fast) else {}
+        if which == "forward":
+            return {**states, "sums": 1}
+        return {**states, **({"sums": 1} if self.sums_again else {}), "cotangents": 2, "pulled": 1}
+
     def held(self, part: str) -> dict[str, str]:
         """Where each fast weight, or what has its shape, lies in a part of the program's memory."""
         return self.side_by_side(part, self.fast)
+
+    def pulled(self) -> dict[str, str]:
+        """Where the cotangents of a step's gradient lie."""
+        return self.held("pulled") | self.side_by_side("low_pulled", self.low_pulled)
+
+    def found(self, part: str) -> dict[str, str]:
+        """The same of what lies here or there, to which `turns` and `recall` point."""
+        return {n: f"{part}_{n}" for n in self.fast}
+
+    def _start(self, name: str) -> str:
+        """Where a fast weight lies before the first step."""
+        return self.at(name) if name in self.starts else self.held("states")[name]
+
+    def _between(self, name: str, step: str, made: bool) -> str:
+        start = f"between_{name}_{'made' if made else 'p'}"
+        return f"{start} + (tl.cast({step}, tl.int64) * H * B + item) * {self.elements(name)}"
+
+    def _point(self, part: str, condition: str, one: Callable[[str], str], other: Callable[[str], str]) -> list[str]:
+        """Lines that point to each fast weight, by a condition here or there."""
+        here, there = ([f"{place} = {at(n)}" for n, place in self.found(part).items()] for at in (one, other))
+        return [f"if {condition}:", *indented(here), "else:", *indented(there)]
 
     def place(self, name: str, made: bool = False) -> str:
         if made:
@@ -70,17 +95,21 @@ class TritonSteps(TritonPieces):
         return f"{self.at(name)} + tl.cast(first, tl.int64) * {name}_n"
 
     def step(self, name: str, made: bool = False) -> str:
+        if any(name in rows for rows in self.handed_rows.values()):
+            return str(self.elements(name))
         return super().step(name, made) if self.walks(name) else "0"
 
     def _read(self, name: str, states: Mapping[str, str]) -> dict[str, str]:
         """Where a function finds what it reads, the fast weights in `states`."""
         function = self.functions[name]
         places = {n: self.at(n) for n in [*self.slow, *self.hoisted]}
+        places |= self.handed_places(name.removeprefix("sums_"), function.ordered)
         places |= {**states, **{f"gradient_{n}": place for n, place in self.held("sums").items()}}
         if function.ordered:
             places |= {n: self.at(n) for n in self.tokens}
             places |= {f"d_{n}": self.made_at(n) for n in self.tokens}
-        return {n: place for n, place in places.items() if n in function.rows}
+        walked = [] if function.block is None else function.in_registers(function.block.size.constant)
+        return {n: place for n, place in places.items() if n in function.rows or n in walked}
 
     @property
     def shared(self) -> list[str]:
@@ -112,6 +141,8 @@ class TritonSteps(TritonPieces):
         given = [*self.pointers(self.given(which)), *self.made_pointers(made)]
         given += ["order_p", "order_h", "order_b"] if self.ordered else []
         given += ["chosen"] if self.chooses(which) else []
+        pulled = self.pulled_handed("sequences") if which == "backward" else ()
+        handed = [*[one.name for one in (*self.rows_handed(), *pulled)], *handed]
         return [*given, "bounds", "weights", "rates", *handed, "memory", "H", "B", "N", "steps"]
 
     def chooses(self, which: str) -> bool:
@@ -133,13 +164,26 @@ class TritonSteps(TritonPieces):
         first, others = (indented(lines(v)) for v in self.variants)
         return ["if step == 0:", *first, "else:", *others]
 
-    def _over_tiles(
-        self, name: str, bounds: tuple[str, str], read: Mapping[str, str], into: Mapping[str, str]
+    def _over_tokens(
+        self, name: str, bounds: tuple[str, str], states: Mapping[str, str], into: Mapping[str, str]
     ) -> list[str]:
         """A piece on every tile of tokens; `into`: where results add up, those that no place is given for in tiles."""
+        lines = self._over_tiles(name, bounds, states, into)
+        sums = f"sums_{name}"
+        return (
+            lines
+            if sums not in self.functions
+            else [*lines, *self.over_blocks(sums, bounds, self._read(sums, states), into)]
+        )
+
+    def _over_tiles(
+        self, name: str, bounds: tuple[str, str], states: Mapping[str, str], into: Mapping[str, str]
+    ) -> list[str]:
+        """A function on every tile of tokens."""
         function = self.functions[name]
         if not function.results:
             return []
+        read = self._read(name, states)
         start, stop = bounds
         returned = [r for r in function.returned if r in into]
         height = function.longest
@@ -156,35 +200,53 @@ class TritonSteps(TritonPieces):
         ]
 
     def more(self, function: TritonFunction) -> list[str]:
-        return [*(["order + first"] if function.ordered else []), *(["back > 0"] if function.again else [])]
+        again = ["back"] if function.name.endswith("gradient_vjp") and not self.ordered else []
+        again += ["block"] if function.outside else []
+        written = [f"{' + '.join(again)} > 0"] if function.again else []
+        return [*(["order + first"] if function.ordered else []), *written]
 
     @property
     def numbers(self) -> list[str]:
         """Lines that read a step's batch and numbers."""
         return [
             "start, stop = tl.load(bounds + 2 * step), tl.load(bounds + 2 * step + 1)",
-            "weight, rate = tl.load(weights + step), tl.load(rates + step)",
+            "weight = tl.load(weights + step)",
         ]
 
-    def turns(self, which: str) -> list[str]:
-        """Lines that say in which half of its memory a step finds the state, or its cotangent, and where it puts it."""
-        index, then = ("step", "then") if which == "forward" else ("back", "d_then")
-        part = "states" if which == "forward" else "cotangents"
-        return [self.turn(which, index), f"{then} = {part} + ({index} + 1) % 2 * {self.state}"]
+    @property
+    def rate(self) -> str:
+        return "rate = tl.load(rates + step)"
 
-    def turn(self, which: str, index: str = "steps") -> str:
-        """The first of them; by itself, after the last step."""
-        now = "now = states" if which == "forward" else "d_now = cotangents"
-        return f"{now} + {index} % 2 * {self.state}"
+    def turns(self, which: str) -> list[str]:
+        """Lines that say where a step finds the state, or its cotangent, and where it puts the latter."""
+        if which == "forward":
+            return self._point("now", "step == 0", self._start, lambda n: self._between(n, "step - 1", True))
+        then = self.held(f"cotangents + (back + 1) % 2 * {self.state}")
+        now = [f"d_now_{n} = {place}" for n, place in self.held(f"cotangents + back % 2 * {self.state}").items()]
+        return [*now, *self._point("d_then", "back + 1 < steps", then.__getitem__, self._given_back)]
+
+    def turn(self, which: str) -> list[str]:
+        """Lines that say where the state, or its cotangent, is after the last step."""
+        if which == "forward":
+            return [f"now_{n} = {self._end(n)}" for n in self.fast]
+        return self._point("d_now", "steps == 0", self.held("cotangents").__getitem__, self._given_back)
+
+    def _given_back(self, name: str) -> str:
+        """Where the cotangent of a fast weight before the first step goes."""
+        if name in self.starts:
+            return f"{name}_made + item * {self.elements(name)}"
+        return self.held(f"cotangents + steps % 2 * {self.state}")[name]
 
     # ---- Forward ---------------------------------------------------------------------------------------------------
 
     def start(self) -> list[str]:
-        """Lines that write the state before the first step; the end too: without tokens there is no step."""
-        states, lines = self.held("states"), []
-        for n in self.fast:
-            lines += self.fill(n, self.at(n) if n in self.starts else None, states[n], self._end(n))
-        return lines
+        """Lines that write what is not given of the state before the first step; without one it is the end."""
+        end = [line for n in self.fast for line in self.fill(n, self.at(n) if n in self.starts else None, self._end(n))]
+        return [*self._clear_states(), "if steps == 0:", *indented(end)]
+
+    def _clear_states(self) -> list[str]:
+        states = self.held("states")
+        return self.clear_all([n for n in self.fast if n not in self.starts], states)
 
     def _end(self, name: str) -> str:
         return f"end_{name}_made + item * {self.elements(name)}"
@@ -193,19 +255,19 @@ class TritonSteps(TritonPieces):
         """Lines that sum the gradient over tiles, and the losses."""
         functions = [self.functions[f"{v}gradient"] for v in self.variants]
         sums = self.held("sums")
-        cleared = [n for n in self.fast if any(f"gradient_{n}" in f.rows for f in functions)]
-        lines = [f"gradient_{n} = {self.zeros(n)}" for n in self.fast if n not in cleared]
+        in_memory = [n for n in self.fast if any(f"gradient_{n}" in f.rows for f in functions)]
+        lines = [f"gradient_{n} = {self.zeros(n)}" for n in self.fast if n not in in_memory]
+        blocks = [self.functions.get(f"sums_{v}gradient") for v in self.variants]
+        cleared = [n for n in in_memory if any(f is None or f"gradient_{n}" not in f.returned for f in blocks)]
         lines += [*self.clear_all(cleared, sums), BARRIER] if cleared else []
         lines += ["loss_sum = " + zeros([])] if any("loss_sum" in f.returned for f in functions) else []
-        into = {f"gradient_{n}": sums[n] for n in cleared}
-        lines += self._variants(
-            lambda v: self._over_tiles(f"{v}gradient", ("start", "stop"), self._read(f"{v}gradient", states), into)
-        )
+        into = {f"gradient_{n}": sums[n] for n in in_memory}
+        lines += self._variants(lambda v: self._over_tokens(f"{v}gradient", ("start", "stop"), states, into))
         return lines
 
     def update(self) -> list[str]:
         """Lines that take a step, and write the state after it."""
-        now, then = self.held("now"), self.held("then")
+        now, then = self.found("now"), self.found("then")
 
         def one(variant: str) -> list[str]:
             name = f"{variant}update"
@@ -214,20 +276,16 @@ class TritonSteps(TritonPieces):
             call = self.call(name, {**self._read(name, now), **made}, count="0")
             return [line for line in [call, *self.clear_all(unmade, then)] if line]
 
-        lines = [*self._variants(one), BARRIER]
-        for n in self.fast:
-            between = f"between_{n}_made + (tl.cast(step, tl.int64) * H * B + item) * {self.elements(n)}"
-            lines += ["if step + 1 < steps:", *indented(self.fill(n, then[n], between))]
-            lines += ["else:", *indented(self.fill(n, then[n], self._end(n)))]
-        return lines
+        point = self._point("then", "step + 1 < steps", lambda n: self._between(n, "step", True), self._end)
+        return [*point, self.rate, *self._variants(one), BARRIER]
 
     def read_out(self, share: Share) -> list[str]:
         """Lines that read the tokens out, and sum up the loss after the last step."""
-        bounds, now = (share.first, share.last), self.held("now")
-        lines = self._over_tiles("readout", bounds, self._read("readout", now), {})
+        bounds, now = (share.first, share.last), self.found("now")
+        lines = self._over_tokens("readout", bounds, now, {})
         if self.losses:
             lines.append("loss_after = " + zeros([]))
-            lines += self._over_tiles("final_loss", bounds, self._read("final_loss", now), {})
+            lines += self._over_tokens("final_loss", bounds, now, {})
         return lines
 
     @staticmethod
@@ -244,19 +302,20 @@ class TritonSteps(TritonPieces):
         return any(f"gradient_{n}" in f.inputs for f in updates for n in self.fast)
 
     def given_cotangents(self) -> list[str]:
-        """Lines that write the cotangent of the state after the last step."""
+        """Lines that write the cotangent of the state after the last step, and what is not given of the first."""
         cotangents = self.held("cotangents")
-        return [line for n in self.fast for line in self.fill(n, self.at(f"d_{n}"), cotangents[n])]
+        given = [line for n in self.fast for line in self.fill(n, self.at(f"d_{n}"), cotangents[n])]
+        return [*self._clear_states(), *given]
 
     def clear_shared(self, share: Share) -> list[str]:
         """Lines that clear a program's cotangents of what sequences share."""
         shared = self._shared(share)
         return self.clear_all(list(shared), shared)
 
-    def pull_read_out(self, share: Share, into: str) -> list[str]:
+    def pull_read_out(self, share: Share, into: Mapping[str, str]) -> list[str]:
         """Lines that run the read-out's backward, and that of the loss after the last step.
 
-        into: the part of memory in which cotangents of the state add up.
+        into: where cotangents of the state add up.
         """
         height, bounds = self.heights[0], (share.first, share.last)
         lines: list[str] = []
@@ -266,7 +325,7 @@ class TritonSteps(TritonPieces):
             lines += [walk("first", f"{share.first}, {share.last}, {height}"), *indented(inner)]
         lines.append(BARRIER)
         ends = {n: self.at(f"end_{n}") for n in self.fast}
-        made = self._cotangents(self.held(into), share)
+        made = self._cotangents(into, share)
         lines += self._pull("readout", bounds, ends, made)
         if self.losses:
             lines.append(f"d_loss_after = tl.load({self.at('d_losses')} + steps).to(S) / tl.cast(N, S)")
@@ -274,20 +333,13 @@ class TritonSteps(TritonPieces):
         return lines
 
     def recall(self) -> list[str]:
-        """Lines that read the state from which a step started."""
-        states = self.held("states")
-        first: list[str] = []
-        later: list[str] = []
-        for n in self.fast:
-            between = f"between_{n}_p + (tl.cast(step - 1, tl.int64) * H * B + item) * {self.elements(n)}"
-            first += self.fill(n, self.at(n) if n in self.starts else None, states[n])
-            later += self.fill(n, between, states[n])
-        return ["if step == 0:", *indented(first), "else:", *indented(later), BARRIER]
+        """Lines that say where the state is from which a step started."""
+        return self._point("state", "step == 0", self._start, lambda n: self._between(n, "step - 1", False))
 
     def pull_update(self, share: Share) -> list[str]:
         """Lines that run a step's backward, from the cotangent of its state to those of the state before and of the
         gradient."""
-        now, then, pulled = self.held("d_now"), self.held("d_then"), self.held("pulled")
+        now, then, pulled = self.found("d_now"), self.found("d_then"), self.pulled()
 
         def one(variant: str) -> list[str]:
             name = f"{variant}update_vjp"
@@ -297,11 +349,11 @@ class TritonSteps(TritonPieces):
             unmade = self.clear_all([n for n in self.fast if f"d_{n}" not in results], then)
             unmade += self.clear_all([n for n in self.fast if f"d_gradient_{n}" not in results], pulled)
             found = [r for r in self.functions[name].returned if r in into]
-            call = self.call(name, {**self._read(name, self.held("states")), **made, **into}, "c_", count="0")
+            call = self.call(name, {**self._read(name, self.found("state")), **made, **into}, "c_", count="0")
             added = [line for r in found for line in (self.load(r, into[r]), self.store(r, into[r], f"{r} + c_{r}"))]
             return [line for line in [call, *unmade, *added] if line]
 
-        return self._variants(one)
+        return [self.rate, *self._variants(one)]
 
     @property
     def d_loss(self) -> list[str]:
@@ -309,21 +361,21 @@ class TritonSteps(TritonPieces):
         read = f"d_loss_sum = tl.load({self.at('d_losses')} + step).to(S) / tl.cast(stop - start, S)"
         return [read] if self.losses else []
 
-    def pull_gradient(self, share: Share, into: str) -> list[str]:
+    def pull_gradient(self, share: Share, into: Mapping[str, str]) -> list[str]:
         """Lines that run the gradient's backward over tiles; `into` as for `pull_read_out`."""
-        given = {**self.held("states"), **{f"d_gradient_{n}": place for n, place in self.held("pulled").items()}}
-        made = self._cotangents(self.held(into), share)
+        given = {**self.found("state"), **{f"d_gradient_{n}": place for n, place in self.pulled().items()}}
+        made = self._cotangents(into, share)
         return self._variants(lambda v: self._pull(f"{v}gradient", ("start", "stop"), given, made))
 
     def _pull(
         self, piece: str, bounds: tuple[str, str], states: Mapping[str, str], into: Mapping[str, str]
     ) -> list[str]:
         """Lines that run a piece's backward over tiles."""
-        name = f"{piece}_vjp"
-        lines = self._over_tiles(name, bounds, self._read(name, states), into)
+        lines = self._over_tokens(f"{piece}_vjp", bounds, states, into)
         return [*lines, BARRIER] if lines else []
 
     def give_back(self) -> list[str]:
-        """Lines that write the cotangents of the fast weights that forward took."""
-        last = self.held("d_now")
-        return [x for n in self.starts for x in self.fill(n, last[n], f"{n}_made + item * {self.elements(n)}")]
+        """Lines that write the cotangents of the fast weights that forward took, where no step has."""
+        last = self.held("cotangents")
+        lines = [line for n in self.starts for line in self.fill(n, last[n], self._given_back(n))]
+        return ["if steps == 0:", *indented(lines)] if lines else []

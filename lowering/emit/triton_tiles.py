@@ -52,6 +52,7 @@ class TritonTiles:
         place: what scratch memory holds, and where; `size` elements in all.
         used, masks: the positions and masks that lines read.
         handed: what blocks leave in scratch memory for a later walk.
+        outside: whether a call takes one block, and its caller walks them.
         at_once: what is read from scratch memory soon after it is written.
         narrow: sizes of axes that no product has, which are no longer than the next power of two.
         ordered: whether rows lie in the order that the call gives.
@@ -63,8 +64,9 @@ class TritonTiles:
         longest: int,
         rows: Mapping[str, tuple[int, bool | str]],
         block: Block | None = None,
+        outside: bool = False,
     ) -> None:
-        self.longest, self.rows, self.block = longest, rows, block
+        self.longest, self.rows, self.block, self.outside = longest, rows, block, outside
         self.handed: set[Value] = set()
         self.at_once: set[Value] = set()
         self.narrow: set[Extent] = set()

@@ -61,7 +61,7 @@ class TritonValues(TritonTiles):
         *before, text = made
         where = value.node.meta.get("where")
         comment = f"  # {self._named(value)}{f' {where.short}' if where else ''}"
-        if self.block is not None and sums_over(value, self.block.size):
+        if self._is_walked(value):
             by = self._reduced_by(value)
             text = f"{value.name} + {text}" if by == "sum" else f"tl.{by}imum({value.name}, {text})"
             lines = [*self.pending, *before, f"{value.name} = {text}{comment}"]
@@ -72,6 +72,10 @@ class TritonValues(TritonTiles):
         if value in self.handed:
             self.there.add(value)
         return [*lines, *self._finished(value)]
+
+    def _is_walked(self, value: Value) -> bool:
+        """Whether a value is a reduction over all blocks that are walked here."""
+        return self.block is not None and not self.outside and sums_over(value, self.block.size)
 
     def _finished(self, value: Value) -> list[str]:
         """Lines after a value is there: a result is written, or made what the next step takes."""
@@ -197,7 +201,7 @@ class TritonValues(TritonTiles):
         for d in sorted(reduced, reverse=True):
             element = f"tl.{how.by}({element}, {d})"
         ended = element
-        if self.block is None or not sums_over(value, self.block.size):  # else after the last block
+        if not self._is_walked(value):  # else after the last block
             ended = how.ends(element, str(product([value.space[axis] for axis in value.axes])))
         self._set_clean(value, [c for d, c in enumerate(clean) if d not in reduced])
         left = [d for d in range(len(space)) if d not in reduced]

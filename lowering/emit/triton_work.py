@@ -82,9 +82,11 @@ def described(costs: Mapping[str, dict[str, Any]], launches: Sequence[Launch]) -
     for name, found in costs.items():
         low, exact = sum(found["products"].values()) / 1e6, found["exact"] / 1e6
         work = f"{low:.1f} MFLOP in products, padding included" + (f", {exact:.1f} more in exact ones" if exact else "")
+        tile = f"n <= {found['tokens']}" + (f", one of {found['blocks']} blocks" if found["blocks"] > 1 else "")
+        around = f" ({4 * found['around']:,} more for all of them)" if found["around"] else ""
         lines.append(
-            f"    {name}: n <= {found['tokens']}: {work}; {found['instructions'] / 1e6:.2f} M other instructions; "
-            f"{4 * found['moved']:,} bytes read and written; {found['alive']:,} numbers alive at once"
+            f"    {name}: {tile}: {work}; {found['instructions'] / 1e6:.2f} M other instructions; "
+            f"{4 * found['moved']:,} bytes read and written{around}; {found['alive']:,} numbers alive at once"
         )
     return lines
 
@@ -95,7 +97,8 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
     Returns:
         "tokens": of the tile. "flops": of its products, as arithmetic in n. "products": rows of a product (as text) ->
         FLOPs of the tiles that it takes, padding included. "exact": FLOPs of those that low precision is not
-        for. "instructions": of all threads. "moved": elements read from memory and written to it. "depth": products,
+        for. "instructions": of all threads. "moved": elements read from memory and written to it. "blocks": calls that
+        one tile takes, "around": elements read and written for all tiles and blocks together. "depth": products,
         reductions and solved rows that wait for one another. "alive": elements alive at once. "largest": the
         largest tile.
     """
@@ -136,6 +139,8 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
         "exact": exact,
         "instructions": instructions + moved,
         "moved": moved,
+        "blocks": (1 if function.block is None else function.block.count) if function.outside else 1,
+        "around": _moved_around(function),
         "depth": max(depth.values(), default=0),
         "alive": function.alive,
         "largest": function.largest,
@@ -149,7 +154,7 @@ def _elements(function: TritonFunction, shape: Sequence[Extent]) -> int:
 
 def _turns(function: TritonFunction, value: Value) -> int:
     """How many blocks of a long axis a value is computed for."""
-    if function.block is None or function.block.is_strip:
+    if function.block is None or function.block.is_strip or function.outside:
         return 1
     size = function.block.size
     return function.block.count if is_blocked(value, size) or sums_over(value, size) else 1
@@ -165,16 +170,42 @@ def _waits(function: TritonFunction, value: Value) -> int:
 
 def _moved(function: TritonFunction) -> int:
     """Elements that a call reads and writes: rows of tensors, and its scratch memory."""
-
-    def size(value: Value) -> int:
-        whole = math.prod(extent.at(function.longest) for extent in value.shape)
-        strip = function.strip
-        return whole // strip.count if strip is not None and is_blocked(value, strip.size) else whole
-
-    total = sum(size(value) for name, value in function.given.items() if name in function.rows)
-    for value in function.values:
-        if value.written and value.result is not None:
-            total += size(value) * (2 if function.rows[value.result][1] else 1)
-        total += size(value) if value in function.place else 0
-        total += sum(size(value) for operand in value.reads if operand.base in function.place)
+    there: set[Value] = set()
+    total = 0
+    for phase in function.phases:
+        for part in (phase.once, phase.blocks):
+            # A block of what has the axis is read in every walk; the rest stays in registers.
+            seen: set[Value] = set()
+            for value in part:
+                if value.written and value.result is not None:
+                    total += _size(function, value) * (2 if function.rows[value.result][1] else 1)
+                total += _size(function, value) if value in function.place else 0
+                for base in {view.base for view in value.reads} - seen - there:
+                    if base in function.handed or (base.kind == "input" and base.name in function.rows):
+                        walked = function.block is not None and is_blocked(base, function.block.size)
+                        (seen if walked else there).add(base)
+                        total += 0 if base in part else _size(function, base)
+                total += sum(_size(function, value) for view in value.reads if view.base in function.at_once)
     return total
+
+
+def _moved_around(function: TritonFunction) -> int:
+    """Elements that are read and written for a walk over all blocks, where its caller walks them: weights, and sums."""
+    if not function.outside or function.block is None:
+        return 0
+    weights = function.in_registers(function.block.size.constant)
+    given = sum(_whole(function, function.given[name]) for name in weights)
+    sums = sum(_whole(function, value) for value in function.values if value.result in function.returned)
+    return given + sums * (1 if function.name.endswith("gradient") else 2)
+
+
+def _whole(function: TritonFunction, value: Value) -> int:
+    return math.prod(extent.at(function.longest) for extent in value.shape)
+
+
+def _size(function: TritonFunction, value: Value) -> int:
+    """The same of what a call has of it."""
+    block = function.block if function.outside else None
+    sizes = (block.length if block is not None and n == block.size else n.at(function.longest) for n in value.shape)
+    strip = function.strip
+    return math.prod(sizes) // (strip.count if strip is not None and is_blocked(value, strip.size) else 1)

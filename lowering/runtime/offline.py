@@ -99,8 +99,8 @@ def compiled(
         NoPlanError: it does not compile, or not in time.
         SharedMemoryError: it does, and wants more shared memory than a program may take there.
     """
-    request: dict[str, Any] = {"text": plan.text, "kernel": kernel, "device": device, "dtype": dtype}
-    request |= {"wide": plan.wide, "rounded": plan.rounded, "timeout": timeout}
+    request: dict[str, Any] = {"text": plan.text, "kernel": kernel, "device": device, "dtype": dtype, "wide": plan.wide}
+    request |= {"rounded": plan.rounded, "computed": plan.computed, "timeout": timeout}
     request["options"] = plan.options(kernel, TARGETS[device][0] == "cuda")
     ran = _ask({**request, "environment": dict(os.environ)})
     if not ran["status"]:
@@ -121,12 +121,14 @@ def compiled(
 
 
 def _signature(
-    function: Any, dtype: str, wide: Collection[str], rounded: Collection[str]
+    function: Any, dtype: str, wide: Collection[str], rounded: Collection[str], computed: Collection[str]
 ) -> tuple[dict[str, str], set[str]]:
     """The type of each argument as a launch gives it; those that are multiples of 16.
 
-    wide: tensors whose rows are, and so the steps between them.
-    rounded: tokens whose cotangents are made in their dtype, as z is.
+    Args:
+        wide: tensors whose rows are, and so the steps between them.
+        rounded: tokens whose cotangents are made in their dtype, as z is.
+        computed: tensors in the compute dtype, beside those that are always.
     """
     low = [f"{n}_made" for n in ("z", *rounded)]
     types, multiples = {}, set()
@@ -136,11 +138,17 @@ def _signature(
         elif name in _NUMBERS:
             types[name] = _NUMBERS[name]
             multiples.add(name)
-        elif name == "d_z_p" or name in low or (name.endswith("_p") and not name.startswith(_COMPUTED)):
+        elif (
+            name == "d_z_p"
+            or name in low
+            or name.endswith("low_handed")
+            or name == "low_pulled_handed"
+            or (name.endswith("_p") and not name.startswith(_COMPUTED) and name[:-2] not in computed)
+        ):
             types[name] = f"*{dtype}"
             multiples.add(name)
         elif name.endswith(("_p", "_made", "_handed")):
-            types[name] = f"*{dtype if name.endswith('_low_handed') else 'fp32'}"
+            types[name] = "*fp32"
             multiples.add(name)
         else:
             types[name] = "i32"
@@ -157,7 +165,7 @@ def _compile(request: Mapping[str, Any]) -> Compiled:
     device, dtype = request["device"], request["dtype"]
     backend, arch = TARGETS[device]
     function = getattr(cache.load(cache.write("offline", request["text"])), request["kernel"])
-    types, multiples = _signature(function, dtype, request["wide"], request["rounded"])
+    types, multiples = _signature(function, dtype, request["wide"], request["rounded"], request["computed"])
     at = {name: (index,) for index, name in enumerate(function.arg_names)}
     constants = {at["S"]: tl.float32, at["PRODUCT"]: _PRODUCTS[dtype]}
     source = triton.compiler.ASTSource(

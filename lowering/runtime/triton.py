@@ -32,7 +32,7 @@ from nestloop.lowering.runtime.batches import (
 )
 from nestloop.lowering.runtime.native import laid_out, readable
 from nestloop.lowering.runtime.refusals import shared_memory_of
-from nestloop.lowering.runtime.triton_plan import TritonPlan, ranges_of
+from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan, programs_of, ranges_of
 
 if TYPE_CHECKING:
     from nestloop.lowering.runtime.streams import StreamSignature
@@ -91,21 +91,21 @@ class TritonCode:
         heads, sequences = lead
         items = heads * sequences
 
+        grids = {one.kernel: self.grid(one, items, parts, like) for one in plan.launches(direction)}
+        space = {name: items * count for name, count in parts.items()} | {"programs": max(grids.values())}
         low = like.dtype if dtype == torch.float32 and like.dtype in _LOW else dtype
-
-        def space(elements: int, dtype: torch.dtype = dtype) -> Tensor:
-            return like.new_empty(max(items * elements, 1), dtype=dtype)
-
-        handed = [space(parts[one.over] * one.elements, low if one.low else dtype) for one in plan.handed(direction)]
-        programs = {one.kernel: parts[one.over] * one.strips for one in plan.launches(direction)}
-        rooms = [programs[one.kernel] * (one.scratch + every * one.states) for one in plan.launches(direction)]
-        memory = space(max(rooms))
+        handed = [
+            like.new_empty(max(space[one.over] * one.elements, 1), dtype=low if one.low else dtype)
+            for one in plan.handed(direction)
+        ]
+        room = max(grids[one.kernel] * (one.scratch + every * one.states) for one in plan.launches(direction))
+        memory = like.new_empty(max(room, 1), dtype=dtype)
         read = [x for n, t in given.items() for x in pointers(t, self.walks(n), n.startswith("between_"))]
         written = [x for n, t in made.items() for x in (t, *(strides(t, True) if self.walks(n) else ()))]
         values = [*read, *written, *more, *handed, memory, heads, sequences, *counts]
         settings = self.settings(dtype, like.dtype)
         for one, step in plan.turns(direction, steps):
-            kernel, grid = getattr(self.kernels, one.kernel), (items * programs[one.kernel], 1)
+            kernel, grid = getattr(self.kernels, one.kernel), (grids[one.kernel], 1)
             arguments = dict(zip(kernel.arg_names, values, strict=False)) | settings
             arguments |= {"step": step} if one.each_step else {}
             if like.device.type == "cpu":
@@ -130,6 +130,16 @@ class TritonCode:
         not share them; else in the compute dtype."""
         rounded = name in self.plan.rounded and like.shape[0] == heads
         return laid_out(like, heads, like.dtype if rounded else dtype)
+
+    @staticmethod
+    def grid(one: Launch, items: int, parts: Mapping[str, int], like: Tensor) -> int:
+        """Programs of a kernel."""
+        if like.device.type != "cuda":
+            return items * parts[one.over] * one.strips
+        device = torch.cuda.get_device_properties(like.device)
+        return (
+            parts[one.over] * one.strips * programs_of(one, items, device.multi_processor_count, device.L2_cache_size)
+        )
 
     @staticmethod
     def settings(dtype: torch.dtype, given: torch.dtype) -> dict[str, Any]:
@@ -308,9 +318,10 @@ class TritonBatches(BatchCode, TritonCode):
         order = [] if call.order is None else pointers(call.order, False, False)
         ranges = self.ranges(call)
         plan, counts = (self.plan, ()) if ranges == 1 else (self.plan.in_ranges(), (ranges,))
-        parts, counts = {"sequences": 1, "ranges": ranges}, (call.length, call.steps, *counts)
+        parts, counts = {"sequences": 1, "ranges": ranges, "tokens": call.length}, (call.length, call.steps, *counts)
         chosen = [] if call.chosen is None else [call.chosen]
         lead, more = (call.heads, call.sequences), [*order, *chosen, *self._steps(call)]
+        given = [(name, tensor.to(call.dtype) if name in self.loop.fast else tensor) for name, tensor in given]
         like, dtype, steps = call.like, call.dtype, call.steps
         self.launch(plan, function, lead, dict(given), made, more, counts, parts, 1, like, dtype, steps)
 

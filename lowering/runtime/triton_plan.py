@@ -9,6 +9,7 @@ from typing import Any
 
 from nestloop.lowering.runtime.batches import ranges_within
 
+MOST_WARPS = 8  # that a multiprocessor runs at once, each thread with all registers that it may have
 WORTH = 4  # tiles, of the tallest, that a range has at least: with fewer, launches take what ranges save
 
 
@@ -22,6 +23,19 @@ def ranges_of(items: int, tokens: int, rows: int, programs: int) -> int:
         programs: that the device runs at once, each on a multiprocessor of its own.
     """
     return ranges_within(items, -(-tokens // rows) // WORTH, programs)
+
+
+def programs_of(launch: Launch, items: int, multiprocessors: int, cache: int) -> int:
+    """Programs of a launch that walk heads and sequences: one for each, or as many as run at once, twice, where the
+    memory that all work in is more than the cache that multiprocessors share.
+
+    Args:
+        items: heads times sequences.
+        multiprocessors, cache: of the device: how many, and bytes.
+    """
+    if not launch.walks or 4 * items * launch.scratch <= cache:
+        return items
+    return min(items, multiprocessors * 2 * max(1, MOST_WARPS // launch.warps))
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,7 @@ class Launch:
         states: elements more for each chunk from one state that is kept to the next.
         each_step: whether it runs once for every step of a loop of batches, in turn with its neighbours that do.
         strips: programs that share each of these, with a block of an axis of the state each.
+        walks: whether a program takes one head and sequence after the other, where there are fewer programs than those.
     """
 
     kernel: str
@@ -64,6 +79,7 @@ class Launch:
     states: int = 0
     each_step: bool = False
     strips: int = 1
+    walks: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,7 @@ class Handed:
     Attributes:
         name: of the kernels' argument, which ends with "_handed".
         over: what has elements of its own, of every head and sequence: as of a `Launch`, or "boundaries" (before each
-            chunk, and after the last).
+            chunk, and after the last), or "tokens"; or "programs", which is each that runs.
         elements: of each.
         low: whether it holds factors of products alone, and so the dtype that they are rounded to.
     """
@@ -114,6 +130,7 @@ class TritonPlan:
             is 0.
         sums: of a loop of batches, what sequences share -> where its cotangent begins among those of a program, which
             are `apart` elements in all.
+        computed: what kernels call inputs that they take in the compute dtype.
         common: of a loop of batches, names of what all steps share, which the PyTorch module makes.
         work: what its kernels do, for the cost model (`emit.triton_work.work`).
     """
@@ -134,6 +151,7 @@ class TritonPlan:
     decided: bool = False
     sums: dict[str, int] = field(default_factory=dict)
     apart: int = 0
+    computed: tuple[str, ...] = ()
     common: tuple[str, ...] = ()
     work: dict[str, Any] = field(default_factory=dict)
 

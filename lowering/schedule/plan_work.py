@@ -171,7 +171,7 @@ def triton_work(
     every = spacing(spec, sizes, triton.rows, triton.state) if plan.form == "stream" else one
     chunks = sympy.ceiling(N / triton.rows)
     parts = {"sequences": one, "chunks": chunks, "boundaries": chunks + 1, "groups": sympy.ceiling(chunks / every)}
-    parts |= {"ranges": shares}
+    parts |= {"ranges": shares, "tokens": N, "programs": one}
     outside = [
         (cost(piece.forward if direction == "forward" else piece.backward), H if name == "prepare" else B * H)
         for name, piece in pieces.items()
@@ -215,6 +215,7 @@ def _kernel_work(
     products: dict[int, Expr] = {}
     for name in kernel["calls"]:
         function, piece = functions[name], name.removeprefix("prepare_").removesuffix("_vjp").removesuffix("_state")
+        piece = piece.removeprefix("sums_")
         if stream:
             piece = "chunk" if piece == "advance" and direction == "forward" else piece
             runs, rows = chunks(piece, triton.rows, plain, every), None
@@ -224,12 +225,14 @@ def _kernel_work(
             whole = piece.endswith("update")
             shares = parts["ranges"] if launch.over == "ranges" else sympy.Integer(1)
             tiles = [(often, 1 if whole else sympy.ceiling(sympy.ceiling(n / rows) / shares)) for often, n in runs]
-            count = sum((often * each for often, each in tiles), sympy.Integer(0))
+            count = sum((often * each for often, each in tiles), sympy.Integer(0)) * function["blocks"]
             rows = None if whole else rows
         flops += in_all(parse(function["flops"]).evaluate({"n": N_TOKENS}), runs, rows)
         count = count / parts[launch.over] if stream else count
         for height, padded in function["products"].items():
             products[int(height)] = products.get(int(height), sympy.Integer(0)) + count * padded
+        walks = sum((often for often, _ in runs), sympy.Integer(0))
+        moved += FLOAT * walks * function["around"]
         exact += count * function["exact"]
         instructions += count * function["instructions"]
         moved += FLOAT * count * function["moved"]
@@ -239,8 +242,8 @@ def _kernel_work(
         sympy.ceiling(N / triton.rows) if stream else sum((often for often, _ in batches(spec)), sympy.Integer(0))
     )
     state = triton.state if stream else _state(plan)
-    if alone and (direction == "backward" or not stream):  # states, read and written between; forward's of a scan stay
-        moved += FLOAT * state * steps_taken * (2 if stream else 4 if direction == "forward" else 6)
+    if alone and direction == "backward":  # states, read and written between; of batches, the cotangent that is given
+        moved += FLOAT * state * (2 * steps_taken if stream else 2)
     left, own = (  # bytes
         sum(
             (

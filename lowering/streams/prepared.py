@@ -26,6 +26,7 @@ from nestloop.lowering.ops import Kind
 from nestloop.lowering.ops.results import same_shape, same_size
 from nestloop.lowering.ops.strided import extent
 from nestloop.lowering.recorder import graph_module
+from nestloop.lowering.schedule.parts import is_size, part_of, results_of
 from nestloop.lowering.schedule.roofline import PIVOT, TRIANGLE
 from nestloop.lowering.streams.affine import reached
 
@@ -79,15 +80,15 @@ def prepared(
     whole.graph.eliminate_dead_code()
     waiting = reached(whole.graph, waits)
     again = _again(whole.graph, waiting, costs)
-    read = {n for node in again for n in node.all_input_nodes} | {n for n in _results(whole.graph) if n is not None}
-    handed = [n for n in whole.graph.nodes if n in read - again and not _is_size(n)]
+    read = {n for node in again for n in node.all_input_nodes} | {n for n in results_of(whole.graph) if n is not None}
+    handed = [n for n in whole.graph.nodes if n in read - again and not is_size(n)]
     after = sum(map(costs.again, again)) + sum(map(costs.handed, handed))
     if not handed or before - after < _WORTH:
         return None
     names = {node: f"{prefix}{count}" for count, node in enumerate(handed, 1)}
     sources: dict[fx.Node, fx.Node] = {}
-    ahead = _part(whole.graph, set(whole.graph.nodes) - waiting, {}, handed, sources)
-    rest = _part(whole.graph, again, names, _results(whole.graph), sources)
+    ahead = part_of(whole.graph, set(whole.graph.nodes) - waiting, {}, handed, sources)
+    rest = part_of(whole.graph, again, names, results_of(whole.graph), sources)
     return Prepared(whole, ahead, rest, tuple(names.values()), sources)
 
 
@@ -101,15 +102,6 @@ def _copied(module: fx.GraphModule, wanted: Sequence[bool]) -> fx.GraphModule:
     graph.output(tuple(r if one else None for r, one in zip(results, wanted, strict=True)))
     graph.eliminate_dead_code()
     return graph_module(graph)
-
-
-def _results(graph: fx.Graph) -> Sequence[fx.Node | None]:
-    (results,) = graph.output_node().args
-    return results  # type: ignore[return-value]
-
-
-def _is_size(node: fx.Node) -> bool:
-    return node.op == "call_function" and ops.is_size_op(node.target)
 
 
 def _made(target: object, args: tuple[object, ...], like: fx.Node, at: fx.Node, kwargs: object = None) -> fx.Node:
@@ -134,7 +126,7 @@ class _Affine:
 def _free_systems(graph: fx.Graph, waits: Collection[str]) -> None:
     """A^-1 (F S + r) = (A^-1 F) S + A^-1 r, where A does not wait."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or _is_size(node) or ops.row(node.target).kind is not Kind.SOLVE:
+        if node.op != "call_function" or is_size(node) or ops.row(node.target).kind is not Kind.SOLVE:
             continue
         waiting = reached(graph, waits)
         matrix, right = node.args[:2]
@@ -266,7 +258,7 @@ class _Costs:
 
     def again(self, node: fx.Node) -> int:
         """To compute it, or to read an input."""
-        if node.op == "output" or _is_size(node) or (node.op == "placeholder" and not node.users):
+        if node.op == "output" or is_size(node) or (node.op == "placeholder" and not node.users):
             return 0
         size = self.elements(node)
         if node.op == "placeholder":
@@ -296,9 +288,9 @@ def _again(graph: fx.Graph, waiting: set[fx.Node], costs: _Costs) -> set[fx.Node
     Which it is is a minimal cut: "again" is one side, each node that is there costs what computing it does, and each on
     the other side that one on this side reads, what handing it on does.
     """
-    nodes = [n for n in graph.nodes if n.op != "output" and n not in waiting and not _is_size(n)]
+    nodes = [n for n in graph.nodes if n.op != "output" and n not in waiting and not is_size(n)]
     flow: networkx.DiGraph[Any] = networkx.DiGraph()  # an edge without a capacity is never cut
-    wanted = {n for n in _results(graph) if n is not None}
+    wanted = {n for n in results_of(graph) if n is not None}
     for node in nodes:
         flow.add_edge(node, "there", capacity=costs.again(node))
         floats = node.meta["val"].dtype.is_floating_point
@@ -307,59 +299,9 @@ def _again(graph: fx.Graph, waiting: set[fx.Node], costs: _Costs) -> set[fx.Node
         for user in node.users:
             if user in waiting or (user.op == "output" and node in wanted):
                 flow.add_edge("again", (node, "read"))
-            elif user.op != "output" and not _is_size(user):
+            elif user.op != "output" and not is_size(user):
                 flow.add_edge(user, (node, "read"))
     if "again" not in flow or "there" not in flow:
         return set(waiting)
     _, (_, apart) = networkx.minimum_cut(flow, "again", "there")
     return waiting | {n for n in nodes if n not in apart and any(True for _ in n.users)}
-
-
-# ---- The parts -------------------------------------------------------------------------------------------------------
-
-
-def _part(
-    graph: fx.Graph,
-    inside: Collection[fx.Node],
-    given: Mapping[fx.Node, str],
-    results: Sequence[fx.Node | None],
-    sources: dict[fx.Node, fx.Node],
-) -> fx.GraphModule:
-    """The nodes of a graph that are inside, as a graph of its own; `given`: what it takes beside its inputs."""
-    part = fx.Graph()
-    new: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            new[node] = part.create_node("placeholder", node.name, name=node.name)
-            new[node].meta = dict(node.meta)
-    for node, name in given.items():
-        new[node] = part.create_node("placeholder", name, name=name)
-        new[node].meta = {**node.meta, "declared": name}
-
-    def copy(node: fx.Node) -> None:
-        """A node with the sizes that it reads; a size is read of any tensor that is there."""
-        if node in new:
-            return
-        if node.target is aten.sym_size.int and node.args[0] not in new:
-            size = node.meta["val"]
-            of, axis = next(
-                (one, axis)
-                for one in new.values()
-                if isinstance(one.meta["val"], torch.Tensor)
-                for axis, other in enumerate(one.meta["val"].shape)
-                if same_size(other, size)
-            )
-            new[node] = part.call_function(node.target, (of, axis))
-        else:
-            for one in filter(_is_size, node.all_input_nodes):
-                copy(one)
-            new[node] = part.node_copy(node, new.__getitem__)
-        new[node].meta = dict(node.meta)
-
-    for node in graph.nodes:
-        if node.op == "call_function" and node in inside and not _is_size(node):
-            copy(node)
-    part.output(tuple(None if r is None else new[r] for r in results))
-    part.eliminate_dead_code()
-    sources.update({made: node for node, made in new.items()})
-    return graph_module(part)

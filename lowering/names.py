@@ -82,13 +82,15 @@ def _called(declaration: Any, name: str) -> Any:
 
 def inward(spec: LoopSpec, given: Mapping[str, Any]) -> Mapping[str, Any]:
     """Tensors, or a state, by the names of a loop that `safe` made."""
+    if not spec.called:
+        return given
     new = {old: name for name, old in spec.called.items()}
-    return {_entry(key, new): value for key, value in given.items()} if new else given
+    return {_entry(key, new): value for key, value in given.items()}
 
 
 def outward(spec: LoopSpec, made: Mapping[str, Any]) -> dict[str, Any]:
     """A state by the names of the declaration."""
-    return {_entry(key, spec.called): value for key, value in made.items()}
+    return {_entry(key, spec.called): value for key, value in made.items()} if spec.called else dict(made)
 
 
 def _entry(key: str, names: Mapping[str, str]) -> str:

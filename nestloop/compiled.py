@@ -12,7 +12,7 @@ from torch import Tensor
 from nestloop import reference
 from nestloop.errors import MissingPartError, OrderError, ShapeMismatchError, UnknownBackendError
 from nestloop.lang import packed
-from nestloop.lang.binding import Binding, bind, check_dims
+from nestloop.lang.binding import Binding, Bindings, check_dims
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.schedule import Program
@@ -60,6 +60,7 @@ class CompiledLoop:
         check_dims(self.spec, dims)
         self.requested, self.inductor, self.dims = backend, inductor, dims
         self._names: dict[Any, str] = {}
+        self._bind = Bindings(self.spec)
 
     @property
     def backend(self) -> str:
@@ -168,7 +169,7 @@ class CompiledLoop:
         dims: Mapping[str, int],
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """`__call__` with every argument given, and always three results."""
-        binding = bind(self.spec, views, weights, state, order, {**self.dims, **dims})
+        binding = self._bind(views, weights, state, order, {**self.dims, **dims})
         if self._walks or binding.tokens == 0:  # no tokens, no step
             start = None if state is None else dict(state)
             try:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from nestloop.lang.kept import Kept
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -73,6 +76,7 @@ class BatchCode:
 
     def __init__(self, plan: BatchPlan, module: ModuleType, loop: BatchLoop) -> None:
         self.plan, self.module, self.loop = plan, module, loop
+        self._steps_of: Kept[tuple[Sequence[int], Sequence[float], Sequence[float]]] = Kept()
 
     def memory(self, call: Call, name: str, row: Sequence[int], like: Tensor | None = None) -> Tensor:
         """What the code writes z to, or a cotangent: of tokens one for each head and sequence, of what sequences share
@@ -123,7 +127,18 @@ class BatchCode:
         made |= self.totals(call, {n: rows[n] for n in made})
         return [summed(made[n], values[n]) if n in made else None for n in self._names]
 
-    @property
+    def numbers(self, length: int, sequences: int) -> tuple[Sequence[int], Sequence[float], Sequence[float]]:
+        """Bounds, weights and rates of the steps of a call: see `Call`."""
+        if (length, sequences) not in self._steps_of:
+            batches = self.loop.batches(length)
+            sizes = [stop - start for start, stop in batches]
+            rate = getattr(self.module, "learning_rate", None)
+            rates = [1.0 if rate is None else rate(i, n, length, sequences) for i, n in enumerate(sizes)]
+            bounds = [edge for batch in batches for edge in batch]
+            self._steps_of[length, sequences] = bounds, [self.loop.weight(n) for n in sizes], rates
+        return self._steps_of[length, sequences]
+
+    @cached_property
     def _names(self) -> tuple[str, ...]:
         """The tensors of a call: inputs, and what all steps share."""
         return (*self.loop.inputs, *self.plan.common)
@@ -159,13 +174,8 @@ class Call:
         self.dtype = compute_dtype(inputs)
         self.heads = max(t.shape[0] for t in inputs)
         self.sequences, self.length = inputs[0].shape[1:3]
-        batches = code.loop.batches(self.length)
-        self.steps = len(batches)
-        self.bounds = [edge for batch in batches for edge in batch]
-        sizes = [stop - start for start, stop in batches]
-        self.weights = [code.loop.weight(n) for n in sizes]
-        rate = getattr(code.module, "learning_rate", None)
-        self.rates = [1.0 if rate is None else rate(i, n, self.length, self.sequences) for i, n in enumerate(sizes)]
+        self.bounds, self.weights, self.rates = code.numbers(self.length, self.sequences)
+        self.steps = len(self.rates)
         self.order = None if order is None else order.contiguous()
         self.separate = False
         self.sums: Tensor | None = None
@@ -189,7 +199,7 @@ def side_by_side(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tens
 
 def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """float64 if anything is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
 def output_dtype(views: Sequence[Tensor], inputs: Sequence[Tensor]) -> torch.dtype:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from nestloop.errors import NoPlanError
 from nestloop.lang.loop import LoopSpec
-from nestloop.lowering.runtime.batches import LOW, compute_dtype, filled, strides_beside, summed
+from nestloop.lowering.runtime.batches import LOW, compute_dtype, filled, summed
 from nestloop.lowering.runtime.decision import Decision, known
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
@@ -131,10 +131,12 @@ class NestedLoopOp:
         for op in (self.forward_op, self.backward_op):
             torch.library.register_vmap(op, self._batching(op))
         self.function = self._function()
+        self.eager = _in_one(self.function)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Inputs (and the order) -> results, differentiable."""
-        results = self.function.apply(*tensors)
+        plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        results = (self.function if plain else self.eager).apply(*tensors)
         return results if isinstance(results, tuple) else (results,)
 
     def _split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
@@ -185,14 +187,10 @@ class NestedLoopOp:
         return native if isinstance(native, TritonBatches) else None
 
     def _forward_kernel(self) -> Callable[..., Any]:
-        beside = [result in self.signature.beside for result in self.signature.results]
-
         def kernel(*tensors: Tensor) -> Any:
             inputs, order = self._split(tensors)
             made = self._made("forward", inputs, order)
-            shapes = self.signature.shapes(inputs)
-            strides = [strides_beside(s) if tokens else None for s, tokens in zip(shapes, beside, strict=True)]
-            owned = _owned(made, shapes, strides, self.signature.dtypes(inputs), inputs)
+            owned = _owned(made, *self.signature.layout(inputs), inputs)
             return tuple(owned) if len(owned) > 1 else owned[0]
 
         return kernel
@@ -309,7 +307,7 @@ class NestedLoopOp:
             # where no step was taken, the cotangent of an initial fast weight is the end's, one per sequence
             made = [like_lead(g, t) for g, t in zip(made, own, strict=True)]
             # tokens' as `empty_like` lays them out, which the fake kernel promises
-            strides = [torch.empty_like(t, device="meta").stride() if i < tokens else None for i, t in enumerate(own)]
+            strides = [_strides_like(t.shape, t.stride()) if i < tokens else None for i, t in enumerate(own)]
             owned = _owned(made, [t.shape for t in own], strides, [t.dtype for t in own], given)
             return tuple(owned) if len(owned) > 1 else owned[0]
 
@@ -404,6 +402,23 @@ class NestedLoopOp:
         return NestedLoop
 
 
+def _in_one(function: Any) -> type[torch.autograd.Function]:
+    """The same with its context set up in `forward`: for those that set it up apart, which `torch.func` needs, PyTorch
+    binds the arguments of every call to the signature of `forward` first."""
+
+    class InOne(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *tensors: Tensor) -> Any:
+            made = function.forward(*tensors)
+            function.setup_context(ctx, tensors, made)
+            return made
+
+        backward = function.backward
+
+    InOne.__name__ = function.__name__
+    return InOne
+
+
 def _with_zeros(
     grads: Sequence[Tensor | None], results: Sequence[tuple[torch.Size, torch.dtype]], like: Tensor
 ) -> list[Tensor]:
@@ -414,8 +429,8 @@ def _with_zeros(
         if grad is None and dtype not in zeros:
             alike = [s for g, (s, d) in zip(grads, results, strict=True) if g is None and d == dtype]
             zeros[dtype] = like.new_zeros(max(math.prod(s[2:]) for s in alike), dtype=dtype)
-        tile = shape[2:]
-        given.append(zeros[dtype][: math.prod(tile)].view(tile).expand(shape) if grad is None else grad)
+        within = [math.prod(shape[axis + 1 :]) for axis in range(2, len(shape))]
+        given.append(zeros[dtype].as_strided(shape, (0, 0, *within)) if grad is None else grad)
     return given
 
 
@@ -453,20 +468,30 @@ def _owned(
     taken = {t.untyped_storage().data_ptr() for t in inputs}
     owned = []
     for tensor, shape, wanted, dtype in zip(made, shapes, strides, dtypes, strict=True):
-        tensor = tensor.expand(*shape)
+        if tensor.shape != shape:
+            tensor = tensor.expand(shape)
         laid = tensor.is_contiguous() if wanted is None else _has_strides(tensor, wanted)
-        if not laid or tensor.dtype != dtype or tensor.untyped_storage().data_ptr() in taken:
+        memory = tensor.untyped_storage().data_ptr()
+        if not laid or tensor.dtype != dtype or memory in taken:
             like = {"dtype": dtype, "device": tensor.device}
             fresh = torch.empty(shape, **like) if wanted is None else torch.empty_strided(shape, wanted, **like)
             tensor = fresh.copy_(tensor)
-        taken.add(tensor.untyped_storage().data_ptr())
+            memory = tensor.untyped_storage().data_ptr()
+        taken.add(memory)
         owned.append(tensor)
     return owned
 
 
 def _has_strides(tensor: Tensor, wanted: Sequence[int]) -> bool:
     """Whether a tensor's strides are these where they mean something."""
-    return all(n == 1 or a == b for n, a, b in zip(tensor.shape, tensor.stride(), wanted, strict=True))
+    strides = tensor.stride()
+    return strides == wanted or all(n == 1 or a == b for n, a, b in zip(tensor.shape, strides, wanted, strict=True))
+
+
+@lru_cache(maxsize=256)
+def _strides_like(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Those that `empty_like` gives a tensor."""
+    return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
 
 
 def _add(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor | None:

@@ -233,6 +233,8 @@ def with_pieces(module: ModuleType, **pieces: Callable[..., Any]) -> ModuleType:
 
 def readable(tensor: Tensor, walked: bool) -> Tensor:
     """The tensor itself where each tile (each row, if tokens are `walked`) lies in one piece; else a copy."""
+    if tensor.is_contiguous():
+        return tensor
     step = 1
     for size, stride in zip(reversed(tensor.shape[2 + walked :]), reversed(tensor.stride()[2 + walked :]), strict=True):
         if size != 1 and stride != step:

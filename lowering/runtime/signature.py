@@ -5,16 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nestloop.lowering.runtime.batches import compute_dtype, is_token, output_dtype, side_by_side
+from nestloop.lang.kept import Kept
+from nestloop.lowering.runtime.batches import compute_dtype, is_token, output_dtype, strides_beside
 
 MOST_ARGUMENTS = 64  # of an operator of PyTorch
 DECIDED = "first_form"  # which of two forms forward has taken, on the host
 KEPT = ("between_", "shared_", DECIDED)  # results for backward alone
+
+
+def seen(tensors: Sequence[Tensor]) -> Any:
+    """All of tensors that decides what an op makes, as a key: shapes, dtypes, where the first is. None where sizes are
+    not known yet."""
+    key = (tensors[0].device.type if tensors else "", *[(t.shape, t.dtype) for t in tensors])
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+class Layout(NamedTuple):
+    """Memory of forward's results, as an op's callers see it.
+
+    Attributes:
+        shapes, dtypes: of each.
+        strides: of those whose heads lie side by side; None for contiguous.
+    """
+
+    shapes: tuple[tuple[Any, ...], ...]
+    strides: tuple[tuple[Any, ...] | None, ...]
+    dtypes: tuple[torch.dtype, ...]
 
 
 @dataclass(frozen=True)
@@ -96,12 +121,32 @@ class Signature:
         z, computed = output_dtype(inputs[: len(self.tokens)], inputs), compute_dtype(inputs)
         return [z if name == "z" else computed for name in self.results]
 
+    def layout(self, inputs: Sequence[Tensor]) -> Layout:
+        """How forward's results lie in memory."""
+        key = seen(inputs)
+        found = None if key is None else self._layouts.get(key)
+        if found is None:
+            shapes = tuple(map(tuple, self.shapes(inputs)))
+            strides = [
+                strides_beside(s) if n in self.beside else None for n, s in zip(self.results, shapes, strict=True)
+            ]
+            found = Layout(shapes, tuple(strides), tuple(self.dtypes(inputs)))
+            if key is not None:
+                self._layouts[key] = found
+        return found
+
+    @cached_property
+    def _layouts(self) -> Kept[Layout]:
+        return Kept()
+
     def empty(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Memory for forward's results, as an op's callers see it."""
 
-        def memory(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-            if name in self.beside:
-                return side_by_side(inputs[0], shape, dtype)
-            return torch.empty(shape, dtype=dtype, device="cpu" if name == DECIDED else inputs[0].device)
+        device = inputs[0].device
 
-        return list(map(memory, self.results, self.shapes(inputs), self.dtypes(inputs)))
+        def memory(name: str, shape: Sequence[int], strides: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
+            if strides is not None:
+                return inputs[0].new_empty_strided(shape, strides, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu" if name == DECIDED else device)
+
+        return list(map(memory, self.results, *self.layout(inputs)))

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from nestloop.errors import NoPlanError
 from nestloop.lang.binding import Binding, grouped_heads
+from nestloop.lang.kept import Kept
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Chunked, Program
-from nestloop.lang.state import Entry, State, counts_tokens, entries
+from nestloop.lang.state import Entry, State, counts_tokens
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, no_native_reason
 from nestloop.lowering.runtime.library import Code, NestedLoopOp
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.refusals import check_triton, no_native
-from nestloop.lowering.runtime.signature import MOST_ARGUMENTS, Signature
+from nestloop.lowering.runtime.signature import MOST_ARGUMENTS, Signature, seen
 from nestloop.lowering.runtime.tiles import join, spacing
 from nestloop.lowering.runtime.triton import TritonStream
 from nestloop.lowering.runtime.work import flops, pays
@@ -88,9 +89,19 @@ class StreamSignature(Signature):
 
     def spacing(self, inputs: Sequence[Tensor]) -> int:
         """Chunks from one state that is kept for backward to the next."""
-        named = zip(self.fast, inputs[len(self.tokens) :], strict=False)
-        state = [t for n, t in named if not n.endswith("__initial")]  # what one chunk hands to the next
-        return spacing(self._chunks(inputs), *inputs[: len(self.tokens)], state=state)
+        key = seen(inputs)
+        if key is None or key not in self._spacings:
+            named = zip(self.fast, inputs[len(self.tokens) :], strict=False)
+            state = [t for n, t in named if not n.endswith("__initial")]  # what one chunk hands to the next
+            every = spacing(self._chunks(inputs), *inputs[: len(self.tokens)], state=state)
+            if key is None:
+                return every
+            self._spacings[key] = every
+        return self._spacings[key]
+
+    @cached_property
+    def _spacings(self) -> Kept[int]:
+        return Kept()
 
 
 @dataclass(frozen=True)
@@ -168,7 +179,7 @@ def _check_arguments(spec: LoopSpec, signature: StreamSignature) -> None:
         raise NoPlanError(
             f"The torch backend has no plan for {spec.name}: its state is too many tensors for one op.",
             where=spec.where,
-            given=f"{len(entries(spec))} tensors in the state, {backward} arguments of its backward",
+            given=f"{len(spec.entries)} tensors in the state, {backward} arguments of its backward",
             need=f"{MOST_ARGUMENTS} arguments at most",
             fix='write nl.compile(..., backend="reference"), or join fast weights: a bias as a row of its matrix',
         )
@@ -216,7 +227,7 @@ class _Call:
         self.spec, self.binding, self.op, self.return_losses = spec, binding, op, return_losses
         self.tokens = {n: heads_first(grouped_heads(spec, n, views[n]), spec.inputs[n]) for n in spec.inputs}
         self.slow = {n: weights[n][None, None] if spec.slow[n].shared else weights[n].unsqueeze(1) for n in spec.slow}
-        self.entries = entries(spec)
+        self.entries, self.sizes = spec.entries, binding.sizes
         first = next(iter(self.tokens.values()))
         self.like = first.new_empty(0, dtype=dtype)
         self.initial = {n: self._initial(n, weights) for n in spec.fast}
@@ -235,7 +246,7 @@ class _Call:
         """An initial fast weight [H, 1, *]."""
         if name in weights:
             return weights[name].unsqueeze(1)
-        shape = [e.size(self.binding.sizes) for e in self.spec.fast[name].dims]
+        shape = [e.size(self.sizes) for e in self.spec.fast[name].dims]
         return self.like.new_zeros(self.binding.heads, 1, *shape)
 
     def _fresh(self) -> Tensors:
@@ -251,7 +262,7 @@ class _Call:
 
     def _tile(self, entry: Entry) -> list[int]:
         rows = [entry.rows] if entry.rows else []
-        return [*rows, *[e.size(self.binding.sizes) for e in entry.like.dims]]
+        return [*rows, *[e.size(self.sizes) for e in entry.like.dims]]
 
     def _prepend(self) -> None:
         """The tail of the state before the call's tokens, and which of these rows hold one; the tail becomes theirs."""
@@ -324,7 +335,7 @@ class _Call:
         return schedule.size, schedule.anchor or schedule.size
 
     def operations(self, program: Program) -> None:
-        for kind, start, stop in program.on(self.binding.sizes, self.spec.where):
+        for kind, start, stop in program.on(self.sizes, self.spec.where):
             self._run("update" if kind == "update" else "read", start, stop)
         self.losses = []
 
@@ -333,9 +344,12 @@ class _Call:
         if not self.z:
             self._run("scan", 0, 0)
         z = join([t for _, t in sorted(self.z, key=lambda pair: pair[0])]).transpose(0, 1)
-        end: State = {
-            n: self.carry[n].expand(heads, sequences, *self._tile(e)).transpose(0, 1) for n, e in self.entries.items()
-        }
+        end: State = {}
+        for name, entry in self.entries.items():
+            carried = self.carry[name]
+            if carried.shape[:2] != (heads, sequences):  # what no step has written yet
+                carried = carried.expand(heads, sequences, *self._tile(entry))
+            end[name] = carried.transpose(0, 1)
         if counts_tokens(self.spec):
             end["position"] = self.position + self.binding.tokens
         if not self.return_losses:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache as cached
 from functools import cached_property
 from types import ModuleType
@@ -100,29 +100,29 @@ class TritonCode:
         ]
         room = max(grids[one.kernel] * (one.scratch + every * one.states) for one in plan.launches(direction))
         memory = like.new_empty(max(room, 1), dtype=dtype)
-        read = [x for n, t in given.items() for x in pointers(t, self.walks(n), n.startswith("between_"))]
-        written = [x for n, t in made.items() for x in (t, *(strides(t, True) if self.walks(n) else ()))]
+        read = [x for n, t in given.items() for x in pointers(t, n in self.walked, n.startswith("between_"))]
+        written = [x for n, t in made.items() for x in (t, *(strides(t, True) if n in self.walked else ()))]
         values = [*read, *written, *more, *handed, memory, heads, sequences, *counts]
         settings = self.settings(dtype, like.dtype)
-        for one, step in plan.turns(direction, steps):
-            kernel, grid = getattr(self.kernels, one.kernel), (grids[one.kernel], 1)
-            arguments = dict(zip(kernel.arg_names, values, strict=False)) | settings
-            arguments |= {"step": step} if one.each_step else {}
-            if like.device.type == "cpu":
-                from nestloop.lowering.runtime.interpreter import interpreted
+        on_cpu = like.device.type == "cpu"
+        around: AbstractContextManager[dict[str, Any]] = nullcontext({}) if on_cpu else _launching(like.device)
+        with around as own:
+            for one, step in plan.turns(direction, steps):
+                kernel, grid = getattr(self.kernels, one.kernel), (grids[one.kernel], 1)
+                arguments = dict(zip(kernel.arg_names, values, strict=False)) | settings
+                arguments |= {"step": step} if one.each_step else {}
+                if on_cpu:
+                    from nestloop.lowering.runtime.interpreter import interpreted
 
-                interpreted(kernel, grid, arguments)
-            else:
-                options = plan.options(one.kernel, nvidia=torch.version.hip is None)
-                with (
-                    torch.cuda.device(like.device),
-                    shared_memory_of(plan, one.kernel),
-                    _assembling(like.device) as own,
-                ):
-                    kernel[grid](**arguments, **options, **own)
+                    interpreted(kernel, grid, arguments)
+                else:
+                    options = plan.options(one.kernel, nvidia=torch.version.hip is None)
+                    with shared_memory_of(plan, one.kernel):
+                        kernel[grid](**arguments, **options, **own)
 
-    def walks(self, name: str) -> bool:
-        """Whether a tensor has a row for each token."""
+    @property
+    def walked(self) -> frozenset[str]:
+        """Names of the tensors that have a row for each token."""
         raise NotImplementedError
 
     def cotangent(self, name: str, like: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
@@ -155,9 +155,9 @@ class TritonCode:
 
 
 @contextmanager
-def _assembling(device: torch.device) -> Iterator[dict[str, Any]]:
-    """While a kernel is launched on a device; gives options of the launch."""
-    with assembling(*versions(device)) as chosen:
+def _launching(device: torch.device) -> Iterator[dict[str, Any]]:
+    """While kernels are launched on a device; gives options of the launches."""
+    with torch.cuda.device(device), assembling(*versions(device)) as chosen:
         if chosen is not None:
             warn_of_no_wgmma(chosen)
         yield {} if chosen is None else chosen.options
@@ -184,8 +184,9 @@ def pointers(tensor: Tensor, walked: bool, between: bool) -> list[Any]:
 
 def strides(tensor: Tensor, walked: bool) -> list[int]:
     """Elements from one head, one sequence and, where they are `walked`, one token to the next."""
-    lead = [tensor.stride(axis) if tensor.shape[axis] > 1 else 0 for axis in (0, 1)]
-    return [*lead, *([tensor.stride(2)] if walked else [])]
+    (heads, sequences), apart = tensor.shape[:2], tensor.stride()
+    lead = [apart[0] if heads > 1 else 0, apart[1] if sequences > 1 else 0]
+    return [*lead, apart[2]] if walked else lead
 
 
 def programs(device: torch.device) -> int:
@@ -253,8 +254,9 @@ class TritonStream(TritonCode):
         lead, counts = self._lead(inputs), (tokens, every)
         self.launch(self.plan, direction, lead, given, made, (), counts, parts, every, inputs[0], dtype)
 
-    def walks(self, name: str) -> bool:
-        return name in (*self.signature.tokens, "z", "losses", "d_z", "d_losses")
+    @cached_property
+    def walked(self) -> frozenset[str]:
+        return frozenset([*self.signature.tokens, "z", "losses", "d_z", "d_losses"])
 
 
 class TritonBatches(BatchCode, TritonCode):
@@ -317,7 +319,7 @@ class TritonBatches(BatchCode, TritonCode):
     def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
         order = [] if call.order is None else pointers(call.order, False, False)
         ranges = self.ranges(call)
-        plan, counts = (self.plan, ()) if ranges == 1 else (self.plan.in_ranges(), (ranges,))
+        plan, counts = (self.plan, ()) if ranges == 1 else (self._in_ranges, (ranges,))
         parts, counts = {"sequences": 1, "ranges": ranges, "tokens": call.length}, (call.length, call.steps, *counts)
         chosen = [] if call.chosen is None else [call.chosen]
         lead, more = (call.heads, call.sequences), [*order, *chosen, *self._steps(call)]
@@ -325,8 +327,14 @@ class TritonBatches(BatchCode, TritonCode):
         like, dtype, steps = call.like, call.dtype, call.steps
         self.launch(plan, function, lead, dict(given), made, more, counts, parts, 1, like, dtype, steps)
 
-    def walks(self, name: str) -> bool:
-        return name in ("z", "d_z") or self.is_token(name)
+    @cached_property
+    def _in_ranges(self) -> TritonPlan:
+        return self.plan.in_ranges()
+
+    @cached_property
+    def walked(self) -> frozenset[str]:
+        names = {*self.plan.forward, *self.plan.backward, *self.plan.gradients}
+        return frozenset(["z", "d_z", *filter(self.is_token, names)])
 
     def _steps(self, call: Call) -> list[Tensor]:
         """Bounds, weights and rates where the tensors are: kept, so that only the first call moves them there."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from nestloop.errors import InputError, OrderError, UnresolvedDimError
 from nestloop.lang.declare import Declaration, Gate, Slow, View
 from nestloop.lang.dims import unify
+from nestloop.lang.kept import Kept
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.state import check_position, counts_tokens, entries
 
@@ -109,6 +110,48 @@ def bind(
     _check_order(spec, order, sizes)
     plain = {name: size for name, size in sizes.items() if name not in ("B", "H", "N", "n")}
     return Binding(sizes["B"], sizes["H"], sizes["N"], plain)
+
+
+class Bindings:
+    """`bind` for one loop, whose result is kept by all that it reads: a call like an earlier one is not checked again.
+
+    Args:
+        spec: the loop.
+    """
+
+    def __init__(self, spec: LoopSpec) -> None:
+        self.spec = spec
+        self._known: Kept[Binding] = Kept()
+
+    def __call__(
+        self,
+        views: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        state: Mapping[str, Any] | None,
+        order: Tensor | None,
+        dims: Mapping[str, int],
+    ) -> Binding:
+        """Arguments, and what it raises, as for `bind`."""
+        if torch.compiler.is_compiling():
+            return bind(self.spec, views, weights, state, order, dims)
+        try:
+            given = (views, weights, {} if state is None else state, {"order": order})
+            key = (state is None, *map(_read, given), *[(n, type(size), size) for n, size in dims.items()])
+            found = self._known.get(key)
+        except (AttributeError, TypeError):  # what is no mapping, or sizes that are not known yet
+            return bind(self.spec, views, weights, state, order, dims)
+        if found is None:
+            found = bind(self.spec, views, weights, state, order, dims)
+            self._known[key] = found
+        elif state is not None:
+            check_position(self.spec, state)
+        return found
+
+
+def _read(given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """All that `bind` reads of tensors by name."""
+    tensors = [(n, t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (n, type(t)) for n, t in given.items()]
+    return type(given), *tensors
 
 
 @dataclass(frozen=True)

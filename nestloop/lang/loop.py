@@ -27,6 +27,7 @@ from nestloop.lang.maps import check_output
 from nestloop.lang.optim import SGD
 from nestloop.lang.purity import check_body
 from nestloop.lang.schedule import FullBatch, Schedule, Sliding, Stream
+from nestloop.lang.state import Entry, entries
 
 BUILT_IN_DIMS = {
     "B": "sequences",
@@ -86,6 +87,11 @@ class LoopSpec:
     def weights(self) -> dict[str, Fast | Slow]:
         """Everything that comes per head: fast weights (those frozen at zero aside), then slow ones."""
         return {**{name: w for name, w in self.fast.items() if not w.frozen_zero}, **self.slow}
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """Every tensor of its state, fast weights first."""
+        return entries(self)
 
     @cached_property
     def dim_names(self) -> set[str]:

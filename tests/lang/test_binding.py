@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import nestloop as nl
-from nestloop.errors import InputError, StateError
+from nestloop.errors import InputError, NestloopError, StateError
+from nestloop.lang import binding
+from nestloop.lang.binding import bind
 from tests.lang.recall import Linear, Recall
+
+
+class Plain(Recall):
+    learner = Linear
 
 
 class Grouped(Recall):
@@ -191,3 +199,40 @@ def test_going_on_inside_a_chunk_whose_tokens_see_one_another():
         state={"w": torch.zeros(1, 1, 3, 3), "position": 6},
         error=StateError,
     )
+
+
+def test_a_call_like_an_earlier_one_is_not_checked_again_and_any_other_is(monkeypatch: pytest.MonkeyPatch):
+    checked = []
+
+    def watched(*given):
+        checked.append(given)
+        return bind(*given)
+
+    known, views = binding.Bindings(Plain.spec), {n: torch.randn(1, 2, 4, 3) for n in ("k", "v")}
+    _, state = nl.compile(Plain, backend="reference")(views, {})
+    monkeypatch.setattr(binding, "bind", watched)
+    first = known(views, {}, state, None, {})
+    assert known({n: t + 1 for n, t in views.items()}, {}, state, None, {}) is first and len(checked) == 1
+    assert known(views, {}, None, None, {}) == first and len(checked) == 2
+    refused: list[Any] = [
+        ({**views, "k": views["k"][..., :2]}, {}, state, None, {}),
+        ({**views, "k": views["k"].long()}, {}, state, None, {}),
+        ({**views, "k": views["k"].to("meta")}, {}, state, None, {}),
+        ({**views, "k": views["k"].numpy()}, {}, state, None, {}),
+        ({**views, "more": views["k"]}, {}, state, None, {}),
+        (torch.nn.ParameterDict(views), {}, state, None, {}),
+        (views, {"w": views["k"]}, state, None, {}),
+        (views, {}, {**state, "position": -1}, None, {}),
+        (views, {}, {**state, "position": True}, None, {}),
+        (views, {}, {n: t for n, t in state.items() if n != "position"}, None, {}),
+        (views, {}, state, torch.arange(4), {}),
+        (views, {}, state, None, {"d": True}),
+        (views, {}, state, None, {"d": 3.0}),
+    ]
+    known(views, {}, state, None, {"d": 3})
+    for given in refused:
+        with pytest.raises(NestloopError) as expected:
+            bind(Plain.spec, *given)
+        with pytest.raises(type(expected.value)) as caught:
+            known(*given)
+        assert str(caught.value) == str(expected.value)

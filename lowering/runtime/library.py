@@ -8,8 +8,8 @@ ordinary op.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from types import ModuleType
@@ -198,6 +198,10 @@ class NestedLoopOp:
     def _made(self, name: str, tensors: list[Tensor], order: Tensor | None) -> list[Tensor]:
         """The results of `forward` or `backward`. Raises `SingularSystemError`."""
         own, tokens = tensors[: len(self.signature.inputs)], len(self.signature.tokens)
+        if isinstance(self.code.native, TritonStream):  # which does all itself
+            with _as_it_says(own[0].device.type), self._in_words():
+                made = getattr(self.code.native, name)(*tensors, order)
+            return list(made) if name == "forward" else list(map(filled, made, own))
         if isinstance(self.code.native, TritonCode):  # which reads tensors in the dtype that they have
             given, (inputs, low) = tensors, (own, None)
             if self._computes_outside:  # of tokens products alone, whose factors are rounded
@@ -217,10 +221,8 @@ class NestedLoopOp:
                 shared = kept if kept and code is self.code else common(*inputs, low)
             rest = {n: named.pop(n) for n in self.names[name][len(own) :] if n in named}
             every = {**named, **dict(zip(code.shared, shared, strict=True)), **rest}
-            try:
+            with self._in_words():
                 made = self._run(code, name, every, order, low)
-            except Singular as met:
-                raise singular_system(self.spec, str(met)) from None
             if name == "forward":
                 return [*made, *self._kept(code, shared, inputs)]
             found, of_shared = list(made[: len(own)]), made[len(own) :]
@@ -228,6 +230,14 @@ class NestedLoopOp:
                 more = code.module.common_vjp(*inputs, *shared, *map(filled, of_shared, shared), low)
                 found = [_add(a, b, like) for a, b, like in zip(found, more, inputs, strict=True)]
             return list(map(filled, found, inputs))
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        """While generated code runs: a system without a solution, as the loop's user knows it."""
+        try:
+            yield
+        except Singular as met:
+            raise singular_system(self.spec, str(met)) from None
 
     def _either(
         self, other: TritonBatches, own: Sequence[Tensor], inputs: Sequence[Tensor], order: Tensor | None, low: Any
@@ -423,14 +433,17 @@ def _with_zeros(
     grads: Sequence[Tensor | None], results: Sequence[tuple[torch.Size, torch.dtype]], like: Tensor
 ) -> list[Tensor]:
     """Cotangents of results, those that nobody reads zero: one tile of zeros, for all states, heads and sequences."""
-    zeros: dict[torch.dtype, Tensor] = {}
+    most: dict[torch.dtype, int] = {}
+    for grad, (shape, dtype) in zip(grads, results, strict=True):
+        if grad is None:
+            most[dtype] = max(most.get(dtype, 0), math.prod(shape[2:]))
+    zeros = {dtype: like.new_zeros(size, dtype=dtype) for dtype, size in most.items()}
     given = []
     for grad, (shape, dtype) in zip(grads, results, strict=True):
-        if grad is None and dtype not in zeros:
-            alike = [s for g, (s, d) in zip(grads, results, strict=True) if g is None and d == dtype]
-            zeros[dtype] = like.new_zeros(max(math.prod(s[2:]) for s in alike), dtype=dtype)
-        within = [math.prod(shape[axis + 1 :]) for axis in range(2, len(shape))]
-        given.append(zeros[dtype].as_strided(shape, (0, 0, *within)) if grad is None else grad)
+        if grad is None:
+            within = [math.prod(shape[axis + 1 :]) for axis in range(2, len(shape))]
+            grad = zeros[dtype].as_strided(shape, (0, 0, *within))
+        given.append(grad)
     return given
 
 

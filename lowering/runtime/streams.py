@@ -280,7 +280,9 @@ class _Call:
         self.tokens[VALID] = valid[None, None]
 
     def _inputs(self, start: int, stop: int) -> Tensors:
-        cut = {n: t[:, :, start : stop + self.halo] for n, t in self.tokens.items()}
+        cut = self.tokens
+        if (start, stop) != (0, self.binding.tokens):
+            cut = {n: t[:, :, start : stop + self.halo] for n, t in cut.items()}
         carried = {n.replace(".", "__"): t for n, t in self.carry.items()}
         return {**cut, **carried, **{f"{n}__initial": t for n, t in self.initial.items()}, **self.slow}
 

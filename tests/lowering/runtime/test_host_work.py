@@ -45,7 +45,19 @@ VIEWS = {
         "expand_as",
         "detach",
     ),
-    *("slice", "select", "alias", "permute", "diagonal", "unflatten", "flatten", "split", "narrow", "movedim"),
+    *(
+        "slice",
+        "select",
+        "alias",
+        "as_strided",
+        "permute",
+        "diagonal",
+        "unflatten",
+        "flatten",
+        "split",
+        "narrow",
+        "movedim",
+    ),
 }
 
 

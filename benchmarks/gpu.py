@@ -109,7 +109,7 @@ def prepare(
     if device == "cpu":
         return {name: agreement(name, device) for name in loops}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__spec__.name if __spec__ else __name__])
+    context.set_forkserver_preload(["benchmarks.gpu_cases"])
     # A process each: a kernel that reads where it may not leaves nothing to use of its process.
     with ProcessPoolExecutor(max(1, min(12, machine.cores() - 2)), context, max_tasks_per_child=1) as pool:
         for index, plan in plans:

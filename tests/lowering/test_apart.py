@@ -103,7 +103,7 @@ def test_axes_are_apart_where_nothing_adds_up_over_them_nor_looks_elsewhere(
         ([delta, normed], None),
         ([of_keys], None),
     ],
-    ids=str,
+    ids=lambda given: "-".join(f.__name__ for f in given) if isinstance(given, list) else str(given),
 )
 def test_a_strip_is_of_the_last_axis_that_all_functions_leave_apart(
     functions: list[Callable[..., Tensor]], axis: int | None

@@ -1,6 +1,11 @@
 """`pytest tests/lowering --update-golden` writes the golden texts again, to be read before they are committed."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
+
+from nestloop.lowering.runtime import tiles
+from nestloop.lowering.runtime.streams import STREAM_OPS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -11,3 +16,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def update_golden(request: pytest.FixtureRequest) -> bool:
     """Whether golden texts are written instead of compared."""
     return bool(request.config.getoption("update_golden", False))
+
+
+@pytest.fixture
+def states_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., int]], None]]:
+    """Lets a test say how many chunks lie between states that are kept (arguments as of `tiles.spacing_within`). What
+    ops remember of calls before, and what they would of these, is forgotten."""
+
+    def forget() -> None:
+        for op in STREAM_OPS.values():
+            for remembered in ("_spacings", "_layouts"):
+                vars(op.signature).pop(remembered, None)
+
+    def keep(rule: Callable[..., int]) -> None:
+        monkeypatch.setattr(tiles, "spacing_within", rule)
+        forget()
+
+    yield keep
+    forget()

@@ -19,7 +19,6 @@ from torch import Tensor
 
 import nestloop as nl
 from nestloop.errors import NestloopError, NoPlanError
-from nestloop.lowering.runtime import tiles
 from tests.lowering.comparison import Inputs, assert_equal, differences, run, run_in_parts, with_gradients
 from tests.lowering.random_cases import drawn
 from tests.lowering.random_streams import FAMILIES, LENGTHS, LONG, RandomStream, random_streams
@@ -32,9 +31,9 @@ over_batches = pytest.mark.parametrize(("family", "batch"), BATCHES, ids=[f"{f}-
 
 
 @pytest.fixture(autouse=True)
-def few_states_kept(monkeypatch: pytest.MonkeyPatch):
+def few_states_kept(states_kept: Any):
     """States this small would all be kept: most chunks are to be recomputed, from states one to three chunks apart."""
-    monkeypatch.setattr(tiles, "spacing_within", lambda count, budget, state: 1 + count % 3)
+    states_kept(lambda count, budget, state: 1 + count % 3)
 
 
 def each(strategy: st.SearchStrategy[RandomStream], seeded: int, count: int, check: Callable[..., None]) -> None:

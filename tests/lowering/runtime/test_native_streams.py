@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 import nestloop as nl
 from nestloop import zoo
-from nestloop.lowering.runtime import tiles
 from tests.drawn import draw
 from tests.lowering.comparison import Inputs, assert_equal, differences, run
 from tests.lowering.runtime.test_native import Causally, doubled, inputs_of, single
@@ -44,8 +45,8 @@ def test_every_loop_of_the_zoo_is_what_generated_pytorch_gives(loop: type[nl.Loo
 @pytest.mark.usefixtures("quick_builds")
 @pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize("loop", [zoo.TTTMLP, zoo.OmegaNet, zoo.NeuralMemory])
-def test_backward_from_states_so_far_apart(loop: type[nl.Loop], every: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tiles, "spacing_within", lambda count, budget, state: every)
+def test_backward_from_states_so_far_apart(loop: type[nl.Loop], every: int, states_kept: Callable[..., None]):
+    states_kept(lambda count, budget, state: every)
     torch.manual_seed(0)
     inputs = drawn(loop, 40)
     assert_equal(differences(*[run(nl.compile(loop, backend=b), inputs) for b in ("cpp", "torch")]), 1e-9)

@@ -123,7 +123,8 @@ def test_what_is_read_and_written_is_what_the_header_says(monkeypatch: pytest.Mo
         return tiles * found["blocks"] * found["moved"] + found["around"]
 
     numbers = 4  # of the step: start, stop, weight, rate
-    forward = numbers + sum(map(said, ("gradient", "sums_gradient", "update", "readout")))
+    chosen = 2  # kernels of both forms read whether theirs is
+    forward = numbers + chosen + sum(map(said, ("gradient", "sums_gradient", "update", "readout")))
     assert moved["forward"] == forward + plan.work["elements"]["b2"]  # of which the sum is cleared
     pulls = ("readout_vjp", "sums_readout_vjp", "update_vjp", "gradient_vjp", "sums_gradient_vjp")
     shared = sum(plan.work["elements"][n] for n in plan.gradients if n.startswith(("gram_", "hoisted_")))

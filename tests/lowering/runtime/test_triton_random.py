@@ -17,7 +17,7 @@ from hypothesis import given
 import nestloop as nl
 from nestloop.errors import NoPlanError
 from nestloop.lowering.emit import triton_choice, triton_pieces
-from nestloop.lowering.runtime import tiles, tuned
+from nestloop.lowering.runtime import tuned
 from nestloop.lowering.runtime.triton_plan import Tiling
 from tests.lowering.comparison import Inputs, assert_equal, differences, run
 from tests.lowering.random_cases import drawn
@@ -52,11 +52,13 @@ def is_reference(loop: type[nl.Loop], inputs: Inputs, losses: bool = True, **dim
 
 
 @over_streams
-def test_random_streams_are_the_reference(family: str, batch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_random_streams_are_the_reference(
+    family: str, batch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, states_kept: Any
+):
     """A state that is affine walked alone, or, like any other, by the program that does all else."""
     monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path))  # what is generated depends on the next line
     monkeypatch.setattr(triton_choice, "LONGEST_SPLIT", 16)
-    monkeypatch.setattr(tiles, "spacing_within", lambda count, budget, state: 1 + count % 3)  # most are recomputed
+    states_kept(lambda count, budget, state: 1 + count % 3)  # most are recomputed
     checked = []
 
     def check(case: RandomStream, calls: random.Random) -> None:

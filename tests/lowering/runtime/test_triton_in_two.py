@@ -129,5 +129,5 @@ def test_what_is_read_and_written_is_what_the_header_says(monkeypatch: pytest.Mo
     pulls = ("readout_vjp", "sums_readout_vjp", "update_vjp", "gradient_vjp", "sums_gradient_vjp")
     shared = sum(plan.work["elements"][n] for n in plan.gradients if n.startswith(("gram_", "hoisted_")))
     given = 2 * sum(plan.work["elements"][n] for n in ("w1", "b1", "w2", "b2"))  # the cotangent of the state
-    first = tokens * sum(plan.work["elements"][n] for n in ("k", "q", "projected_0", "projected_1"))  # adds to nothing
+    first = tokens * sum(plan.work["elements"][n] for n in ("k", "q"))  # adds to nothing
     assert moved["backward"] == numbers + sum(map(said, pulls)) + shared + given - first

@@ -33,9 +33,9 @@ _TRITON_WORDS = frozenset(
     """tl triton tiles S PRODUCT H B N row again scratch memory head sequence item states cotangents now then d_now
 d_then sums pulled first last turn back index own every groups chunks step start stop steps bounds weights rates
 order_at chosen total after sum part parts program partial
-ranges one many each more""".split()  # noqa: SIM905
+ranges one many each more block strip low_pulled""".split()  # noqa: SIM905
 )
-_TRITON_DERIVED = re.compile(r"^i\d+$|^in_|_(p|h|b|n|at|made)$", re.ASCII)
+_TRITON_DERIVED = re.compile(r"^i\d+$|^(in|now|then|state)_|_(p|h|b|n|at|made|handed)$", re.ASCII)
 
 
 def safe(spec: LoopSpec, triton: bool = False) -> LoopSpec:

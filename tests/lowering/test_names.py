@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import nestloop as nl
 from nestloop import zoo
 from nestloop.lowering import names
+from nestloop.lowering.emit import triton_strips
 from tests.lowering.comparison import Inputs, assert_equal, differences, random_inputs, run
 
 # The names of a weight, a bias, a scale, keys, values, queries, a rate and a momentum.
@@ -24,6 +25,7 @@ NAMES = {
     "what is derived from others": ("w_new", "d_w", "gradient_w", "k_i", "d_k_i", "end_w", "between_w", "c_w"),
     "underscores": ("w_", "w", "w__held", "_z", "_low", "w__momentum", "_eta", "__mu"),
     "kernels": ("tl", "tiles", "S", "start", "memory", "i16", "w_p", "head"),
+    "parts of kernels": ("strip", "block", "low_pulled", "now_w", "then_w", "low_handed", "in_strip", "chosen"),
     "numbers": ("w_1", "sum_1", "gram_0", "projected_0", "mul_2", "x1", "mm_1", "_2"),
 }
 SIZES = {"d": 4, "H": 2}
@@ -78,6 +80,25 @@ def test_a_stream_under_any_names(words: tuple[str, ...], schedule: Any):
     inputs = inputs_of(loop, carried=True)
     made, expected = (run(nl.compile(loop, backend=name), inputs) for name in ("torch", "reference"))
     assert_equal(differences(made, expected), 1e-10)
+
+
+@no_triton
+@pytest.mark.parametrize("words", [NAMES["kernels"], NAMES["parts of kernels"]], ids=["kernels", "parts of kernels"])
+def test_strips_under_any_names(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(triton_strips, "LENGTH", 16)
+    w, k, v, q, *_ = words
+    learner = type("Linear", (nl.Learner,), {w: nl.fast("d", "d"), "forward": lambda self, x: x @ getattr(self, w)})
+    body = {
+        **{name: nl.view("d") for name in (k, v, q)},
+        **{"learner": learner, "schedule": nl.Causal(16), "optimizer": nl.SGD(lr=1.0)},
+        "loss": lambda self, f, t: -(f(getattr(t, k)) * getattr(t, v)).sum(-1),
+        "readout": lambda self, f, t: f(getattr(t, q)),
+    }
+    loop = type("Named", (nl.Loop,), body)
+    inputs = random_inputs(loop.spec, {"d": 40, "H": 2}, tokens=20)
+    made, expected = (run(nl.compile(loop, backend=name), inputs, losses=False) for name in ("triton", "reference"))
+    assert_equal(differences(made, expected), 1e-10)
+    assert "each strip of d" in nl.inspect(loop, "triton", "sm_90", d=40, H=2)
 
 
 def test_a_state_has_the_declared_names():

@@ -129,14 +129,14 @@ class BatchCode:
 
     def numbers(self, length: int, sequences: int) -> tuple[Sequence[int], Sequence[float], Sequence[float]]:
         """Bounds, weights and rates of the steps of a call: see `Call`."""
-        if (length, sequences) not in self._steps_of:
-            batches = self.loop.batches(length)
-            sizes = [stop - start for start, stop in batches]
-            rate = getattr(self.module, "learning_rate", None)
-            rates = [1.0 if rate is None else rate(i, n, length, sequences) for i, n in enumerate(sizes)]
-            bounds = [edge for batch in batches for edge in batch]
-            self._steps_of[length, sequences] = bounds, [self.loop.weight(n) for n in sizes], rates
-        return self._steps_of[length, sequences]
+        return self._steps_of.of((length, sequences), lambda: self._numbers_of(length, sequences))
+
+    def _numbers_of(self, length: int, sequences: int) -> tuple[Sequence[int], Sequence[float], Sequence[float]]:
+        batches = self.loop.batches(length)
+        sizes = [stop - start for start, stop in batches]
+        rate = getattr(self.module, "learning_rate", None)
+        rates = [1.0 if rate is None else rate(i, n, length, sequences) for i, n in enumerate(sizes)]
+        return [edge for batch in batches for edge in batch], [self.loop.weight(n) for n in sizes], rates
 
     @cached_property
     def _names(self) -> tuple[str, ...]:

@@ -123,17 +123,12 @@ class Signature:
 
     def layout(self, inputs: Sequence[Tensor]) -> Layout:
         """How forward's results lie in memory."""
-        key = seen(inputs)
-        found = None if key is None else self._layouts.get(key)
-        if found is None:
-            shapes = tuple(map(tuple, self.shapes(inputs)))
-            strides = [
-                strides_beside(s) if n in self.beside else None for n, s in zip(self.results, shapes, strict=True)
-            ]
-            found = Layout(shapes, tuple(strides), tuple(self.dtypes(inputs)))
-            if key is not None:
-                self._layouts[key] = found
-        return found
+        return self._layouts.of(seen(inputs), lambda: self._layout(inputs))
+
+    def _layout(self, inputs: Sequence[Tensor]) -> Layout:
+        shapes = tuple(map(tuple, self.shapes(inputs)))
+        strides = [strides_beside(s) if n in self.beside else None for n, s in zip(self.results, shapes, strict=True)]
+        return Layout(shapes, tuple(strides), tuple(self.dtypes(inputs)))
 
     @cached_property
     def _layouts(self) -> Kept[Layout]:

@@ -89,15 +89,12 @@ class StreamSignature(Signature):
 
     def spacing(self, inputs: Sequence[Tensor]) -> int:
         """Chunks from one state that is kept for backward to the next."""
-        key = seen(inputs)
-        if key is None or key not in self._spacings:
-            named = zip(self.fast, inputs[len(self.tokens) :], strict=False)
-            state = [t for n, t in named if not n.endswith("__initial")]  # what one chunk hands to the next
-            every = spacing(self._chunks(inputs), *inputs[: len(self.tokens)], state=state)
-            if key is None:
-                return every
-            self._spacings[key] = every
-        return self._spacings[key]
+        return self._spacings.of(seen(inputs), lambda: self._spacing(inputs))
+
+    def _spacing(self, inputs: Sequence[Tensor]) -> int:
+        named = zip(self.fast, inputs[len(self.tokens) :], strict=False)
+        state = [t for n, t in named if not n.endswith("__initial")]  # what one chunk hands to the next
+        return spacing(self._chunks(inputs), *inputs[: len(self.tokens)], state=state)
 
     @cached_property
     def _spacings(self) -> Kept[int]:

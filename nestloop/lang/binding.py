@@ -6,7 +6,7 @@ Every axis is checked by name, so a mistake reads "axis 1 of w1 is 4*d = 64, giv
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,24 +132,27 @@ class Bindings:
         dims: Mapping[str, int],
     ) -> Binding:
         """Arguments, and what it raises, as for `bind`."""
-        if torch.compiler.is_compiling():
-            return bind(self.spec, views, weights, state, order, dims)
-        try:
-            given = (views, weights, {} if state is None else state, {"order": order})
-            key = (state is None, *map(_read, given), *[(n, type(size), size) for n, size in dims.items()])
-            found = self._known.get(key)
-        except (AttributeError, TypeError):  # what is no mapping, or sizes that are not known yet
-            return bind(self.spec, views, weights, state, order, dims)
-        if found is None:
-            found = bind(self.spec, views, weights, state, order, dims)
-            self._known[key] = found
-        elif state is not None:
+        given = (views, weights, state, {"order": order})
+        key = None if torch.compiler.is_compiling() else _key(given, dims)
+        if state is not None and key in self._known:
             check_position(self.spec, state)
-        return found
+        return self._known.of(key, lambda: bind(self.spec, views, weights, state, order, dims))
 
 
-def _read(given: Mapping[str, Any]) -> tuple[Any, ...]:
-    """All that `bind` reads of tensors by name."""
+def _key(given: Sequence[Mapping[str, Any] | None], dims: Mapping[str, int]) -> Any:
+    """All that `bind` reads of tensors by name, and the dims; None of what is no mapping, or of sizes that are unknown
+    yet."""
+    try:
+        key = (*map(_read, given), *[(n, type(size), size) for n, size in dims.items()])
+        hash(key)
+    except (AttributeError, TypeError):
+        return None
+    return key
+
+
+def _read(given: Mapping[str, Any] | None) -> Any:
+    if given is None:
+        return None
     tensors = [(n, t.shape, t.dtype, t.device) if isinstance(t, Tensor) else (n, type(t)) for n, t in given.items()]
     return type(given), *tensors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 MOST = 256
@@ -15,3 +16,12 @@ class Kept(dict[Any, _T]):
         if len(self) >= MOST:
             self.clear()
         super().__setitem__(key, value)
+
+    def of(self, key: Any, find: Callable[[], _T]) -> _T:
+        """The value of a key, none of which is None, found the first time; each time where the key is None."""
+        if key is None:
+            return find()
+        found = self.get(key)
+        if found is None:
+            found = self[key] = find()
+        return found

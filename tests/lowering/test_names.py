@@ -94,7 +94,7 @@ def test_strips_under_any_names(words: tuple[str, ...], monkeypatch: pytest.Monk
         "loss": lambda self, f, t: -(f(getattr(t, k)) * getattr(t, v)).sum(-1),
         "readout": lambda self, f, t: f(getattr(t, q)),
     }
-    loop = type("Named", (nl.Loop,), body)
+    loop: Any = type("Named", (nl.Loop,), body)
     inputs = random_inputs(loop.spec, {"d": 40, "H": 2}, tokens=20)
     made, expected = (run(nl.compile(loop, backend=name), inputs, losses=False) for name in ("triton", "reference"))
     assert_equal(differences(made, expected), 1e-10)

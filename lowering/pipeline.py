@@ -15,7 +15,6 @@ import torch
 from nestloop.errors import NoPlanError
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Program
-from nestloop.lang.state import entries
 from nestloop.lowering.axes import Typing, check_tokens, type_axes
 from nestloop.lowering.capture import Captured, Tracer, capture_with
 from nestloop.lowering.differentiate import Piece, pieces, shared_pieces
@@ -284,7 +283,7 @@ def stream_plan(lowered: LoweredStream) -> Plan:
     spec, captured, source = lowered.spec, lowered.captured, lowered.source
     tiles = {
         identifier(name): (*([entry.rows] if entry.rows else []), *[e.size(captured.sizes) for e in entry.like.dims])
-        for name, entry in entries(spec).items()
+        for name, entry in spec.entries.items()
     }
     return Plan(
         form="stream",

@@ -13,7 +13,7 @@ from nestloop.lang.declare import caller
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Chunked, Program
-from nestloop.lang.state import counts_tokens, entries, state_size
+from nestloop.lang.state import counts_tokens, state_size
 from nestloop.layer import Branch
 from nestloop.lowering import names, pipeline
 from nestloop.lowering.pipeline import Lowered, LoweredStream
@@ -183,7 +183,7 @@ _PARTS = {
 
 def _state(spec: LoopSpec) -> list[str]:
     """What a stream carries beside its fast weights."""
-    beside = [entry for entry in entries(spec).values() if entry.part != "weight"]
+    beside = [entry for entry in spec.entries.values() if entry.part != "weight"]
     lines = [f"  carried beside: {entry.name}, {_PARTS[entry.part]}" for entry in beside]
     return [*lines, *(["  carried beside: position, the tokens seen"] if counts_tokens(spec) else [])]
 

@@ -12,7 +12,7 @@ from torch import fx
 from nestloop.errors import UnknownStageError
 from nestloop.lang.declare import Declaration, Gate, Slow, View, caller
 from nestloop.lang.loop import LoopSpec
-from nestloop.lang.state import entries, state_size
+from nestloop.lang.state import state_size
 from nestloop.lowering import pipeline
 from nestloop.lowering.axes import is_token, readout_axes, type_axes
 from nestloop.lowering.emit.tile import size_text
@@ -176,7 +176,7 @@ def _kept(lowered: LoweredStream, sizes: Mapping[str, int]) -> list[str]:
     """What backward keeps of a stream, at a few lengths."""
     spec = lowered.spec
     views = sum(math.prod([e.size(dict(sizes)) for e in view.dims]) for view in spec.inputs.values())
-    carried = [e for e in entries(spec).values() if e.part in ("weight", "momentum")]
+    carried = [e for e in spec.entries.values() if e.part in ("weight", "momentum")]
     state = sum(math.prod([e.size(dict(sizes)) for e in entry.like.dims]) for entry in carried)
     lines = [f"backward: recomputes every chunk of {lowered.form.longest} tokens from the states it kept"]
     for tokens in (sizes["N"], 1024, 65536):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import fx
 
 from nestloop.lang.schedule import Chunked
-from nestloop.lang.state import entries
 from nestloop.lowering.axes import Axes, readout_axes, type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
@@ -50,7 +49,7 @@ class Scan:
         self.first = next(iter(self.steps.values()))
         self.halo = self.first.halo
         self.tokens, self.slow = [*self.spec.inputs, *([VALID] if self.halo else [])], list(self.spec.slow)
-        self.entries = entries(self.spec)
+        self.entries = self.spec.entries
         schedule = self.spec.schedule
         self.chunked = schedule if isinstance(schedule, Chunked) else None
 

@@ -15,7 +15,6 @@ from nestloop.lang.declare import Declaration, Gate
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.optim import momentum_name
 from nestloop.lang.schedule import Causal, Chunked
-from nestloop.lang.state import entries
 from nestloop.lowering.capture import Captured, Tracer
 from nestloop.lowering.differentiate import Located
 from nestloop.lowering.runtime.streams import VALID
@@ -74,7 +73,7 @@ class Step:
             parts |= {"anchor"} | ({"momentum"} if self.complete else set()) | ({"pending"} if self.resumed else set())
         else:
             parts |= {"momentum"}
-        return [name for name, entry in entries(self.spec).items() if entry.part in parts]
+        return [name for name, entry in self.spec.entries.items() if entry.part in parts]
 
     @property
     def left(self) -> list[str]:
@@ -82,7 +81,7 @@ class Step:
         parts = {"weight", "momentum", "update"}
         if isinstance(self.spec.schedule, Chunked) and not self.complete:
             parts = {"pending"}
-        return [name for name, entry in entries(self.spec).items() if entry.part in parts]
+        return [name for name, entry in self.spec.entries.items() if entry.part in parts]
 
     @property
     def reads_initial(self) -> bool:

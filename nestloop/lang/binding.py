@@ -18,7 +18,7 @@ from nestloop.lang.declare import Declaration, Gate, Slow, View
 from nestloop.lang.dims import unify
 from nestloop.lang.kept import Kept
 from nestloop.lang.loop import LoopSpec
-from nestloop.lang.state import check_position, counts_tokens, entries
+from nestloop.lang.state import check_position, counts_tokens
 
 _LEAD = {"BHN": "sequences, heads, tokens", "BN": "sequences, tokens", "BH": "sequences, heads", "H": "heads", "": ""}
 
@@ -75,7 +75,7 @@ def bind(
     check_dims(spec, dims)
     _same_names(spec, "views", spec.inputs, views)
     _same_names(spec, "weights", spec.weights, weights)
-    carried = entries(spec)
+    carried = spec.entries
     if state is not None:
         _same_names(spec, "state", [*carried, *(["position"] if counts_tokens(spec) else [])], state)
         check_position(spec, state)

@@ -70,7 +70,7 @@ def entries(spec: LoopSpec) -> dict[str, Entry]:
 def state_size(spec: LoopSpec) -> str:
     """How many numbers a head's state holds, in the dims: "2 * dk * dv" for a fast weight and its momentum."""
     counts: dict[str, int] = {}
-    for entry in entries(spec).values():
+    for entry in spec.entries.values():
         dims = [*([str(entry.rows)] if entry.rows else []), *map(str, entry.like.dims)]
         text = " * ".join(f"({dim})" if " " in dim else dim for dim in dims) or "1"
         counts[text] = counts.get(text, 0) + 1

@@ -15,7 +15,7 @@ from torch.func import vmap
 
 from nestloop.lang.binding import Binding, grouped_heads
 from nestloop.lang.loop import LoopSpec
-from nestloop.lang.state import Entry, State, check_position, counts_tokens, entries
+from nestloop.lang.state import Entry, State, check_position, counts_tokens
 from nestloop.reference.batch import batch_gradient, one_sequence, update
 from nestloop.reference.bodies import (
     Tensors,
@@ -128,5 +128,5 @@ def initial_state(
         rows = [entry.rows] if entry.part == "tail" else []
         return [binding.heads, *rows, *[e.size(sizes) for e in entry.like.dims]]
 
-    made = {name: fresh(entry, dict(initial), blank, shape) for name, entry in entries(spec).items()}
+    made = {name: fresh(entry, dict(initial), blank, shape) for name, entry in spec.entries.items()}
     return {name: t.unsqueeze(0).expand(*lead, *t.shape[1:]) for name, t in made.items()}

@@ -19,7 +19,7 @@ from nestloop.lang.declare import Gate
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.optim import momentum_name
 from nestloop.lang.schedule import Causal, Chunked, Program
-from nestloop.lang.state import Entry, averaged_gates, entries
+from nestloop.lang.state import Entry, averaged_gates
 from nestloop.reference.bodies import Tensors, token_loss, token_readout
 
 
@@ -122,7 +122,7 @@ class _Walk:
                 self.carry[f"{name}.update"] = torch.zeros_like(self.carry[name])
 
     def reset(self) -> None:
-        for entry in entries(self.spec).values():
+        for entry in self.spec.entries.values():
             if entry.part != "tail":
                 old = self.carry[entry.name]
                 self.carry[entry.name] = fresh(entry, self.initial, old, lambda e: list(self.carry[e.name].shape))
@@ -217,13 +217,13 @@ class _Walk:
 
     def _clear_pending(self) -> None:
         """Nothing waits between two chunks, whatever a state says."""
-        for entry in entries(self.spec).values():
+        for entry in self.spec.entries.values():
             if entry.part == "pending":
                 self.carry[entry.name] = torch.zeros_like(self.carry[entry.name])
 
     def _apply_then_update(self, schedule: Chunked, start: int, stop: int, complete: bool) -> None:
         before = self.weights
-        pending = [e for e in entries(self.spec).values() if e.part == "pending"]
+        pending = [e for e in self.spec.entries.values() if e.part == "pending"]
         if complete:
             self._step(schedule, start, stop, {e.name: self.carry[e.name] for e in pending})
             self._clear_pending()

@@ -11,7 +11,7 @@ import torch
 
 import nestloop as nl
 from nestloop import zoo
-from nestloop.lang.state import counts_tokens, entries
+from nestloop.lang.state import counts_tokens
 from nestloop.lowering.capture import Tracer, capture_with
 from nestloop.lowering.streams.forms import choose
 from nestloop.zoo import listing
@@ -145,7 +145,7 @@ def test_a_split_sequence_is_the_whole_one(loop):
         z, state = in_pieces(loop, views, weights, lengths)
         torch.testing.assert_close(z, whole, rtol=1e-10, atol=1e-10)
         assert set(state) == set(end) and state["position"] == end["position"] == 18
-        for name in entries(loop.spec):
+        for name in loop.spec.entries:
             torch.testing.assert_close(state[name], end[name], rtol=1e-10, atol=1e-10)
         gradients = torch.autograd.grad((z * weight).sum(), leaves)
         for mine, theirs in zip(gradients, expected, strict=True):
@@ -156,8 +156,8 @@ def test_a_split_sequence_is_the_whole_one(loop):
 def test_a_state_is_kept_as_it_is(loop):
     views, weights = draw(loop.spec, 4)
     _, state = op(loop)(views, weights)
-    assert list(state) == [*entries(loop.spec), "position"]
-    for name, entry in entries(loop.spec).items():
+    assert list(state) == [*loop.spec.entries, "position"]
+    for name, entry in loop.spec.entries.items():
         rows = [entry.rows] if entry.rows else []
         assert list(state[name].shape) == [2, 2, *rows, *[e.size(SIZES) for e in entry.like.dims]], name
     file = io.BytesIO()

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import nestloop as nl
 from nestloop.lang.init import fill
-from nestloop.lang.state import entries
 from tests.golden.case import Case, NotUnderstood, Quantities, Run
 from tests.golden.families.layer import leaves, take_gradients
 
@@ -127,7 +126,7 @@ class Call:
             weight = given.get(name, zero)
             parts = {"anchor": weight, "update": zero, "momentum": zero}
             state |= {name: weight, **{f"{name}.{part}": value for part, value in parts.items()}}
-        kept = {*entries(loop.spec), "position"}
+        kept = {*loop.spec.entries, "position"}
         return {name: value for name, value in state.items() if name in kept}
 
 

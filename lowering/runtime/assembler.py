@@ -41,8 +41,11 @@ class Assembler:
     @property
     def options(self) -> dict[str, Any]:
         """Of a launch: the version of PTX that it reads, which Triton's caches then tell apart."""
-        major, minor = self.version
-        return {} if self.path is None or self.own else {"ptx_version": 90 + 10 * (major - 13) + minor}
+        if self.path is None or self.own:
+            return {}
+        from triton.backends.nvidia.compiler import ptx_get_version
+
+        return {"ptx_version": ptx_get_version(".".join(map(str, self.version)))}
 
     def __str__(self) -> str:
         return f"ptxas {self.version[0]}.{self.version[1]}" + (", without wgmma" if self.path is None else "")
@@ -89,7 +92,7 @@ def hopper_assembler(driver: int | None = None) -> Assembler:
 @contextmanager
 def assembling(major: int, driver: int | None = None) -> Iterator[Assembler | None]:
     """While Triton compiles or launches for a device of this major compute capability; gives what assembles for it,
-    None where Triton's own assembler is known to be right."""
+    None where that is not Hopper, and whatever Triton takes is right."""
     if major != HOPPER:
         yield None
         return

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nestloop.lowering.runtime.batches import filled
 from nestloop.lowering.runtime.native import NativeLibrary, NativePlan, laid_out
 
 if TYPE_CHECKING:
@@ -53,8 +52,9 @@ class NativeStream(NativeLibrary):
         self._run("forward", inputs, [(n, values[n]) for n in self.plan.forward], named, 1)
         return made
 
-    def backward(self, *tensors: Tensor) -> Sequence[Tensor]:
-        """Inputs, what forward kept, cotangents of its results and no order -> cotangents of the inputs."""
+    def backward(self, *tensors: Tensor) -> Sequence[Tensor | None]:
+        """Inputs, what forward kept, cotangents of its results and no order -> cotangents of the inputs, None
+        for zero."""
         signature = self.signature
         inputs = list(tensors[: len(signature.inputs)])
         if not self._tokens(inputs):
@@ -72,7 +72,7 @@ class NativeStream(NativeLibrary):
             made[name] = inputs[0].new_empty(heads, groups if shared else sequences, *values[name].shape[2:])
         given = [(n, values[n]) for n in self.plan.backward]
         self._run("backward", inputs, given, list(made.items()), groups)
-        return [made[n] if n in made else filled(None, t) for n, t in zip(signature.inputs, inputs, strict=True)]
+        return [made.get(n) for n in signature.inputs]
 
     def _tokens(self, inputs: Sequence[Tensor]) -> int:
         return inputs[0].shape[2] - self.signature.halo

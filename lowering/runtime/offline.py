@@ -100,7 +100,7 @@ def compiled(
         SharedMemoryError: it does, and wants more shared memory than a program may take there.
     """
     request: dict[str, Any] = {"text": plan.text, "kernel": kernel, "device": device, "dtype": dtype, "wide": plan.wide}
-    request |= {"rounded": plan.rounded, "computed": plan.computed, "timeout": timeout}
+    request |= {"low": plan.low, "computed": plan.computed, "timeout": timeout}
     request["options"] = plan.options(kernel, TARGETS[device][0] == "cuda")
     ran = _ask({**request, "environment": dict(os.environ)})
     if not ran["status"]:
@@ -121,16 +121,15 @@ def compiled(
 
 
 def _signature(
-    function: Any, dtype: str, wide: Collection[str], rounded: Collection[str], computed: Collection[str]
+    function: Any, dtype: str, wide: Collection[str], low: Collection[str], computed: Collection[str]
 ) -> tuple[dict[str, str], set[str]]:
     """The type of each argument as a launch gives it; those that are multiples of 16.
 
     Args:
         wide: tensors whose rows are, and so the steps between them.
-        rounded: tokens whose cotangents are made in their dtype, as z is.
+        low: arguments in the tokens' dtype, beside the tokens.
         computed: tensors in the compute dtype, beside those that are always.
     """
-    low = [f"{n}_made" for n in ("z", *rounded)]
     types, multiples = {}, set()
     for name in function.arg_names:
         if name in ("S", "PRODUCT"):
@@ -138,13 +137,7 @@ def _signature(
         elif name in _NUMBERS:
             types[name] = _NUMBERS[name]
             multiples.add(name)
-        elif (
-            name == "d_z_p"
-            or name in low
-            or name.endswith("low_handed")
-            or name == "low_pulled_handed"
-            or (name.endswith("_p") and not name.startswith(_COMPUTED) and name[:-2] not in computed)
-        ):
+        elif name in low or (name.endswith("_p") and not name.startswith(_COMPUTED) and name[:-2] not in computed):
             types[name] = f"*{dtype}"
             multiples.add(name)
         elif name.endswith(("_p", "_made", "_handed")):
@@ -165,7 +158,7 @@ def _compile(request: Mapping[str, Any]) -> Compiled:
     device, dtype = request["device"], request["dtype"]
     backend, arch = TARGETS[device]
     function = getattr(cache.load(cache.write("offline", request["text"])), request["kernel"])
-    types, multiples = _signature(function, dtype, request["wide"], request["rounded"], request["computed"])
+    types, multiples = _signature(function, dtype, request["wide"], request["low"], request["computed"])
     at = {name: (index,) for index, name in enumerate(function.arg_names)}
     constants = {at["S"]: tl.float32, at["PRODUCT"]: _PRODUCTS[dtype]}
     source = triton.compiler.ASTSource(

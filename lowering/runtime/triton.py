@@ -26,7 +26,6 @@ from nestloop.lowering.runtime.batches import (
     BatchLoop,
     Call,
     compute_dtype,
-    filled,
     output_dtype,
     side_by_side,
 )
@@ -134,12 +133,10 @@ class TritonCode:
     @staticmethod
     def grid(one: Launch, items: int, parts: Mapping[str, int], like: Tensor) -> int:
         """Programs of a kernel."""
-        if like.device.type != "cuda":
-            return items * parts[one.over] * one.strips
-        device = torch.cuda.get_device_properties(like.device)
-        return (
-            parts[one.over] * one.strips * programs_of(one, items, device.multi_processor_count, device.L2_cache_size)
-        )
+        if one.walks and like.device.type == "cuda":
+            device = torch.cuda.get_device_properties(like.device)
+            items = programs_of(one, items, device.multi_processor_count, device.L2_cache_size)
+        return items * parts[one.over] * one.strips
 
     @staticmethod
     def settings(dtype: torch.dtype, given: torch.dtype) -> dict[str, Any]:
@@ -220,8 +217,9 @@ class TritonStream(TritonCode):
         self._run("forward", inputs, {n: values[n] for n in self.plan.forward}, named)
         return made
 
-    def backward(self, *tensors: Tensor) -> Sequence[Tensor]:
-        """Inputs, what forward kept, cotangents of its results and no order -> cotangents of the inputs."""
+    def backward(self, *tensors: Tensor) -> Sequence[Tensor | None]:
+        """Inputs, what forward kept, cotangents of its results and no order -> cotangents of the inputs, None
+        for zero."""
         signature = self.signature
         inputs = list(tensors[: len(signature.inputs)])
         dtype = compute_dtype(inputs)
@@ -237,7 +235,7 @@ class TritonStream(TritonCode):
             for n in self.plan.gradients
         }
         self._run("backward", inputs, {n: values[n] for n in self.plan.backward}, made)
-        return [made[n] if n in made else filled(None, t) for n, t in zip(signature.inputs, inputs, strict=True)]
+        return [made.get(n) for n in signature.inputs]
 
     def _tokens(self, inputs: Sequence[Tensor]) -> int:
         return inputs[0].shape[2] - self.signature.halo

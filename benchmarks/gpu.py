@@ -4,9 +4,9 @@ First, in several processes, which fill the compilers' caches: every loop of the
 (float64) and its generated Triton against generated PyTorch (float32), values and gradients. Then the cases of
 `gpu_cases` in this process alone: the plans of each in turn on fresh random inputs, forward and forward + backward, as
 medians beside the time that the device's own copy and GEMM rates allow. What is absent (JAX, fla-core), fails, or has
-no time left is put down as such. The table is printed last; the figures go to `$OUT/gpu.json`, or
-`benchmarks/results/gpu.json`, after every case, with the milliseconds of each kernel of a call. Where there is an
-`$OUT`, whole tracebacks of what failed go to `gpu-failures.log` in it.
+no time left is put down as such. The table is printed last; the figures go to `gpu-DEVICE.json` in `$OUT`, or in
+`benchmarks/results`, after every case, with the milliseconds of each kernel of a call. Where there is an `$OUT`, whole
+tracebacks of what failed go to `gpu-failures.log` in it.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     until = time.monotonic() + options.seconds
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # what fla-core tunes in one process serves the others
     folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
-    kept = folder / ("gpu-quick.json" if quick else "gpu.json") if not quick or "OUT" in os.environ else None
     result: dict[str, Any] = {"machine": machine.facts(), "device": machine.kind(device), "quick": quick}
+    name = "gpu-quick.json" if quick else f"gpu-{result['device']}.json"
+    kept = folder / name if not quick or "OUT" in os.environ else None
     made = [only(case, options.plans) for case in cases(device, quick)]
     chosen = [index for index, case in enumerate(made) if re.search(options.only, case.name)]
     plans = [(index, name) for index in chosen for name in made[index].plans]

@@ -53,7 +53,7 @@ class TritonFunction(TritonValues):
         alive: elements of the tiles that are alive at once, at most; `kept`: of those that it returns; `inside`: of
             those that are alive in what it does most often, a block.
         tokens: how many a tile has.
-        factors: inputs that only products in low precision read.
+        factors: inputs that something reads, and only as factors (`is_factor`).
         tiles: name -> sizes of the axes of every input and result, those of size 1 left out.
         scratch: elements of memory that it works in.
 
@@ -192,7 +192,7 @@ class TritonFunction(TritonValues):
 
     @property
     def factors(self) -> list[str]:
-        return [name for name, value in self.given.items() if value.users and all(map(self._is_low_dot, value.users))]
+        return [name for name, value in self.given.items() if value.users and self.is_factor(name)]
 
     @property
     def kept(self) -> int:

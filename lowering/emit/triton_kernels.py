@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -184,13 +185,14 @@ class TritonKernels:
         """Elements that tiles take side by side in a program's memory (`side_by_side`)."""
         return sum(aligned(self.elements(n)) for n in names)
 
+    def offsets(self, names: Sequence[str]) -> dict[str, int]:
+        """Where each of tiles side by side begins: at the start of a cache line."""
+        sizes = [aligned(self.elements(n)) for n in names]
+        return dict(zip(names, accumulate(sizes, initial=0), strict=False))
+
     def side_by_side(self, part: str, names: Sequence[str]) -> dict[str, str]:
-        """Where tiles lie in a part of a program's memory, each from the start of a cache line."""
-        places, offset = {}, 0
-        for n in names:
-            places[n] = f"{part} + {offset}" if offset else part
-            offset += aligned(self.elements(n))
-        return places
+        """Where tiles lie in a part of a program's memory."""
+        return {n: f"{part} + {offset}" if offset else part for n, offset in self.offsets(names).items()}
 
     @staticmethod
     def working(functions: Sequence[TritonFunction]) -> int:
@@ -328,12 +330,8 @@ class TritonKernels:
 
     def zeros(self, name: str, block: int = 0, length: int = 0) -> str:
         """A weight's tile of zeros, of axes of the size `block` so much."""
-        return zeros(
-            [
-                length if size == block else n
-                for size, n in zip(self.shapes[self.plain(name)], self.tile(name), strict=True)
-            ]
-        )
+        shape = self.shapes[self.plain(name)]
+        return zeros([length if size == block else n for size, n in zip(shape, self.tile(name), strict=True)])
 
     def at(self, name: str) -> str:
         """Where a given tensor's tile of this head and sequence begins."""

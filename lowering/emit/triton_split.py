@@ -120,11 +120,11 @@ class TritonSplitScan(TritonPrepare):
     def _handed_on(self, handed: str) -> list[Handed]:
         """The memory in which a walk leaves what other kernels read of it."""
         low = self.low[handed]
-        exact = [n for n in self.walked if n not in low]
-        made = [Handed(f"{handed}_handed", self.slots_over, self.room_for(exact))] if exact else []
+        parts = {f"{handed}_handed": [n for n in self.walked if n not in low], f"{handed}_low_handed": low}
         return [
-            *made,
-            *([Handed(f"{handed}_low_handed", self.slots_over, self.room_for(low), low=True)] if low else []),
+            Handed(name, self.slots_over, self.room_for(names), low=names is low)
+            for name, names in parts.items()
+            if names
         ]
 
     def _left_in_memory(self, name: str) -> list[str]:

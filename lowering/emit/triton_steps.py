@@ -118,11 +118,7 @@ class TritonSteps(TritonInTwo):
 
     def sums(self) -> dict[str, int]:
         """Where each begins among a program's."""
-        starts, offset = {}, 0
-        for n in self.shared:
-            starts[self.original(n)] = offset
-            offset += aligned(self.elements(n))
-        return starts
+        return {self.original(n): offset for n, offset in self.offsets(self.shared).items()}
 
     def _shared(self, share: Share) -> dict[str, str]:
         """Where a program's cotangents of what sequences share add up."""

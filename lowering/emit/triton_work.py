@@ -139,7 +139,7 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
         "exact": exact,
         "instructions": instructions + moved,
         "moved": moved,
-        "blocks": (1 if function.block is None else function.block.count) if function.outside else 1,
+        "blocks": function.block.count if function.outside and function.block is not None else 1,
         "around": _moved_around(function),
         "depth": max(depth.values(), default=0),
         "alive": function.alive,

@@ -31,34 +31,10 @@ WAITS = {
     *("linalg_cholesky", "cholesky", "linalg_inv", "linalg_solve", "_linalg_solve_ex", "linalg_eigh", "_linalg_eigh"),
     *("linalg_svd", "_linalg_svd", "linalg_qr", "_to_cpu"),
 }
-VIEWS = {
-    *(
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "transpose",
-        "t",
-        "mT",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "expand_as",
-        "detach",
-    ),
-    *(
-        "slice",
-        "select",
-        "alias",
-        "as_strided",
-        "permute",
-        "diagonal",
-        "unflatten",
-        "flatten",
-        "split",
-        "narrow",
-        "movedim",
-    ),
-}
+VIEWS = set(
+    """view _unsafe_view reshape transpose t mT unsqueeze squeeze expand expand_as detach slice select alias as_strided
+permute diagonal unflatten flatten split narrow movedim""".split()  # noqa: SIM905
+)
 
 
 class Watching(TorchDispatchMode):

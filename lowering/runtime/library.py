@@ -7,11 +7,10 @@ ordinary op.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +25,7 @@ from nestloop.lowering.runtime.decision import Decision, known
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.refusals import singular_system
+from nestloop.lowering.runtime.results import owned, strides_like, with_zeros
 from nestloop.lowering.runtime.signature import DECIDED, KEPT, Signature
 from nestloop.lowering.runtime.tiles import Singular, like_lead
 from nestloop.lowering.runtime.triton import TritonBatches, TritonCode, TritonStream
@@ -190,8 +190,8 @@ class NestedLoopOp:
         def kernel(*tensors: Tensor) -> Any:
             inputs, order = self._split(tensors)
             made = self._made("forward", inputs, order)
-            owned = _owned(made, *self.signature.layout(inputs), inputs)
-            return tuple(owned) if len(owned) > 1 else owned[0]
+            results = owned(made, *self.signature.layout(inputs), inputs)
+            return tuple(results) if len(results) > 1 else results[0]
 
         return kernel
 
@@ -317,9 +317,9 @@ class NestedLoopOp:
             # where no step was taken, the cotangent of an initial fast weight is the end's, one per sequence
             made = [like_lead(g, t) for g, t in zip(made, own, strict=True)]
             # tokens' as `empty_like` lays them out, which the fake kernel promises
-            strides = [_strides_like(t.shape, t.stride()) if i < tokens else None for i, t in enumerate(own)]
-            owned = _owned(made, [t.shape for t in own], strides, [t.dtype for t in own], given)
-            return tuple(owned) if len(owned) > 1 else owned[0]
+            strides = [strides_like(t.shape, t.stride()) if i < tokens else None for i, t in enumerate(own)]
+            results = owned(made, [t.shape for t in own], strides, [t.dtype for t in own], given)
+            return tuple(results) if len(results) > 1 else results[0]
 
         return kernel
 
@@ -403,7 +403,7 @@ class NestedLoopOp:
                 kept = saved[inputs_count + len(order) :]
                 given: Sequence[Tensor | None] = grads[:cotangents]
                 if any(grad is None for grad in given):
-                    given = _with_zeros(given, ctx.like, inputs[0])
+                    given = with_zeros(given, ctx.like, inputs[0])
                 made = backward_op(*inputs, *kept, *given, *order)
                 made = tuple(made) if isinstance(made, (tuple, list)) else (made,)
                 return (*made, None) if ordered else made
@@ -429,24 +429,6 @@ def _in_one(function: Any) -> type[torch.autograd.Function]:
     return InOne
 
 
-def _with_zeros(
-    grads: Sequence[Tensor | None], results: Sequence[tuple[torch.Size, torch.dtype]], like: Tensor
-) -> list[Tensor]:
-    """Cotangents of results, those that nobody reads zero: one tile of zeros, for all states, heads and sequences."""
-    most: dict[torch.dtype, int] = {}
-    for grad, (shape, dtype) in zip(grads, results, strict=True):
-        if grad is None:
-            most[dtype] = max(most.get(dtype, 0), math.prod(shape[2:]))
-    zeros = {dtype: like.new_zeros(size, dtype=dtype) for dtype, size in most.items()}
-    given = []
-    for grad, (shape, dtype) in zip(grads, results, strict=True):
-        if grad is None:
-            within = [math.prod(shape[axis + 1 :]) for axis in range(2, len(shape))]
-            grad = zeros[dtype].as_strided(shape, (0, 0, *within))
-        given.append(grad)
-    return given
-
-
 def _define(schema: str, kernel: Any, fake: Any, flops: Any) -> None:
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
@@ -467,44 +449,6 @@ def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor], factors: int
 def _as_it_says(device: str) -> AbstractContextManager[Any]:
     """Inside an op every product says its precision, and C++ reads memory in the compute dtype: no autocast."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _owned(
-    made: Sequence[Tensor],
-    shapes: Sequence[Sequence[int]],
-    strides: Sequence[Sequence[int] | None],
-    dtypes: Sequence[torch.dtype],
-    inputs: Sequence[Tensor],
-) -> list[Tensor]:
-    """Results with memory of their own, with these strides or None for contiguous: an op's results alias neither its
-    inputs nor each other. Those that code has written as the op says are taken as they are."""
-    taken = {t.untyped_storage().data_ptr() for t in inputs}
-    owned = []
-    for tensor, shape, wanted, dtype in zip(made, shapes, strides, dtypes, strict=True):
-        if tensor.shape != shape:
-            tensor = tensor.expand(shape)
-        laid = tensor.is_contiguous() if wanted is None else _has_strides(tensor, wanted)
-        memory = tensor.untyped_storage().data_ptr()
-        if not laid or tensor.dtype != dtype or memory in taken:
-            like = {"dtype": dtype, "device": tensor.device}
-            fresh = torch.empty(shape, **like) if wanted is None else torch.empty_strided(shape, wanted, **like)
-            tensor = fresh.copy_(tensor)
-            memory = tensor.untyped_storage().data_ptr()
-        taken.add(memory)
-        owned.append(tensor)
-    return owned
-
-
-def _has_strides(tensor: Tensor, wanted: Sequence[int]) -> bool:
-    """Whether a tensor's strides are these where they mean something."""
-    strides = tensor.stride()
-    return strides == wanted or all(n == 1 or a == b for n, a, b in zip(tensor.shape, strides, wanted, strict=True))
-
-
-@lru_cache(maxsize=256)
-def _strides_like(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Those that `empty_like` gives a tensor."""
-    return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
 
 
 def _add(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor | None:

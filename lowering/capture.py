@@ -303,6 +303,16 @@ class _Calls(TorchFunctionMode):
             self.tracer.reads_dtype |= given.get("eps") is None  # the default is the dtype's own
             x, shape = given["input"], list(given["normalized_shape"])
             return ops.fused_rms_norm(x, shape, given.get("weight"), given.get("eps"))[0]
+        if name == "detach":
+            return ops.detached(*args)
+        if name == "_set_grad_enabled":
+            raise UnadmittedOpError(
+                f"{self.spec.name} turns gradients off.",
+                where=user_line(self.spec),
+                given="torch.no_grad, torch.enable_grad or torch.set_grad_enabled",
+                need="values that say themselves whether gradients flow through them",
+                fix="write x.detach() where nothing is to flow back, f.held(x) for the learner's weights",
+            )
         if name in _LOOKS_AT_VALUES:
             if isinstance(args[0], Tensor) and not torch._is_functional_tensor(args[0]):
                 raise _captured(self.spec, args[0], user_line(self.spec))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from nestloop import reference
@@ -48,13 +47,6 @@ class Piece:
         return [node.name for node in self.forward.graph.find_nodes(op="placeholder")]
 
 
-_TENSORS_ONLY = (
-    torch.ops.aten.where.self,
-    torch.ops.aten.maximum.default,
-    torch.ops.aten.minimum.default,
-)
-
-
 class Located(fx.Interpreter):
     """Runs a captured graph under a trace; the new nodes keep the user's lines."""
 
@@ -67,16 +59,7 @@ class Located(fx.Interpreter):
             return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is ops.SOLVE:  # whose derivative is PyTorch's own
-            return torch.linalg.solve(args[0].mT if args[2] else args[0], args[1])
-        if target is torch.ops.aten.view.default:  # of what `simplify` has left without its copy
-            return args[0].reshape(args[1])
-        # `simplify` writes a constant operand as a number, which these take only as a tensor.
-        if target in _TENSORS_ONLY:
-            dtype = next(a.dtype for a in reversed(args) if isinstance(a, Tensor))
-            dtype = torch.float32 if dtype == torch.bool else dtype
-            args = tuple(torch.scalar_tensor(a, dtype=dtype) if isinstance(a, (int, float)) else a for a in args)
-        return super().call_function(target, args, kwargs)
+        return ops.call(target, args, kwargs)
 
 
 def _call(module: fx.GraphModule) -> Callable[..., Any]:

@@ -122,6 +122,10 @@ class Recorder(Mode):
                 made = decomposition(*args, **kwargs)
             if made is not NotImplemented:
                 return made
+        functional = _functional(func)
+        if functional is not None and self._is_unshared(args[0]):
+            with self:
+                return self._overwrite(args[0], functional(*args, **kwargs))
         settings = {name: value for name, value in kwargs.items() if name not in _PLACES}
         node = self.graph.create_node(
             "call_function", func, self._written(args), self._written(settings), name=func.overloadpacket.__name__
@@ -140,6 +144,16 @@ class Recorder(Mode):
                 if isinstance(part, Tensor):
                     self._keep(self.graph.call_function(operator.getitem, (node, index)), part)
         return value
+
+    def _is_unshared(self, value: Tensor) -> bool:
+        """Whether no view shares a tensor's memory."""
+        node = self._one(value)
+        return not any(_is_view(n) for n in (node, *node.users))
+
+    def _overwrite(self, written: Tensor, value: Tensor) -> Tensor:
+        """From now on a tensor stands for the value that a composite function of PyTorch writes into it."""
+        self.nodes[id(written)] = written, self._one(value)
+        return written
 
     def _written(self, given: Any) -> Any:
         """Arguments as they stand in the graph."""
@@ -171,6 +185,24 @@ class Recorder(Mode):
         found.meta.update(self.facts, val=wrap_node(size))
         self.numbers[size.values] = found
         return found
+
+
+@cache
+def _functional(func: Any) -> Any:
+    """The op that makes what one like `add_` writes into its first operand; None for ops that write nothing."""
+    if not func._schema.is_mutable or not func._schema.name.endswith("_"):
+        return None
+    packet = getattr(aten, func._schema.name.split("::")[-1][:-1], None)
+    return getattr(packet, func._overloadname, None)
+
+
+def _is_view(node: fx.Node) -> bool:
+    return (
+        node.op == "call_function"
+        and ops.admitted(node.target)
+        and (not ops.is_size_op(node.target) and ops.row(node.target).kind is ops.Kind.VIEW)
+        and node.target is not aten.clone.default
+    )
 
 
 @cache

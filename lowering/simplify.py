@@ -174,6 +174,8 @@ class _Rebuild:
 
     def _view(self, node: fx.Node, args: list[Any]) -> Any:
         source = args[0]
+        if node.target is ops.DETACHED and isinstance(source, Fill) and source.number is None:
+            return None
         if isinstance(source, Fill) or node.target in (aten.clone.default, aten.alias.default):
             return source
         shape, before = node.meta["val"].shape, source.meta["val"].shape
@@ -348,13 +350,10 @@ class _Rebuild:
             else:
                 slim.append(value)
         ranks = [s.meta["val"].shape for s in slim if isinstance(s, fx.Node) and not _is_size(s)]
-        has_tensor_first = isinstance(slim[0], fx.Node) or node.target not in _ONLY_TENSOR_FIRST
+        has_tensor_first = isinstance(slim[0], fx.Node) or node.target not in ops.ONLY_TENSORS
         if ranks and has_tensor_first and same_shape(_broadcast_shape(ranks), wanted) and _takes_numbers(node, slim):
             return self._copy(node, slim, node.kwargs)
         return None
-
-
-_ONLY_TENSOR_FIRST = {aten.where.self, aten.maximum.default, aten.minimum.default}
 
 
 def _is_size(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nestloop.lowering.ops import row
+from nestloop.lowering.ops import call, row
 from nestloop.lowering.ops.row import Kind
 from nestloop.lowering.schedule.values import Value
 
@@ -57,7 +57,7 @@ def _result(value: Value, chosen: Sequence[Any]) -> float:
         for a, c in zip(value.node.args, chosen, strict=True)
     ]
     try:
-        return float(value.node.target(*given, **value.node.kwargs))
+        return float(call(value.node.target, tuple(given), value.node.kwargs))
     except (RuntimeError, TypeError):
         return float("nan")
 

@@ -136,8 +136,11 @@ class TileFunction:
             self.scalar.add(node)
         rank = len(value.shape) if row.kind is Kind.POINTWISE and node not in self.scalar else None
         first = next((t for t in tensors if isinstance(t.meta.get("val"), torch.Tensor)), None)
+        text = [self._operand(a, rank) for a in node.args]
+        if row.kind is Kind.POINTWISE and _is_of_counts(node):  # to which PyTorch would give its default dtype
+            text = [f"{t}.to(dtype)" if isinstance(a, fx.Node) else t for a, t in zip(node.args, text, strict=True)]
         operands = Operands(
-            text=[self._operand(a, rank) for a in node.args],
+            text=text,
             raw=node.args,
             kwargs=dict(node.kwargs),
             rank=len(first.meta["val"].shape) if first is not None else 0,
@@ -231,6 +234,13 @@ class TileFunction:
                 if last < len(nodes):
                     ends.setdefault(nodes[last], []).append(node)
         return ends
+
+
+def _is_of_counts(node: fx.Node) -> bool:
+    """Whether an op makes numbers of masks or counts alone."""
+    operands = [n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
+    numbers = node.meta["val"].is_floating_point() and not any(dtype.is_floating_point for dtype in operands)
+    return bool(operands) and numbers and node.target not in (aten.where.self, aten._to_copy.default)
 
 
 def _mentions(text: str, name: str) -> bool:

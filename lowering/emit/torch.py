@@ -225,7 +225,9 @@ class TorchEmitter:
         forward = head + indent("\n".join([*lines, f"return {_tuple(self.common)}"]), "    ")
 
         lines = [f"{' = '.join(f'd_{n}' for n in self.inputs)} = None"]
-        for piece in [name for name in ("project", "prepare") if name in self.pieces]:
+        for piece in ("project", "prepare"):
+            if piece not in self.pieces or not self._nonzero(f"{piece}_vjp"):
+                continue
             lines.append(self._call(f"{piece}_vjp", [f"c_{n}" for n in self.pieces[piece].wrt], whole))
             lines += [f"d_{n} = add(d_{n}, c_{n})" for n in self._nonzero(f"{piece}_vjp")]
         lines.append(f"return {_tuple([f'd_{n}' for n in self.inputs])}")

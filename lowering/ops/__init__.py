@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nestloop.lowering.ops import movement, pointwise, products, reductions, results
+from nestloop.lowering.ops.calling import ONLY_TENSORS, call
 from nestloop.lowering.ops.decompose import decompositions, fused_rms_norm
+from nestloop.lowering.ops.detached import OP as DETACHED
+from nestloop.lowering.ops.detached import detached
 from nestloop.lowering.ops.row import Kind, Op, Operands
 from nestloop.lowering.ops.solve import OP as SOLVE
 from nestloop.lowering.ops.strided import NoSpelling
@@ -53,6 +56,8 @@ def named_shape(shape: Iterable[Any]) -> str:
 
 
 __all__ = [
+    "DETACHED",
+    "ONLY_TENSORS",
     "ROWS",
     "SOLVE",
     "Kind",
@@ -60,7 +65,9 @@ __all__ = [
     "Op",
     "Operands",
     "admitted",
+    "call",
     "decompositions",
+    "detached",
     "fused_rms_norm",
     "is_size_op",
     "named_shape",

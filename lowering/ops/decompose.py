@@ -197,6 +197,12 @@ def select_backward(grad: Tensor, sizes: list[int], dim: int, index: int) -> Ten
     return constant_pad_nd(grad.unsqueeze(dim), [0, 0] * (len(sizes) - dim - 1) + around)
 
 
+def clamp(x: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
+    """Values within bounds that are tensors; at a bound the derivative is the value's, as PyTorch's own."""
+    x = x if min is None else torch.where(x < min, min, x)
+    return x if max is None else torch.where(x > max, max, x)
+
+
 @cache
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """What graphs are decomposed with while they are recorded."""
@@ -212,6 +218,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.split_with_sizes.default] = split_with_sizes
     table[aten.roll.default] = roll
     table[aten.repeat.default] = repeat
+    table[aten.clamp.Tensor] = clamp
     table[aten._fused_rms_norm.default] = fused_rms_norm
     table[aten.rms_norm.default] = lambda x, shape, weight=None, eps=None: fused_rms_norm(x, shape, weight, eps)[0]
     table[aten.slice_backward.default] = slice_backward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from nestloop.lowering.ops.detached import OP as DETACHED
 from nestloop.lowering.ops.row import Element, Join, Kind, Op, Operands, Window
 from nestloop.lowering.ops.strided import NoSpelling, Strided, extent
 
@@ -171,6 +172,7 @@ ROWS = [
     _view(aten.transpose.int, lambda r: (r(2, 5, 4), 1, 2), _transpose, _transposed),
     _view(aten.clone.default, lambda r: (r(5, 4),), _same, lambda x, o: x),
     _view(aten.alias.default, lambda r: (r(5, 4),), _same, lambda x, o: x),
+    _view(DETACHED, lambda r: (r(5, 4),), _same, lambda x, o: x),
     Op(aten.slice.Tensor, Kind.MOVE, _slice, Window(_sliced), 0, lambda r: (r(6, 4), 0, 1, 5)),
     Op(aten.select.int, Kind.MOVE, _select, Window(_selected), 0, lambda r: (r(6, 4), 1, 2)),
     Op(aten.cat.default, Kind.MOVE, _cat, Join(), 0, lambda r: ([r(6, 4), r(6, 3)], -1)),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 
+from nestloop.lowering.ops.detached import OP as DETACHED
 from nestloop.lowering.ops.row import Kind, Op
 
 aten = torch.ops.aten
@@ -243,7 +244,7 @@ def _slice(self: Tensor, dim: int = 0, start: Any = None, end: Any = None, step:
 
 _VIEWS: dict[Any, Callable[..., Layout | None]] = {
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default), _view),
-    **dict.fromkeys((aten.alias.default, aten.detach.default), _whole),
+    **dict.fromkeys((aten.alias.default, aten.detach.default, DETACHED), _whole),
     **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims), _squeeze),
     aten.expand.default: _expand,
     aten.permute.default: _permute,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from nestloop.lowering import ops
 from nestloop.lowering.capture import Captured, Tracer
@@ -30,7 +30,7 @@ def hoist(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
     ours = [
         n for n, r in reached.items() if n.op == "call_function" and r and r <= slow and not ops.is_size_op(n.target)
     ]
-    border = [n for n in ours if any(user not in ours for user in n.users)]
+    border = _border(ours)
     if not border or all(n.target is torch.ops.aten.permute.default for n in border):
         return captured, Rewrite(NAME, False, "no value of the loss depends on slow weights alone")
     names = {n: f"gram_{i}" if is_gram(n) else f"hoisted_{i}" for i, n in enumerate(border)}
@@ -55,3 +55,11 @@ def hoist(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
     remaining = replace(extended, loss=tracer.trace_on(rest, tiles, inputs))
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in hoisted.items())
     return remaining, Rewrite(NAME, True, f"these depend on slow weights alone, and are computed once: {shapes}")
+
+
+def _border(ours: list[fx.Node]) -> list[fx.Node]:
+    """The values of these nodes that others read; a mask is computed where it is read, as inputs are numbers."""
+    moved = set(ours)
+    while staying := {n for n in moved if not n.meta["val"].is_floating_point() and not moved.issuperset(n.users)}:
+        moved -= staying
+    return [n for n in ours if n in moved and not moved.issuperset(n.users)]

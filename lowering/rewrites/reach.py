@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from typing import Any
 
 from torch import Tensor, fx
+
+from nestloop.lowering import ops
 
 
 def ancestors(node: fx.Node, known: Container[fx.Node] = ()) -> set[fx.Node]:
@@ -41,6 +43,5 @@ def evaluate(
         elif node.op == "call_function" and node in needed and node not in known:
             args = fx.node.map_arg(node.args, env.__getitem__)
             kwargs = fx.node.map_arg(node.kwargs, env.__getitem__)
-            function: Callable[..., Any] = node.target
-            env[node] = function(*args, **kwargs)
+            env[node] = ops.call(node.target, args, kwargs)
     return env

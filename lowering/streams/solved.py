@@ -181,7 +181,7 @@ class _Affine(Located):
         if not any(isinstance(a, Affine) for a in args):
             return super().run_node(n)
         if ops.is_size_op(n.target):
-            return n.target(*[a.like if isinstance(a, Affine) else a for a in args], **kwargs)
+            return ops.call(n.target, tuple(a.like if isinstance(a, Affine) else a for a in args), kwargs)
         return _rule(n, args, kwargs)
 
 

@@ -107,9 +107,9 @@ class Uses(Located):
             ]
             if any(tokens):
                 given = [self._at_tokens(a, rank) if isinstance(a, Vector) else a for a in args]
-                return n.target(*given, **n.kwargs)
+                return ops.call(n.target, tuple(given), n.kwargs)
             given = [self._padded(a, rank) if isinstance(a, Vector) else a for a in args]
-            return Vector(vector.name, n.target(*given, **n.kwargs))
+            return Vector(vector.name, ops.call(n.target, tuple(given), n.kwargs))
         raise NotAffine(f"{vector.name} enters by {_name(n)}, not as a term or factor of each token{_at(n)}")
 
     def _shape_of(self, n: fx.Node, args: Any) -> list[Any]:

@@ -197,12 +197,9 @@ def _functional(func: Any) -> Any:
 
 
 def _is_view(node: fx.Node) -> bool:
-    return (
-        node.op == "call_function"
-        and ops.admitted(node.target)
-        and (not ops.is_size_op(node.target) and ops.row(node.target).kind is ops.Kind.VIEW)
-        and node.target is not aten.clone.default
-    )
+    """Whether a node's result lies in the memory of its operand."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
 
 
 @cache

@@ -468,6 +468,23 @@ def test_bodies_draw_no_random_numbers():
     )
 
 
+def without_gradients(self, f, t):
+    with torch.no_grad():  # HERE
+        target = f(t.v)
+    return (f(t.k) - target).square().sum(-1)
+
+
+def test_bodies_do_not_turn_gradients_off():
+    refused(
+        steps_into(without_gradients),
+        UnadmittedOpError,
+        "Loop turns gradients off.",
+        given="torch.no_grad, torch.enable_grad or torch.set_grad_enabled",
+        need="values that say themselves whether gradients flow through them",
+        fix="write x.detach() where nothing is to flow back, f.held(x) for the learner's weights",
+    )
+
+
 def captured(self, f, t):
     return (f(t.k) * OUTER).sum(-1)  # HERE
 

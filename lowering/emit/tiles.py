@@ -97,6 +97,33 @@ def sinh(x):
 
 
 @triton.jit
+def asinh(x):
+    size = tl.abs(x)
+    far = log1p(size + x * x / (1 + tl.sqrt(1 + x * x)))
+    return tl.where(x < 0, -far, far)
+
+
+@triton.jit
+def acosh(x):
+    return tl.log(x + tl.sqrt(x - 1) * tl.sqrt(x + 1))
+
+
+@triton.jit
+def atanh(x):
+    return 0.5 * (log1p(x) - log1p(-x))
+
+
+@triton.jit
+def erfc(x):
+    return 1 - tl.erf(x)
+
+
+@triton.jit
+def isnan(x):
+    return x != x
+
+
+@triton.jit
 def gelu(x):
     return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
 

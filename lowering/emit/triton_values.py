@@ -118,7 +118,9 @@ class TritonValues(TritonTiles):
     @property
     def largest(self) -> dict[str, Any]:
         """The largest tile: "tile", its axes; "elements"; "axis", the name of its longest, and that one's "size"."""
-        value = max([*self.values, *self.given.values()], key=self._weight)
+        value = max([*self.values, *self.given.values()], key=self._weight, default=None)
+        if value is None:  # cotangents that are all zero
+            return {"tile": "[]", "elements": 0, "axis": "?", "size": 1}
         axis, size, _ = self._longest_axis(value)
         return {"tile": self._named(value), "elements": self._weight(value), "axis": axis, "size": size}
 

@@ -7,6 +7,7 @@ row would be redundant for is added.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -203,6 +204,76 @@ def clamp(x: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Te
     return x if max is None else torch.where(x > max, max, x)
 
 
+def extreme(by: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The largest (or smallest) values along an axis and where they are; of equal ones the first is meant."""
+
+    def found(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+        there = (x == by(x, [dim], True)).to(x.dtype)
+        first = there * (there.cumsum(dim) == 1)
+        places = (1 - there.cumsum(dim)).clamp(min=0).sum(dim, keepdim)
+        return torch.where(first != 0, x, 0.0).sum(dim, keepdim), places.to(torch.int64)
+
+    return found
+
+
+def any_of(x: Tensor, dim: int | list[int] | None = None, keepdim: bool = False) -> Tensor:
+    """Whether one is true, along an axis."""
+    dims = list(range(x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    return (x != 0).sum(dims, keepdim) > 0
+
+
+def all_of(x: Tensor, dim: int | list[int] | None = None, keepdim: bool = False) -> Tensor:
+    return ~any_of(x == 0, dim, keepdim)
+
+
+def product(x: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The product along an axis, factor by factor."""
+    if not isinstance(x.shape[dim], int) or x.shape[dim] == 0:
+        return NotImplemented
+    x = x if dtype is None else x.to(dtype)
+    first, *rest = (aten.select.int(x, dim, index) for index in range(x.shape[dim]))
+    for factor in rest:
+        first = first * factor
+    return first.unsqueeze(dim) if keepdim else first
+
+
+def diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    """The diagonal of square matrices, as a sum over their rows of what a mask leaves."""
+    rows, columns = dim1 % x.ndim, dim2 % x.ndim
+    size = x.shape[rows]
+    if offset or not isinstance(size, int) or x.shape[columns] != size:
+        return NotImplemented
+    at = torch.arange(size, device=x.device)
+    shape = [[size if d == axis else 1 for d in range(x.ndim)] for axis in (rows, columns)]
+    kept = torch.where(at.reshape(shape[0]) == at.reshape(shape[1]), x, 0.0).sum(rows)
+    return kept.movedim(columns - (rows < columns), -1)
+
+
+def inverse(x: Tensor, *, check_errors: bool = False) -> tuple[Tensor, Tensor]:
+    """The inverse, as the solution of a linear system; a matrix that has none is refused when it is solved."""
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand(x.shape)
+    return torch.linalg.solve(x, eye), x.new_zeros(x.shape[:-2], dtype=torch.int32)
+
+
+def rounded_down(x: Tensor) -> Tensor:
+    """Towards zero."""
+    return torch.where(x < 0, -(-x).floor(), x.floor())
+
+
+def rounded(x: Tensor) -> Tensor:
+    """To the nearest whole number, to the even one of two as near."""
+    low = x.floor()
+    beyond = x - low
+    odd = low - 2 * (low / 2).floor()
+    return low + torch.where(beyond > 0.5, 1.0, torch.where(beyond < 0.5, 0.0, odd))
+
+
+def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Softmax that is zero where everything is -inf."""
+    hidden = x.amax(dim, True) == -float("inf")
+    return torch.where(hidden, 0.0, torch.softmax(torch.where(hidden, 0.0, x), dim, dtype))
+
+
 @cache
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """What graphs are decomposed with while they are recorded."""
@@ -219,6 +290,20 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.roll.default] = roll
     table[aten.repeat.default] = repeat
     table[aten.clamp.Tensor] = clamp
+    table[aten.empty_like.default] = lambda x, *, dtype=None, **_: torch.zeros_like(x, dtype=dtype)  # to be overwritten
+    table[aten.max.dim], table[aten.min.dim] = extreme(torch.amax), extreme(torch.amin)
+    table.update(dict.fromkeys((aten.any.default, aten.any.dim, aten.any.dims), any_of))
+    table.update(dict.fromkeys((aten.all.default, aten.all.dim, aten.all.dims), all_of))
+    table[aten.prod.dim_int] = product
+    table[aten.diagonal.default] = diagonal
+    table[aten.linalg_inv_ex.default] = inverse
+    table[aten.trunc.default], table[aten.round.default] = rounded_down, rounded
+    table[aten.ceil.default] = lambda x: -(-x).floor()
+    table.update(dict.fromkeys((aten.fmod.Scalar, aten.fmod.Tensor), lambda x, y: x - y * rounded_down(x / y)))
+    table.update(dict.fromkeys((aten.remainder.Scalar, aten.remainder.Tensor), lambda x, y: x - y * (x / y).floor()))
+    table[aten.log10.default] = lambda x: x.log() / math.log(10)
+    table[aten.hypot.default] = lambda x, y: (x * x + y * y).sqrt()
+    table[aten._safe_softmax.default] = safe_softmax
     table[aten._fused_rms_norm.default] = fused_rms_norm
     table[aten.rms_norm.default] = lambda x, shape, weight=None, eps=None: fused_rms_norm(x, shape, weight, eps)[0]
     table[aten.slice_backward.default] = slice_backward

@@ -26,6 +26,10 @@ def positive(r: Callable[..., Any]) -> tuple[Any, ...]:
     return (r(5, 4).abs() + 0.5,)
 
 
+def inside(r: Callable[..., Any]) -> tuple[Any, ...]:
+    return (r(5, 4).tanh() * 0.9,)
+
+
 def two(r: Callable[..., Any]) -> tuple[Any, ...]:
     return (r(5, 4), r(4))
 
@@ -53,6 +57,12 @@ def function(target: Any, method: str, cpp: str, triton: str, example: Example =
     return pointwise(
         target, lambda o: f"{o[0]}.{method}()", form(f"{cpp}({{0}})"), example, work, form(f"{triton}({{0}})")
     )
+
+
+def without_triton(target: Any, name: str, example: Example) -> Op:
+    """A function of one operand that PyTorch and C++ call alike, and Triton has not."""
+    reason = Unsupported(f"Triton has no {name}")
+    return pointwise(target, lambda o: f"{o[0]}.{name}()", form(f"std::{name}({{0}})"), example, 10, triton=reason)
 
 
 def form(text: str) -> Spell:
@@ -176,6 +186,7 @@ def _with_defaults(name: str, *defaults: str) -> Spell:
     return lambda o: f"{name}({', '.join([*o.text, *defaults[len(o.text) - 1 :]])})"
 
 
+_ARCS = {aten.asin.default: "asin", aten.acos.default: "acos", aten.atan.default: "atan"}
 _softplus = _with_defaults("softplus", "S(1)", "S(20)")
 _elu = _with_defaults("elu", "S(1)", "S(1)", "S(1)")
 
@@ -234,15 +245,21 @@ ROWS = [
         10,
         triton=form("0.5 * (tl.exp({0}) + tl.exp(-{0}))"),
     ),
+    *[without_triton(op, name, inside) for op, name in _ARCS.items()],
     pointwise(
-        aten.atan.default,
-        lambda o: f"{o[0]}.atan()",
-        form("std::atan({0})"),
-        one,
+        aten.atan2.default,
+        call("torch.atan2"),
+        form("std::atan2({0}, {1})"),
+        two,
         10,
-        triton=Unsupported("Triton has no arctangent"),
+        triton=Unsupported("Triton has no atan2"),
     ),
+    function(aten.asinh.default, "asinh", "std::asinh", "tiles.asinh", work=10),
+    function(aten.acosh.default, "acosh", "std::acosh", "tiles.acosh", lambda r: (r(5, 4).abs() + 1.5,), 10),
+    function(aten.atanh.default, "atanh", "std::atanh", "tiles.atanh", inside, 10),
+    function(aten.erfc.default, "erfc", "std::erfc", "tiles.erfc", work=10),
     function(aten.floor.default, "floor", "std::floor", "tl.floor"),
+    function(aten.isnan.default, "isnan", "std::isnan", "tiles.isnan"),
     pointwise(
         aten.relu.default,
         lambda o: f"F.relu({o[0]})",

@@ -35,7 +35,8 @@ def _norm(o: Operands) -> str:
     keep = o.raw[3] if len(o.raw) > 3 else o.kwargs.get("keepdim", False)
     if not o.axes(dims):
         return f"{o[0]}.abs()"
-    return f"torch.linalg.vector_norm({o[0]}, {order!r}, {_tuple(o.axes(dims))}, keepdim={keep})"
+    written = f"float('{order}')" if math.isinf(order) else repr(order)
+    return f"torch.linalg.vector_norm({o[0]}, {written}, {_tuple(o.axes(dims))}, keepdim={keep})"
 
 
 def _sum_fold(o: Operands) -> Fold:

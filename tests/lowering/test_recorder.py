@@ -13,7 +13,7 @@ from torch import Tensor
 from nestloop.lowering import ops
 from nestloop.lowering.derivative import grad, vjp
 from nestloop.lowering.length import Length
-from nestloop.lowering.recorder import noting, record
+from nestloop.lowering.recorder import Recorder, noting, record
 
 aten = torch.ops.aten
 
@@ -48,6 +48,29 @@ def test_writes_become_values():
     given = torch.randn(3, 2, dtype=torch.float64)
     torch.testing.assert_close(module(given), function(given))
     assert not any(target._schema.is_mutable for target in targets(module))
+
+
+def test_writes_inside_a_composite_become_values():
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return torch.nn.functional.cosine_similarity(x, y, dim=-1, eps=0.9)
+
+    module = record(function, [example(3, 2), example(3, 2)], ["x", "y"])
+    assert not any(target._schema.is_mutable for target in targets(module))
+    given = torch.rand(3, 2, dtype=torch.float64), torch.rand(3, 2, dtype=torch.float64)
+    torch.testing.assert_close(module(*given), function(*given))
+
+
+def test_a_write_that_a_view_sees_stays_in_the_graph():
+    """Where it is refused: no value stands for it."""
+    recorder = Recorder()
+    x = example(3, 2)
+    recorder.placeholder("x", x)
+    with recorder:
+        y = x.clone()
+        row = y[0]
+        y.add_(1)
+    module = recorder.finish(row)
+    assert aten.add_.Tensor in targets(module) and not ops.admitted(aten.add_.Tensor)
 
 
 def test_sizes_are_read_where_they_are_needed():

@@ -185,6 +185,77 @@ def test_select_backward(dim, index):
     )
 
 
+@pytest.mark.parametrize("bounds", [(True, False), (False, True), (True, True)])
+def test_clamp_between_tensors(bounds):
+    low, high = -normal(5).abs() if bounds[0] else None, normal(5, seed=1).abs() if bounds[1] else None
+    assert_same(decompose.clamp, aten.clamp.Tensor, normal(4, 5), low, high)
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+@pytest.mark.parametrize("dim", [0, -1])
+@pytest.mark.parametrize(("by", "op"), [(torch.amax, aten.max.dim), (torch.amin, aten.min.dim)])
+def test_the_largest_and_smallest_with_their_places(by, op, dim, keepdim):
+    found = decompose.extreme(by)
+    tied = normal(4, 5).round()
+    for a, b in zip(found(tied, dim, keepdim), op(tied, dim, keepdim), strict=True):
+        assert torch.equal(a, b)
+    for x in (normal(4, 5), tied):
+        assert_same(lambda x: found(x, dim, keepdim)[0], lambda x: op(x, dim, keepdim)[0], x)
+
+
+@pytest.mark.parametrize("dim", [None, 1, [0, 1]])
+def test_any_and_all(dim):
+    for x in (normal(4, 5) > 0.8, normal(4, 5) > -0.8, normal(4, 5).relu()):
+        arguments = () if dim is None else (dim,)
+        assert torch.equal(decompose.any_of(x, *arguments), torch.any(x, *arguments))
+        assert torch.equal(decompose.all_of(x, *arguments), torch.all(x, *arguments))
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_product_along_an_axis(keepdim):
+    assert_same(lambda x: decompose.product(x, 1, keepdim), lambda x: aten.prod.dim_int(x, 1, keepdim), normal(3, 4))
+
+
+@pytest.mark.parametrize(("dim1", "dim2"), [(0, 1), (1, 2), (-1, -2), (2, 0)])
+def test_diagonal(dim1, dim2):
+    x = normal(4, 4, 4)
+    assert_same(lambda x: decompose.diagonal(x, 0, dim1, dim2), lambda x: torch.diagonal(x, 0, dim1, dim2), x)
+    assert decompose.diagonal(normal(4, 5)) is NotImplemented and decompose.diagonal(x, 1) is NotImplemented
+
+
+def test_inverse():
+    x = normal(2, 3, 3) + 4 * torch.eye(3, dtype=torch.float64)
+    assert_same(lambda x: decompose.inverse(x)[0], torch.linalg.inv, x)
+
+
+def test_whole_numbers():
+    x = torch.cat([normal(20) * 3, torch.tensor([-2.5, -1.5, -0.5, 0.0, 0.5, 1.5, 2.5, 3.0], dtype=torch.float64)])
+    assert torch.equal(decompose.rounded(x), x.round())
+    assert torch.equal(decompose.rounded_down(x), x.trunc())
+    assert torch.equal(decompose.decompositions()[aten.ceil.default](x), x.ceil())
+
+
+@pytest.mark.parametrize("name", ["fmod", "remainder", "hypot", "log10"])
+def test_functions_by_others(name):
+    op = getattr(aten, name)
+    x = normal(4, 5) * 3
+    y = normal(5).abs() + 0.5
+    if name in ("fmod", "remainder"):
+        assert_same(decompose.decompositions()[op.Scalar], op.Scalar, x, 0.7)
+        assert_same(decompose.decompositions()[op.Tensor], op.Tensor, x, y)
+    else:
+        arguments = (x, y) if name == "hypot" else (x.abs() + 0.5,)
+        assert_same(decompose.decompositions()[op.default], op.default, *arguments)
+
+
+def test_softmax_where_everything_is_hidden():
+    x = normal(3, 4)
+    assert_same(lambda x: decompose.safe_softmax(x, -1), lambda x: aten._safe_softmax.default(x, -1), x)
+    x[1] = -torch.inf
+    x[2, 1] = -torch.inf
+    assert torch.equal(decompose.safe_softmax(x, -1), aten._safe_softmax.default(x, -1))
+
+
 def test_the_table_holds_them_and_keeps_what_has_a_row():
     table = decompose.decompositions()
     assert table[aten.convolution.default] is decompose.convolution

@@ -123,5 +123,5 @@ def test_the_result_of_a_pointwise_op_has_the_broadcast_shape(row: Op):
 
 
 def test_similar_names_are_offered():
-    assert ops.nearest(torch.ops.aten.atanh.default)[0] in ("tanh", "atan")
+    assert "cumsum" in ops.nearest(torch.ops.aten.cummax.default)
     assert ops.nearest(torch.ops.aten.bincount.default) == []

@@ -1,0 +1,205 @@
+"""What bodies are written with: PyTorch's functions, and values from which nothing flows back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import nestloop as nl
+from tests.lowering.comparison import Inputs, differences, random_inputs, run
+
+SIZES = {"d": 4, "D": 8, "H": 2, "m": 3, "N": 7}
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine_similarity": lambda x, y: F.cosine_similarity(x, y, dim=-1),
+    "binary_cross_entropy": lambda x, y: F.binary_cross_entropy_with_logits(x, y.sigmoid(), reduction="none"),
+    "cross_entropy": lambda x, y: F.cross_entropy(x, y.softmax(-1), reduction="none"),
+    "kl_div": lambda x, y: F.kl_div(x.log_softmax(-1), y.softmax(-1), reduction="none"),
+    "max": lambda x, y: x.max(-1).values * y.min(-1).values,
+    "largest size": lambda x, y: torch.linalg.vector_norm(x, float("inf"), -1),
+    "a mask as a factor": lambda x, y: x * (x > y) * ~(y > 1),
+    "a mask alone": lambda x, y: (x > 0) * 0.5 + (y > 0).sum(-1, keepdim=True) * 0.25 * x,
+    "any": lambda x, y: x * (y > 0).any(-1, keepdim=True),
+    "prod": lambda x, y: x.prod(-1),
+    "trace": lambda x, y: torch.einsum("nii->n", x[:, :, None] * y[:, None, :]),
+    "attention": lambda x, y: F.scaled_dot_product_attention(*(t.unflatten(-1, (2, 2)) for t in (x, y, x))).flatten(1),
+    "inverse": lambda x, y: (
+        torch.linalg.inv(torch.eye(2, dtype=x.dtype, device=x.device) + y.unflatten(-1, (2, 2)) / 9).flatten(1).mul(x)
+    ),
+    "whole numbers": lambda x, y: x - x.round() + (2 * x).ceil() * x - y.frac() + torch.remainder(x, 0.3),
+    "hyperbolic": lambda x, y: torch.asinh(x) + torch.atanh(0.1 * x.tanh()) + torch.erfc(x) + torch.hypot(x, y),
+    "angles": lambda x, y: torch.atan2(x, y) + torch.asin(0.5 * x.tanh()) + torch.acos(0.5 * y.tanh()),
+    "nan_to_num": lambda x, y: torch.nan_to_num(x) * y,
+}
+
+
+class Linear(nl.Learner):
+    w = nl.fast("d", "d")
+
+    def forward(self, x):
+        return x @ self.w
+
+
+class MLP(nl.Learner):
+    w1, w2 = nl.fast("d", "2*d"), nl.fast("2*d", "d")
+
+    def forward(self, x):
+        return torch.tanh(x @ self.w1) @ self.w2
+
+
+class Recall(nl.Loop):
+    learner: type[nl.Learner] = MLP
+    schedule: Any = nl.Causal(4)
+    optimizer = nl.SGD(lr=0.2)
+    k, q, v = nl.view("d"), nl.view("d"), nl.view("d")
+
+    def loss(self, f, t):
+        return (f(t.k) - t.v).square().sum(-1)
+
+    def readout(self, f, t):
+        return f(t.q)
+
+
+def with_function(function: Callable[[Tensor, Tensor], Tensor]) -> type[nl.Loop]:
+    class Loop(Recall):
+        learner = Linear
+
+        def loss(self, f, t):
+            made = function(f(t.k), t.v)
+            return (made - 0.3).square().reshape(made.shape[0], -1).sum(-1)
+
+        def readout(self, f, t):
+            return function(f(t.q), t.q)
+
+    return Loop
+
+
+class Self(Recall):
+    """Regression to what the learner itself says, gated by a coefficient that is not learned here."""
+
+    c, s = nl.slow(), nl.slow("d", "d")
+
+    def loss(self, f, t):
+        y = f(t.k)
+        gate = torch.sigmoid(y.detach()) * self.c.detach()
+        return ((y - t.v) * gate).square().sum(-1) + (y * (t.k.detach() @ self.s.detach())).sum(-1)
+
+    def readout(self, f, t):
+        y = f(t.q)
+        return y * y.detach() + t.q.detach()
+
+
+class SelfOnline(Self):
+    schedule = nl.Online()
+
+
+class SelfInBatches(Self):
+    schedule = nl.FullBatch(steps=2)
+
+
+class Delta(Recall):
+    """The delta rule, with the error held by hand."""
+
+    learner, schedule = Linear, nl.Online()
+
+    def loss(self, f, t):
+        return -(f(t.k) * (t.v - t.k @ f.w.detach())).sum(-1)
+
+
+class Shallow(Recall):
+    """The inner loop learns nothing through the hidden features that the last layer reads."""
+
+    class learner(MLP):
+        def forward(self, x):
+            h = torch.tanh(x @ self.w1)
+            return h.detach() @ self.w2 + h.sum(-1, keepdim=True)
+
+    schedule = nl.Shuffled(batches=2)
+
+    def loss(self, f, t):
+        return (f(t.k) - t.v).square().mean(-1)
+
+
+class Nothing(Self):
+    """Nothing flows back from what is read, and of the loss only to the learner."""
+
+    schedule = nl.FullBatch(steps=2)
+
+    def loss(self, f, t):
+        return ((f(t.k) - t.v) * self.c).square().sum(-1).detach() + (f(t.k) * t.v.detach()).sum(-1)
+
+    def readout(self, f, t):
+        return t.q.detach() @ self.s.detach() + f(t.q).detach()
+
+
+class Masked(Recall):
+    """Masks of slow weights alone, and constants where a tensor stands."""
+
+    mask = nl.slow("d")
+
+    def loss(self, f, t):
+        seen = torch.where(self.mask > 0, t.k, torch.zeros_like(t.k))
+        return (F.softplus(f(seen)) - t.v).square().mean(-1)
+
+
+class Mixture(Recall):
+    """Several memories, and a router: a contraction whose sizes are read where the weights are one per token."""
+
+    m = nl.dim(3)
+    r = nl.view("m")
+
+    class learner(nl.Learner):
+        w = nl.fast("m", "d", "d")
+
+        def forward(self, x):
+            return torch.einsum("nk,mkv->nmv", x, self.w)
+
+    def loss(self, f, t):
+        return (torch.softmax(t.r, -1)[..., None] * (f(t.k) - t.v[:, None]).square()).sum((-1, -2))
+
+    def readout(self, f, t):
+        return (torch.softmax(t.r, -1)[..., None] * f(t.q)).sum(1)
+
+
+LOOPS = [Self, SelfOnline, SelfInBatches, Delta, Shallow, Nothing, Masked, Mixture]
+
+
+def inputs_of(loop: type[nl.Loop], dtype: torch.dtype) -> tuple[Inputs, dict[str, Tensor]]:
+    """The same inputs in a dtype, and what the reference makes of them in float64."""
+    reference = nl.compile(loop, backend="reference")
+    inputs = random_inputs(reference.spec, SIZES, tokens=7, seed=3)
+    wanted = run(reference, inputs)
+    for group in (inputs.views, inputs.weights):
+        group.update({name: t.detach().to(dtype).requires_grad_() for name, t in group.items()})
+    return inputs, wanted
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name: str):
+    loop = with_function(FUNCTIONS[name])
+    inputs, wanted = inputs_of(loop, torch.float64)
+    errors = differences(run(nl.compile(loop, backend="torch"), inputs), wanted)
+    assert max(errors.values()) < 1e-10, errors
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_loops(loop: type[nl.Loop], backend: str):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    exact = backend != "triton"
+    inputs, wanted = inputs_of(loop, torch.float64 if exact else torch.float32)
+    found = {name: t.double() for name, t in run(nl.compile(loop, backend=backend), inputs).items()}
+    errors = differences(found, wanted)
+    assert max(errors.values()) < (1e-10 if exact else 2e-5), errors
+
+
+def test_nothing_flows_through_what_is_detached():
+    inputs, _ = inputs_of(Nothing, torch.float64)
+    found = run(nl.compile(Nothing, backend="torch"), inputs, losses=False)
+    assert not found["gradient of q"].any() and not found["gradient of s"].any()
+    assert found["gradient of w1"].any()

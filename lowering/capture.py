@@ -229,9 +229,7 @@ class Tracer:
 
     def trace(self, body: Callable[..., Any], names: list[str], what: str) -> fx.GraphModule:
         """The graph of `body` over tiles of the named tensors."""
-        graph = self.trace_on(body, [self.tile(name) for name in names], names, user_body=what)
-        _check_admitted(self.spec, graph)
-        return graph
+        return self.trace_on(body, [self.tile(name) for name in names], names, user_body=what)
 
     def trace_on(
         self, body: Callable[..., Any], examples: list[Tensor], names: list[str], user_body: str | None = None
@@ -245,7 +243,9 @@ class Tracer:
                 return body(*tensors)
 
         with _as_compile_error(self.spec, user_body):
-            return record(watched, examples, names)
+            graph = record(watched, examples, names)
+        _check_admitted(self.spec, graph)  # of derivatives too, which may take other ops
+        return graph
 
 
 class _BodyMode(Mode):

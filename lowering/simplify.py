@@ -121,7 +121,10 @@ class _Rebuild:
             return value
         shape = [self._size(s, old) for s in old.meta["val"].shape]
         if value.number is not None:
-            return self._emit(aten.full.default, (shape, value.number), old)
+            full = self._emit(aten.full.default, (shape, value.number), old)
+            if old.meta["val"].dtype != torch.float32:  # PyTorch's default
+                full.kwargs = {"dtype": old.meta["val"].dtype}
+            return full
         if not shape:
             return value.value
         return self._emit(aten.expand.default, (value.value, shape), old)

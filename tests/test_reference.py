@@ -290,3 +290,53 @@ def test_dtypes(dtype, backend):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert (z.dtype, state["w"].dtype, losses.dtype) == (dtype, wide, wide)
     torch.testing.assert_close(z.double(), expected, rtol=0, atol=20 * torch.finfo(dtype).eps)
+
+
+def test_a_learned_norm_is_differentiated_twice():
+    """PyTorch's own layer_norm is not, of a weight for every sequence, under `vmap`."""
+
+    class Normed(Squares):
+        class learner(nl.Learner):
+            w, g, b = nl.fast("d", "d"), nl.fast("d"), nl.fast("d")
+
+            def forward(self, x):
+                return F.layer_norm(x @ self.w, (self.d,), self.g, self.b)
+
+        schedule, optimizer = nl.FullBatch(steps=2), nl.SGD(lr=0.3)
+
+    views = {name: normal(B, H, N, d) for name in ("q", "k", "v")}
+    weights = {"w": normal(H, d, d), "g": normal(H, d), "b": normal(H, d)}
+    z, _ = nl.compile(Normed, backend="reference")(views, weights)
+
+    def by_hand(sequence, head):
+        fast = [weights[name][head] for name in ("w", "g", "b")]
+        k, q, v = (views[name][sequence, head] for name in ("k", "q", "v"))
+        for _ in range(2):
+            loss = 0.5 * (F.layer_norm(k @ fast[0], (d,), *fast[1:]) - v).square().sum(-1).mean()
+            fast = [w - 0.3 * g for w, g in zip(fast, torch.autograd.grad(loss, fast, create_graph=True), strict=True)]
+        return F.layer_norm(q @ fast[0], (d,), *fast[1:])
+
+    written = torch.stack([torch.stack([by_hand(i, h) for h in range(H)]) for i in range(B)])
+    close([z], [written], [*views.values(), *weights.values()])
+
+
+@pytest.mark.parametrize("function", [F.mse_loss, F.huber_loss, F.smooth_l1_loss])
+def test_losses_between_heads_and_the_whole_token(function):
+    class Whole(Squares):
+        x, g = nl.view("D", shared=True), nl.slow("d", "D")
+
+        def loss(self, f, t):
+            return function(f(t.k) @ self.g, t.x, reduction="none").mean(-1)
+
+    class Written(Whole):
+        def loss(self, f, t):
+            size = (f(t.k) @ self.g - t.x).abs()
+            far = size - 0.5 if function is not F.mse_loss else size.square()
+            near = 0.5 * size.square() if function is not F.mse_loss else size.square()
+            return torch.where(size < 1, near, far).mean(-1)
+
+    views = {name: normal(B, H, N, d) for name in ("q", "k", "v")} | {"x": normal(B, N, D, scale=2)}
+    weights = {"w": normal(H, d, d), "g": normal(H, d, D)}
+    leaves = [*views.values(), *weights.values()]
+    one, other = (nl.compile(loop, backend="reference")(views, weights)[0] for loop in (Whole, Written))
+    close([one], [other], leaves)

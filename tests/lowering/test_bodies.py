@@ -165,7 +165,42 @@ class Mixture(Recall):
         return (torch.softmax(t.r, -1)[..., None] * f(t.q)).sum(1)
 
 
-LOOPS = [Self, SelfOnline, SelfInBatches, Delta, Shallow, Nothing, Masked, Mixture]
+class Rotated(Recall):
+    """Halves of the features, joined again: joins and slices under the weights of every token."""
+
+    class learner(nl.Learner):
+        angle, w = nl.fast("d//2"), nl.fast("d", "d")
+
+        def forward(self, x):
+            a, b = x.chunk(2, -1)
+            c, s = torch.cos(self.angle), torch.sin(self.angle)
+            turned = torch.cat([a * c - b * s, a * s + b * c], -1) @ self.w
+            return F.glu(torch.cat([turned, turned[:, :1], x[:, 1:]], -1), -1)
+
+
+class Normed(Recall):
+    """Norms whose weights are learned inside."""
+
+    class learner(nl.Learner):
+        w, g, b, r = nl.fast("d", "d"), nl.fast("d", init="ones"), nl.fast("d"), nl.fast("d", init="ones")
+
+        def forward(self, x):
+            return F.rms_norm(x + F.layer_norm(x @ self.w, (self.d,), self.g, self.b), (self.d,), self.r)
+
+
+class Reconstruct(Recall):
+    """A loss between the heads' own values and the whole token."""
+
+    schedule = nl.FullBatch(steps=2)
+    x, g = nl.view("D", shared=True), nl.slow("d", "D")
+
+    def loss(self, f, t):
+        y = f(t.k) @ self.g
+        losses = F.mse_loss(y, t.x, reduction="none") + F.huber_loss(t.x, y, reduction="none", delta=0.4)
+        return (losses + F.smooth_l1_loss(y, t.x, reduction="none", beta=0.3)).mean(-1)
+
+
+LOOPS = [Rotated, Normed, Reconstruct, Self, SelfOnline, SelfInBatches, Delta, Shallow, Nothing, Masked, Mixture]
 
 
 def inputs_of(loop: type[nl.Loop], dtype: torch.dtype) -> tuple[Inputs, dict[str, Tensor]]:

@@ -1,0 +1,62 @@
+"""Functions of PyTorch that `vmap` gets wrong, written with ones that it gets right.
+
+Of `layer_norm` with a weight for every sequence, the derivative of the gradient is another one; losses of elements fail
+where only one side has the axis (PyTorch 2.11 to 2.13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+def _layer_norm(
+    x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
+) -> Tensor:
+    dims = tuple(range(x.ndim - len(shape), x.ndim))
+    centred = x - x.mean(dims, keepdim=True)
+    normed = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    normed = normed if weight is None else normed * weight
+    return normed if bias is None else normed + bias
+
+
+def _of_elements(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same loss of elements that have all axes of both sides."""
+
+    def loss(x: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        both = torch.zeros_like(x * target)
+        return function(x + both, target + both, *args, **kwargs)
+
+    return loss
+
+
+_INSTEAD: dict[str, Callable[..., Tensor]] = {
+    "layer_norm": _layer_norm,
+    "mse_loss": _of_elements(F.mse_loss),
+    "huber_loss": _of_elements(F.huber_loss),
+    "smooth_l1_loss": _of_elements(F.smooth_l1_loss),
+}
+
+
+class Composites(TorchFunctionMode):
+    """Calls these instead, in the body it is active in."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _INSTEAD.get(getattr(func, "__name__", ""), func)(*args, **(kwargs or {}))
+
+
+def composed(body: Callable[..., Any]) -> Callable[..., Any]:
+    """A body, with these functions."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with Composites():
+            return body(*args, **kwargs)
+
+    return run

@@ -49,6 +49,7 @@ TITLES = {
     "final_loss": "The sum of the tile's token losses",
     "fit": "The fit at every query",
 }
+DECODERS = "The decoder's rows, of each square of the loss."
 
 
 @dataclass(frozen=True)
@@ -200,14 +201,13 @@ class TorchEmitter:
 
     def _conditioned(self) -> list[str]:
         """Functions for whether the Gram form is precise with the weights of a call."""
-        if self.captured.grams is None:
+        if self.captured.decoders is None:
             return []
-        doc = "Gram matrices of the decoder's rows, for each square of the loss."
-        grams = TileFunction("grams", self.captured.grams, doc, self._axes(self.captured.grams))
+        rows = TileFunction("decoders", self.captured.decoders, DECODERS, self._axes(self.captured.decoders))
         doc = "Whether these steps are as precise as those on the wide axis, with these weights."
         head = f'def conditioned({", ".join(self.inputs)}):\n    """{doc}"""\n'
-        call = f"grams({', '.join([*grams.signature, 'None'])})"
-        return [grams.write(None), f"{head}    return well_conditioned({call})"]
+        call = f"decoders({', '.join([*rows.signature, 'None'])})"
+        return [rows.write(None), f"{head}    return well_conditioned({call}, {self.captured.squares})"]
 
     def _common(self) -> list[str]:
         """Functions for what all steps share, for every head its own, so that its cotangent is that head's too."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import cache, compiler
-from nestloop.lowering.runtime.batches import BatchLoop
+from nestloop.lowering.runtime.batches import BatchLoop, with_pieces
 from nestloop.lowering.runtime.library import Code, NestedLoopOp
-from nestloop.lowering.runtime.native import NativeModule, NativePlan, with_pieces
+from nestloop.lowering.runtime.native import NativeModule, NativePlan
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.refusals import check_triton, no_native
 from nestloop.lowering.runtime.signature import Signature
@@ -91,7 +91,7 @@ def _code(spec: LoopSpec, plan: Plan, signature: Signature, inductor: bool, back
         check_triton(spec, plan)
     native = plan.triton if backend == "triton" else plan.native if backend != "torch" and not reason else None
     library = None if native is None else _library(spec, plan.name, native, module, signature)
-    module = library.prepared() if isinstance(library, NativeModule) else module
+    module = module if library is None else library.prepared()
     return Code(module, plan.rows, tuple(plan.shared), library, pays(spec, plan) if backend == "auto" else None)
 
 

@@ -98,6 +98,8 @@ def _remade_triton(kept: dict[str, Any] | None) -> TritonPlan | None:
                 part[f"{direction}_launches"] = [Launch(**one) for one in part[f"{direction}_launches"]]
                 part[f"{direction}_handed"] = [Handed(**one) for one in part[f"{direction}_handed"]]
         kept["ranges"] = _remade(InRanges, kept["ranges"])
+        kept["tiles"] = {name: tuple(sizes) for name, sizes in kept["tiles"].items()}
+        kept |= {name: _remade_triton(kept[name]) for name in ("prepare", "decoders")}
     made: TritonPlan | None = _remade(TritonPlan, kept)
     return made
 

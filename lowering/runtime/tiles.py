@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -59,26 +60,40 @@ def like_lead(cotangent: Tensor, like: Tensor) -> Tensor:
 LOST_BITS = 14  # of the 24 (float32) or 53 (float64) of a square, at most and for the worst of all vectors
 
 
-def well_conditioned(grams: Sequence[Tensor]) -> Tensor:
-    """Whether quadratic forms with these matrices [H, 1, d, d] keep the precision of the squares they stand for: one
-    element.
+def well_conditioned(rows: Sequence[Tensor], squares: Sequence[int]) -> Tensor:
+    """Whether quadratic forms with the Gram matrices of these rows keep the precision of the squares they stand for:
+    one element.
+
+    Args:
+        rows: tiles [H, 1, *, D], an axis H of size 1 being shared.
+        squares: how many of them each square has, in order.
+    """
+    if len(rows) == 1:
+        return independent(rows[0])
+    heads, wide = max(tile.shape[0] for tile in rows), rows[0].shape[3]
+    tiles = iter(rows)
+    sides = [list(islice(tiles, count)) for count in squares]
+    longest = max(sum(tile.shape[2] for tile in side) for side in sides)
+    made = rows[0].new_zeros(len(sides), heads, longest, wide)
+    for whole, side in zip(made, sides, strict=True):
+        start = 0
+        for tile in side:
+            whole[:, start : start + tile.shape[2]] = tile[:, 0]
+            start += tile.shape[2]
+    return independent(made)
+
+
+def independent(rows: Tensor) -> Tensor:
+    """Whether each of some sets of rows [*, R, D] is far enough from linearly dependent: one element. Rows of zeros are.
 
     Row i of a decoder is in z G with z_i, so the form z (G G^T) z^T is rounded like sum_i z_i^2 |G_i|^2. It is never
     smaller than this times the least eigenvalue of the correlations of the rows, which shows in whether a Cholesky
-    factor exists below a shift. A row of zeros rounds nothing.
+    factor of these exists below a shift: one of theirs is one of the Gram matrix, its rows scaled.
     """
-    least = 2.0**LOST_BITS * torch.finfo(grams[0].dtype).eps
-    fine = [_positive(gram, least) for gram in grams]
-    return fine[0] if len(fine) == 1 else torch.stack(fine).all()
-
-
-def _positive(gram: Tensor, least: float) -> Tensor:
-    """Whether the correlations of some rows, shifted down by `least`, have a Cholesky factor: a factor of theirs is one
-    of the Gram matrix, its rows scaled."""
-    squares = gram.diagonal(dim1=-2, dim2=-1)
-    shift = torch.where(squares == 0, 1, squares * -least)
-    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift))
-    return failed.sum() + 0 * factor.sum() == 0  # what is not finite is not equal
+    grams, kind = rows @ rows.mT, torch.finfo(rows.dtype)
+    grams.diagonal(dim1=-2, dim2=-1).mul_(1 - 2.0**LOST_BITS * kind.eps).add_(kind.tiny)  # a row of zeros has a factor
+    factor, failed = torch.linalg.cholesky_ex(grams)
+    return ((failed == 0) & (factor[..., -1, -1] < math.inf)).all()  # what is not finite reaches the last element
 
 
 def reshape(x: Tensor, *tile: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache as cached
 from functools import cached_property
@@ -26,11 +26,14 @@ from nestloop.lowering.runtime.batches import (
     BatchLoop,
     Call,
     compute_dtype,
+    of_heads,
     output_dtype,
     side_by_side,
+    with_pieces,
 )
 from nestloop.lowering.runtime.native import laid_out, readable
 from nestloop.lowering.runtime.refusals import shared_memory_of
+from nestloop.lowering.runtime.tiles import independent
 from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan, programs_of, ranges_of
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ class TritonCode:
         like: Tensor,
         dtype: torch.dtype,
         steps: int = 0,
+        low: torch.dtype | None = None,
     ) -> None:
         """Run the kernels of "forward" or "backward", one after the other, all with the same arguments, those of a step
         with its number too.
@@ -82,6 +86,7 @@ class TritonCode:
             like: the first view, whose device and dtype of products it takes.
             dtype: the compute dtype.
             steps: of a loop of batches.
+            low: the dtype of products, where it is not that of `like`.
         """
         if not all(lead):  # nothing but sums over no heads, or no sequences
             for tensor in made.values():
@@ -92,9 +97,9 @@ class TritonCode:
 
         grids = {one.kernel: self.grid(one, items, parts, like) for one in plan.launches(direction)}
         space = {name: items * count for name, count in parts.items()} | {"programs": max(grids.values())}
-        low = like.dtype if dtype == torch.float32 and like.dtype in _LOW else dtype
+        factors = like.dtype if dtype == torch.float32 and like.dtype in _LOW else dtype
         handed = [
-            like.new_empty(max(space[one.over] * one.elements, 1), dtype=low if one.low else dtype)
+            like.new_empty(max(space[one.over] * one.elements, 1), dtype=factors if one.low else dtype)
             for one in plan.handed(direction)
         ]
         room = max(grids[one.kernel] * (one.scratch + every * one.states) for one in plan.launches(direction))
@@ -102,7 +107,7 @@ class TritonCode:
         read = [x for n, t in given.items() for x in pointers(t, n in self.walked, n.startswith("between_"))]
         written = [x for n, t in made.items() for x in (t, *(strides(t, True) if n in self.walked else ()))]
         values = [*read, *written, *more, *handed, memory, heads, sequences, *counts]
-        settings = self.settings(dtype, like.dtype)
+        settings = self.settings(dtype, low or like.dtype)
         on_cpu = like.device.type == "cpu"
         around: AbstractContextManager[dict[str, Any]] = nullcontext({}) if on_cpu else _launching(like.device)
         with around as own:
@@ -257,6 +262,28 @@ class TritonStream(TritonCode):
         return frozenset([*self.signature.tokens, "z", "losses", "d_z", "d_losses"])
 
 
+class TritonShared(TritonCode):
+    """The kernels of what a loop of batches makes of slow weights alone, for every head."""
+
+    walked = frozenset[str]()
+
+    def run(
+        self,
+        direction: str,
+        values: Mapping[str, Tensor],
+        made: Mapping[str, Tensor],
+        low: torch.dtype | None,
+    ) -> None:
+        """Run the kernel of a direction on tensors [H, 1, *] by name, an axis H of size 1 being shared.
+
+        low: the dtype of products, where that is not the compute dtype.
+        """
+        first = next(iter(made.values()))
+        given = {n: values[n] for n in (self.plan.forward if direction == "forward" else self.plan.backward)}
+        sizes = ((), {"sequences": 1}, 1, first, first.dtype, 0)
+        self.launch(self.plan, direction, (first.shape[0], 1), given, made, (), *sizes, low)
+
+
 class TritonBatches(BatchCode, TritonCode):
     """The kernels of one loop of batches."""
 
@@ -266,6 +293,36 @@ class TritonBatches(BatchCode, TritonCode):
         TritonCode.__init__(self, name, plan)
         BatchCode.__init__(self, plan, module, loop)
         self._numbers: dict[Any, list[Tensor]] = {}
+
+    def prepared(self) -> ModuleType:
+        pieces: dict[str, Callable[..., Any]] = {}
+        if self.plan.prepare is not None:
+            code = TritonShared(f"{self.name}_prepare", self.plan.prepare)
+            both = ("prepare", "forward", code.plan.common), ("prepare_vjp", "backward", code.plan.gradients)
+            pieces |= {name: self._of_heads(code, name, *how) for name, *how in both}
+        if self.plan.decoders is not None:
+            pieces["conditioned"] = self._conditioned(TritonShared(f"{self.name}_decoders", self.plan.decoders))
+        return with_pieces(self.module, **pieces) if pieces else self.module
+
+    def _of_heads(self, code: TritonShared, name: str, direction: str, like: Sequence[str]) -> Callable[..., Any]:
+        def runs(values: Mapping[str, Tensor], made: Sequence[Tensor], low: torch.dtype | None) -> bool:
+            code.run(direction, values, dict(zip(like, made, strict=True)), low)
+            return True
+
+        return of_heads(getattr(self.module, name), like, self.loop.shared, runs)
+
+    def _conditioned(self, code: TritonShared) -> Callable[..., Tensor]:
+        names = self.loop.inputs
+        sizes = code.plan.tiles["rows"]
+
+        def conditioned(*tensors: Tensor) -> Tensor:
+            values = dict(zip(names, tensors, strict=True))
+            read = [values[n] for n in code.plan.forward]
+            rows = read[0].new_zeros(max(t.shape[0] for t in read), 1, *sizes)
+            code.run("forward", values, {"rows": rows}, None)
+            return independent(rows)
+
+        return conditioned
 
     def memory(self, call: Call, name: str, row: Sequence[int], like: Tensor | None = None) -> Tensor:
         if name == "z":

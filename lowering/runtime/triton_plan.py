@@ -132,7 +132,11 @@ class TritonPlan:
             are `apart` elements in all.
         computed: what kernels call inputs that they take in the compute dtype.
         common: of a loop of batches, names of what all steps share, which the PyTorch module makes.
+        tiles: sizes of what a kernel makes for a head, where those are its own.
         work: what its kernels do, for the cost model (`emit.triton_work.work`).
+        prepare: of a loop of batches, what makes of slow weights alone what all steps share, and its backward; None
+            where the PyTorch module does.
+        decoders: the rows whose correlations decide between two forms; None where there is one, or PyTorch makes them.
     """
 
     text: str
@@ -153,7 +157,10 @@ class TritonPlan:
     apart: int = 0
     computed: tuple[str, ...] = ()
     common: tuple[str, ...] = ()
+    tiles: dict[str, tuple[int, ...]] = field(default_factory=dict)
     work: dict[str, Any] = field(default_factory=dict)
+    prepare: TritonPlan | None = None
+    decoders: TritonPlan | None = None
 
     def launches(self, direction: str) -> tuple[Launch, ...]:
         """The kernels of "forward" or "backward"."""

@@ -24,23 +24,34 @@ def mm(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
     float16) the operands are rounded to it; the result is float32 again.
     """
     if low is not None:
-        return mm(a.to(low), b.to(low), None).to(torch.float32)
-    if a.shape[0] == 1 and b.shape[1] == 1 and b.shape[0] > 1:  # every head reads the same rows: heads side by side
+        b = b if _is_side_by_side(a, b) else b.to(low)
+        return mm(a.to(low), b, None).to(torch.float32)
+    if _is_side_by_side(a, b):
         heads, _, k, m = b.shape
-        wide = a[0].flatten(0, 1) @ b[:, 0].transpose(0, 1).reshape(k, heads * m)
+        wide = a[0].flatten(0, 1) @ _dense(b[:, 0].transpose(0, 1), a.dtype).flatten(1)
         return wide.reshape(a.shape[1], a.shape[2], heads, m).permute(2, 0, 1, 3)
     if b.shape[1] == 1 and a.shape[1] > 1:
         return torch.matmul(a.flatten(1, 2), b[:, 0]).unflatten(1, a.shape[1:3])
     return torch.matmul(a, b)
 
 
+def _is_side_by_side(a: Tensor, b: Tensor) -> bool:
+    """Whether every head reads the same rows of a, so that heads lie side by side in one product."""
+    return a.shape[0] == 1 and b.shape[1] == 1 and b.shape[0] > 1
+
+
+def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in one piece of memory and a dtype: one copy makes both."""
+    return x.contiguous() if x.dtype == dtype else x.to(dtype, memory_format=torch.contiguous_format)
+
+
 def mm_like(a: Tensor, b: Tensor, like: Tensor, low: torch.dtype | None) -> Tensor:
     """The cotangent a @ b of `like`: summed over sequences, if they share it, within the product itself."""
     if like.shape[0] == 1 and a.shape[0] > 1 and a.shape[0] == b.shape[0] and b.shape[1] == 1 < like.shape[1]:
         if low is not None:
-            return mm_like(a.to(low), b.to(low), like, None).to(torch.float32)
+            return mm_like(a.to(low), b, like, None).to(torch.float32)
         rows = a.permute(1, 2, 0, 3).flatten(0, 1).flatten(1, 2)  # the sum over heads is part of the product
-        return (rows @ b[:, 0].flatten(0, 1)).unflatten(0, a.shape[1:3]).unsqueeze(0)
+        return (rows @ _dense(b[:, 0], a.dtype).flatten(0, 1)).unflatten(0, a.shape[1:3]).unsqueeze(0)
     if like.shape[1] == 1 and a.shape[1] > 1 and b.shape[1] > 1:
         if low is not None:
             return mm_like(a.to(low), b.to(low), like, None).to(torch.float32)
@@ -84,7 +95,7 @@ def well_conditioned(rows: Sequence[Tensor], squares: Sequence[int]) -> Tensor:
 
 
 def independent(rows: Tensor) -> Tensor:
-    """Whether each of some sets of rows [*, R, D] is far enough from linearly dependent: one element. Rows of zeros are.
+    """Whether each of some sets of rows [*, R, D], zeros aside, is far enough from linearly dependent: one element.
 
     Row i of a decoder is in z G with z_i, so the form z (G G^T) z^T is rounded like sum_i z_i^2 |G_i|^2. It is never
     smaller than this times the least eigenvalue of the correlations of the rows, which shows in whether a Cholesky

@@ -93,20 +93,25 @@ class TritonCode:
                 tensor.zero_()
             return
         heads, sequences = lead
-        items = heads * sequences
+        items, launches = heads * sequences, plan.launches(direction)
 
-        grids = {one.kernel: self.grid(one, items, parts, like) for one in plan.launches(direction)}
+        grids = {one.kernel: self.grid(one, items, parts, like) for one in launches}
         space = {name: items * count for name, count in parts.items()} | {"programs": max(grids.values())}
         factors = like.dtype if dtype == torch.float32 and like.dtype in _LOW else dtype
         handed = [
             like.new_empty(max(space[one.over] * one.elements, 1), dtype=factors if one.low else dtype)
             for one in plan.handed(direction)
         ]
-        room = max(grids[one.kernel] * (one.scratch + every * one.states) for one in plan.launches(direction))
+        room = max(grids[one.kernel] * (one.scratch + every * one.states) for one in launches)
         memory = like.new_empty(max(room, 1), dtype=dtype)
-        read = [x for n, t in given.items() for x in pointers(t, n in self.walked, n.startswith("between_"))]
-        written = [x for n, t in made.items() for x in (t, *(strides(t, True) if n in self.walked else ()))]
-        values = [*read, *written, *more, *handed, memory, heads, sequences, *counts]
+        values: list[Any] = []
+        for name, tensor in given.items():
+            add_pointers(values, tensor, name in self.walked, name.startswith("between_"))
+        for name, tensor in made.items():
+            values.append(tensor)
+            if name in self.walked:
+                add_strides(values, tensor, True)
+        values += [*more, *handed, memory, heads, sequences, *counts]
         settings = self.settings(dtype, low or like.dtype)
         on_cpu = like.device.type == "cpu"
         around: AbstractContextManager[dict[str, Any]] = nullcontext({}) if on_cpu else _launching(like.device)
@@ -139,8 +144,7 @@ class TritonCode:
     def grid(one: Launch, items: int, parts: Mapping[str, int], like: Tensor) -> int:
         """Programs of a kernel."""
         if one.walks and like.device.type == "cuda":
-            device = torch.cuda.get_device_properties(like.device)
-            items = programs_of(one, items, device.multi_processor_count, device.L2_cache_size)
+            items = programs_of(one, items, *_sizes_of(like.device))
         return items * parts[one.over] * one.strips
 
     @staticmethod
@@ -175,25 +179,36 @@ def versions(device: torch.device) -> tuple[int, int | None]:
     return torch.cuda.get_device_capability(device)[0], version.value // 1000
 
 
-def pointers(tensor: Tensor, walked: bool, between: bool) -> list[Any]:
-    """A tensor [H, B, ..] as a kernel takes it: itself, or a copy, then its strides; one of states between steps is
+def add_pointers(values: list[Any], tensor: Tensor, walked: bool, between: bool) -> None:
+    """Add a tensor [H, B, ..] as a kernel takes it: itself, or a copy, then its strides; one of states between steps is
     [steps, H, B, ..] and lies in one piece."""
     if between:
-        return [tensor.contiguous()]
+        values.append(tensor.contiguous())
+        return
     tensor = readable(tensor, walked)
-    return [tensor, *strides(tensor, walked)]
+    values.append(tensor)
+    add_strides(values, tensor, walked)
 
 
-def strides(tensor: Tensor, walked: bool) -> list[int]:
-    """Elements from one head, one sequence and, where they are `walked`, one token to the next."""
-    (heads, sequences), apart = tensor.shape[:2], tensor.stride()
-    lead = [apart[0] if heads > 1 else 0, apart[1] if sequences > 1 else 0]
-    return [*lead, apart[2]] if walked else lead
+def add_strides(values: list[Any], tensor: Tensor, walked: bool) -> None:
+    """Add elements from one head, one sequence and, where they are `walked`, one token to the next."""
+    shape, apart = tensor.shape, tensor.stride()
+    values.append(apart[0] if shape[0] > 1 else 0)
+    values.append(apart[1] if shape[1] > 1 else 0)
+    if walked:
+        values.append(apart[2])
 
 
 def programs(device: torch.device) -> int:
     """How many a device runs at once, each on a multiprocessor of its own."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return _sizes_of(device)[0] if device.type == "cuda" else 1
+
+
+@cached
+def _sizes_of(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of a CUDA device, and bytes of the cache that they share."""
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.L2_cache_size
 
 
 class TritonStream(TritonCode):
@@ -346,7 +361,9 @@ class TritonBatches(BatchCode, TritonCode):
 
     def _part(self, sums: Tensor, name: str, row: Sequence[int]) -> Tensor:
         """The cotangents of one tensor among those that are added up together [H, *, apart]."""
-        return sums.narrow(-1, self.plan.sums[name], math.prod(row)).view(*sums.shape[:2], *row)
+        heads, count, apart = sums.shape
+        within = [math.prod(row[axis + 1 :]) for axis in range(len(row))]
+        return sums.as_strided((heads, count, *row), (count * apart, apart, *within), self.plan.sums[name])
 
     def either(
         self, chosen: Tensor, tensors: Sequence[Tensor], other: TritonBatches, others: Sequence[Tensor]
@@ -372,7 +389,9 @@ class TritonBatches(BatchCode, TritonCode):
         return ranges_of(call.heads * call.sequences, longest, self.plan.rows, programs(call.like.device))
 
     def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
-        order = [] if call.order is None else pointers(call.order, False, False)
+        order: list[Any] = []
+        if call.order is not None:
+            add_pointers(order, call.order, False, False)
         ranges = self.ranges(call)
         plan, counts = (self.plan, ()) if ranges == 1 else (self._in_ranges, (ranges,))
         parts, counts = {"sequences": 1, "ranges": ranges, "tokens": call.length}, (call.length, call.steps, *counts)

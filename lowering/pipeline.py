@@ -324,6 +324,7 @@ def plan(lowered: Lowered) -> Plan:
         source="" if source is None else source.text,
         inputs=() if source is None else source.fast_inputs,
         shared={} if source is None else dict(source.shared),
+        low=() if source is None else source.low,
         tiles={} if form != "loop" else tiles,
         output=captured.output,
         tokens=captured.tokens,

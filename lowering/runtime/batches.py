@@ -260,11 +260,6 @@ def summed(partial: Tensor, like: Tensor) -> Tensor:
     return partial.sum(shared, keepdim=True) if shared else partial
 
 
-def filled(cotangent: Tensor | None, like: Tensor) -> Tensor:
-    """A cotangent that may be None, for zero, as a tensor."""
-    return like.new_zeros(()).expand_as(like) if cotangent is None else cotangent
-
-
 def is_token(shared: str) -> bool:
     """Whether what all steps share has one row for each token."""
     return shared.startswith("projected_")

@@ -67,7 +67,8 @@ def build(
     if native is not None:
         name = f"{path.stem}_{backend}_{cache.digest(native.text)}"  # a module of PyTorch goes with several of C++
     if name not in EXECUTABLES:
-        signature = _signature(spec, plan, heads, losses, wide is not None)
+        low = plan.low if backend == "triton" else ()
+        signature = _signature(spec, plan, heads, losses, wide is not None, low)
         code = _code(spec, plan, signature, inductor, backend, double)
 
         def other() -> Code:
@@ -183,7 +184,7 @@ def compiled_pieces(module: types.ModuleType, plan: Plan) -> types.ModuleType:
     return with_pieces(module, **{name: torch.compile(getattr(module, name)) for name in pieces})
 
 
-def _signature(spec: LoopSpec, plan: Plan, heads: int, losses: bool, decides: bool) -> Signature:
+def _signature(spec: LoopSpec, plan: Plan, heads: int, losses: bool, decides: bool, low: tuple[str, ...]) -> Signature:
     learns = plan.form == "loop"
     return Signature(
         tokens=tuple(spec.inputs),
@@ -197,6 +198,7 @@ def _signature(spec: LoopSpec, plan: Plan, heads: int, losses: bool, decides: bo
         heads=heads,
         shared=plan.shared,
         decides=decides,
+        low=low,
     )
 
 

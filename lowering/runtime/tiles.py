@@ -23,11 +23,16 @@ def mm(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
     Where b is the same for all sequences, the rows of all sequences make one larger product. With `low` (bfloat16,
     float16) the operands are rounded to it; the result is float32 again.
     """
+    made = product(a, b, low)
+    return made if low is None else made.to(torch.float32)
+
+
+def product(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
+    """The same, whose result stays as rounded as its operands."""
     if low is not None:
-        b = b if _is_side_by_side(a, b) else b.to(low)
-        return mm(a.to(low), b, None).to(torch.float32)
+        a, b = a.to(low), b if _is_side_by_side(a, b) else b.to(low)
     if _is_side_by_side(a, b):
-        heads, _, k, m = b.shape
+        heads, m = b.shape[0], b.shape[3]
         wide = a[0].flatten(0, 1) @ _dense(b[:, 0].transpose(0, 1), a.dtype).flatten(1)
         return wide.reshape(a.shape[1], a.shape[2], heads, m).permute(2, 0, 1, 3)
     if b.shape[1] == 1 and a.shape[1] > 1:
@@ -47,19 +52,26 @@ def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def mm_like(a: Tensor, b: Tensor, like: Tensor, low: torch.dtype | None) -> Tensor:
     """The cotangent a @ b of `like`: summed over sequences, if they share it, within the product itself."""
+    made = product_like(a, b, like, low)
+    return made if low is None else made.to(torch.float32)
+
+
+def product_like(a: Tensor, b: Tensor, like: Tensor, low: torch.dtype | None) -> Tensor:
+    """The same, whose result stays as rounded as its operands where it is the product's."""
     if like.shape[0] == 1 and a.shape[0] > 1 and a.shape[0] == b.shape[0] and b.shape[1] == 1 < like.shape[1]:
-        if low is not None:
-            return mm_like(a.to(low), b, like, None).to(torch.float32)
+        a = a if low is None else a.to(low)
         rows = a.permute(1, 2, 0, 3).flatten(0, 1).flatten(1, 2)  # the sum over heads is part of the product
         return (rows @ _dense(b[:, 0], a.dtype).flatten(0, 1)).unflatten(0, a.shape[1:3]).unsqueeze(0)
     if like.shape[1] == 1 and a.shape[1] > 1 and b.shape[1] > 1:
-        if low is not None:
-            return mm_like(a.to(low), b.to(low), like, None).to(torch.float32)
+        a, b = (a, b) if low is None else (a.to(low), b.to(low))
         if a.shape[0] == 1 < b.shape[0]:  # heads side by side
             wide = a[0].mT.flatten(0, 1).mT @ b.permute(1, 2, 0, 3).flatten(0, 1).flatten(1, 2)
             return like_lead(wide.unflatten(1, (b.shape[0], b.shape[3])).transpose(0, 1).unsqueeze(1), like)
         return like_lead(torch.matmul(a.mT.flatten(1, 2).mT, b.flatten(1, 2)).unsqueeze(1), like)
-    return like_lead(mm(a, b, low), like)
+    made = product(a, b, low)
+    if made.shape[:2] == like.shape[:2]:
+        return made
+    return like_lead(made if low is None else made.to(torch.float32), like)  # what is added up is not rounded
 
 
 def like_lead(cotangent: Tensor, like: Tensor) -> Tensor:
@@ -153,6 +165,12 @@ def solve_triangle(a: Tensor, b: Tensor, where: str, *, upper: bool, left: bool)
     if not captured and bool((a.diagonal(dim1=-2, dim2=-1) == 0).any()):
         raise Singular(where)
     return torch.linalg.solve_triangular(a, b, upper=upper, left=left)
+
+
+def or_zero(cotangents: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor]:
+    """Cotangents of which some may be None, for zero, as tensors."""
+    pairs = zip(cotangents, likes, strict=True)
+    return [like.new_zeros(()).expand_as(like) if c is None else c for c, like in pairs]
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

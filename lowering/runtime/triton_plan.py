@@ -203,7 +203,8 @@ class TritonPlan:
         """The kernels' arguments that are in the dtype of the tokens, views aside."""
         handed = [*self.forward_handed, *self.backward_handed]
         handed += [] if self.ranges is None else [*self.ranges.forward_handed, *self.ranges.backward_handed]
-        return ["d_z_p", *[f"{n}_made" for n in ("z", *self.rounded)], *[one.name for one in handed if one.low]]
+        made = [f"{n}_made" for n in ("z", *self.rounded)]
+        return ["d_z_p", *[f"{n}_p" for n in self.rounded], *made, *[one.name for one in handed if one.low]]
 
     def options(self, kernel: str, nvidia: bool = True) -> dict[str, Any]:
         """How a kernel is compiled.

@@ -16,6 +16,7 @@ from nestloop.lowering.emit.tile import used_inputs
 from nestloop.lowering.emit.torch import DECODERS, TITLES
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import TritonKernels
+from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan
 from nestloop.lowering.schedule.apart import Block
@@ -96,11 +97,14 @@ class TritonShared(TritonKernels):
     def _plan(self, names: Sequence[str], tiles: Mapping[str, tuple[int, ...]]) -> TritonPlan:
         """The module; `tiles`: sizes of what its first kernel makes, where those are its own."""
         launches = [self._launch(self.functions[name]) for name in names]
-        kernels = [self._kernel(self.functions[name], tiles) for name in names]
+        kernels = {
+            launch.kernel: self._kernel(self.functions[n], tiles) for launch, n in zip(launches, names, strict=True)
+        }
+        called = {launch.kernel: [self.functions[n]] for launch, n in zip(launches, names, strict=True)}
         given = [tuple(self.functions[name].inputs) for name in names]
         backward = len(names) > 1
         return TritonPlan(
-            text=self.module("One program makes what a head has of it.", kernels, launches),
+            text=self.module("One program makes what a head has of it.", [*kernels.values()], launches),
             forward=given[0],
             backward=given[1] if backward else (),
             gradients=tuple(self.results[names[1]]) if backward else (),
@@ -113,6 +117,14 @@ class TritonShared(TritonKernels):
             computed=tuple(self.captured.spec.slow),
             common=tuple(tiles or self.results[names[0]]),
             tiles=dict(tiles),
+            work=work(
+                self.functions,
+                self.costs,
+                self.shapes,
+                kernels,
+                called.__getitem__,
+                lambda kernel: called[kernel][0].alive,
+            ),
         )
 
     def _launch(self, function: TritonFunction) -> Launch:
@@ -129,7 +141,7 @@ class TritonShared(TritonKernels):
             places |= {made: f"{n}_made + item * {self.elements(made)}" for n, made in own.items()}
         given = [*self.pointers(function.inputs), *self.made_pointers([*(tiles or own)]), "memory", "H", "B"]
         body = [self.call(function.name, places, count="1")]
-        return self.frame(f"every_{function.name}", f"{function.doc}", given, str(function.scratch), body)
+        return self.frame(f"every_{function.name}", function.doc, given, str(function.scratch), body)
 
 
 def _sizes(value: Tensor) -> tuple[int, ...]:

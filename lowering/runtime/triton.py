@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache as cached
 from functools import cached_property
@@ -104,13 +104,7 @@ class TritonCode:
         ]
         room = max(grids[one.kernel] * (one.scratch + every * one.states) for one in launches)
         memory = like.new_empty(max(room, 1), dtype=dtype)
-        values: list[Any] = []
-        for name, tensor in given.items():
-            add_pointers(values, tensor, name in self.walked, name.startswith("between_"))
-        for name, tensor in made.items():
-            values.append(tensor)
-            if name in self.walked:
-                add_strides(values, tensor, True)
+        values = [*read(given, self.walked), *written(made, self.walked)]
         values += [*more, *handed, memory, heads, sequences, *counts]
         settings = self.settings(dtype, low or like.dtype)
         on_cpu = like.device.type == "cpu"
@@ -118,8 +112,10 @@ class TritonCode:
         with around as own:
             for one, step in plan.turns(direction, steps):
                 kernel, grid = getattr(self.kernels, one.kernel), (grids[one.kernel], 1)
-                arguments = dict(zip(kernel.arg_names, values, strict=False)) | settings
-                arguments |= {"step": step} if one.each_step else {}
+                arguments = dict(zip(kernel.arg_names, values, strict=False))
+                arguments.update(settings)
+                if one.each_step:
+                    arguments["step"] = step
                 if on_cpu:
                     from nestloop.lowering.runtime.interpreter import interpreted
 
@@ -179,24 +175,30 @@ def versions(device: torch.device) -> tuple[int, int | None]:
     return torch.cuda.get_device_capability(device)[0], version.value // 1000
 
 
-def add_pointers(values: list[Any], tensor: Tensor, walked: bool, between: bool) -> None:
-    """Add a tensor [H, B, ..] as a kernel takes it: itself, or a copy, then its strides; one of states between steps is
-    [steps, H, B, ..] and lies in one piece."""
-    if between:
-        values.append(tensor.contiguous())
-        return
-    tensor = readable(tensor, walked)
-    values.append(tensor)
-    add_strides(values, tensor, walked)
+def read(tensors: Mapping[str, Tensor], walked: Collection[str]) -> list[Any]:
+    """Tensors [H, B, ..] as a kernel takes those that it reads: each itself, or a copy, then elements from one head,
+    one sequence and, where they are `walked`, one token to the next; one of states between steps is [steps, H, B, ..]
+    and lies in one piece."""
+    values: list[Any] = []
+    for name, tensor in tensors.items():  # dozens a call: nothing here is a function of its own
+        if name.startswith("between_"):
+            values.append(tensor.contiguous())
+            continue
+        if not tensor.is_contiguous():
+            tensor = readable(tensor, name in walked)
+        shape, apart = tensor.shape, tensor.stride()
+        values += (tensor, apart[0] if shape[0] > 1 else 0, apart[1] if shape[1] > 1 else 0)
+        if name in walked:
+            values.append(apart[2])
+    return values
 
 
-def add_strides(values: list[Any], tensor: Tensor, walked: bool) -> None:
-    """Add elements from one head, one sequence and, where they are `walked`, one token to the next."""
-    shape, apart = tensor.shape, tensor.stride()
-    values.append(apart[0] if shape[0] > 1 else 0)
-    values.append(apart[1] if shape[1] > 1 else 0)
-    if walked:
-        values.append(apart[2])
+def written(tensors: Mapping[str, Tensor], walked: Collection[str]) -> list[Any]:
+    """The same of results, which lie densely but for those of tokens."""
+    values: list[Any] = []
+    for name, tensor in tensors.items():
+        values += read({name: tensor}, walked) if name in walked else (tensor,)
+    return values
 
 
 def programs(device: torch.device) -> int:
@@ -389,9 +391,7 @@ class TritonBatches(BatchCode, TritonCode):
         return ranges_of(call.heads * call.sequences, longest, self.plan.rows, programs(call.like.device))
 
     def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
-        order: list[Any] = []
-        if call.order is not None:
-            add_pointers(order, call.order, False, False)
+        order = [] if call.order is None else read({"order": call.order}, ())
         ranges = self.ranges(call)
         plan, counts = (self.plan, ()) if ranges == 1 else (self._in_ranges, (ranges,))
         parts, counts = {"sequences": 1, "ranges": ranges, "tokens": call.length}, (call.length, call.steps, *counts)

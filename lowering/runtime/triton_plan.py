@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -172,6 +173,9 @@ class TritonPlan:
 
     def turns(self, direction: str, steps: int) -> Iterator[tuple[Launch, int]]:
         """The kernels of "forward" or "backward" with the step that each runs in, of so many."""
+        if not any(launch.each_step for launch in self.launches(direction)):
+            yield from ((launch, 0) for launch in self.launches(direction))
+            return
         order = range(steps) if direction == "forward" else range(steps - 1, -1, -1)
         for each_step, group in groupby(self.launches(direction), lambda launch: launch.each_step):
             kernels = list(group)
@@ -181,6 +185,11 @@ class TritonPlan:
         """The plan with its tokens shared out in ranges."""
         assert self.ranges is not None
         return replace(self, **{one.name: getattr(self.ranges, one.name) for one in fields(self.ranges)}, ranges=None)
+
+    @property
+    def modules(self) -> tuple[TritonPlan, ...]:
+        """Every module of which a call runs kernels: what is made of slow weights alone, first, and its own."""
+        return (*[one for one in (self.decoders, self.prepare) if one is not None], self)
 
     @property
     def all_launches(self) -> tuple[Launch, ...]:
@@ -206,12 +215,17 @@ class TritonPlan:
         made = [f"{n}_made" for n in ("z", *self.rounded)]
         return ["d_z_p", *[f"{n}_p" for n in self.rounded], *made, *[one.name for one in handed if one.low]]
 
+    @cached_property
+    def _warps(self) -> dict[str, int]:
+        """Of each kernel; every launch asks."""
+        return {one.kernel: one.warps for one in self.all_launches}
+
     def options(self, kernel: str, nvidia: bool = True) -> dict[str, Any]:
         """How a kernel is compiled.
 
         A bound on registers is given to NVIDIA's assembler because without one it may, for large kernels, take 32.
         """
-        (warps,) = (one.warps for one in self.all_launches if one.kernel == kernel)
+        warps = self._warps[kernel]
         bound = {"maxnreg": min(255, 65_536 // (32 * warps))} if nvidia else {}
         return {"num_warps": warps, "num_stages": 1, **bound}
 

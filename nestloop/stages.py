@@ -220,7 +220,7 @@ def compiled(lowered: AnyLowered, stage: str, device: str) -> str:
     check_triton(lowered.spec, plan)
     assert plan.triton is not None
     parts = []
-    for module, kernel in [(module, kernel) for module in plan.triton.modules for kernel in module.kernels]:
+    for module, kernel in [(one, kernel) for one in plan.triton.modules for kernel in one.kernels]:
         made = offline.compiled(module, kernel, device)
         if stage not in made.text:
             raise UnknownStageError(

@@ -301,6 +301,7 @@ _ON_A_GPU = {
 }
 _OVER = {
     "sequences": "a program a head and sequence",
+    "heads": "a program a head",
     "chunks": "a program a chunk of each",
     "groups": "a program for the chunks between two states kept of each",
     "ranges": "a program a range of tokens of each",

@@ -129,7 +129,7 @@ class TritonShared(TritonKernels):
 
     def _launch(self, function: TritonFunction) -> Launch:
         warps = self.warps_for(function.alive)
-        return Launch(f"every_{function.name}", "sequences", warps, function.scratch)
+        return Launch(f"every_{function.name}", "heads", warps, function.scratch)
 
     def _kernel(self, function: TritonFunction, tiles: Mapping[str, tuple[int, ...]]) -> str:
         self.used = set()

@@ -297,7 +297,7 @@ class TritonShared(TritonCode):
         """
         first = next(iter(made.values()))
         given = {n: values[n] for n in (self.plan.forward if direction == "forward" else self.plan.backward)}
-        sizes = ((), {"sequences": 1}, 1, first, first.dtype, 0)
+        sizes = ((), {"heads": 1}, 1, first, first.dtype, 0)
         self.launch(self.plan, direction, (first.shape[0], 1), given, made, (), *sizes, low)
 
 

@@ -63,8 +63,9 @@ class Launch:
 
     Attributes:
         kernel: its name, which begins with "forward" or "backward".
-        over: what has a program of its own, of every head and sequence: "sequences" (all of it), "chunks" (each chunk),
-            "groups" (the chunks from one state that is kept for backward to the next), "ranges" (of tokens).
+        over: what has a program of its own, of every head and sequence: "sequences" (all of it), "heads" (the same of
+            what sequences share), "chunks" (each chunk), "groups" (the chunks from one state that is kept for backward
+            to the next), "ranges" (of tokens).
         warps: of a program.
         scratch: elements of memory that a program works in.
         states: elements more for each chunk from one state that is kept to the next.

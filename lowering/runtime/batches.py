@@ -157,7 +157,8 @@ def of_heads(
     original: Callable[..., Any],
     like: Sequence[str],
     shapes: Mapping[str, Sequence[int]],
-    runs: Callable[[Mapping[str, Tensor], Sequence[Tensor], torch.dtype | None], bool],
+    run: Callable[[Mapping[str, Tensor], Sequence[Tensor], torch.dtype | None], None],
+    takes: Callable[[Tensor, torch.dtype | None], bool] = lambda first, low: True,
 ) -> Callable[..., Any]:
     """A function of a generated module on slow weights, every head's results its own.
 
@@ -165,19 +166,20 @@ def of_heads(
         original: the function, of tensors [H, 1, *] in the compute dtype and the low precision of products.
         like: for each result, the argument whose cotangent it is, or what it is called.
         shapes: the sizes of those that are no arguments, for a head.
-        runs: (arguments by name, memory for the results, the low precision) -> whether it has written them; else
-            `original` is called.
+        run: writes the results, from arguments by name and the low precision.
+        takes: (an argument, the low precision) -> whether `run` is for such a call, or else `original`.
     """
     names = list(inspect.signature(original).parameters)[:-1]
 
     def piece(*arguments: Any) -> Any:
         *tensors, low = arguments
+        if not takes(tensors[0], low):
+            return original(*arguments)
         values = dict(zip(names, tensors, strict=True))
         heads = max(t.shape[0] for t in tensors)
         rows = [values[n].shape[2:] if n in values else shapes[n] for n in like]
         made = [tensors[0].new_empty(heads, 1, *row) for row in rows]
-        if not runs(values, made, low):
-            return original(*arguments)
+        run(values, made, low)
         return tuple(summed(r, values[n]) if n in values else r for n, r in zip(like, made, strict=True))
 
     return piece

@@ -170,16 +170,15 @@ class NativeModule(BatchCode, NativeLibrary):
             return self.module
 
         def piece(name: str, given: Sequence[str], made: Sequence[str], like: Sequence[str]) -> Callable[..., Any]:
-            def runs(values: Mapping[str, Tensor], results: Sequence[Tensor], low: torch.dtype | None) -> bool:
-                first = results[0]
-                if low is not None or first.device.type != "cpu":
-                    return False
+            def run(values: Mapping[str, Tensor], results: Sequence[Tensor], low: torch.dtype | None) -> None:
+                first, read = results[0], [(n, values[n]) for n in given]
                 before, named = (ctypes.c_int(torch.get_num_threads()),), list(zip(made, results, strict=True))
-                read = [(n, values[n]) for n in given]
                 self.call(f"every_{name}", (first.shape[0], 1), first.dtype, before, read, (), named)
-                return True
 
-            return of_heads(getattr(self.module, name), like, self.loop.shared, runs)
+            def takes(first: Tensor, low: torch.dtype | None) -> bool:
+                return low is None and first.device.type == "cpu"
+
+            return of_heads(getattr(self.module, name), like, self.loop.shared, run, takes)
 
         hoisted = [n for n in self.plan.common if not self.is_token(n)]
         pulled = [f"d_{n}" for n in self.plan.pulled]

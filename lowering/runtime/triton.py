@@ -322,11 +322,10 @@ class TritonBatches(BatchCode, TritonCode):
         return with_pieces(self.module, **pieces) if pieces else self.module
 
     def _of_heads(self, code: TritonShared, name: str, direction: str, like: Sequence[str]) -> Callable[..., Any]:
-        def runs(values: Mapping[str, Tensor], made: Sequence[Tensor], low: torch.dtype | None) -> bool:
+        def run(values: Mapping[str, Tensor], made: Sequence[Tensor], low: torch.dtype | None) -> None:
             code.run(direction, values, dict(zip(like, made, strict=True)), low)
-            return True
 
-        return of_heads(getattr(self.module, name), like, self.loop.shared, runs)
+        return of_heads(getattr(self.module, name), like, self.loop.shared, run)
 
     def _conditioned(self, code: TritonShared) -> Callable[..., Tensor]:
         names = self.loop.inputs

@@ -111,7 +111,7 @@ class TritonShared(TritonKernels):
             rounded=(),
             rows=_ROWS,
             state=0,
-            wide=tuple(n for n in {*given[0], *given[-1]} if not self.elements(n) % 16),
+            wide=tuple(n for n in dict.fromkeys([*given[0], *given[-1]]) if not self.elements(n) % 16),
             forward_launches=(launches[0],),
             backward_launches=(launches[1],) if backward else (),
             computed=tuple(self.captured.spec.slow),

@@ -59,8 +59,9 @@ class Captured:
         hoisted: those values, by name, traced; more inputs of the loss.
         project: tokens and slow weights -> what the loss reads of both (`lowering.rewrites.project`), or None.
         projected: those values, one row per token, by name, traced; more inputs of the loss.
-        grams: slow weights -> the Gram matrices whose conditioning says whether the loss is as precise as it was before
+        decoders: slow weights -> rows [*, D] whose correlations say whether the loss is as precise as it was before
             `lowering.rewrites.gram` rewrote it; None where it did not.
+        squares: how many of those are the rows of each square of the loss, in order.
         reads_dtype: whether a body uses a constant of the dtype (RMSNorm's default eps).
     """
 
@@ -74,7 +75,8 @@ class Captured:
     hoisted: Mapping[str, Tensor] = field(default_factory=dict)
     project: fx.GraphModule | None = None
     projected: Mapping[str, Tensor] = field(default_factory=dict)
-    grams: fx.GraphModule | None = None
+    decoders: fx.GraphModule | None = None
+    squares: tuple[int, ...] = ()
     reads_dtype: bool = False
 
     @property

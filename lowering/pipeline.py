@@ -27,6 +27,7 @@ from nestloop.lowering.emit.triton_choice import triton_scan
 from nestloop.lowering.emit.triton_loop import TritonLoop
 from nestloop.lowering.emit.triton_piece import TritonPiece
 from nestloop.lowering.emit.triton_pieces import HEIGHTS
+from nestloop.lowering.emit.triton_shared import TritonShared
 from nestloop.lowering.ops import NoSpelling
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites
 from nestloop.lowering.runtime.native import NativePlan
@@ -145,9 +146,13 @@ def _triton(
     """The loop in Triton."""
     _check_steps(captured)
     heights = HEIGHTS if tiling.rows is None else (tiling.rows,)
-    decided = wide or captured.grams is not None
+    decided = wide or captured.decoders is not None
     made = TritonLoop(captured, differentiated, losses, carried, heights, decided).emit()
-    return made if tiling.warps is None else made.with_warps(tiling.warps)
+    made = made if tiling.warps is None else made.with_warps(tiling.warps)
+    piece, rows = differentiated.get("prepare"), captured.decoders
+    prepare = None if piece is None else _spelled(lambda: TritonShared(captured).prepared(piece))[0]
+    decoders = None if rows is None else _spelled(TritonShared(captured).decoders)[0]
+    return replace(made, prepare=prepare, decoders=decoders)
 
 
 def _check_steps(captured: Captured) -> None:
@@ -319,6 +324,7 @@ def plan(lowered: Lowered) -> Plan:
         source="" if source is None else source.text,
         inputs=() if source is None else source.fast_inputs,
         shared={} if source is None else dict(source.shared),
+        low=() if source is None else source.low,
         tiles={} if form != "loop" else tiles,
         output=captured.output,
         tokens=captured.tokens,

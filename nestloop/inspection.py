@@ -301,6 +301,7 @@ _ON_A_GPU = {
 }
 _OVER = {
     "sequences": "a program a head and sequence",
+    "heads": "a program a head",
     "chunks": "a program a chunk of each",
     "groups": "a program for the chunks between two states kept of each",
     "ranges": "a program a range of tokens of each",
@@ -312,6 +313,8 @@ def _of_triton(plan: Plan) -> list[str]:
     if plan.triton is None:
         return [f"runs: nothing, for generated Triton was asked for and has no plan: {plan.not_triton}"]
     lines = ["runs: generated Triton, asked for (backend 'triton'; tensors on a CPU are interpreted)"]
+    ahead = [line for module in plan.triton.modules[:-1] for line in _kernels(module)]
+    lines += ["  once for all sequences, of slow weights alone:", *ahead, "  then:"] if ahead else []
     lines += _kernels(plan.triton)
     if plan.triton.ranges is not None:
         least = WORTH * plan.triton.rows

@@ -201,7 +201,9 @@ def _cpp(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
 
 
 def _triton(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
-    return f"none: {lowered.not_triton}" if lowered.triton is None else lowered.triton.text.rstrip()
+    if lowered.triton is None:
+        return f"none: {lowered.not_triton}"
+    return "\n\n\n".join(module.text.rstrip() for module in lowered.triton.modules)
 
 
 def compiled(lowered: AnyLowered, stage: str, device: str) -> str:
@@ -218,8 +220,8 @@ def compiled(lowered: AnyLowered, stage: str, device: str) -> str:
     check_triton(lowered.spec, plan)
     assert plan.triton is not None
     parts = []
-    for kernel in plan.triton.kernels:
-        made = offline.compiled(plan.triton, kernel, device)
+    for module, kernel in [(one, kernel) for one in plan.triton.modules for kernel in one.kernels]:
+        made = offline.compiled(module, kernel, device)
         if stage not in made.text:
             raise UnknownStageError(
                 f"{device} has no stage {stage}.",

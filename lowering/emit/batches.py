@@ -8,6 +8,7 @@ from nestloop.lowering.axes import needs_all_tokens
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.identifiers import identified
+from nestloop.lowering.emit.torch import rounded_results
 from nestloop.lowering.schedule.values import SCALARS
 
 OUTSIDE = ("prepare", "project")  # of the steps: PyTorch computes them for all heads at once
@@ -22,6 +23,7 @@ class Batches:
     Attributes:
         fast, slow, hoisted, tokens: names, in generated code, of what `forward` takes or makes.
         starts: fast weights that it takes.
+        low: of `tokens`, those that are left in the low precision of products, and so are their cotangents.
         prepare, project: what makes `hoisted`, and what of `tokens` is no view, if there is any.
         variants: prefixes of the pieces of the first step and the others, or of all.
         whole: whether a tile must hold all tokens.
@@ -49,6 +51,7 @@ class Batches:
             if name not in OUTSIDE and not (carried and name.startswith("first_"))
         }
         self.prepare, self.project = pieces.get("prepare"), pieces.get("project")
+        self.low = rounded_results(self.project)
         self.variants = ["first_", ""] if "first_gradient" in self.pieces else [""]
         if "gradient" not in self.pieces:
             self.variants = ["first_"]

@@ -35,6 +35,12 @@ def used_inputs(module: fx.GraphModule) -> list[str]:
     return [node.name for node in module.graph.find_nodes(op="placeholder") if node.users]
 
 
+def is_rounded(node: fx.Node) -> bool:
+    """Whether a node is a product whose factors may be rounded. A Gram matrix squares the condition number: products
+    with one stay in full precision."""
+    return node.target is aten.mm.default and not any(t.name.startswith("gram_") for t in node.all_input_nodes)
+
+
 class TileFunction:
     """Writes one graph as a function.
 
@@ -45,6 +51,7 @@ class TileFunction:
             every sequence and head); None for a forward.
         doc: its docstring.
         axes: the names of each value's axes, for the comments.
+        low: results, or the inputs whose cotangents they are, that are left in the precision of products.
     """
 
     def __init__(
@@ -54,8 +61,10 @@ class TileFunction:
         doc: str,
         axes: Mapping[fx.Node, Axes],
         likes: Sequence[str] | None = None,
+        low: Sequence[str] = (),
     ) -> None:
         self.name, self.module, self.doc, self.axes, self.likes = name, module, doc, axes, likes
+        self.low = low
         self.inputs = used_inputs(module)
         (results,) = next(node for node in module.graph.nodes if node.op == "output").args
         self.results: list[fx.Node | None] = list(results)
@@ -152,10 +161,9 @@ class TileFunction:
         if row.kind is Kind.VIEW and tensors[0] in self.scalar:
             return f"filled({', '.join([self.text[tensors[0]], *operands.shape])}, dtype=dtype, device=device)"
         spelled = row.spell(operands)
-        if row.kind is Kind.PRODUCT and any(t.name.startswith("gram_") for t in tensors):
-            # A Gram matrix squares the condition number: its products stay in full precision.
-            spelled = spelled.replace(", _low)", ", None)")
-        return spelled
+        if row.kind is not Kind.PRODUCT or is_rounded(node):
+            return spelled.replace("mm(", "product(", 1) if self.low and node in self.results else spelled
+        return spelled.replace(", _low)", ", None)")
 
     def _operand(self, value: Any, rank: int | None) -> Any:
         """An argument as text; with `rank`, a tile of lower rank gets its missing leading axes."""
@@ -212,7 +220,8 @@ class TileFunction:
         if alone and node.target is aten.mm.default:
             absorbed.add(node)
             a, b = node.args
-            return lambda: f"mm_like({self.text[a]}, {self.text[b]}, {like}, _low)"
+            spelled = "product_like" if like in self.low else "mm_like"
+            return lambda: f"{spelled}({self.text[a]}, {self.text[b]}, {like}, _low)"
         return lambda: f"like_lead({self.text[node]}, {like})"
 
     def _last_uses(self, absorbed: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

@@ -16,7 +16,7 @@ from nestloop.lang.dims import DimExpr
 from nestloop.lowering.axes import Axes, needs_all_tokens, readout_axes, type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece, needs_rate
-from nestloop.lowering.emit.tile import TileFunction
+from nestloop.lowering.emit.tile import TileFunction, is_rounded
 from nestloop.lowering.runtime import tiles
 
 _HEADER = '''"""{title}
@@ -49,6 +49,7 @@ TITLES = {
     "final_loss": "The sum of the tile's token losses",
     "fit": "The fit at every query",
 }
+DECODERS = "The decoder's rows, of each square of the loss."
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,13 @@ class TorchSource:
         fast_inputs: the fast weights that `forward` takes; those frozen at zero are absent unless a state is carried.
         shared: what all steps share, which `common` makes, and `forward` and `backward` take: one head's tile of each,
             of what has a row for each token that row.
+        low: which of those are left in the low precision of products, where there is one.
     """
 
     text: str
     fast_inputs: tuple[str, ...]
     shared: Mapping[str, tuple[int, ...]]
+    low: tuple[str, ...] = ()
 
 
 class TorchEmitter:
@@ -87,14 +90,16 @@ class TorchEmitter:
             "gradient": captured.loss is not None and needs_all_tokens(spec, captured.loss),
             "readout": needs_all_tokens(spec, captured.readout),
         }
+        self.low = rounded_results(self.pieces.get("project"))
         self.functions: dict[str, TileFunction] = {}
         for name, piece in self.pieces.items():
             doc = f"{TITLES[name]}. Returns {', '.join(piece.results)}."
-            self.functions[name] = TileFunction(name, piece.forward, doc, self._axes(piece.forward))
+            low = [*self.low, *self.tokens] if name == "project" else []
+            self.functions[name] = TileFunction(name, piece.forward, doc, self._axes(piece.forward), low=low)
             likes = ["" if like.startswith("gradient_") else like for like in piece.wrt]
             doc = f"Cotangents of the inputs of {name}."
             self.functions[f"{name}_vjp"] = TileFunction(
-                f"{name}_vjp", piece.backward, doc, self._axes(piece.backward), likes
+                f"{name}_vjp", piece.backward, doc, self._axes(piece.backward), likes, low
             )
 
     def _axes(self, module: fx.GraphModule) -> Mapping[fx.Node, Axes]:
@@ -124,7 +129,7 @@ class TorchEmitter:
         )
         shared = {n: tuple(map(int, self.captured.hoisted[n].shape)) for n in self.hoisted}
         shared |= {n: tuple(map(int, self.captured.projected[n].shape[1:])) for n in self.projected}
-        return TorchSource(f"{head}\n\n{body}\n", tuple(self.starts), shared)
+        return TorchSource(f"{head}\n\n{body}\n", tuple(self.starts), shared, tuple(self.low))
 
     def _sized_by(self, function: TileFunction) -> str | None:
         return next(
@@ -200,14 +205,13 @@ class TorchEmitter:
 
     def _conditioned(self) -> list[str]:
         """Functions for whether the Gram form is precise with the weights of a call."""
-        if self.captured.grams is None:
+        if self.captured.decoders is None:
             return []
-        doc = "Gram matrices of the decoder's rows, for each square of the loss."
-        grams = TileFunction("grams", self.captured.grams, doc, self._axes(self.captured.grams))
+        rows = TileFunction("decoders", self.captured.decoders, DECODERS, self._axes(self.captured.decoders))
         doc = "Whether these steps are as precise as those on the wide axis, with these weights."
         head = f'def conditioned({", ".join(self.inputs)}):\n    """{doc}"""\n'
-        call = f"grams({', '.join([*grams.signature, 'None'])})"
-        return [grams.write(None), f"{head}    return well_conditioned({call})"]
+        call = f"decoders({', '.join([*rows.signature, 'None'])})"
+        return [rows.write(None), f"{head}    return well_conditioned({call}, {self.captured.squares})"]
 
     def _common(self) -> list[str]:
         """Functions for what all steps share, for every head its own, so that its cotangent is that head's too."""
@@ -225,6 +229,10 @@ class TorchEmitter:
         forward = head + indent("\n".join([*lines, f"return {_tuple(self.common)}"]), "    ")
 
         lines = [f"{' = '.join(f'd_{n}' for n in self.inputs)} = None"]
+        added = self._nonzero("project_vjp") if self.projected else []
+        if alone := [n for n in self.common if n not in added]:
+            cotangents = _tuple([f"d_{n}" for n in alone])
+            lines.append(f"{cotangents} = or_zero({cotangents}, {_tuple(alone)})")
         for piece in ("project", "prepare"):
             if piece not in self.pieces or not self._nonzero(f"{piece}_vjp"):
                 continue
@@ -344,6 +352,14 @@ class TorchEmitter:
         arguments = ", ".join([*inputs, "d_z", "_order", "_low", "_rows"])
         doc = "Cotangents of forward's inputs."
         return f'def backward({arguments}):\n    """{doc}"""\n    {call}\n    return ({returned},)'
+
+
+def rounded_results(piece: Piece | None) -> list[str]:
+    """The results of a piece that are products whose factors may be rounded."""
+    if piece is None:
+        return []
+    made = zip(piece.results, piece.forward.graph.output_node().args[0], strict=True)
+    return [name for name, node in made if node is not None and is_rounded(node)]
 
 
 def _tuple(names: Sequence[str]) -> str:

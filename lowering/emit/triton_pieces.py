@@ -216,10 +216,11 @@ class TritonPieces(Batches, TritonKernels):
 
     @property
     def rounded(self) -> list[str]:
-        """Views whose cotangent is whole when it is written, and nothing is added to it."""
+        """Views, and products that PyTorch takes, whose cotangent is whole when it is written, and nothing is added to
+        it."""
         added = {n for name in self.pieces for n, added in self._added(name).items() if added}
-        views = [n for n in self.tokens if n in self.declared]
-        return [n for n in self.gradients if n in views and n not in {*added, *self.outside}]
+        low = [n for n in self.tokens if n in self.declared or n in self.low]
+        return [n for n in self.gradients if n in low and n not in {*added, *self.outside}]
 
     def fits(self, function: TritonFunction, alive: int) -> bool:
         if function.outside:

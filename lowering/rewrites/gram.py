@@ -8,8 +8,8 @@ a product of two of them is a quadratic form, with G G^T [d, d] and x G^T [n, d]
     sum_D (z G)(z G) = z (G G^T) z^T        sum_D (z G)(x v) = z . x (v G)^T        sum_D (z G) v = z (G v)
 
 The identity is exact. In finite precision it squares the decoder's condition number: a z that G nearly maps to nothing
-(or to the opposite of a bias) leaves a small sum of large terms. So the rewrite also gives the Gram matrices of the
-rows that enter each square, and the wide form of the loop is kept: at every call the weights decide between the two
+(or to the opposite of a bias) leaves a small sum of large terms. So the rewrite also gives the rows that enter each
+square, and the wide form of the loop is kept: at every call the weights decide between the two
 (`runtime.tiles.well_conditioned`). It is left out where the learner's width is not much smaller than D.
 """
 
@@ -71,7 +71,7 @@ class Product:
 
 
 def gram_form(captured: Captured, tracer: Tracer, allowed: bool = True) -> tuple[Captured, Rewrite]:
-    """Rewrite the loss, if its wide axis can go; `Captured.grams` then tells whether its weights allow that."""
+    """Rewrite the loss, if its wide axis can go; `Captured.decoders` then tells whether its weights allow that."""
     if captured.loss is None:
         return captured, Rewrite(NAME, False, "the learner is a kernel estimator")
     if not allowed:
@@ -88,7 +88,8 @@ def gram_form(captured: Captured, tracer: Tracer, allowed: bool = True) -> tuple
         narrow = tracer.trace_on(_Narrow(captured, loss, wide).run, [tracer.tile(n) for n in names], names)
     except _NotThisLoss as reason:
         return captured, Rewrite(NAME, False, f"the axis of {wide} stays: {reason}")
-    return replace(captured, loss=narrow, grams=_grams(captured, loss, wide, tracer)), Rewrite(
+    rows, squares = _decoders(captured, loss, wide, tracer)
+    return replace(captured, loss=narrow, decoders=rows, squares=squares), Rewrite(
         NAME,
         True,
         f"a slow weight decodes {width} to {wide} features, and the loss only sums products over these",
@@ -101,14 +102,16 @@ def gram_form(captured: Captured, tracer: Tracer, allowed: bool = True) -> tuple
     )
 
 
-def _grams(captured: Captured, loss: fx.GraphModule, wide: int, tracer: Tracer) -> fx.GraphModule:
-    """Slow weights -> the Gram matrix of the decoder's rows in each square of the loss."""
+def _decoders(
+    captured: Captured, loss: fx.GraphModule, wide: int, tracer: Tracer
+) -> tuple[fx.GraphModule, tuple[int, ...]]:
+    """Slow weights -> the decoder's rows in each square of the loss; how many of these tiles each square has."""
     names = [node.name for node in loss.graph.find_nodes(op="placeholder")]
+    narrow = _Narrow(captured, loss, wide)
 
     def squares(*tensors: Tensor) -> tuple[Tensor, ...]:
-        narrow = _Narrow(captured, loss, wide)
         narrow.run(*tensors)
-        return tuple(rows @ rows.T for rows in narrow.squares)
+        return tuple(rows for square in narrow.squares for rows in square)
 
     traced = tracer.trace_on(squares, [tracer.tile(n) for n in names], names)
     (results,) = next(n for n in traced.graph.nodes if n.op == "output").args
@@ -119,7 +122,8 @@ def _grams(captured: Captured, loss: fx.GraphModule, wide: int, tracer: Tracer) 
         env = evaluate(traced, dict(zip(slow, weights, strict=True)), {}, needed)
         return tuple(env[result] for result in results)
 
-    return simplify(tracer.trace_on(of_weights, [tracer.tile(n) for n in slow], slow))
+    rows = simplify(tracer.trace_on(of_weights, [tracer.tile(n) for n in slow], slow))
+    return rows, tuple(map(len, narrow.squares))
 
 
 def _decodes(captured: Captured, node: fx.Node) -> bool:
@@ -141,7 +145,7 @@ class _Narrow(Located):
         super().__init__(module)
         self.captured, self.wide = captured, wide
         self.means: list[tuple[Tensor, Wide]] = []
-        self.squares: list[Tensor] = []
+        self.squares: list[list[Tensor]] = []
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":
@@ -237,13 +241,12 @@ def _centred(term: Term) -> Term:
     return replace(term, weight=term.weight - term.weight.mean(-1, keepdim=True))
 
 
-def _rows(wide: Wide) -> Tensor:
-    """The rows [d, D] of which a value is a combination; where no view is subtracted, its constants [D] are rows too:
+def _rows(wide: Wide) -> list[Tensor]:
+    """The rows [*, D] of which a value is a combination; where no view is subtracted, its constants [D] are rows too:
     a combination of all of them may be small."""
     views = any(t.x is not None for t in wide.terms)
     rows = [t.weight for t in wide.terms if t.weight is not None and (t.z is not None or not views)]
-    tiles = [row.reshape(-1, row.shape[-1]) for row in rows]
-    return torch.cat(tiles) if len(tiles) > 1 else tiles[0]
+    return [row.reshape(-1, row.shape[-1]) for row in rows]
 
 
 def _with_row(value: Tensor, factor: float, *rows: Tensor | None) -> Tensor:

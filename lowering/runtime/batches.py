@@ -5,12 +5,13 @@ What all steps share (`common` of the PyTorch module, large products for all hea
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
-from typing import Protocol
+from types import FunctionType, ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -77,6 +78,10 @@ class BatchCode:
     def __init__(self, plan: BatchPlan, module: ModuleType, loop: BatchLoop) -> None:
         self.plan, self.module, self.loop = plan, module, loop
         self._steps_of: Kept[tuple[Sequence[int], Sequence[float], Sequence[float]]] = Kept()
+
+    def prepared(self) -> ModuleType:
+        """The PyTorch module, with its functions of slow weights alone in this code, where this has them."""
+        return self.module
 
     def memory(self, call: Call, name: str, row: Sequence[int], like: Tensor | None = None) -> Tensor:
         """What the code writes z to, or a cotangent: of tokens one for each head and sequence, of what sequences share
@@ -148,6 +153,49 @@ class BatchCode:
         return name in self.loop.tokens or is_token(name)
 
 
+def of_heads(
+    original: Callable[..., Any],
+    like: Sequence[str],
+    shapes: Mapping[str, Sequence[int]],
+    run: Callable[[Mapping[str, Tensor], Sequence[Tensor], torch.dtype | None], None],
+    takes: Callable[[Tensor, torch.dtype | None], bool] = lambda first, low: True,
+) -> Callable[..., Any]:
+    """A function of a generated module on slow weights, every head's results its own.
+
+    Args:
+        original: the function, of tensors [H, 1, *] in the compute dtype and the low precision of products.
+        like: for each result, the argument whose cotangent it is, or what it is called.
+        shapes: the sizes of those that are no arguments, for a head.
+        run: writes the results, from arguments by name and the low precision.
+        takes: (an argument, the low precision) -> whether `run` is for such a call, or else `original`.
+    """
+    names = list(inspect.signature(original).parameters)[:-1]
+
+    def piece(*arguments: Any) -> Any:
+        *tensors, low = arguments
+        if not takes(tensors[0], low):
+            return original(*arguments)
+        values = dict(zip(names, tensors, strict=True))
+        heads = max(t.shape[0] for t in tensors)
+        rows = [values[n].shape[2:] if n in values else shapes[n] for n in like]
+        made = [tensors[0].new_empty(heads, 1, *row) for row in rows]
+        run(values, made, low)
+        return tuple(summed(r, values[n]) if n in values else r for n, r in zip(like, made, strict=True))
+
+    return piece
+
+
+def with_pieces(module: ModuleType, **pieces: Callable[..., Any]) -> ModuleType:
+    """A copy of a generated module, whose functions call these pieces instead of its own."""
+    copy = ModuleType(f"{module.__name__}_with_{'_'.join(pieces)}")
+    copy.__dict__.update(module.__dict__)
+    for name, function in vars(module).items():
+        if isinstance(function, FunctionType) and function.__globals__ is vars(module):
+            setattr(copy, name, FunctionType(function.__code__, copy.__dict__, name, function.__defaults__))
+    copy.__dict__.update(pieces)
+    return copy
+
+
 def ranges_within(items: int, tiles: int, most: int) -> int:
     """Ranges of tokens that are worked on apart, each of one tile or more: as many as give no more than `most` in all,
     one where there are items (heads and sequences) enough. It depends on sizes alone, and so do the sums over ranges.
@@ -212,11 +260,6 @@ def summed(partial: Tensor, like: Tensor) -> Tensor:
     """A cotangent with what sequences (or groups of them) and heads share added up."""
     shared = [axis for axis in (0, 1) if like.shape[axis] == 1 and partial.shape[axis] != 1]
     return partial.sum(shared, keepdim=True) if shared else partial
-
-
-def filled(cotangent: Tensor | None, like: Tensor) -> Tensor:
-    """A cotangent that may be None, for zero, as a tensor."""
-    return like.new_zeros(()).expand_as(like) if cotangent is None else cotangent
 
 
 def is_token(shared: str) -> bool:

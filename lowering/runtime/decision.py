@@ -29,14 +29,13 @@ class Decision:
 
     def __init__(self, first: Tensor, heads: int, dtype: torch.dtype) -> None:
         self.chosen = torch.stack((first, ~first)).to(torch.int32)
-        decided = first.to(dtype).expand(heads, 1).contiguous()
         if first.device.type == "cpu":
-            self.kept = decided
+            self.kept = torch.empty(heads, 1, dtype=dtype).copy_(first)
         elif torch.cuda.is_current_stream_capturing():
             self.kept = torch.full((heads, 1), _UNKNOWN, dtype=dtype)  # each replay of the graph decides anew
         else:
             self.kept = torch.full((heads, 1), _UNKNOWN, dtype=dtype, pin_memory=True)
-            self.kept.copy_(decided, non_blocking=True)
+            self.kept.copy_(first.expand(heads, 1).to(dtype, memory_format=torch.contiguous_format), non_blocking=True)
 
 
 def known(kept: Tensor, device: torch.device) -> bool | None:

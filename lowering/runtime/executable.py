@@ -13,9 +13,9 @@ from torch import Tensor
 
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import cache, compiler
-from nestloop.lowering.runtime.batches import BatchLoop
+from nestloop.lowering.runtime.batches import BatchLoop, with_pieces
 from nestloop.lowering.runtime.library import Code, NestedLoopOp
-from nestloop.lowering.runtime.native import NativeModule, NativePlan, with_pieces
+from nestloop.lowering.runtime.native import NativeModule, NativePlan
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.refusals import check_triton, no_native
 from nestloop.lowering.runtime.signature import Signature
@@ -67,7 +67,8 @@ def build(
     if native is not None:
         name = f"{path.stem}_{backend}_{cache.digest(native.text)}"  # a module of PyTorch goes with several of C++
     if name not in EXECUTABLES:
-        signature = _signature(spec, plan, heads, losses, wide is not None)
+        low = plan.low if backend == "triton" else ()
+        signature = _signature(spec, plan, heads, losses, wide is not None, low)
         code = _code(spec, plan, signature, inductor, backend, double)
 
         def other() -> Code:
@@ -91,7 +92,7 @@ def _code(spec: LoopSpec, plan: Plan, signature: Signature, inductor: bool, back
         check_triton(spec, plan)
     native = plan.triton if backend == "triton" else plan.native if backend != "torch" and not reason else None
     library = None if native is None else _library(spec, plan.name, native, module, signature)
-    module = library.prepared() if isinstance(library, NativeModule) else module
+    module = module if library is None else library.prepared()
     return Code(module, plan.rows, tuple(plan.shared), library, pays(spec, plan) if backend == "auto" else None)
 
 
@@ -183,7 +184,7 @@ def compiled_pieces(module: types.ModuleType, plan: Plan) -> types.ModuleType:
     return with_pieces(module, **{name: torch.compile(getattr(module, name)) for name in pieces})
 
 
-def _signature(spec: LoopSpec, plan: Plan, heads: int, losses: bool, decides: bool) -> Signature:
+def _signature(spec: LoopSpec, plan: Plan, heads: int, losses: bool, decides: bool, low: tuple[str, ...]) -> Signature:
     learns = plan.form == "loop"
     return Signature(
         tokens=tuple(spec.inputs),
@@ -197,6 +198,7 @@ def _signature(spec: LoopSpec, plan: Plan, heads: int, losses: bool, decides: bo
         heads=heads,
         shared=plan.shared,
         decides=decides,
+        low=low,
     )
 
 

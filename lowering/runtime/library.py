@@ -20,14 +20,14 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from nestloop.errors import NoPlanError
 from nestloop.lang.loop import LoopSpec
-from nestloop.lowering.runtime.batches import LOW, compute_dtype, filled, summed
+from nestloop.lowering.runtime.batches import LOW, compute_dtype, summed
 from nestloop.lowering.runtime.decision import Decision, known
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.refusals import singular_system
 from nestloop.lowering.runtime.results import owned, strides_like, with_zeros
 from nestloop.lowering.runtime.signature import DECIDED, KEPT, Signature
-from nestloop.lowering.runtime.tiles import Singular, like_lead
+from nestloop.lowering.runtime.tiles import Singular, like_lead, or_zero
 from nestloop.lowering.runtime.triton import TritonBatches, TritonCode, TritonStream
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
@@ -201,7 +201,7 @@ class NestedLoopOp:
         if isinstance(self.code.native, TritonStream):  # which does all itself
             with _as_it_says(own[0].device.type), self._in_words():
                 made = getattr(self.code.native, name)(*tensors, order)
-            return list(made) if name == "forward" else list(map(filled, made, own))
+            return list(made) if name == "forward" else or_zero(made, own)
         if isinstance(self.code.native, TritonCode):  # which reads tensors in the dtype that they have
             given, (inputs, low) = tensors, (own, None)
             if self._computes_outside:  # of tokens products alone, whose factors are rounded
@@ -218,7 +218,7 @@ class NestedLoopOp:
             common = getattr(code.module, "common", None)
             shared: Sequence[Tensor] = ()
             if common is not None:
-                shared = kept if kept and code is self.code else common(*inputs, low)
+                shared = kept if kept and code is self.code else _shared(code, inputs, low)
             rest = {n: named.pop(n) for n in self.names[name][len(own) :] if n in named}
             every = {**named, **dict(zip(code.shared, shared, strict=True)), **rest}
             with self._in_words():
@@ -227,9 +227,9 @@ class NestedLoopOp:
                 return [*made, *self._kept(code, shared, inputs)]
             found, of_shared = list(made[: len(own)]), made[len(own) :]
             if common is not None:
-                more = code.module.common_vjp(*inputs, *shared, *map(filled, of_shared, shared), low)
+                more = code.module.common_vjp(*inputs, *shared, *of_shared, low)
                 found = [_add(a, b, like) for a, b, like in zip(found, more, inputs, strict=True)]
-            return list(map(filled, found, inputs))
+            return or_zero(found, inputs)
 
     @contextmanager
     def _in_words(self) -> Iterator[None]:
@@ -245,9 +245,7 @@ class NestedLoopOp:
         """The results of `forward` where the device decides."""
         decision = self._decision(inputs)
         self._took = decision.kept, inputs[0].device
-        shared, others = (
-            [*code.module.common(*inputs, low)] if code.shared else [] for code in (self.code, self._wide)
-        )
+        shared, others = (_shared(code, inputs, low) if code.shared else [] for code in (self.code, self._wide))
         native = self.code.native
         assert isinstance(native, TritonBatches)
         first: list[Any] = [*own, *shared, order]
@@ -444,6 +442,14 @@ def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor], factors: int
     low = deciding[0].dtype if deciding[0].dtype in LOW and dtype is torch.float32 else None
     kept = [(dtype, low) if index < factors else (dtype,) for index in range(len(tensors))]
     return [t if t.dtype in own else t.to(dtype) for t, own in zip(tensors, kept, strict=True)], low
+
+
+def _shared(code: Code, inputs: Sequence[Tensor], low: torch.dtype | None) -> Sequence[Tensor]:
+    """What all steps share, as `code` takes it: kernels read products as these are rounded."""
+    made = code.module.common(*inputs, low)
+    if low is None or isinstance(code.native, TritonCode):
+        return list(made)
+    return [t.to(torch.float32) for t in made]
 
 
 def _as_it_says(device: str) -> AbstractContextManager[Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from nestloop.lowering.runtime.batches import (
     BatchCode,
     BatchLoop,
     Call,
+    of_heads,
     ranges_within,
     side_by_side,
-    summed,
+    with_pieces,
 )
 from nestloop.lowering.runtime.tiles import Singular
 
@@ -169,32 +169,23 @@ class NativeModule(BatchCode, NativeLibrary):
         if not self.plan.prepare:
             return self.module
 
-        def pieces(name: str, given: tuple[str, ...], made: Sequence[str], like: Sequence[str]) -> Callable[..., Any]:
-            original = getattr(self.module, name)
-            names = list(inspect.signature(original).parameters)[:-1]
-
-            def piece(*arguments: Any) -> Any:
-                *tensors, low = arguments
-                if low is not None or tensors[0].device.type != "cpu":
-                    return original(*arguments)
-                values = dict(zip(names, tensors, strict=True))
-                heads = max(t.shape[0] for t in tensors)
-                rows = [values[n].shape[2:] if n in values else self.loop.shared[n] for n in like]
-                results = [tensors[0].new_empty(heads, 1, *row) for row in rows]
+        def piece(name: str, given: Sequence[str], made: Sequence[str], like: Sequence[str]) -> Callable[..., Any]:
+            def run(values: Mapping[str, Tensor], results: Sequence[Tensor], low: torch.dtype | None) -> None:
+                first, read = results[0], [(n, values[n]) for n in given]
                 before, named = (ctypes.c_int(torch.get_num_threads()),), list(zip(made, results, strict=True))
-                self.call(
-                    f"every_{name}", (heads, 1), tensors[0].dtype, before, [(n, values[n]) for n in given], (), named
-                )
-                return tuple(summed(r, values[n]) if n in values else r for n, r in zip(like, results, strict=True))
+                self.call(f"every_{name}", (first.shape[0], 1), first.dtype, before, read, (), named)
 
-            return piece
+            def takes(first: Tensor, low: torch.dtype | None) -> bool:
+                return low is None and first.device.type == "cpu"
+
+            return of_heads(getattr(self.module, name), like, self.loop.shared, run, takes)
 
         hoisted = [n for n in self.plan.common if not self.is_token(n)]
         pulled = [f"d_{n}" for n in self.plan.pulled]
         return with_pieces(
             self.module,
-            prepare=pieces("prepare", self.plan.prepare, hoisted, hoisted),
-            prepare_vjp=pieces("prepare_vjp", self.plan.prepare_vjp, pulled, self.plan.pulled),
+            prepare=piece("prepare", self.plan.prepare, hoisted, hoisted),
+            prepare_vjp=piece("prepare_vjp", self.plan.prepare_vjp, pulled, self.plan.pulled),
         )
 
     def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
@@ -218,17 +209,6 @@ class NativeModule(BatchCode, NativeLibrary):
         place = ctypes.c_void_p(None if order is None else order.data_ptr())
         after = (place, ctypes.c_long(head), ctypes.c_long(sequence))
         self.call(function, (call.heads, call.sequences), call.dtype, before, given, after, list(made.items()))
-
-
-def with_pieces(module: ModuleType, **pieces: Callable[..., Any]) -> ModuleType:
-    """A copy of a generated module, whose functions call these pieces instead of its own."""
-    copy = ModuleType(f"{module.__name__}_with_{'_'.join(pieces)}")
-    copy.__dict__.update(module.__dict__)
-    for name, function in vars(module).items():
-        if isinstance(function, FunctionType) and function.__globals__ is vars(module):
-            setattr(copy, name, FunctionType(function.__code__, copy.__dict__, name, function.__defaults__))
-    copy.__dict__.update(pieces)
-    return copy
 
 
 def readable(tensor: Tensor, walked: bool) -> Tensor:

@@ -30,6 +30,7 @@ class Plan:
             the values written by its ops, and how many ops these are; all as arithmetic in n.
         reads_dtype: whether it holds for one compute dtype only.
         rows: tokens worked on at a time, so that their tiles stay in a CPU's cache.
+        low: which of `shared` is left in the low precision of products, where tokens come in one.
         results: of a stream, names of what `forward` returns before what it keeps for backward.
         kept: of a scan, the carried tensors that it keeps.
         chunk: of a scan, tokens of a chunk in generated PyTorch; 0 for one piece.
@@ -56,6 +57,7 @@ class Plan:
     chunk: int = 0
     why: str = ""
     shared: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    low: tuple[str, ...] = ()
     native: NativePlan | None = None
     not_native: str = ""
     triton: TritonPlan | None = None
@@ -76,7 +78,7 @@ def read(fingerprint: str | None) -> Plan | None:
         pieces = {name: tuple(flops) for name, flops in kept.pop("pieces").items()}
         native = _remade(NativePlan, kept.pop("native"))
         triton = _remade_triton(kept.pop("triton"))
-        for name in ("inputs", "output", "results", "kept"):
+        for name in ("inputs", "output", "results", "kept", "low"):
             kept[name] = tuple(kept[name])
         return Plan(**kept, tiles=tiles, shared=shared, pieces=pieces, native=native, triton=triton)
     except (OSError, ValueError, KeyError, TypeError):
@@ -98,6 +100,8 @@ def _remade_triton(kept: dict[str, Any] | None) -> TritonPlan | None:
                 part[f"{direction}_launches"] = [Launch(**one) for one in part[f"{direction}_launches"]]
                 part[f"{direction}_handed"] = [Handed(**one) for one in part[f"{direction}_handed"]]
         kept["ranges"] = _remade(InRanges, kept["ranges"])
+        kept["tiles"] = {name: tuple(sizes) for name, sizes in kept["tiles"].items()}
+        kept |= {name: _remade_triton(kept[name]) for name in ("prepare", "decoders")}
     made: TritonPlan | None = _remade(TritonPlan, kept)
     return made
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nestloop.lang.kept import Kept
-from nestloop.lowering.runtime.batches import compute_dtype, is_token, output_dtype, strides_beside
+from nestloop.lowering.runtime.batches import LOW, compute_dtype, is_token, output_dtype, strides_beside
 
 MOST_ARGUMENTS = 64  # of an operator of PyTorch
 DECIDED = "first_form"  # which of two forms forward has taken, on the host
@@ -57,6 +57,7 @@ class Signature:
         heads: H.
         shared: what all steps share, one head's tile of each, of what has a row for each token that row. `forward`
             makes it, and it is kept for `backward` where the op may have as many arguments.
+        low: which of `shared` is kept in the low precision of products.
         decides: whether a call's weights decide between two forms. Then that is kept too, and `shared` is of the first.
     """
 
@@ -71,6 +72,7 @@ class Signature:
     heads: int
     shared: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     decides: bool = False
+    low: tuple[str, ...] = ()
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
@@ -117,9 +119,13 @@ class Signature:
         return frozenset(["z", *[f"shared_{n}" for n in self.shared if is_token(n)]])
 
     def dtypes(self, inputs: Sequence[Tensor]) -> list[torch.dtype]:
-        """Of forward's results: z is in the views' dtype, all else in the compute dtype."""
+        """Of forward's results: z is in the views' dtype, products that backward reads are in that which they are
+        rounded to, all else in the compute dtype."""
         z, computed = output_dtype(inputs[: len(self.tokens)], inputs), compute_dtype(inputs)
-        return [z if name == "z" else computed for name in self.results]
+        first = inputs[0].dtype if inputs else computed
+        low = first if first in LOW and computed is torch.float32 else computed
+        dtypes = {"z": z, **{f"shared_{n}": low for n in self.low}}
+        return [dtypes.get(name, computed) for name in self.results]
 
     def layout(self, inputs: Sequence[Tensor]) -> Layout:
         """How forward's results lie in memory."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -22,32 +23,55 @@ def mm(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
     Where b is the same for all sequences, the rows of all sequences make one larger product. With `low` (bfloat16,
     float16) the operands are rounded to it; the result is float32 again.
     """
+    made = product(a, b, low)
+    return made if low is None else made.to(torch.float32)
+
+
+def product(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
+    """The same, whose result stays as rounded as its operands."""
     if low is not None:
-        return mm(a.to(low), b.to(low), None).to(torch.float32)
-    if a.shape[0] == 1 and b.shape[1] == 1 and b.shape[0] > 1:  # every head reads the same rows: heads side by side
-        heads, _, k, m = b.shape
-        wide = a[0].flatten(0, 1) @ b[:, 0].transpose(0, 1).reshape(k, heads * m)
+        a, b = a.to(low), b if _is_side_by_side(a, b) else b.to(low)
+    if _is_side_by_side(a, b):
+        heads, m = b.shape[0], b.shape[3]
+        wide = a[0].flatten(0, 1) @ _dense(b[:, 0].transpose(0, 1), a.dtype).flatten(1)
         return wide.reshape(a.shape[1], a.shape[2], heads, m).permute(2, 0, 1, 3)
     if b.shape[1] == 1 and a.shape[1] > 1:
         return torch.matmul(a.flatten(1, 2), b[:, 0]).unflatten(1, a.shape[1:3])
     return torch.matmul(a, b)
 
 
+def _is_side_by_side(a: Tensor, b: Tensor) -> bool:
+    """Whether every head reads the same rows of a, so that heads lie side by side in one product."""
+    return a.shape[0] == 1 and b.shape[1] == 1 and b.shape[0] > 1
+
+
+def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in one piece of memory and a dtype: one copy makes both."""
+    return x.contiguous() if x.dtype == dtype else x.to(dtype, memory_format=torch.contiguous_format)
+
+
 def mm_like(a: Tensor, b: Tensor, like: Tensor, low: torch.dtype | None) -> Tensor:
     """The cotangent a @ b of `like`: summed over sequences, if they share it, within the product itself."""
+    made = product_like(a, b, like, low)
+    return made if low is None else made.to(torch.float32)
+
+
+def product_like(a: Tensor, b: Tensor, like: Tensor, low: torch.dtype | None) -> Tensor:
+    """The same, whose result stays as rounded as its operands where it is the product's."""
     if like.shape[0] == 1 and a.shape[0] > 1 and a.shape[0] == b.shape[0] and b.shape[1] == 1 < like.shape[1]:
-        if low is not None:
-            return mm_like(a.to(low), b.to(low), like, None).to(torch.float32)
+        a = a if low is None else a.to(low)
         rows = a.permute(1, 2, 0, 3).flatten(0, 1).flatten(1, 2)  # the sum over heads is part of the product
-        return (rows @ b[:, 0].flatten(0, 1)).unflatten(0, a.shape[1:3]).unsqueeze(0)
+        return (rows @ _dense(b[:, 0], a.dtype).flatten(0, 1)).unflatten(0, a.shape[1:3]).unsqueeze(0)
     if like.shape[1] == 1 and a.shape[1] > 1 and b.shape[1] > 1:
-        if low is not None:
-            return mm_like(a.to(low), b.to(low), like, None).to(torch.float32)
+        a, b = (a, b) if low is None else (a.to(low), b.to(low))
         if a.shape[0] == 1 < b.shape[0]:  # heads side by side
             wide = a[0].mT.flatten(0, 1).mT @ b.permute(1, 2, 0, 3).flatten(0, 1).flatten(1, 2)
             return like_lead(wide.unflatten(1, (b.shape[0], b.shape[3])).transpose(0, 1).unsqueeze(1), like)
         return like_lead(torch.matmul(a.mT.flatten(1, 2).mT, b.flatten(1, 2)).unsqueeze(1), like)
-    return like_lead(mm(a, b, low), like)
+    made = product(a, b, low)
+    if made.shape[:2] == like.shape[:2]:
+        return made
+    return like_lead(made if low is None else made.to(torch.float32), like)  # what is added up is not rounded
 
 
 def like_lead(cotangent: Tensor, like: Tensor) -> Tensor:
@@ -59,26 +83,40 @@ def like_lead(cotangent: Tensor, like: Tensor) -> Tensor:
 LOST_BITS = 14  # of the 24 (float32) or 53 (float64) of a square, at most and for the worst of all vectors
 
 
-def well_conditioned(grams: Sequence[Tensor]) -> Tensor:
-    """Whether quadratic forms with these matrices [H, 1, d, d] keep the precision of the squares they stand for: one
-    element.
+def well_conditioned(rows: Sequence[Tensor], squares: Sequence[int]) -> Tensor:
+    """Whether quadratic forms with the Gram matrices of these rows keep the precision of the squares they stand for:
+    one element.
+
+    Args:
+        rows: tiles [H, 1, *, D], an axis H of size 1 being shared.
+        squares: how many of them each square has, in order.
+    """
+    if len(rows) == 1:
+        return independent(rows[0])
+    heads, wide = max(tile.shape[0] for tile in rows), rows[0].shape[3]
+    tiles = iter(rows)
+    sides = [list(islice(tiles, count)) for count in squares]
+    longest = max(sum(tile.shape[2] for tile in side) for side in sides)
+    made = rows[0].new_zeros(len(sides), heads, longest, wide)
+    for whole, side in zip(made, sides, strict=True):
+        start = 0
+        for tile in side:
+            whole[:, start : start + tile.shape[2]] = tile[:, 0]
+            start += tile.shape[2]
+    return independent(made)
+
+
+def independent(rows: Tensor) -> Tensor:
+    """Whether each of some sets of rows [*, R, D], zeros aside, is far enough from linearly dependent: one element.
 
     Row i of a decoder is in z G with z_i, so the form z (G G^T) z^T is rounded like sum_i z_i^2 |G_i|^2. It is never
     smaller than this times the least eigenvalue of the correlations of the rows, which shows in whether a Cholesky
-    factor exists below a shift. A row of zeros rounds nothing.
+    factor of these exists below a shift: one of theirs is one of the Gram matrix, its rows scaled.
     """
-    least = 2.0**LOST_BITS * torch.finfo(grams[0].dtype).eps
-    fine = [_positive(gram, least) for gram in grams]
-    return fine[0] if len(fine) == 1 else torch.stack(fine).all()
-
-
-def _positive(gram: Tensor, least: float) -> Tensor:
-    """Whether the correlations of some rows, shifted down by `least`, have a Cholesky factor: a factor of theirs is one
-    of the Gram matrix, its rows scaled."""
-    squares = gram.diagonal(dim1=-2, dim2=-1)
-    shift = torch.where(squares == 0, 1, squares * -least)
-    factor, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift))
-    return failed.sum() + 0 * factor.sum() == 0  # what is not finite is not equal
+    grams, kind = rows @ rows.mT, torch.finfo(rows.dtype)
+    grams.diagonal(dim1=-2, dim2=-1).mul_(1 - 2.0**LOST_BITS * kind.eps).add_(kind.tiny)  # a row of zeros has a factor
+    factor, failed = torch.linalg.cholesky_ex(grams)
+    return ((failed == 0) & (factor[..., -1, -1] < math.inf)).all()  # what is not finite reaches the last element
 
 
 def reshape(x: Tensor, *tile: int) -> Tensor:
@@ -127,6 +165,12 @@ def solve_triangle(a: Tensor, b: Tensor, where: str, *, upper: bool, left: bool)
     if not captured and bool((a.diagonal(dim1=-2, dim2=-1) == 0).any()):
         raise Singular(where)
     return torch.linalg.solve_triangular(a, b, upper=upper, left=left)
+
+
+def or_zero(cotangents: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor]:
+    """Cotangents of which some may be None, for zero, as tensors."""
+    pairs = zip(cotangents, likes, strict=True)
+    return [like.new_zeros(()).expand_as(like) if c is None else c for c, like in pairs]
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache as cached
 from functools import cached_property
@@ -26,11 +26,14 @@ from nestloop.lowering.runtime.batches import (
     BatchLoop,
     Call,
     compute_dtype,
+    of_heads,
     output_dtype,
     side_by_side,
+    with_pieces,
 )
 from nestloop.lowering.runtime.native import laid_out, readable
 from nestloop.lowering.runtime.refusals import shared_memory_of
+from nestloop.lowering.runtime.tiles import independent
 from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan, programs_of, ranges_of
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ class TritonCode:
         like: Tensor,
         dtype: torch.dtype,
         steps: int = 0,
+        low: torch.dtype | None = None,
     ) -> None:
         """Run the kernels of "forward" or "backward", one after the other, all with the same arguments, those of a step
         with its number too.
@@ -82,34 +86,36 @@ class TritonCode:
             like: the first view, whose device and dtype of products it takes.
             dtype: the compute dtype.
             steps: of a loop of batches.
+            low: the dtype of products, where it is not that of `like`.
         """
         if not all(lead):  # nothing but sums over no heads, or no sequences
             for tensor in made.values():
                 tensor.zero_()
             return
         heads, sequences = lead
-        items = heads * sequences
+        items, launches = heads * sequences, plan.launches(direction)
 
-        grids = {one.kernel: self.grid(one, items, parts, like) for one in plan.launches(direction)}
+        grids = {one.kernel: self.grid(one, items, parts, like) for one in launches}
         space = {name: items * count for name, count in parts.items()} | {"programs": max(grids.values())}
-        low = like.dtype if dtype == torch.float32 and like.dtype in _LOW else dtype
+        factors = like.dtype if dtype == torch.float32 and like.dtype in _LOW else dtype
         handed = [
-            like.new_empty(max(space[one.over] * one.elements, 1), dtype=low if one.low else dtype)
+            like.new_empty(max(space[one.over] * one.elements, 1), dtype=factors if one.low else dtype)
             for one in plan.handed(direction)
         ]
-        room = max(grids[one.kernel] * (one.scratch + every * one.states) for one in plan.launches(direction))
+        room = max(grids[one.kernel] * (one.scratch + every * one.states) for one in launches)
         memory = like.new_empty(max(room, 1), dtype=dtype)
-        read = [x for n, t in given.items() for x in pointers(t, n in self.walked, n.startswith("between_"))]
-        written = [x for n, t in made.items() for x in (t, *(strides(t, True) if n in self.walked else ()))]
-        values = [*read, *written, *more, *handed, memory, heads, sequences, *counts]
-        settings = self.settings(dtype, like.dtype)
+        values = [*read(given, self.walked), *written(made, self.walked)]
+        values += [*more, *handed, memory, heads, sequences, *counts]
+        settings = self.settings(dtype, low or like.dtype)
         on_cpu = like.device.type == "cpu"
         around: AbstractContextManager[dict[str, Any]] = nullcontext({}) if on_cpu else _launching(like.device)
         with around as own:
             for one, step in plan.turns(direction, steps):
                 kernel, grid = getattr(self.kernels, one.kernel), (grids[one.kernel], 1)
-                arguments = dict(zip(kernel.arg_names, values, strict=False)) | settings
-                arguments |= {"step": step} if one.each_step else {}
+                arguments = dict(zip(kernel.arg_names, values, strict=False))
+                arguments.update(settings)
+                if one.each_step:
+                    arguments["step"] = step
                 if on_cpu:
                     from nestloop.lowering.runtime.interpreter import interpreted
 
@@ -134,8 +140,7 @@ class TritonCode:
     def grid(one: Launch, items: int, parts: Mapping[str, int], like: Tensor) -> int:
         """Programs of a kernel."""
         if one.walks and like.device.type == "cuda":
-            device = torch.cuda.get_device_properties(like.device)
-            items = programs_of(one, items, device.multi_processor_count, device.L2_cache_size)
+            items = programs_of(one, items, *_sizes_of(like.device))
         return items * parts[one.over] * one.strips
 
     @staticmethod
@@ -170,25 +175,42 @@ def versions(device: torch.device) -> tuple[int, int | None]:
     return torch.cuda.get_device_capability(device)[0], version.value // 1000
 
 
-def pointers(tensor: Tensor, walked: bool, between: bool) -> list[Any]:
-    """A tensor [H, B, ..] as a kernel takes it: itself, or a copy, then its strides; one of states between steps is
-    [steps, H, B, ..] and lies in one piece."""
-    if between:
-        return [tensor.contiguous()]
-    tensor = readable(tensor, walked)
-    return [tensor, *strides(tensor, walked)]
+def read(tensors: Mapping[str, Tensor], walked: Collection[str]) -> list[Any]:
+    """Tensors [H, B, ..] as a kernel takes those that it reads: each itself, or a copy, then elements from one head,
+    one sequence and, where they are `walked`, one token to the next; one of states between steps is [steps, H, B, ..]
+    and lies in one piece."""
+    values: list[Any] = []
+    for name, tensor in tensors.items():  # dozens a call: nothing here is a function of its own
+        if name.startswith("between_"):
+            values.append(tensor.contiguous())
+            continue
+        if not tensor.is_contiguous():
+            tensor = readable(tensor, name in walked)
+        shape, apart = tensor.shape, tensor.stride()
+        values += (tensor, apart[0] if shape[0] > 1 else 0, apart[1] if shape[1] > 1 else 0)
+        if name in walked:
+            values.append(apart[2])
+    return values
 
 
-def strides(tensor: Tensor, walked: bool) -> list[int]:
-    """Elements from one head, one sequence and, where they are `walked`, one token to the next."""
-    (heads, sequences), apart = tensor.shape[:2], tensor.stride()
-    lead = [apart[0] if heads > 1 else 0, apart[1] if sequences > 1 else 0]
-    return [*lead, apart[2]] if walked else lead
+def written(tensors: Mapping[str, Tensor], walked: Collection[str]) -> list[Any]:
+    """The same of results, which lie densely but for those of tokens."""
+    values: list[Any] = []
+    for name, tensor in tensors.items():
+        values += read({name: tensor}, walked) if name in walked else (tensor,)
+    return values
 
 
 def programs(device: torch.device) -> int:
     """How many a device runs at once, each on a multiprocessor of its own."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return _sizes_of(device)[0] if device.type == "cuda" else 1
+
+
+@cached
+def _sizes_of(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of a CUDA device, and bytes of the cache that they share."""
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.L2_cache_size
 
 
 class TritonStream(TritonCode):
@@ -257,6 +279,28 @@ class TritonStream(TritonCode):
         return frozenset([*self.signature.tokens, "z", "losses", "d_z", "d_losses"])
 
 
+class TritonShared(TritonCode):
+    """The kernels of what a loop of batches makes of slow weights alone, for every head."""
+
+    walked = frozenset[str]()
+
+    def run(
+        self,
+        direction: str,
+        values: Mapping[str, Tensor],
+        made: Mapping[str, Tensor],
+        low: torch.dtype | None,
+    ) -> None:
+        """Run the kernel of a direction on tensors [H, 1, *] by name, an axis H of size 1 being shared.
+
+        low: the dtype of products, where that is not the compute dtype.
+        """
+        first = next(iter(made.values()))
+        given = {n: values[n] for n in (self.plan.forward if direction == "forward" else self.plan.backward)}
+        sizes = ((), {"heads": 1}, 1, first, first.dtype, 0)
+        self.launch(self.plan, direction, (first.shape[0], 1), given, made, (), *sizes, low)
+
+
 class TritonBatches(BatchCode, TritonCode):
     """The kernels of one loop of batches."""
 
@@ -266,6 +310,35 @@ class TritonBatches(BatchCode, TritonCode):
         TritonCode.__init__(self, name, plan)
         BatchCode.__init__(self, plan, module, loop)
         self._numbers: dict[Any, list[Tensor]] = {}
+
+    def prepared(self) -> ModuleType:
+        pieces: dict[str, Callable[..., Any]] = {}
+        if self.plan.prepare is not None:
+            code = TritonShared(f"{self.name}_prepare", self.plan.prepare)
+            both = ("prepare", "forward", code.plan.common), ("prepare_vjp", "backward", code.plan.gradients)
+            pieces |= {name: self._of_heads(code, name, *how) for name, *how in both}
+        if self.plan.decoders is not None:
+            pieces["conditioned"] = self._conditioned(TritonShared(f"{self.name}_decoders", self.plan.decoders))
+        return with_pieces(self.module, **pieces) if pieces else self.module
+
+    def _of_heads(self, code: TritonShared, name: str, direction: str, like: Sequence[str]) -> Callable[..., Any]:
+        def run(values: Mapping[str, Tensor], made: Sequence[Tensor], low: torch.dtype | None) -> None:
+            code.run(direction, values, dict(zip(like, made, strict=True)), low)
+
+        return of_heads(getattr(self.module, name), like, self.loop.shared, run)
+
+    def _conditioned(self, code: TritonShared) -> Callable[..., Tensor]:
+        names = self.loop.inputs
+        sizes = code.plan.tiles["rows"]
+
+        def conditioned(*tensors: Tensor) -> Tensor:
+            values = dict(zip(names, tensors, strict=True))
+            read = [values[n] for n in code.plan.forward]
+            rows = read[0].new_zeros(max(t.shape[0] for t in read), 1, *sizes)
+            code.run("forward", values, {"rows": rows}, None)
+            return independent(rows)
+
+        return conditioned
 
     def memory(self, call: Call, name: str, row: Sequence[int], like: Tensor | None = None) -> Tensor:
         if name == "z":
@@ -289,7 +362,9 @@ class TritonBatches(BatchCode, TritonCode):
 
     def _part(self, sums: Tensor, name: str, row: Sequence[int]) -> Tensor:
         """The cotangents of one tensor among those that are added up together [H, *, apart]."""
-        return sums.narrow(-1, self.plan.sums[name], math.prod(row)).view(*sums.shape[:2], *row)
+        heads, count, apart = sums.shape
+        within = [math.prod(row[axis + 1 :]) for axis in range(len(row))]
+        return sums.as_strided((heads, count, *row), (count * apart, apart, *within), self.plan.sums[name])
 
     def either(
         self, chosen: Tensor, tensors: Sequence[Tensor], other: TritonBatches, others: Sequence[Tensor]
@@ -315,7 +390,7 @@ class TritonBatches(BatchCode, TritonCode):
         return ranges_of(call.heads * call.sequences, longest, self.plan.rows, programs(call.like.device))
 
     def run(self, function: str, call: Call, given: list[tuple[str, Tensor]], made: dict[str, Tensor]) -> None:
-        order = [] if call.order is None else pointers(call.order, False, False)
+        order = [] if call.order is None else read({"order": call.order}, ())
         ranges = self.ranges(call)
         plan, counts = (self.plan, ()) if ranges == 1 else (self._in_ranges, (ranges,))
         parts, counts = {"sequences": 1, "ranges": ranges, "tokens": call.length}, (call.length, call.steps, *counts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -62,8 +63,9 @@ class Launch:
 
     Attributes:
         kernel: its name, which begins with "forward" or "backward".
-        over: what has a program of its own, of every head and sequence: "sequences" (all of it), "chunks" (each chunk),
-            "groups" (the chunks from one state that is kept for backward to the next), "ranges" (of tokens).
+        over: what has a program of its own, of every head and sequence: "sequences" (all of it), "heads" (the same of
+            what sequences share), "chunks" (each chunk), "groups" (the chunks from one state that is kept for backward
+            to the next), "ranges" (of tokens).
         warps: of a program.
         scratch: elements of memory that a program works in.
         states: elements more for each chunk from one state that is kept to the next.
@@ -132,7 +134,11 @@ class TritonPlan:
             are `apart` elements in all.
         computed: what kernels call inputs that they take in the compute dtype.
         common: of a loop of batches, names of what all steps share, which the PyTorch module makes.
+        tiles: sizes of what a kernel makes for a head, where those are its own.
         work: what its kernels do, for the cost model (`emit.triton_work.work`).
+        prepare: of a loop of batches, what makes of slow weights alone what all steps share, and its backward; None
+            where the PyTorch module does.
+        decoders: the rows whose correlations decide between two forms; None where there is one, or PyTorch makes them.
     """
 
     text: str
@@ -153,7 +159,10 @@ class TritonPlan:
     apart: int = 0
     computed: tuple[str, ...] = ()
     common: tuple[str, ...] = ()
+    tiles: dict[str, tuple[int, ...]] = field(default_factory=dict)
     work: dict[str, Any] = field(default_factory=dict)
+    prepare: TritonPlan | None = None
+    decoders: TritonPlan | None = None
 
     def launches(self, direction: str) -> tuple[Launch, ...]:
         """The kernels of "forward" or "backward"."""
@@ -165,6 +174,9 @@ class TritonPlan:
 
     def turns(self, direction: str, steps: int) -> Iterator[tuple[Launch, int]]:
         """The kernels of "forward" or "backward" with the step that each runs in, of so many."""
+        if not any(launch.each_step for launch in self.launches(direction)):
+            yield from ((launch, 0) for launch in self.launches(direction))
+            return
         order = range(steps) if direction == "forward" else range(steps - 1, -1, -1)
         for each_step, group in groupby(self.launches(direction), lambda launch: launch.each_step):
             kernels = list(group)
@@ -174,6 +186,11 @@ class TritonPlan:
         """The plan with its tokens shared out in ranges."""
         assert self.ranges is not None
         return replace(self, **{one.name: getattr(self.ranges, one.name) for one in fields(self.ranges)}, ranges=None)
+
+    @property
+    def modules(self) -> tuple[TritonPlan, ...]:
+        """Every module of which a call runs kernels: what is made of slow weights alone, first, and its own."""
+        return (*[one for one in (self.decoders, self.prepare) if one is not None], self)
 
     @property
     def all_launches(self) -> tuple[Launch, ...]:
@@ -196,14 +213,20 @@ class TritonPlan:
         """The kernels' arguments that are in the dtype of the tokens, views aside."""
         handed = [*self.forward_handed, *self.backward_handed]
         handed += [] if self.ranges is None else [*self.ranges.forward_handed, *self.ranges.backward_handed]
-        return ["d_z_p", *[f"{n}_made" for n in ("z", *self.rounded)], *[one.name for one in handed if one.low]]
+        made = [f"{n}_made" for n in ("z", *self.rounded)]
+        return ["d_z_p", *[f"{n}_p" for n in self.rounded], *made, *[one.name for one in handed if one.low]]
+
+    @cached_property
+    def _warps(self) -> dict[str, int]:
+        """Of each kernel; every launch asks."""
+        return {one.kernel: one.warps for one in self.all_launches}
 
     def options(self, kernel: str, nvidia: bool = True) -> dict[str, Any]:
         """How a kernel is compiled.
 
         A bound on registers is given to NVIDIA's assembler because without one it may, for large kernels, take 32.
         """
-        (warps,) = (one.warps for one in self.all_launches if one.kernel == kernel)
+        warps = self._warps[kernel]
         bound = {"maxnreg": min(255, 65_536 // (32 * warps))} if nvidia else {}
         return {"num_warps": warps, "num_stages": 1, **bound}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,10 +105,19 @@ def test_a_bias_among_the_rows_counts():
 def test_conditioning_is_that_of_the_rows_correlations():
     least = 2.0**LOST_BITS * torch.finfo(torch.float32).eps
     rows = torch.tensor([[1e-8, 1e6, 0.0]]).T * torch.eye(3)
-    assert bool(well_conditioned([(rows @ rows.T)[None, None]]))  # scales of rows, and rows of zeros, round nothing
+    assert bool(well_conditioned([rows[None, None]], [1]))  # scales of rows, and rows of zeros, round nothing
     for eigenvalue, fine in ((1.1 * least, True), (0.9 * least, False), (0.0, False), (float("nan"), False)):
-        gram = torch.tensor([[1.0, 1.0 - eigenvalue], [1.0 - eigenvalue, 1.0]])
-        assert bool(well_conditioned([torch.eye(2)[None, None], gram[None, None]])) is fine
+        near = torch.tensor([[1.0 - eigenvalue, math.sqrt(max(1.0 - (1.0 - eigenvalue) ** 2, 0.0)), 0.0]])
+        for heads, one in ((1, near), (3, near), (3, torch.nn.functional.pad(near, (0, 0, 0, 1)))):
+            apart, first = torch.eye(3).expand(heads, 1, 3, 3), torch.tensor([1.0, 0.0, 0.0]).view(1, 1, 1, 3)
+            assert bool(well_conditioned([apart, first, one[None, None]], [1, 2])) is fine
+            assert bool(well_conditioned([first, one[None, None], apart], [2, 1])) is fine
+    for value in (math.nan, math.inf, -math.inf):
+        for at in range(3):
+            rows = torch.eye(3)
+            rows[at, at] = value
+            assert not bool(well_conditioned([rows[None, None]], [1]))
+    assert not bool(well_conditioned([torch.tensor([[[[math.inf, 1.0]]]])], [1]))
 
 
 class Plain(nl.Loop):
@@ -124,11 +135,10 @@ class Plain(nl.Loop):
 
 
 def test_what_the_check_reads_is_shown():
-    text = nl.inspect(Plain, "emit", d=16, D=48, H=2).partition("def grams")[2].partition("def forward")[0]
+    text = nl.inspect(Plain, "emit", d=16, D=48, H=2).partition("def decoders")[2].partition("def forward")[0]
     assert text == (
-        '(g, _low):\n    """Gram matrices of the decoder\'s rows, for each square of the loss."""\n'
-        "    mm_1 = mm(g, g.mT, _low)  # [d, d]\n    return (mm_1,)\n\n\n"
+        '(g, _low):\n    """The decoder\'s rows, of each square of the loss."""\n    return (g,)\n\n\n'
         "def conditioned(k, q, x, w1, b1, w2, b2, g, g_bias):\n"
         '    """Whether these steps are as precise as those on the wide axis, with these weights."""\n'
-        "    return well_conditioned(grams(g, None))\n\n\n"
+        "    return well_conditioned(decoders(g, None), (1,))\n\n\n"
     )

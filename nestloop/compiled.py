@@ -175,7 +175,7 @@ class CompiledLoop:
             try:
                 return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
             except torch.linalg.LinAlgError as error:
-                from nestloop.lowering.capture import line_in_traceback  # all of tracing, which a call may do without
+                from nestloop.lowering.watched import line_in_traceback  # all of tracing, which a call may do without
 
                 raise singular_system(self.spec, line_in_traceback(self.spec, error)) from None
         views, weights = names.inward(self.renamed, views), names.inward(self.renamed, weights)

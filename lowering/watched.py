@@ -1,0 +1,191 @@
+"""A user's body while it is traced: what it calls is seen, and refused where it cannot be compiled."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from nestloop.errors import (
+    CapturedTensorError,
+    CompileError,
+    DataDependentError,
+    InPlaceError,
+    Location,
+    NestloopError,
+    UnadmittedOpError,
+)
+from nestloop.lang.loop import LoopSpec, user_files
+from nestloop.lowering import ops
+from nestloop.lowering.mismatch import OpFailed, about_shapes, operands
+from nestloop.lowering.recorder import Mode, noting
+
+_LOOKS_AT_VALUES = {
+    *("_local_scalar_dense", "item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__"),
+    *("nonzero", "is_nonzero", "equal", "allclose", "masked_select", "unique"),
+}
+_RANDOM = {"dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "bernoulli", "multinomial", "rrelu"}
+
+
+class WatchedOps(Mode):
+    """Watches a user's body while it is traced: refuses what cannot be compiled, notes each op's line."""
+
+    def __init__(self, spec: LoopSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        where = user_line(self.spec)
+        name = func._schema.name.split("::")[-1]
+        if name in _LOOKS_AT_VALUES:
+            raise _data_dependent(self.spec, name, where)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.device.type != "meta":
+                raise _captured(self.spec, value, where)
+        try:
+            with noting(where=where, called=name):
+                return func(*args, **kwargs)
+        except (RuntimeError, ValueError, IndexError) as error:
+            message = str(error).splitlines()[0]
+            if isinstance(error, NestloopError) or not about_shapes(message):
+                raise
+            raise OpFailed(name, operands(None, args, kwargs), message, where) from error
+
+
+class WatchedCalls(TorchFunctionMode):
+    """Sees the functions a body calls, before PyTorch takes them apart: refuses writes into tensors.
+
+    Attributes:
+        reads_dtype: whether the body has used a constant of the dtype (RMSNorm's default eps).
+    """
+
+    def __init__(self, spec: LoopSpec) -> None:
+        super().__init__()
+        self.spec, self.reads_dtype = spec, False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        plain_inplace = name.endswith("_") and not name.startswith("_") and not name.endswith("__")
+        writes = plain_inplace or name in _WRITES or kwargs.get("out") is not None
+        # PyTorch's own Python functions write into what they have just made; only the user's own writes count.
+        writes = writes and sys._getframe(1).f_code.co_filename in user_files(self.spec)
+        if writes or kwargs.get("inplace"):
+            written = ops.named_shape(args[0].shape) if args and isinstance(args[0], Tensor) else "a tensor"
+            raise InPlaceError(
+                f"A body of {self.spec.name} writes into a tensor.",
+                where=user_line(self.spec),
+                given=f"{name} on {written}",
+                need="values that are computed, not overwritten: the graph has no memory",
+                fix="write y = x + z instead of x += z, torch.where or torch.cat instead of an assignment to x[...]",
+            )
+        if name == "rms_norm":
+            # PyTorch's own is taken apart where nothing sees it, with its eps rounded to float32.
+            given = dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)) | kwargs
+            self.reads_dtype |= given.get("eps") is None  # the default is the dtype's own
+            x, shape = given["input"], list(given["normalized_shape"])
+            return ops.fused_rms_norm(x, shape, given.get("weight"), given.get("eps"))[0]
+        if name == "detach":
+            return ops.detached(*args)
+        if name == "_set_grad_enabled":
+            raise UnadmittedOpError(
+                f"{self.spec.name} turns gradients off.",
+                where=user_line(self.spec),
+                given="torch.no_grad, torch.enable_grad or torch.set_grad_enabled",
+                need="values that say themselves whether gradients flow through them",
+                fix="write x.detach() where nothing is to flow back, f.held(x) for the learner's weights",
+            )
+        if name in _LOOKS_AT_VALUES:
+            if isinstance(args[0], Tensor) and not torch._is_functional_tensor(args[0]):
+                raise _captured(self.spec, args[0], user_line(self.spec))
+            raise _data_dependent(self.spec, name, user_line(self.spec))
+        if name in _RANDOM:
+            raise UnadmittedOpError(
+                f"{self.spec.name} uses {name}, which draws random numbers.",
+                where=user_line(self.spec),
+                given=name,
+                need="a body that is a function of its tensors: backward computes it again",
+                fix="leave it out of the inner loop, or draw outside and pass the numbers as a view",
+            )
+        try:
+            return func(*args, **kwargs)
+        except (OpFailed, RuntimeError, ValueError, IndexError) as error:
+            message = str(error).splitlines()[0] if str(error) else ""
+            if isinstance(error, NestloopError) or not (isinstance(error, OpFailed) or about_shapes(message)):
+                raise
+            frame = user_frame(self.spec)
+            raise OpFailed(name, operands(frame, args, kwargs), message, user_line(self.spec)) from error
+
+
+def _captured(spec: LoopSpec, value: Tensor, where: Location | None) -> CapturedTensorError:
+    return CapturedTensorError(
+        f"A body of {spec.name} uses a tensor from outside its declaration.",
+        where=where,
+        given=f"a tensor [{', '.join(map(str, value.shape))}]",
+        need="weights and views that are declared; numbers may come from anywhere",
+        fix="declare it, scale = nl.slow('d'), or write the number itself",
+    )
+
+
+def _data_dependent(spec: LoopSpec, name: str, where: Location | None) -> DataDependentError:
+    return DataDependentError(
+        f"A body of {spec.name} looks at the values of a tensor.",
+        where=where,
+        given=f"{name}, which needs them, as an if, int(), float(), .item() and .tolist() on a tensor do",
+        need="control flow that depends on shapes and numbers only: the body is traced once for all values",
+        fix="choose between values with torch.where(condition, a, b)",
+    )
+
+
+_WRITES = {"__setitem__", *(f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "div", "pow", "and", "or", "xor"))}
+
+
+@contextmanager
+def as_compile_error(spec: LoopSpec, user_body: str | None) -> Iterator[None]:
+    """Errors inside a user's body leave as a `CompileError` at the user's line (`OpFailed` as it is)."""
+    try:
+        yield
+    except (NestloopError, OpFailed):
+        raise
+    except Exception as error:
+        if user_body is None:
+            raise
+        raise CompileError(
+            f"The {user_body} of {spec.name} cannot be traced: {type(error).__name__}.",
+            where=line_in_traceback(spec, error),
+            given=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            need="plain PyTorch on tensors, numbers and the declared names",
+            fix="run the body by hand on small tensors; backend='reference' calls it unchanged",
+        ) from error
+
+
+def user_frame(spec: LoopSpec) -> FrameType | None:
+    """The innermost frame of the user's own files on the stack."""
+    files = user_files(spec)
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename not in files:
+        frame = frame.f_back
+    return frame
+
+
+def user_line(spec: LoopSpec) -> Location | None:
+    """Its line."""
+    frame = user_frame(spec)
+    return None if frame is None else Location(frame.f_code.co_filename, frame.f_lineno)
+
+
+def line_in_traceback(spec: LoopSpec, error: BaseException) -> Location:
+    """The innermost line of the user's own files that an error went through."""
+    files, found = user_files(spec), spec.where
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename in files:
+            found = Location(traceback.tb_frame.f_code.co_filename, traceback.tb_lineno)
+        traceback = traceback.tb_next
+    return found

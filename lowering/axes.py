@@ -273,7 +273,7 @@ def regroup(source: Axes, before: list[Any], after: list[Any]) -> Axes:
                 old, olds, i = old * before[i], [*olds, i], i + 1
         while i < len(before) and _equal(before[i], 1) and j >= len(after):
             olds, i = [*olds, i], i + 1
-        names = [source[k] for k in olds if source[k] != "1"]
+        names = [source[k] for k in olds if source[k] != "1" and not _equal(before[k], 1)]
         wide = [k for k in news if not _equal(after[k], 1)]
         for k in news:
             if k not in wide:

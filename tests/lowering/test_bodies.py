@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nestloop as nl
-from tests.lowering.comparison import Inputs, differences, random_inputs, run
+from tests.lowering.comparison import Inputs, differences, random_inputs, run, run_in_parts
 
 SIZES = {"d": 4, "D": 8, "H": 2, "m": 3, "N": 7}
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -238,3 +238,10 @@ def test_nothing_flows_through_what_is_detached():
     found = run(nl.compile(Nothing, backend="torch"), inputs, losses=False)
     assert not found["gradient of q"].any() and not found["gradient of s"].any()
     assert found["gradient of w1"].any()
+
+
+@pytest.mark.parametrize("loop", [loop for loop in LOOPS if loop.spec.streams], ids=lambda loop: loop.__name__)
+def test_token_by_token(loop: type[nl.Loop]):
+    inputs, wanted = inputs_of(loop, torch.float64)
+    errors = differences(run_in_parts(nl.compile(loop, backend="torch"), inputs, [1, 2, 6]), wanted)
+    assert max(errors.values()) < 1e-10, errors

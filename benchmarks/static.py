@@ -199,8 +199,9 @@ def kernels(results: Results, loops: Sequence[str], devices: Sequence[str], size
                 results.forget(name, part, d)
                 results.no_plan[name, part, d] = {"loop": name, "part": part, "d": d, "why": plan}
                 continue
-            results.forget(name, part, d, CASES[d], plan.kernels)
-            yield from (Kernel(name, part, d, *which, plan) for which in product(targets, plan.kernels))
+            results.forget(name, part, d, CASES[d], [kernel for one in plan.forms for kernel in one.kernels])
+            for one in plan.forms:
+                yield from (Kernel(name, part, d, *which, one) for which in product(targets, one.kernels))
 
 
 def recorded(running: set[Future[dict[str, Any]]], results: Results, at_most: int) -> set[Future[dict[str, Any]]]:

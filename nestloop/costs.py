@@ -15,6 +15,7 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Program
 from nestloop.lowering import names
 from nestloop.lowering.candidates import WARPS, Candidate, candidates
+from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.schedule.devices import Device, device_named
 from nestloop.lowering.schedule.plan_work import attention, ranges
 from nestloop.lowering.schedule.roofline import (
@@ -172,7 +173,8 @@ def costs_of(
     plans = candidates(spec, plain, sizes["N"] if spec.grid else None)
     if plans[0].plan is not None and plans[0].plan.tokens not in (None, sizes["N"]):
         plans = candidates(spec, plain, sizes["N"])  # its graphs hold for one length
-    plans = [_taken(one, spec, sizes, figures) for one in plans]
+    untuned = plans[0].plan
+    plans = [_taken(one, spec, sizes, figures, untuned) for one in plans]
     works: dict[str, dict[str, Sequence[Work]]] = {}
     found: dict[str, dict[str, dict[int, Estimate]]] = {}
     for one in plans:
@@ -217,10 +219,15 @@ def several_ranges(one: Candidate, spec: LoopSpec, sizes: Mapping[str, int], dev
     return bool(shared.subs({B: sizes["B"], H: sizes["H"], N: sizes["N"]}) > 1)
 
 
-def _taken(one: Candidate, spec: LoopSpec, sizes: Mapping[str, int], device: Device) -> Candidate:
-    """A plan as calls of these sizes take it: sizes alone decide whether tokens are shared out in ranges."""
-    if not one.is_triton or one.plan is None or one.plan.triton is None or spec.streams:
+def _taken(one: Candidate, spec: LoopSpec, sizes: Mapping[str, int], device: Device, untuned: Plan | None) -> Candidate:
+    """A plan as calls of these sizes take it: sizes alone decide whether tokens are shared out in ranges, and whether
+    an untuned scan walks only its state."""
+    if not one.is_triton or one.plan is None or one.plan.triton is None:
         return one
+    if spec.streams:
+        assert untuned is not None and untuned.triton is not None
+        runs = untuned.triton.for_call(sizes["B"] * sizes["H"], sizes["N"], device.multiprocessors)
+        return replace(one, by_default=one.plan.triton.text == runs.text)
     several = several_ranges(one, spec, sizes, device)
     if one.in_ranges and not several:
         reason = "heads and sequences fill the device, or the tokens of a step are few"

@@ -23,7 +23,7 @@ from nestloop.lowering.runtime.compiler import find
 from nestloop.lowering.runtime.executable import not_native
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.tiles import LOST_BITS
-from nestloop.lowering.runtime.triton_plan import WORTH, TritonPlan
+from nestloop.lowering.runtime.triton_plan import FEW, WORTH, TritonPlan
 from nestloop.lowering.runtime.work import expected
 from nestloop.stages import STAGES, AnyLowered, compiled, optimizer_text, schedule_text, state_elements
 
@@ -313,13 +313,15 @@ def _of_triton(plan: Plan) -> list[str]:
     if plan.triton is None:
         return [f"runs: nothing, for generated Triton was asked for and has no plan: {plan.not_triton}"]
     lines = ["runs: generated Triton, asked for (backend 'triton'; tensors on a CPU are interpreted)"]
-    ahead = [line for module in plan.triton.modules[:-1] for line in _kernels(module)]
+    ahead = [line for module in plan.triton.modules[: -len(plan.triton.forms)] for line in _kernels(module)]
     lines += ["  once for all sequences, of slow weights alone:", *ahead, "  then:"] if ahead else []
     lines += _kernels(plan.triton)
     if plan.triton.ranges is not None:
         least = WORTH * plan.triton.rows
         lines.append(f"  or, with fewer heads and sequences than multiprocessors, in ranges of {least} tokens or more,")
         lines += ["  whose sums are added up in order:", *_kernels(plan.triton.in_ranges())]
+    if plan.triton.at_once is not None:
+        lines += [f"  or, with {FEW}, these at once:", *_kernels(plan.triton.at_once)]
     return lines
 
 

@@ -22,6 +22,7 @@ from nestloop.lowering.runtime.executable import build
 from nestloop.lowering.runtime.refusals import check_triton
 from nestloop.lowering.runtime.streams import build_stream
 from nestloop.lowering.runtime.tiles import spacing_within
+from nestloop.lowering.runtime.triton_plan import FEW
 from nestloop.lowering.schedule.cost import cost
 
 
@@ -203,7 +204,10 @@ def _cpp(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
 def _triton(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     if lowered.triton is None:
         return f"none: {lowered.not_triton}"
-    return "\n\n\n".join(module.text.rstrip() for module in lowered.triton.modules)
+    texts = [module.text.rstrip() for module in lowered.triton.modules]
+    if lowered.triton.at_once is not None:
+        texts[-1] = f"# With {FEW}:\n{texts[-1]}"
+    return "\n\n\n".join(texts)
 
 
 def compiled(lowered: AnyLowered, stage: str, device: str) -> str:

@@ -165,9 +165,13 @@ class TritonFunction(TritonValues):
         whole = super()._weight(value)
         if not self.rounded or value.result is not None:
             return whole
-        if value.kind == "element" and not value.reads:
+        if self._is_of_positions(value):
             return 0
         return whole // 2 if all(map(self._is_low_dot, value.users)) else whole
+
+    def _is_of_positions(self, value: Value) -> bool:
+        """Whether an element follows from its place alone: numbers, triangles, masks."""
+        return value.kind == "element" and all(self._is_of_positions(view.base) for view in value.reads)
 
     @property
     def strip(self) -> Block | None:
@@ -310,7 +314,7 @@ class TritonFunction(TritonValues):
                     if flips is not None and flips <= {axis} and not self.turned.get(view.base):
                         self.turned[value] = flips
                         continue
-                if value.kind == "join" or flips or flips is None or self._turn(view, space) is None:
+                if flips or flips is None or self._turn(view, space) is None:
                     self._place(view.base)
                     self.at_once.add(view.base)
 

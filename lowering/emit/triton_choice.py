@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nestloop.lowering.emit.triton_kernels import ALIVE
@@ -17,8 +18,16 @@ from nestloop.lowering.streams.forms import Form
 
 SHORTEST = 16  # tokens of a chunk, where any number is legal
 LONGEST_SPLIT = 64  # the most of one that has a program of its own
-# Elements alive at once, at which chunks are made shorter: kernels of one chunk hold no state beside them.
+# Elements alive at once, at which chunks are made shorter: kernels of one chunk hold no state beside them. Of wide ones
+# of nothing but products and elements: the assembler gets by with fewer registers than they would take, since products
+# read shared memory. Twice as many short chunks take 1.5 to 1.7 times the instructions, and twice the states.
 ALIVE_SPLIT = ALIVE * 4 // 3
+ALIVE_WIDE = ALIVE * 9 // 4
+
+# Instructions of a walk that are left where only the state is walked, at most, for that to be worth its own kernels: with
+# half of them, TTT-Linear took 24.2 ms for 33.4 ms with 32 heads and sequences on an H100, and with 512 of them 12.1 for
+# 9.1, since all is computed more than once.
+WORTH_APART = 0.55
 
 OfLength = Callable[[int], tuple[Any, ...]]
 
@@ -48,7 +57,30 @@ def triton_scan(
             return _tuned(emit[level](of_length, tiling.rows or most[level], free), tiling)
         except NoSpelling:
             continue
-    return _tuned(emit[last](of_length, tiling.rows or most[last], free), tiling)
+    made = emit[last](of_length, tiling.rows or most[last], free)
+    if last == 1 and tiling.levels is None and 2 not in levels:
+        made = replace(made, at_once=_at_once(made, of_length(made.rows)))
+    return _tuned(made, tiling)
+
+
+def _at_once(made: TritonPlan, scan: tuple[Any, ...]) -> TritonPlan | None:
+    """The same scan with only the state walked in order; None where that spares a walk too little.
+
+    The states of all chunks lie in memory, so only one that registers hold is walked like that: a larger one would take
+    many times what the tokens do.
+    """
+    try:
+        apart = TritonSplitScan(*scan).emit()
+    except NoSpelling:
+        return None
+    return apart if _walked_work(apart) <= WORTH_APART * _walked_work(made) else None
+
+
+def _walked_work(plan: TritonPlan) -> int:
+    """Instructions of each chunk that the next one waits for."""
+    over = [launch.kernel for launch in plan.all_launches if launch.over == "sequences"]
+    calls = [name for kernel in over for name in plan.work["kernels"][kernel]["calls"]]
+    return sum(int(plan.work["functions"][name]["instructions"]) for name in calls)
 
 
 def _tuned(made: TritonPlan, tiling: Tiling) -> TritonPlan:
@@ -60,7 +92,7 @@ def _split(of_length: OfLength, rows: int, free: bool) -> TritonPlan:
     while free and rows > SHORTEST:
         try:
             scan = _walked(*of_length(rows))
-            if scan.alive <= ALIVE_SPLIT:
+            if scan.alive <= (ALIVE_WIDE if scan.is_wide else ALIVE_SPLIT):
                 return scan.emit()
         except NoSpelling:
             pass

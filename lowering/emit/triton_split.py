@@ -87,6 +87,13 @@ class TritonSplitScan(TritonPrepare):
         self.prepare_ahead(*self._pulled_walk("chunk"), [f"d_{n}_new" for n in self.walked])
         self.prepare_ahead(*self._advanced, self.walked)
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether products are wide ones, of whole tiles, and nothing is solved or put together in memory."""
+        values = [value for f in self.functions.values() for value in f.values]
+        plain = not any(value.kind in ("system", "join") for value in values)
+        return plain and self.strips is not None and self.rows == WIDE_ROWS
+
     def _strips(self) -> Block | None:
         """The axis of the state of which each program of a walk has a block."""
         walks = []

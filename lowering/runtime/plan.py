@@ -101,7 +101,7 @@ def _remade_triton(kept: dict[str, Any] | None) -> TritonPlan | None:
                 part[f"{direction}_handed"] = [Handed(**one) for one in part[f"{direction}_handed"]]
         kept["ranges"] = _remade(InRanges, kept["ranges"])
         kept["tiles"] = {name: tuple(sizes) for name, sizes in kept["tiles"].items()}
-        kept |= {name: _remade_triton(kept[name]) for name in ("prepare", "decoders")}
+        kept |= {name: _remade_triton(kept[name]) for name in ("prepare", "decoders", "at_once")}
     made: TritonPlan | None = _remade(TritonPlan, kept)
     return made
 

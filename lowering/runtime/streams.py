@@ -133,7 +133,7 @@ def build_stream(
         name = f"{path.stem}_{backend}_{cache.digest(native.text)}"
     triton = plan.triton if backend == "triton" else None
     if triton is not None:
-        name = f"{path.stem}_triton_{cache.digest(triton.text)}"
+        name = f"{path.stem}_triton_{cache.digest(''.join(one.text for one in triton.forms))}"
     if name not in STREAM_OPS:
         module = cache.load(path)
         halo = (spec.optimizer.window or 1) - 1

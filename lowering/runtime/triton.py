@@ -53,9 +53,13 @@ class TritonCode:
     def __init__(self, name: str, plan: TritonPlan) -> None:
         self.name, self.plan = name, plan
 
-    @cached_property
-    def kernels(self) -> ModuleType:
-        return cache.load(cache.write(f"{self.name}_triton", self.plan.text))
+        self._modules: dict[str, ModuleType] = {}
+
+    def module_of(self, plan: TritonPlan) -> ModuleType:
+        """The kernels of the plan, or of what it is at once."""
+        if plan.text not in self._modules:
+            self._modules[plan.text] = cache.load(cache.write(f"{self.name}_triton", plan.text))
+        return self._modules[plan.text]
 
     def launch(
         self,
@@ -77,7 +81,7 @@ class TritonCode:
         with its number too.
 
         Args:
-            plan: the plan, or what it is in ranges.
+            plan: the plan, or what it is in ranges, or at once.
             given, made, more: the first of them: tensors that are read, results, and others; before the rest come what
                 one leaves for another and the memory that programs work in.
             counts: the last of them, after heads and sequences: tokens, and steps or chunks.
@@ -111,7 +115,7 @@ class TritonCode:
         around: AbstractContextManager[dict[str, Any]] = nullcontext({}) if on_cpu else _launching(like.device)
         with around as own:
             for one, step in plan.turns(direction, steps):
-                kernel, grid = getattr(self.kernels, one.kernel), (grids[one.kernel], 1)
+                kernel, grid = getattr(self.module_of(plan), one.kernel), (grids[one.kernel], 1)
                 arguments = dict(zip(kernel.arg_names, values, strict=False))
                 arguments.update(settings)
                 if one.each_step:
@@ -272,7 +276,8 @@ class TritonStream(TritonCode):
         chunks = -(-tokens // signature.chunk) if signature.chunk else 1
         parts = {"sequences": 1, "chunks": chunks, "boundaries": chunks + 1, "groups": -(-chunks // every)}
         lead, counts = self._lead(inputs), (tokens, every)
-        self.launch(self.plan, direction, lead, given, made, (), counts, parts, every, inputs[0], dtype)
+        plan = self.plan.for_call(math.prod(lead), tokens, programs(inputs[0].device))  # the same in both directions
+        self.launch(plan, direction, lead, given, made, (), counts, parts, every, inputs[0], dtype)
 
     @cached_property
     def walked(self) -> frozenset[str]:

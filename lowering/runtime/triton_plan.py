@@ -12,6 +12,8 @@ from nestloop.lowering.runtime.batches import ranges_within
 
 MOST_WARPS = 8  # that a multiprocessor runs at once, each thread with all registers that it may have
 WORTH = 4  # tiles, of the tallest, that a range has at least: with fewer, launches take what ranges save
+# Where `ranges_of` gives more than one, as texts say it of chunks.
+FEW = f"at most half as many heads and sequences as multiprocessors, and more than {2 * WORTH - 1} chunks"
 
 
 def ranges_of(items: int, tokens: int, rows: int, programs: int) -> int:
@@ -139,6 +141,8 @@ class TritonPlan:
         prepare: of a loop of batches, what makes of slow weights alone what all steps share, and its backward; None
             where the PyTorch module does.
         decoders: the rows whose correlations decide between two forms; None where there is one, or PyTorch makes them.
+        at_once: of a scan in one program a head and sequence, the same with only the state in order, for where these
+            are few: with the same chunks, it keeps the same states for backward.
     """
 
     text: str
@@ -163,6 +167,21 @@ class TritonPlan:
     work: dict[str, Any] = field(default_factory=dict)
     prepare: TritonPlan | None = None
     decoders: TritonPlan | None = None
+    at_once: TritonPlan | None = None
+
+    def for_call(self, items: int, tokens: int, programs: int) -> TritonPlan:
+        """What a call of a scan runs: `at_once` where `ranges_of` would share its tokens out in ranges.
+
+        Args:
+            items, tokens, programs: as of `ranges_of`.
+        """
+        few = self.at_once is not None and ranges_of(items, tokens, self.rows, programs) > 1
+        return self.at_once if few and self.at_once is not None else self
+
+    @property
+    def forms(self) -> tuple[TritonPlan, ...]:
+        """The plan, and `at_once` where there is one: a call runs either."""
+        return (self,) if self.at_once is None else (self, self.at_once)
 
     def launches(self, direction: str) -> tuple[Launch, ...]:
         """The kernels of "forward" or "backward"."""
@@ -190,7 +209,7 @@ class TritonPlan:
     @property
     def modules(self) -> tuple[TritonPlan, ...]:
         """Every module of which a call runs kernels: what is made of slow weights alone, first, and its own."""
-        return (*[one for one in (self.decoders, self.prepare) if one is not None], self)
+        return (*[one for one in (self.decoders, self.prepare) if one is not None], *self.forms)
 
     @property
     def all_launches(self) -> tuple[Launch, ...]:
@@ -206,6 +225,7 @@ class TritonPlan:
     def with_warps(self, warps: Sequence[int]) -> TritonPlan:
         """The same with so many warps a program, forward and backward."""
         made: Any = {"ranges": None if self.ranges is None else replace(self.ranges, **_warped(self.ranges, warps))}
+        made["at_once"] = None if self.at_once is None else self.at_once.with_warps(warps)
         return replace(self, **_warped(self, warps), **made)
 
     @property

@@ -183,7 +183,12 @@ def applied(mix: Tensor, start: Tensor) -> Tensor:
 
 
 def before(rows: Rows, c: Coefficients) -> Coefficients:
-    """The coefficients of the weights before each row's step: those of the row above, W_0's at the first."""
+    """The coefficients of the weights before each row's step: those of the row above, W_0's at the first.
+
+    Of ones on and below the diagonal these are the ones below it.
+    """
+    if c.plain:
+        return Coefficients(None, (), rows.lower(strictly=True), ())
     shift = (rows.position()[:, None] - rows.position()[None, :] == 1).to(rows.like.dtype)
     first = 1 - shift.sum(1)  # [r]: 1 at row 0
     base = c.base

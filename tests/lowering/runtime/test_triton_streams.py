@@ -14,16 +14,16 @@ import pytest
 import torch
 
 import nestloop as nl
-from nestloop import inspection, zoo
+from nestloop import costs, inspection, zoo
 from nestloop.errors import NoPlanError, SharedMemoryError
 from nestloop.lowering import pipeline
 from nestloop.lowering.emit import triton_choice, triton_kernels, triton_split, triton_stream, triton_strips
 from nestloop.lowering.lower import STREAM_OPS
 from nestloop.lowering.ops.strided import NoSpelling
-from nestloop.lowering.runtime import cache, offline, tuned
+from nestloop.lowering.runtime import cache, offline, triton, tuned
 from nestloop.lowering.runtime.refusals import shared_memory_of
 from nestloop.lowering.runtime.triton import TritonStream
-from nestloop.lowering.runtime.triton_plan import Tiling, TritonPlan
+from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling, TritonPlan
 from nestloop.lowering.streams import prepared
 from tests.drawn import SIZES
 from tests.lowering.comparison import assert_equal, differences, run, run_in_parts
@@ -213,6 +213,45 @@ def test_each_kind_of_scan_gives_losses_and_their_gradients(
     assert kernels_of_scans and ("forward_outputs" in kernels_of_scans) == (levels == 2)
 
 
+@pytest.mark.parametrize("of_direction", [(1, 1), (99, 99), (99, 1), (1, 99)], ids=str)
+def test_a_call_of_few_heads_and_sequences_walks_only_the_state(
+    of_direction: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """On a device of so many multiprocessors, forward and backward: each goes back from what either kept."""
+    torch.manual_seed(0)
+    monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path))
+    monkeypatch.setattr(triton_choice, "WORTH_APART", 9)  # of keys as short as these a walk is all there is
+    ran, programs, launch = list[tuple[str, ...]](), iter(of_direction), TritonStream.launch
+
+    def launched(self: TritonStream, plan: TritonPlan, *given: Any) -> None:
+        if self.signature.chunk:
+            ran.append(plan.kernels)
+        launch(self, plan, *given)
+
+    monkeypatch.setattr(triton, "programs", lambda device: next(programs))
+    monkeypatch.setattr(TritonStream, "launch", launched)
+    monkeypatch.setitem(SIZES, "d", 7)  # what was lowered in this process for others has no such plan
+    inputs = drawn(zoo.TTTLinear, 121)
+    found = run(nl.compile(zoo.TTTLinear, backend="triton"), inputs, losses=False)
+    assert_equal(differences(found, run(nl.compile(zoo.TTTLinear, backend="reference"), inputs, losses=False)), 1e-9)
+    assert [("forward_outputs" in kernels) for kernels in ran] == [many > 1 for many in of_direction]
+
+
+def test_sizes_alone_decide_whether_a_scan_walks_only_its_state():
+    plan = plan_of(zoo.TTTLinear, d=64)
+    assert plan.at_once is not None and plan.at_once.kernels[:2] == ("forward_states", "forward_outputs")
+    for items, tokens, is_few in ((32, 32768, True), (66, 113, True), (66, 112, False), (67, 32768, False)):
+        assert (plan.for_call(items, tokens, programs=132) is plan.at_once) == is_few
+    assert plan_of(zoo.DeltaNet).at_once is None  # whose state is affine: it is walked alone in every call
+    assert plan_of(zoo.TTTLinear, Tiling(levels=1), d=64).at_once is None
+
+
+@pytest.mark.parametrize(("sequences", "name"), [(1, "Triton, chunks of 16, at once"), (16, "Triton, chunks of 16")])
+def test_the_cost_model_takes_the_scan_that_a_call_takes(sequences: int, name: str):
+    found = costs.costs_of(zoo.TTTLinear, {"B": sequences, "H": 32, "N": 32768, "d": 64}, "h100")
+    assert {row.candidate.name for row in found.rows["forward"] if row.candidate.by_default} == {name}
+
+
 def test_a_state_that_is_not_affine_stays_with_its_program():
     assert plan_of(zoo.TTTLinear).kernels == ("forward", "backward")
     # conjugate gradients read the state, and what it becomes does not
@@ -246,8 +285,11 @@ def test_explain_says_which_kernels_run():
     assert "runs: generated Triton, asked for (backend 'triton'; tensors on a CPU are interpreted)" in text
     assert "\n  forward_prepare_states: a program a chunk of each, " in text
     assert "\n  forward_outputs: a program a chunk of each, " in text
-    alone = nl.explain(nl.compile(zoo.TTTLinear, backend="triton"))
+    alone = nl.explain(nl.compile(zoo.OmegaNet, backend="triton"))
     assert "\n  backward: a program a head and sequence, " in alone and "_outputs" not in alone
+    either = nl.explain(nl.compile(zoo.TTTLinear, backend="triton"), d=64)
+    few = "at most half as many heads and sequences as multiprocessors, and more than 7 chunks"
+    assert f"\n  or, with {few}, these at once:\n  forward_states: a program a head and sequence" in either
 
 
 @pytest.mark.parametrize(("a", "e"), [(1, 5), (16, 5), (5, 33)], ids=str)
@@ -330,9 +372,9 @@ def test_products_follow_what_pytorch_is_told():
     assert TritonStream.settings(torch.float32, torch.bfloat16)["PRODUCT"] == "bf16"
 
 
-def plan_of(loop: type[nl.Loop], **sizes: int):
+def plan_of(loop: type[nl.Loop], tiling: Tiling = UNTUNED, **sizes: int):
     given = {**SIZES, "H": 2, **loop.spec.default_dims, **sizes}
-    made = pipeline.stream_stages(loop.spec, given, None, losses=False, part="scan", triton=True)
+    made = pipeline.stream_stages(loop.spec, given, None, losses=False, part="scan", triton=True, tiling=tiling)
     assert made.triton is not None, made.not_triton
     return made.triton
 

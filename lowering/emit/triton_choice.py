@@ -24,9 +24,9 @@ LONGEST_SPLIT = 64  # the most of one that has a program of its own
 ALIVE_SPLIT = ALIVE * 4 // 3
 ALIVE_WIDE = ALIVE * 9 // 4
 
-# Instructions of a walk that are left where only the state is walked, at most, for that to be worth its own kernels: with
-# half of them, TTT-Linear took 24.2 ms for 33.4 ms with 32 heads and sequences on an H100, and with 512 of them 12.1 for
-# 9.1, since all is computed more than once.
+# Instructions of a walk that are left where only the state is walked, at most, for that to be worth kernels of its own.
+# With half of them, TTT-Linear took 24.2 ms for 33.4 with 32 heads and sequences on an H100, and with 512 of them 12.1
+# for 9.1, since all is computed more than once.
 WORTH_APART = 0.55
 
 OfLength = Callable[[int], tuple[Any, ...]]

@@ -252,6 +252,23 @@ def test_the_cost_model_takes_the_scan_that_a_call_takes(sequences: int, name: s
     assert {row.candidate.name for row in found.rows["forward"] if row.candidate.by_default} == {name}
 
 
+@pytest.mark.parametrize(
+    ("loop", "d", "rows"),
+    [
+        pytest.param(zoo.LightningAttention, 128, 64, id="products alone"),
+        pytest.param(zoo.DeltaNet, 64, 32, id="systems"),
+        pytest.param(zoo.CausalLinearAttentionElu, 64, 32, id="tiles put together"),
+    ],
+)
+def test_wide_products_alone_take_long_chunks(loop: type[nl.Loop], d: int, rows: int):
+    assert plan_of(loop, **dict.fromkeys(("d", "dk", "dv"), d)).rows == rows
+
+
+def test_no_product_shifts_the_rows_of_a_triangle_of_ones():
+    """Of a state that does not decay, what a step is taken at has all steps before it."""
+    assert "exact_dot" not in plan_of(zoo.DeltaNet, dk=64, dv=64).text
+
+
 def test_a_state_that_is_not_affine_stays_with_its_program():
     assert plan_of(zoo.TTTLinear).kernels == ("forward", "backward")
     # conjugate gradients read the state, and what it becomes does not

@@ -7,6 +7,7 @@ view that no turn or broadcast gives (a slice, tiles side by side) goes through 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
@@ -43,7 +44,7 @@ class TritonFunction(TritonValues):
         ordered: whether its rows of tokens are those that an order lists, from a place that it is given.
         block: an axis of which some is computed at a time, in phases (`schedule.phases`), or in each program.
         rounded: whether `alive` counts what registers hold where wide products take rounded factors from shared memory:
-            half of a factor, and nothing of a constant.
+            half of a factor, nothing of what follows from places alone, and with a system the inverse of its matrix.
         outside: whether a call computes one block, of which it is given the first place: `schedule.interchange`.
 
     Attributes:
@@ -167,6 +168,8 @@ class TritonFunction(TritonValues):
             return whole
         if self._is_of_positions(value):
             return 0
+        if value.kind == "system":  # and the inverse of its matrix
+            return whole + math.prod(map(self.padded, value.reads[0].shape))
         return whole // 2 if all(map(self._is_low_dot, value.users)) else whole
 
     def _is_of_positions(self, value: Value) -> bool:

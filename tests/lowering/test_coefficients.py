@@ -14,6 +14,6 @@ from nestloop.lowering.streams.coefficients import Coefficients, Rows, before
 def test_the_rows_above_those_of_a_triangle_of_ones(count: int):
     rows = Rows(count, 8, lambda weight, part: part, lambda part: False, torch.zeros(count, dtype=torch.float64))
     plain = Coefficients(None, (), rows.lower(), (), plain=True)
-    closed, by_product = before(rows, plain), before(rows, replace(plain, plain=False))
-    assert torch.equal(closed.mix, by_product.mix) and closed.base is None and by_product.base is None
-    assert not closed.mix[0].any()  # the first row's step is taken at the first weights
+    found, wanted = (before(rows, one).mix for one in (plain, replace(plain, plain=False)))
+    assert isinstance(found, torch.Tensor) and isinstance(wanted, torch.Tensor)
+    assert torch.equal(found, wanted) and not found[0].any()  # the first row's step is taken at the first weights

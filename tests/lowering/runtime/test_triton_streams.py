@@ -261,7 +261,7 @@ def test_the_cost_model_takes_the_scan_that_a_call_takes(sequences: int, name: s
     ],
 )
 def test_wide_products_alone_take_long_chunks(loop: type[nl.Loop], d: int, rows: int):
-    assert plan_of(loop, **dict.fromkeys(("d", "dk", "dv"), d)).rows == rows
+    assert plan_of(loop, d=d, dk=d, dv=d).rows == rows
 
 
 def test_no_product_shifts_the_rows_of_a_triangle_of_ones():

@@ -61,7 +61,7 @@ def test_no_kernel_spills_more_than_it_did(row: dict[str, Any]):
     loop = row["loop"]
     plan = plans(loop)[row["part"]]
     assert not isinstance(plan, str), f"there is no Triton any more: {plan}"
-    modules = [one for one in plan.modules if row["kernel"] in one.kernels]
+    modules = [one for one in plan.forms if row["kernel"] in one.kernels]
     assert modules, f"there is no such kernel any more: {again(loop)}"
     made = offline.compiled(modules[0], row["kernel"], DEVICE)
     assert all(now <= before for now, before in zip(made.spilled, row["spilled"], strict=True)), (

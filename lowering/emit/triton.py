@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from nestloop.lowering.axes import Axes
-from nestloop.lowering.emit.triton_tiles import BARRIER, NARROWEST, TOKENS, held, walk
 from nestloop.lowering.emit.triton_repeats import LOOPS, TritonRepeats
+from nestloop.lowering.emit.triton_tiles import BARRIER, NARROWEST, TOKENS, held, walk
 from nestloop.lowering.emit.triton_values import NEUTRAL, TRITON
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, product
 from nestloop.lowering.schedule.apart import Block, tell_apart
@@ -166,10 +166,8 @@ class TritonFunction(TritonRepeats):
         return value.kind == "product" and self.is_dot(value) and self.is_low(value)
 
     def _weight(self, value: Value) -> int:
-        if isinstance(value, Repeat):
-            return self.alive_in[value]
         whole = super()._weight(value)
-        if not self.rounded or value.result is not None:
+        if not self.rounded or value.result is not None or value.kind in (*LOOPS, "inside"):
             return whole
         if value.kind == "element" and not value.reads:
             return 0
@@ -256,7 +254,7 @@ class TritonFunction(TritonRepeats):
                     self.order_repeat(value)
             part[:] = fewest_alive(part, weight, given, kept)
             given |= set(filter(self._is_walked, part))  # reductions are there before the first block
-            most = most_alive(part, weight, given, kept)
+            most = most_alive(self.with_insides(part), weight, given, kept)
             worst = max(worst, most)
             if self.block is None or self.outside or any(part is phase.blocks for phase in self.phases):
                 self.inside = max(self.inside, most)

@@ -1,8 +1,8 @@
-"""Loops over steps that are alike, as a Triton function has them: variables in registers, what turns leave in memory."""
+"""Loops over steps that are alike, in a Triton function: variables in registers, what turns leave in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from nestloop.lowering.emit.expressions import offset
 from nestloop.lowering.emit.triton_tiles import BARRIER, held, walk
@@ -50,6 +50,24 @@ class TritonRepeats(TritonValues):
         loop.body = fewest_alive(loop.body, weight, loop.carried, after)
         self.times |= dict.fromkeys(own, loop.times)
         self.alive_in[loop] = most_alive(loop.body, weight, loop.carried, after)
+
+    def with_insides(self, values: Sequence[Value]) -> list[Value]:
+        """The values with one more before each loop: it holds what the loop does while it runs, and no longer."""
+        measured: list[Value] = []
+        for value in values:
+            if isinstance(value, Repeat):
+                inside = Value("inside", value.name, value.node, (), value.operands)
+                starts = {one.start for one in value.carried if one.start is not None}
+                handed = [start for start in starts if {*start.users} == {value} and start.result is None]
+                self.alive_in[inside] = max(0, self.alive_in[value] - sum(map(self._weight, handed)))
+                measured.append(inside)
+            measured.append(value)
+        return measured
+
+    def _weight(self, value: Value) -> int:
+        if value.kind in ("repeat", "inside"):
+            return self.alive_in[value] if value.kind == "inside" else 0
+        return super()._weight(value)
 
     def place_repeats(self) -> None:
         """Give scratch memory to what turns leave."""

@@ -107,6 +107,8 @@ def repeats(values: Sequence[Value], inputs: Collection[Value], weight: Callable
         inputs: what they read besides.
         weight: elements of a value's tile.
     """
+    if len(values) < SPARED * FEWEST // (FEWEST - 1):
+        return list(values)
     ordered = _added_up_soon(values)
     runs = _Runs(ordered, weight)
     return _Loops(ordered, runs, weight).made(inputs) if runs.all() else list(values)
@@ -118,7 +120,7 @@ def _added_up_soon(values: Sequence[Value]) -> list[Value]:
     for place, value in enumerate(values):
         order[value] = (place,)
         if _is_sum(value) and any(map(_is_sum, [*value.users, *[view.base for view in value.reads]])):
-            order[value] = max((order.get(view.base, ()) for view in value.reads), default=()) + (place,)
+            order[value] = (*max(order.get(view.base, ()) for view in value.reads), place)
     return sorted(values, key=order.__getitem__)
 
 
@@ -179,124 +181,131 @@ class _Run:
 
 
 class _Runs:
-    """Finds runs of steps in a list of values."""
+    """Finds runs of steps in a list of values.
+
+    Attributes:
+        place: of each value.
+        bases: what each reads.
+        turns: a value of a run that is found -> the run, the step and which value of the step it is.
+    """
 
     def __init__(self, values: Sequence[Value], weight: Callable[[Value], int]) -> None:
         self.values, self.weight = values, weight
         self.place = {value: index for index, value in enumerate(values)}
+        self.bases = [[view.base for view in value.reads] for value in values]
         numbers: dict[Any, int] = {}
         self.alike = [numbers.setdefault(_signature(value), len(numbers)) for value in values]
         self.found: list[_Run] = []
+        self.turns: dict[Value, tuple[_Run, int, int]] = {}
 
     def all(self) -> list[_Run]:
         """Runs that do not overlap; each reads steps of runs before it in the list alone."""
+        periods = self._periods()
         while True:
-            run = max(self._candidates(), key=lambda one: (one.spared, -one.start), default=None)
+            run = max(self._candidates(periods), key=lambda one: (one.spared, -one.start), default=None)
             if run is None:
                 return self.found
             self.found.append(run)
+            for place in range(run.start, run.stop):
+                self.turns[self.values[place]] = (run, *divmod(place - run.start, run.period))
 
-    def turn(self, value: Value) -> tuple[_Run, int, int] | None:
-        """The run that a value is of, which step of it and which value of the step."""
-        place = self.place.get(value, -1)
-        for run in self.found:
-            if run.start <= place < run.stop:
-                return run, *divmod(place - run.start, run.period)
-        return None
+    def _periods(self) -> list[int]:
+        """Periods after which as many values are alike as a run spares at least."""
+        alike = torch.tensor(self.alike)
+        periods = range(1, len(self.values) // FEWEST + 1)
+        return [p for p in periods if int((alike[:-p] == alike[p:]).sum()) >= max(SPARED, (FEWEST - 1) * p)]
 
-    def _candidates(self) -> Iterator[_Run]:
-        taken = {place for run in self.found for place in range(run.start, run.stop)}
-        for period in range(1, len(self.values) // FEWEST + 1):
-
-            def follows(place: int, period: int = period) -> bool:
-                free = place not in taken and place + period not in taken
-                return free and self.alike[place] == self.alike[place + period] and self._follows(place, period)
-
+    def _candidates(self, periods: Sequence[int]) -> Iterator[_Run]:
+        shorter: list[int] = []  # periods of runs: what is alike after one is so after two
+        for period in periods:
+            if any(period % one == 0 for one in shorter):
+                continue
             first = 0
             for place in range(len(self.values) - period + 1):
-                if place + period < len(self.values) and follows(place):
+                if place + period < len(self.values) and self._follows(place, period):
                     continue
                 if place - first >= max(SPARED, (FEWEST - 1) * period) - period:
-                    yield from self._among(first, place, period, taken)
+                    run = self._best(first, place, period)
+                    if run is not None:
+                        shorter.append(period)
+                        yield run
                 first = place + 1
 
     def _follows(self, place: int, period: int) -> bool:
-        """Whether operands are those of the value a period later, a step earlier."""
-        for a, b in zip(self.values[place].reads, self.values[place + period].reads, strict=True):
-            if a.base is b.base:
+        """Whether a value is in no run, like the one a period later, and its operands are those of that a step
+        earlier."""
+        other = place + period
+        if self.alike[place] != self.alike[other] or {self.values[place], self.values[other]} & self.turns.keys():
+            return False
+        for a, b in zip(self.bases[place], self.bases[other], strict=True):
+            if a is b or (b in self.place and self.place[b] - self.place.get(a, -1) == period):
                 continue
-            if a.base not in self.place or b.base not in self.place:
-                return False
-            if self.place[b.base] - self.place[a.base] == period:
-                continue
-            one, other = self.turn(a.base), self.turn(b.base)
-            if one is None or other is None or one[0] is not other[0] or one[2] != other[2]:
+            one, two = self.turns.get(a), self.turns.get(b)
+            if one is None or two is None or one[0] is not two[0] or one[2] != two[2]:
                 return False
         return True
 
-    def _among(self, first: int, stop: int, period: int, taken: Collection[int]) -> Iterator[_Run]:
-        """The best run of values each of which, up to `stop`, is like the one a period later: that with the most
-        steps, among them the one that hands on least."""
-        runs = []
-        for start in range(first - period, first + period):  # the first step of all may read what is no step's
+    def _best(self, first: int, stop: int, period: int) -> _Run | None:
+        """Of values each of which, up to `stop`, is like the one a period later, the run that hands on least from step
+        to step, with no more than one step less than there could be."""
+        starts = {}
+        for start in range(max(0, first - period), first + period):
             times = (stop - start) // period + 1
-            if start < 0 or times < FEWEST or (times - 1) * period < SPARED:
-                continue
-            if taken & {*range(start, start + period)} or any(
-                self.alike[place] != self.alike[place + period] for place in range(start, min(start + period, stop))
-            ):
-                continue
-            reads = self._reads(start, period, times)
+            if times >= FEWEST and (times - 1) * period >= SPARED and self._begins(start, min(first, stop), period):
+                starts[start] = times
+        most = max(starts.values(), default=0)
+        few = [start for start, times in starts.items() if times >= most - 1]
+        for start in sorted(few, key=lambda one: (self._handed_on(one, period), -starts[one], one)):
+            reads = self._reads(start, period, starts[start])
             if reads is not None:
-                runs.append(_Run(start, period, times, reads))
-        if runs:
-            most = max(run.times for run in runs)
-            runs = [run for run in runs if run.times >= most - 1]  # where a step begins, may cost one
-            yield min(runs, key=lambda run: (self._handed_on(run), -run.times, run.start))
+                return _Run(start, period, starts[start], reads)
+        return None
 
-    def _handed_on(self, run: _Run) -> int:
-        """Elements that a step reads of those before it."""
-        handed = {one.place for one in run.reads.values() if isinstance(one, _Before) and one.starts}
-        return sum(self.weight(self.values[run.start + place]) for place in handed)
+    def _begins(self, start: int, stop: int, period: int) -> bool:
+        """Whether values up to `stop` are in no run and like those a period later; they may read what is no step's."""
+        places = range(start, stop)
+        return all(self.alike[one] == self.alike[one + period] and self.values[one] not in self.turns for one in places)
+
+    def _handed_on(self, start: int, period: int) -> int:
+        """Elements that the second step reads of the first."""
+        second = range(start + period, start + 2 * period)
+        read = {base for place in second for base in self.bases[place]}
+        return sum(self.weight(base) for base in read if start <= self.place.get(base, -1) < start + period)
 
     def _reads(self, start: int, period: int, times: int) -> dict[tuple[int, int], _Before | _Turns] | None:
         """What steps read of steps; None where they do not all read the same."""
         found: dict[tuple[int, int], _Before | _Turns] = {}
         for place in range(period):
-            of_steps = [self.values[start + turn * period + place].reads for turn in range(times)]
-            for operand, views in enumerate(zip(*of_steps, strict=True)):
-                bases = [view.base for view in views]
+            of_steps = [self.bases[start + turn * period + place] for turn in range(times)]
+            for operand, bases in enumerate(zip(*of_steps, strict=True)):
                 if all(base is bases[0] for base in bases):
                     if self.place.get(bases[0], -1) >= start:
                         return None
                     continue
-                one = self._before(bases, start, period) or self._turns(bases)
+                one = self._before(bases, start, period) or self._of_turns(bases)
                 if one is None:
                     return None
                 found[place, operand] = one
         return found
 
     def _before(self, bases: Sequence[Value], start: int, period: int) -> _Before | None:
-        last = self.place.get(bases[-1], -1) - start
-        if last < 0:
-            return None
-        turn, place = divmod(last, period)
-        apart = len(bases) - 1 - turn
         inside = [self.place.get(base, -1) - start for base in bases]
-        if any(inside[t] != (t - apart) * period + place for t in range(apart, len(bases))) or any(
-            one >= 0 for one in inside[:apart]
-        ):
+        turn, place = divmod(inside[-1], period)
+        apart = len(bases) - 1 - turn
+        if inside[-1] < 0 or any(one >= 0 for one in inside[:apart]):
+            return None
+        if any(one != turn * period + place for turn, one in enumerate(inside[apart:])):
             return None
         return _Before(place, tuple(bases[:apart]))
 
-    def _turns(self, bases: Sequence[Value]) -> _Turns | None:
-        turns = [self.turn(base) for base in bases]
-        if any(one is None for one in turns):
+    def _of_turns(self, bases: Sequence[Value]) -> _Turns | None:
+        turns = [self.turns[base] for base in bases if base in self.turns]
+        if len(turns) < len(bases) or len({(run, place) for run, _, place in turns}) > 1:
             return None
-        runs, steps, places = zip(*[one for one in turns if one is not None], strict=True)
+        steps = [step for _, step, _ in turns]
         each = steps[1] - steps[0]
-        same = all(run is runs[0] for run in runs) and len({*places}) == 1
-        return _Turns(runs[0], places[0], steps[0], each) if same and {b - a for a, b in pairwise(steps)} == {each} else None
+        even = all(b - a == each for a, b in pairwise(steps))
+        return _Turns(turns[0][0], turns[0][2], steps[0], each) if even else None
 
 
 def _signature(value: Value) -> Any:
@@ -366,7 +375,7 @@ class _Loops:
         ordered: list[Value] = []
         for place, value in enumerate(self.values):
             ordered += [at[place]] if place in at else []
-            ordered += [value] if self.runs.turn(value) is None else []
+            ordered += [value] if value not in self.runs.turns else []
         for run, loop in self.loops.items():
             self._link(run, loop)
         for value in ordered:
@@ -419,7 +428,7 @@ class _Loops:
 
     def _outside(self, base: Value, put: Callable[[Value], None]) -> None:
         """Tell a reader that is in no loop, or for which it is always the same, where a value is."""
-        found = self.runs.turn(base)
+        found = self.runs.turns.get(base)
         if found is None:
             put(base)
             return
@@ -464,7 +473,7 @@ class _Loops:
 
     def _fewest(self, loop: Repeat, needed: Collection[Value]) -> list[Value]:
         """The fewest elements from which all follows that is needed of a turn, the nearest to it."""
-        graph = networkx.DiGraph()
+        graph: Any = networkx.DiGraph()
         inside = {*loop.body, *loop.carried}
         for value in inside:
             graph.add_edge((value, "read"), (value, "made"), capacity=self.weight(value))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import nestloop as nl
 from nestloop.lowering.runtime import cache
+from nestloop.lowering.runtime.triton import TritonStream
 from nestloop.lowering.schedule import repeats
 from tests.lowering.comparison import assert_equal, differences, random_inputs, run
 from tests.lowering.random_cases import drawn
@@ -26,6 +27,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
 SIZES = {"d": 5, "H": 2}
+grid = TritonStream.grid
 Expression = Callable[[Any, Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # What a step may set a variable to: of the fast weights and the loop, one of its variables and another.
@@ -149,6 +151,19 @@ def test_steps_are_a_loop_forward_and_backward():
     again, back = turns_of(text, "chunk_vjp")
     assert turns == again >= 7 and back >= 6
     assert "tl.store(scratch + turn * " in text and re.search(r"tl.load\(scratch \+ \(\d+ - turn\) \* ", text)
+
+
+def test_programs_take_chunk_after_chunk_in_the_same_memory(monkeypatch: pytest.MonkeyPatch):
+    """So much as turns leave is had for as many programs as run at once."""
+    monkeypatch.setattr(TritonStream, "grid", staticmethod(lambda one, *given: 2 if one.walks else grid(one, *given)))
+
+    def step(f: Any, loop: Any, state: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.tanh(f(state[0]) * loop.m) + 0.5 * state[0]]
+
+    text = equals_the_reference(stepping(step, 1, 9), 29)
+    kernel = text.partition("def backward_tokens(")[2].partition("\n\n\n")[0]
+    assert "for which in tl.range(tl.program_id(0), H * B * parts, tl.num_programs(0)" in kernel
+    assert "scratch = memory + tl.program_id(0).to(tl.int64) * " in kernel
 
 
 def test_a_variable_of_two_turns_before():

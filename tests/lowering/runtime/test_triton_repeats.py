@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nestloop as nl
+from nestloop.lowering import pipeline
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.triton import TritonStream
-from nestloop.lowering.schedule import repeats
+from nestloop.lowering.schedule import runs
 from tests.lowering.comparison import assert_equal, differences, random_inputs, run
 from tests.lowering.random_cases import drawn
 
@@ -81,7 +82,7 @@ class RepeatingBatches(Repeating):
 @pytest.fixture(autouse=True)
 def short_loops(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Loops of any run, and no code of other tests."""
-    monkeypatch.setattr(repeats, "SPARED", 8)
+    monkeypatch.setattr(runs, "SPARED", 8)
     monkeypatch.setattr(cache, "cache_dir", lambda: tmp_path)
 
 
@@ -121,10 +122,10 @@ def bodies(draw: Any) -> tuple[list[tuple[str, int, int, bool]], int]:
     chosen = st.tuples(
         st.sampled_from(sorted(EXPRESSIONS)), st.integers(0, count - 1), st.integers(0, count - 1), st.booleans()
     )
-    return draw(st.lists(chosen, min_size=count, max_size=count)), draw(st.integers(6, 9))
+    return draw(st.lists(chosen, min_size=count, max_size=count)), draw(st.integers(5, 7))
 
 
-@drawn(11, 1, 6)
+@drawn(11, 1, 3)
 @given(case=bodies())
 def test_any_body(case: tuple[list[tuple[str, int, int, bool]], int]):
     body, steps = case
@@ -151,6 +152,25 @@ def test_steps_are_a_loop_forward_and_backward():
     again, back = turns_of(text, "chunk_vjp")
     assert turns == again >= 7 and back >= 6
     assert "tl.store(scratch + turn * " in text and re.search(r"tl.load\(scratch \+ \(\d+ - turn\) \* ", text)
+
+
+def test_work_is_that_of_all_turns(monkeypatch: pytest.MonkeyPatch):
+    """Of the forward function, and no less than that backward, which computes some again."""
+
+    def step(f: Any, loop: Any, state: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.tanh(f(state[0]) * loop.m) + 0.5 * state[0]]
+
+    def work(spared: int) -> dict[str, Any]:
+        monkeypatch.setattr(runs, "SPARED", spared)
+        spec = stepping(step, 1, 12).spec
+        made = pipeline.stream_stages(spec, SIZES, None, losses=False, part="scan", triton=True).triton
+        assert made is not None and ("for turn" in made.text) == (spared < 1000)
+        return made.work["functions"]
+
+    looped, unrolled = work(8), work(1000)
+    for name in ("flops", "products", "depth"):
+        assert looped["chunk"][name] == unrolled["chunk"][name]
+    assert sum(looped["chunk_vjp"]["products"].values()) >= sum(unrolled["chunk_vjp"]["products"].values())
 
 
 def test_programs_take_chunk_after_chunk_in_the_same_memory(monkeypatch: pytest.MonkeyPatch):

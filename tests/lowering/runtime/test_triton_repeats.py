@@ -211,6 +211,28 @@ def test_two_loops_of_different_steps():
     assert len(turns_of(text, "chunk")) == 2 and len(turns_of(text, "chunk_vjp")) == 4
 
 
+ORDERS: dict[str, Callable[[list[Any], list[Any]], list[Any]]] = {
+    "of every other turn": lambda x, y: x[::2],
+    "one, then the other": lambda x, y: [value for pair in zip(x, y, strict=True) for value in pair],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_loop_reads_what_turns_of_another_leave(order: str):
+    class Reading(Repeating):
+        def readout(self, f, t):
+            x, y, left, right = t.q, t.q, [], []
+            for _ in range(8):
+                x, y = torch.tanh(f(x) * self.m) + 0.5 * y, 0.5 * x - torch.sin(y)
+                left.append(x)
+                right.append(y)
+            for value in ORDERS[order](left, right):
+                x = f(x) * self.m + 0.3 * value
+            return x
+
+    assert len(turns_of(equals_the_reference(Reading, 11), "chunk")) == 2
+
+
 def test_a_loss_that_loops_in_batches():
     text = equals_the_reference(RepeatingBatches, 11)
     assert len(turns_of(text, "gradient")) == 2 and len(turns_of(text, "gradient_vjp")) > 2

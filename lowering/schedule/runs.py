@@ -44,9 +44,6 @@ class Turns:
     first: int
     each: int
 
-    def at(self, turn: int) -> int:
-        return self.first + self.each * turn
-
 
 @dataclass(frozen=True)
 class Run:

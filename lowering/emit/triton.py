@@ -16,17 +16,19 @@ import torch
 from torch import fx
 
 from nestloop.lowering.axes import Axes
+from nestloop.lowering.emit.triton_repeats import LOOPS, TritonRepeats
 from nestloop.lowering.emit.triton_tiles import BARRIER, NARROWEST, TOKENS, held, walk
-from nestloop.lowering.emit.triton_values import NEUTRAL, TRITON, TritonValues
+from nestloop.lowering.emit.triton_values import NEUTRAL, TRITON
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, product
 from nestloop.lowering.schedule.apart import Block, tell_apart
 from nestloop.lowering.schedule.order import fewest_alive, most_alive
 from nestloop.lowering.schedule.phases import NoPhases, Phase, handed_on, is_blocked, phases, sums_over
 from nestloop.lowering.schedule.recompute import recompute_phases
+from nestloop.lowering.schedule.repeats import Repeat, every, readers, repeats
 from nestloop.lowering.schedule.values import SCALARS, Value, fold, read
 
 
-class TritonFunction(TritonValues):
+class TritonFunction(TritonRepeats):
     """Writes one graph as a Triton function, which returns its results as tiles.
 
     Args:
@@ -101,6 +103,8 @@ class TritonFunction(TritonValues):
             self._check_size(value)
         self.clean = {v: [True] * len(held(v)) for v in self.given.values()}
         self.used |= {self.strip.length} if self.strip is not None else set()
+        if block is None or block.is_strip:
+            self.values = repeats(self.values, self.given.values(), self._weight)
         self.returned = [r for r in self.results if r not in rows]
         walked = [name for name in self.tiles if name in rows and self.walks(name)]
         self.ordered = ordered and bool(walked)
@@ -110,7 +114,7 @@ class TritonFunction(TritonValues):
         self.phases = self._phases()
         alive = [value for name, value in self.given.items() if name not in rows]
         self.alive = self._order(alive)
-        self.values = [value for phase in self.phases for value in [*phase.once, *phase.blocks]]
+        self.values = list(every(value for phase in self.phases for value in [*phase.once, *phase.blocks]))
         self._allot()
         self.there = set(alive)
         self.body = [line for value in alive if value in self.place for line in self._store(value)]
@@ -150,11 +154,11 @@ class TritonFunction(TritonValues):
 
     def is_factor(self, name: str) -> bool:
         """Whether an input is but a factor of products that low precision is for, or the negative of one."""
-        waiting = list(self.given[name].users) if name in self.given else []
+        waiting = list(readers(self.given[name])) if name in self.given else []
         while waiting:
             user = waiting.pop()
-            if user.node.target is torch.ops.aten.neg.default and not user.result:
-                waiting += user.users
+            if user.kind == "element" and user.node.target is torch.ops.aten.neg.default and not user.result:
+                waiting += readers(user)
             elif not self._is_low_dot(user):
                 return False
         return True
@@ -164,13 +168,13 @@ class TritonFunction(TritonValues):
 
     def _weight(self, value: Value) -> int:
         whole = super()._weight(value)
-        if not self.rounded or value.result is not None:
+        if not self.rounded or value.result is not None or value.kind in (*LOOPS, "inside"):
             return whole
         if self._is_of_positions(value):
             return 0
         if value.kind == "system":  # and the inverse of its matrix
             return whole + math.prod(map(self.padded, value.reads[0].shape))
-        return whole // 2 if all(map(self._is_low_dot, value.users)) else whole
+        return whole // 2 if all(map(self._is_low_dot, readers(value))) else whole
 
     def _is_of_positions(self, value: Value) -> bool:
         """Whether an element follows from its place alone: numbers, triangles, masks."""
@@ -252,9 +256,12 @@ class TritonFunction(TritonValues):
         for index, part in enumerate(parts):
             given = {v for v in there if v not in self.handed and (last.get(v, -1) >= index or v.result is not None)}
             kept = {v for v in [*given, *part] if v not in self.handed and last.get(v, -1) > index}
+            for value in part:
+                if isinstance(value, Repeat):
+                    self.order_repeat(value)
             part[:] = fewest_alive(part, weight, given, kept)
             given |= set(filter(self._is_walked, part))  # reductions are there before the first block
-            most = most_alive(part, weight, given, kept)
+            most = most_alive(self.with_insides(part), weight, given, kept)
             worst = max(worst, most)
             if self.block is None or self.outside or any(part is phase.blocks for phase in self.phases):
                 self.inside = max(self.inside, most)
@@ -307,6 +314,7 @@ class TritonFunction(TritonValues):
         for value in self.values:
             if value in self.handed:
                 self._place(value)
+        self.place_repeats()
         for value in self.values:
             if value.kind == "join":
                 self._place(value)
@@ -314,7 +322,8 @@ class TritonFunction(TritonValues):
                 flips = self._turned_by(view)
                 if value.node.target is torch.ops.aten.cumsum.default and not value.shape[value.axes[0]].is_one:
                     axis = self._domain_at(value.shape, value.axes[0])
-                    if flips is not None and flips <= {axis} and not self.turned.get(view.base):
+                    plain = flips is None or self.turned.get(view.base) or value in self.handed_on
+                    if flips is not None and not plain and flips <= {axis}:
                         self.turned[value] = flips
                         continue
                 if flips or flips is None or self._turn(view, space) is None:
@@ -323,6 +332,8 @@ class TritonFunction(TritonValues):
 
     def _views(self, value: Value) -> list[tuple[Strided, tuple[Extent, ...]]]:
         """The operands of a value, with the axes over which it reads each."""
+        if value.kind in LOOPS:
+            return []
         if value.kind == "product":
             return [(view, view.shape) for view in self._factors(value)]
         if value.kind in ("system", "join"):

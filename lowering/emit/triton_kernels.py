@@ -105,9 +105,14 @@ class TritonKernels:
             parts: programs of each head and sequence, as Triton, of which each is one `part`; "" for one alone.
             counted: arguments that differ from launch to launch, for which it is compiled once all the same.
             chosen: whether it does nothing where the call has not chosen its form.
-            walks: whether a program takes one head and sequence after the other, each in the same memory.
+            walks: whether a program takes one head and sequence, or part of one, after the other, each in the same
+                memory.
         """
-        program, place, split = "tl.program_id(0)", "item", []
+        program, place = "tl.program_id(0)", "item"
+        before: list[str] = []
+        split: list[str] = []
+        if walks:
+            program = "which" if parts else "program"
         if self.strip is not None:
             count, length = self.strip.count, self.strip.length
             split.append(
@@ -115,12 +120,13 @@ class TritonKernels:
             )
             program = "program"
         if parts:
-            split += [f"parts = {parts}", f"part, program = ({program} % parts).to(tl.int64), {program} // parts"]
+            (before if walks else split).append(f"parts = {parts}")
+            split.append(f"part, program = ({program} % parts).to(tl.int64), {program} // parts")
             program, place = "program", "(item * parts + part)"
         if self.strip is not None:
             place = f"({place} * {self.strip.count} + strip // {self.strip.length})"
         if walks:
-            program, place = "program", "tl.program_id(0).to(tl.int64)"
+            place = "tl.program_id(0).to(tl.int64)"
         start = [
             *split,
             f"head, sequence = ({program} // B).to(tl.int64), ({program} % B).to(tl.int64)",
@@ -132,7 +138,9 @@ class TritonKernels:
         given = [*given, "S: tl.constexpr", "PRODUCT: tl.constexpr"]
         body = [*start, *counts, *body]
         if walks:
-            body = [walk("program", "tl.program_id(0), H * B, tl.num_programs(0)"), *indented([*body, BARRIER])]
+            every = f"tl.program_id(0), H * B{' * parts' if parts else ''}, tl.num_programs(0)"
+            body = [walk("which" if parts else "program", every), *indented([*body, BARRIER])]
+        body = [*before, *body]
         body = [*(["if tl.load(chosen) == 0:", "    return"] if chosen else []), *body]
         lines = [f"def {name}({', '.join(given)}):", f'    """{doc}"""', *indented(body)]
         once = f"(do_not_specialize={list(counted)})" if counted else ""

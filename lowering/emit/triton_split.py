@@ -154,9 +154,14 @@ class TritonSplitScan(TritonPrepare):
                 self._warps(kernel),
                 self._scratch(kernel),
                 strips=count if kernel in WALKED else 1,
+                walks=parts == "chunks" and self._leaves_turns(kernel),
             )
             for kernel, parts in over.items()
         )
+
+    def _leaves_turns(self, kernel: str) -> bool:
+        """Whether loops of its functions leave in memory what each turn makes: more than a chunk's tiles."""
+        return any(function.left_at for function in self._functions_of(kernel))
 
     def _warps(self, kernel: str) -> int:
         """Of a program: 8 would take each wide product of 64 rows twice, so 4 where these are expected not to spill."""

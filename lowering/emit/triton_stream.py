@@ -183,7 +183,8 @@ class TritonStream(TritonKernels, ScanTensors):
         given = [*self.pointers(self.given(which)), *self.made_pointers(made)]
         given += [*[one.name for one in self._handed(which)], "memory", "H", "B", "N", "every"]
         room = f"{launch.scratch}" + (f" + every * {launch.states}" if launch.states else "")
-        return self.frame(launch.kernel, doc, given, room, body, self.parts.get(launch.over, ""))
+        parts = self.parts.get(launch.over, "")
+        return self.frame(launch.kernel, doc, given, room, body, parts, walks=launch.walks)
 
     @property
     def parts(self) -> dict[str, str]:

@@ -18,6 +18,7 @@ from nestloop.lowering.emit.triton_tiles import BARRIER, NARROWEST, TritonTiles,
 from nestloop.lowering.ops.row import Element, System, Unsupported
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, product
 from nestloop.lowering.schedule.phases import sums_over
+from nestloop.lowering.schedule.repeats import readers
 from nestloop.lowering.schedule.values import Language, Value, fold, operands_of
 
 NEUTRAL = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}  # what a reduction starts at
@@ -159,7 +160,7 @@ class TritonValues(TritonTiles):
 
     def _is_taken_back(self, value: Value) -> bool:
         """Whether a product reads it that would compute it anew in each of its threads: see `tiles.settled`."""
-        if len(held(value)) != 2 or not any(user.kind == "product" and self.is_dot(user) for user in value.users):
+        if len(held(value)) != 2 or not any(user.kind == "product" and self.is_dot(user) for user in readers(value)):
             return False
         stack, seen = [value], {value}
         while stack:

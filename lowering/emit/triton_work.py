@@ -11,9 +11,11 @@ from typing import Any
 
 from nestloop.lowering import ops
 from nestloop.lowering.emit.triton import TritonFunction
+from nestloop.lowering.emit.triton_repeats import LOOPS
 from nestloop.lowering.ops.strided import ZERO, Extent, product
 from nestloop.lowering.runtime.triton_plan import Launch
 from nestloop.lowering.schedule.phases import is_blocked, sums_over
+from nestloop.lowering.schedule.repeats import Kept, Repeat, every
 from nestloop.lowering.schedule.roofline import PIVOT, TRIANGLE
 from nestloop.lowering.schedule.values import Value
 
@@ -108,11 +110,15 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
     depth: dict[Value, int] = {}
     for value in function.values:
         before = max((depth.get(operand.base, 0) for operand in value.reads), default=0)
+        if value.kind in LOOPS:
+            inside = max((depth[one] for one in value.body), default=before) if isinstance(value, Repeat) else before
+            depth[value] = before + (inside - before) * (value.times if isinstance(value, Repeat) else 1)
+            continue
         depth[value] = before + _waits(function, value)
         space = _elements(function, value.space) * _turns(function, value)
         if value.kind == "product":
             a, b = value.factors
-            flops = flops + product([*value.shape, a.shape[-1]]) * 2
+            flops = flops + product([*value.shape, a.shape[-1]]) * (2 * function.times.get(value, 1))
             terms = space * function.padded(a.shape[-1])
             if not function.is_dot(value):
                 instructions += 2 * terms
@@ -153,9 +159,9 @@ def _elements(function: TritonFunction, shape: Sequence[Extent]) -> int:
 
 
 def _turns(function: TritonFunction, value: Value) -> int:
-    """How many blocks of a long axis a value is computed for."""
+    """How many times a value is computed: in turns of a loop, or for blocks of a long axis."""
     if function.block is None or function.block.is_strip or function.outside:
-        return 1
+        return function.times.get(value, 1)
     size = function.block.size
     return function.block.count if is_blocked(value, size) or sums_over(value, size) else 1
 
@@ -176,16 +182,19 @@ def _moved(function: TritonFunction) -> int:
         for part in (phase.once, phase.blocks):
             # A block of what has the axis is read in every walk; the rest stays in registers.
             seen: set[Value] = set()
-            for value in part:
+            for value in every(part):
+                turns = function.times.get(value, 1)
+                left = isinstance(value, Kept) or value in function.left_at
+                total += _size(function, value) * turns if left else 0
                 if value.written and value.result is not None:
                     total += _size(function, value) * (2 if function.rows[value.result][1] else 1)
-                total += _size(function, value) if value in function.place else 0
+                total += _size(function, value) * turns if value in function.place else 0
                 for base in {view.base for view in value.reads} - seen - there:
                     if base in function.handed or (base.kind == "input" and base.name in function.rows):
                         walked = function.block is not None and is_blocked(base, function.block.size)
                         (seen if walked else there).add(base)
                         total += 0 if base in part else _size(function, base)
-                total += sum(_size(function, value) for view in value.reads if view.base in function.at_once)
+                total += sum(_size(function, value) * turns for view in value.reads if view.base in function.at_once)
     return total
 
 

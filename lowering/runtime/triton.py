@@ -143,9 +143,10 @@ class TritonCode:
     @staticmethod
     def grid(one: Launch, items: int, parts: Mapping[str, int], like: Tensor) -> int:
         """Programs of a kernel."""
+        every = items * parts[one.over] * one.strips
         if one.walks and like.device.type == "cuda":
-            items = programs_of(one, items, *_sizes_of(like.device))
-        return items * parts[one.over] * one.strips
+            return programs_of(one, every, *_sizes_of(like.device))
+        return every
 
     @staticmethod
     def settings(dtype: torch.dtype, given: torch.dtype) -> dict[str, Any]:

@@ -29,11 +29,11 @@ def ranges_of(items: int, tokens: int, rows: int, programs: int) -> int:
 
 
 def programs_of(launch: Launch, items: int, multiprocessors: int, cache: int) -> int:
-    """Programs of a launch that walk heads and sequences: one for each, or as many as run at once, twice, where the
-    memory that all work in is more than the cache that multiprocessors share.
+    """Programs of a launch that walk heads and sequences, or parts of them: one for each, or as many as run at once,
+    twice, where the memory that all work in is more than the cache that multiprocessors share.
 
     Args:
-        items: heads times sequences.
+        items: how many there are to walk.
         multiprocessors, cache: of the device: how many, and bytes.
     """
     if not launch.walks or 4 * items * launch.scratch <= cache:
@@ -73,7 +73,7 @@ class Launch:
         states: elements more for each chunk from one state that is kept to the next.
         each_step: whether it runs once for every step of a loop of batches, in turn with its neighbours that do.
         strips: programs that share each of these, with a block of an axis of the state each.
-        walks: whether a program takes one head and sequence after the other, where there are fewer programs than those.
+        walks: whether a program takes one of those that it is over after the other, where there are fewer programs.
     """
 
     kernel: str

@@ -82,8 +82,11 @@ class JoinedAxes:
 
     def root(self, place: Place) -> Place:
         """The one place that stands for all that are joined with it."""
+        passed = []
         while place in self._above:
+            passed.append(place)
             place = self._above[place]
+        self._above.update(dict.fromkeys(passed, place))
         return place
 
     def _join(self, one: Place, other: Place) -> None:

@@ -45,6 +45,7 @@ class TritonFunction(TritonValues):
         rounded: whether `alive` counts what registers hold where wide products take rounded factors from shared memory:
             half of a factor, and nothing of a constant.
         outside: whether a call computes one block, of which it is given the first place: `schedule.interchange`.
+        in_turns: whether it is called in a loop, and counts places anew in each turn: `tiles.anew`.
 
     Attributes:
         inputs, results: names of what it takes and makes; a tile, or for `rows` a place in memory, to which an input,
@@ -76,9 +77,10 @@ class TritonFunction(TritonValues):
         block: Block | None = None,
         outside: bool = False,
         rounded: bool = False,
+        in_turns: bool = False,
     ) -> None:
         super().__init__(longest, rows, block, outside)
-        self.rounded = rounded
+        self.rounded, self.in_turns = rounded, in_turns
         self.name, self.doc, self.axes = name, doc, axes
         self.per_token = {*per_token, *[f"d_{n}" for n in per_token], "z", "losses"}
         values = read(module, results, [False] * len(results), per_token, identifier, TRITON)
@@ -131,7 +133,8 @@ class TritonFunction(TritonValues):
         strip = ["strip"] if self.strip is not None else []
         given = ["n", *self.parameters, *strip, "scratch", "S: tl.constexpr", "PRODUCT: tl.constexpr"]
         lines = [f"def {self.name}({', '.join(given)}):", f'    """{self.doc}"""']
-        lines += [f"    i{size} = tl.arange(0, {size})" for size in sorted(self.used)]
+        first = "tiles.anew(n) + " if self.in_turns else ""
+        lines += [f"    i{size} = {first}tl.arange(0, {size})" for size in sorted(self.used)]
         if self.strip is not None:
             lines.append(f"    {self.strip.places} = strip + i{self.strip.length}")
         if self.outside and self.block is not None:

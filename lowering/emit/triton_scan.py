@@ -14,6 +14,8 @@ from nestloop.lowering.emit.triton_tiles import BARRIER, walk
 class TritonScan(TritonStream):
     """Writes the module of a scan."""
 
+    in_turns = True
+
     def _forward(self) -> list[str]:
         body = self.read_only("forward")
         for n in self.carry:

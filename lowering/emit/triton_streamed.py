@@ -22,6 +22,8 @@ class TritonStreamedScan(TritonStream):
         NoSpelling: something in it has no Triton; the text is the reason.
     """
 
+    in_turns = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_in_memory()

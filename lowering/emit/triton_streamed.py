@@ -12,7 +12,7 @@ from torch import fx
 from nestloop.lowering.emit.scan import ROWWISE
 from nestloop.lowering.emit.triton_kernels import aligned, indented
 from nestloop.lowering.emit.triton_stream import TritonStream
-from nestloop.lowering.emit.triton_tiles import BARRIER, walk
+from nestloop.lowering.emit.triton_tiles import BARRIER
 
 
 class TritonStreamedScan(TritonStream):
@@ -95,7 +95,7 @@ class TritonStreamedScan(TritonStream):
             copies = [x for n in anchors for x in self.fill(n, now[n.removesuffix("__anchor")], ends[n])]
             loop += ["if start + own == N:", *indented(copies)]
         loop += self.either(lambda name: self._run(name, now, {**ends, **then}))
-        body += [f"chunks = tl.cdiv(N, {self.longest})", walk("index", "0, chunks"), *indented(loop)]
+        body += [f"chunks = tl.cdiv(N, {self.longest})", *self.each_turn("index", "0, chunks", loop)]
         body += [f"last = pair + chunks % 2 * {self._size}", BARRIER]
         last = self.side_by_side("last", self.carry)
         return body + [x for n in self.carry for x in self.fill(n, last[n], ends[n])]
@@ -121,12 +121,10 @@ class TritonStreamedScan(TritonStream):
             "else:",
             *indented([x for n in self.carry for x in self.fill(n, self.between(n, "first // every - 1"), here[n])]),
             BARRIER,
-            walk("index", "first, last - 1"),
-            *indented([*self.span, *self._run("advance", now, then), BARRIER]),
-            walk("back", "first, last"),
-            *indented(["index = last - 1 - (back - first)", *self._pull(now)]),
+            *self.each_turn("index", "first, last - 1", [*self.span, *self._run("advance", now, then), BARRIER]),
+            *self.each_turn("back", "first, last", ["index = last - 1 - (back - first)", *self._pull(now)]),
         ]
-        body += [walk("turn", "0, groups"), *indented(group)]
+        body += self.each_turn("turn", "0, groups", group)
         body.append(f"pulled = pair + chunks % 2 * {self._size}")
         pulled = self.side_by_side("pulled", self.carry)
         return body + [x for n in self.starts for x in self.fill(n, pulled[n], self.pulled(n))]

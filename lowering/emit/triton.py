@@ -111,7 +111,7 @@ class TritonFunction(TritonValues):
         self.phases = self._phases()
         alive = [value for name, value in self.given.items() if name not in rows]
         self.alive = self._order(alive)
-        self.values = [value for phase in self.phases for value in [*phase.once, *phase.blocks]]
+        self.values = [value for part in self.together for value in part]
         self._allot()
         self.there = set(alive)
         self.body = [line for value in alive if value in self.place for line in self._store(value)]
@@ -239,9 +239,13 @@ class TritonFunction(TritonValues):
         self.handed = handed_on(found, size)
         return found
 
+    @property
+    def together(self) -> list[list[Value]]:
+        return [part for phase in self.phases for part in (phase.once, phase.blocks)]
+
     def _order(self, alive: list[Value]) -> int:
         """Put the values of every phase in order; the most elements that are alive at once."""
-        parts = [part for phase in self.phases for part in (phase.once, phase.blocks)]
+        parts = self.together
         last = {o.base: index for index, part in enumerate(parts) for value in part for o in value.reads}
         worst, there, weight = 0, set(alive), cache(self._weight)
         self.inside = 0

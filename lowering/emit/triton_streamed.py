@@ -12,7 +12,7 @@ from torch import fx
 from nestloop.lowering.emit.scan import ROWWISE
 from nestloop.lowering.emit.triton_kernels import aligned, indented
 from nestloop.lowering.emit.triton_stream import TritonStream
-from nestloop.lowering.emit.triton_tiles import BARRIER
+from nestloop.lowering.emit.triton_tiles import BARRIER, walk
 
 
 class TritonStreamedScan(TritonStream):
@@ -95,7 +95,8 @@ class TritonStreamedScan(TritonStream):
             copies = [x for n in anchors for x in self.fill(n, now[n.removesuffix("__anchor")], ends[n])]
             loop += ["if start + own == N:", *indented(copies)]
         loop += self.either(lambda name: self._run(name, now, {**ends, **then}))
-        body += [f"chunks = tl.cdiv(N, {self.longest})", *self.each_turn("index", "0, chunks", loop)]
+        # Not `each_turn`: forward reads so few tensors that computing their places anew takes registers rather than frees.
+        body += [f"chunks = tl.cdiv(N, {self.longest})", walk("index", "0, chunks"), *indented(loop)]
         body += [f"last = pair + chunks % 2 * {self._size}", BARRIER]
         last = self.side_by_side("last", self.carry)
         return body + [x for n in self.carry for x in self.fill(n, last[n], ends[n])]

@@ -95,7 +95,7 @@ class TritonStreamedScan(TritonStream):
             copies = [x for n in anchors for x in self.fill(n, now[n.removesuffix("__anchor")], ends[n])]
             loop += ["if start + own == N:", *indented(copies)]
         loop += self.either(lambda name: self._run(name, now, {**ends, **then}))
-        # Not `each_turn`: forward reads so few tensors that computing their places anew takes registers rather than frees.
+        # Not `each_turn`: forward reads few tensors, and computing their places anew takes more registers than it frees
         body += [f"chunks = tl.cdiv(N, {self.longest})", walk("index", "0, chunks"), *indented(loop)]
         body += [f"last = pair + chunks % 2 * {self._size}", BARRIER]
         last = self.side_by_side("last", self.carry)

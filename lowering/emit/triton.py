@@ -48,6 +48,7 @@ class TritonFunction(TritonRepeats):
         rounded: whether `alive` counts what registers hold where wide products take rounded factors from shared memory:
             half of a factor, nothing of what follows from places alone, and with a system the inverse of its matrix.
         outside: whether a call computes one block, of which it is given the first place: `schedule.interchange`.
+        in_turns: whether it is called in a loop, and counts places anew in each turn: `tiles.anew`.
 
     Attributes:
         inputs, results: names of what it takes and makes; a tile, or for `rows` a place in memory, to which an input,
@@ -79,9 +80,10 @@ class TritonFunction(TritonRepeats):
         block: Block | None = None,
         outside: bool = False,
         rounded: bool = False,
+        in_turns: bool = False,
     ) -> None:
         super().__init__(longest, rows, block, outside)
-        self.rounded = rounded
+        self.rounded, self.in_turns = rounded, in_turns
         self.name, self.doc, self.axes = name, doc, axes
         self.per_token = {*per_token, *[f"d_{n}" for n in per_token], "z", "losses"}
         values = read(module, results, [False] * len(results), per_token, identifier, TRITON)
@@ -114,7 +116,7 @@ class TritonFunction(TritonRepeats):
         self.phases = self._phases()
         alive = [value for name, value in self.given.items() if name not in rows]
         self.alive = self._order(alive)
-        self.values = list(every(value for phase in self.phases for value in [*phase.once, *phase.blocks]))
+        self.values = list(every(value for part in self.together for value in part))
         self._allot()
         self.there = set(alive)
         self.body = [line for value in alive if value in self.place for line in self._store(value)]
@@ -136,7 +138,8 @@ class TritonFunction(TritonRepeats):
         strip = ["strip"] if self.strip is not None else []
         given = ["n", *self.parameters, *strip, "scratch", "S: tl.constexpr", "PRODUCT: tl.constexpr"]
         lines = [f"def {self.name}({', '.join(given)}):", f'    """{self.doc}"""']
-        lines += [f"    i{size} = tl.arange(0, {size})" for size in sorted(self.used)]
+        first = "tiles.anew(n) + " if self.in_turns else ""
+        lines += [f"    i{size} = {first}tl.arange(0, {size})" for size in sorted(self.used)]
         if self.strip is not None:
             lines.append(f"    {self.strip.places} = strip + i{self.strip.length}")
         if self.outside and self.block is not None:
@@ -247,9 +250,13 @@ class TritonFunction(TritonRepeats):
         self.handed = handed_on(found, size)
         return found
 
+    @property
+    def together(self) -> list[list[Value]]:
+        return [part for phase in self.phases for part in (phase.once, phase.blocks)]
+
     def _order(self, alive: list[Value]) -> int:
         """Put the values of every phase in order; the most elements that are alive at once."""
-        parts = [part for phase in self.phases for part in (phase.once, phase.blocks)]
+        parts = self.together
         last = {o.base: index for index, part in enumerate(parts) for value in part for o in value.reads}
         worst, there, weight = 0, set(alive), cache(self._weight)
         self.inside = 0

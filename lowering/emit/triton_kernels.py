@@ -146,6 +146,13 @@ class TritonKernels:
         once = f"(do_not_specialize={list(counted)})" if counted else ""
         return f"@triton.jit{once}\n" + "\n".join(lines)
 
+    @staticmethod
+    def each_turn(index: str, bounds: str, lines: Sequence[str]) -> list[str]:
+        """A loop with calls in it: where tensors lie is computed anew in each turn, as places are in what it calls."""
+        names = ("head", "sequence", "item")
+        same = f"{', '.join(names)} = {', '.join(f'{name} + same' for name in names)}"
+        return [walk(index, bounds), *indented([f"same = tiles.anew({index})", same, *lines])]
+
     def pointers(self, names: Sequence[str]) -> list[str]:
         """The arguments for tensors that are given: where each lies and its strides, one along the tokens where it has
         some; states between steps lie in one piece."""

@@ -3,10 +3,9 @@ another; or, where these are few, kernels over ranges of tokens follow one anoth
 
 from __future__ import annotations
 
-from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_ranges import TritonRanges
 from nestloop.lowering.emit.triton_steps import WHOLE
-from nestloop.lowering.emit.triton_tiles import BARRIER, walk
+from nestloop.lowering.emit.triton_tiles import BARRIER
 from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.runtime.triton_plan import InRanges, Launch, TritonPlan
 
@@ -84,7 +83,7 @@ class TritonLoop(TritonRanges):
         step = [*self.numbers, *self.turns("forward"), *self.gradient(self.found("now"))]
         step += [self.loss("step", "loss_sum", "stop - start")] if self.losses else []
         step += [BARRIER, *self.update()]
-        body = [*self.start(), BARRIER, walk("step", "0, steps"), *indented(step)]
+        body = [*self.start(), BARRIER, *self.each_turn("step", "0, steps", step)]
         body += [*self.turn("forward"), *self.read_out(WHOLE)]
         return [*body, self.loss("steps", "loss_after", "N")] if self.losses else body
 
@@ -96,7 +95,6 @@ class TritonLoop(TritonRanges):
             *self.clear_shared(WHOLE),
             *self.given_cotangents(),
             *self.pull_read_out(WHOLE, self.held("cotangents")),
-            walk("back", "0, steps"),
-            *indented(step),
+            *self.each_turn("back", "0, steps", step),
             *self.give_back(),
         ]

@@ -61,7 +61,8 @@ class TileGraph:
     ) -> TritonFunction:
         """Its function on tiles of so many tokens."""
         given = (self.axes, height, self.rows, identifier, self.ordered, block, outside)
-        return TritonFunction(self.name, self.module, self.results, self.tokens, self.doc, *given)
+        named = (self.name, self.module, self.results, self.tokens, self.doc)
+        return TritonFunction(*named, *given, in_turns=True)
 
 
 class TritonPieces(Batches, TritonKernels):

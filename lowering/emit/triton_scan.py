@@ -8,11 +8,13 @@ from __future__ import annotations
 from nestloop.lowering.emit.scan import ROWWISE
 from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_stream import TritonStream
-from nestloop.lowering.emit.triton_tiles import BARRIER, walk
+from nestloop.lowering.emit.triton_tiles import BARRIER
 
 
 class TritonScan(TritonStream):
     """Writes the module of a scan."""
+
+    in_turns = True
 
     def _forward(self) -> list[str]:
         body = self.read_only("forward")
@@ -38,7 +40,7 @@ class TritonScan(TritonStream):
             return [line for line in lines if line]
 
         loop += self.either(run)
-        body += [walk("index", f"0, tl.cdiv(N, {self.longest})"), *indented(loop)]
+        body += self.each_turn("index", f"0, tl.cdiv(N, {self.longest})", loop)
         return body + [self.store(n, self.end(n), n) for n in self.carry]
 
     def _anchored(self) -> list[str]:
@@ -80,9 +82,9 @@ class TritonScan(TritonStream):
                 ahead.append(self.store(n, then[n], r if r in made else self.zeros(n)))
             ahead += [self.store(n, then[n], n) for n in self.anchors]
             ahead.append(BARRIER)
-            group += [walk("index", "first, last - 1"), *indented([line for line in ahead if line])]
-        group += [walk("back", "first, last"), *indented(["index = last - 1 - (back - first)", *self._pull()])]
-        body += [walk("turn", "0, groups"), *indented(group)]
+            group += self.each_turn("index", "first, last - 1", [line for line in ahead if line])
+        group += self.each_turn("back", "first, last", ["index = last - 1 - (back - first)", *self._pull()])
+        body += self.each_turn("turn", "0, groups", group)
         for n in self.starts:
             body.append(self.store(n, self.pulled(n), f"d_{n}"))
         for n in self.shared:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_in_two import TritonInTwo
 from nestloop.lowering.emit.triton_kernels import aligned, indented, zeros
-from nestloop.lowering.emit.triton_tiles import BARRIER, walk
+from nestloop.lowering.emit.triton_tiles import BARRIER
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,7 @@ class TritonSteps(TritonInTwo):
             inner.append(BARRIER)  # the next tile works in the same memory
         return [
             *[self.load(r, into[r]) for r in returned],
-            walk("first", f"{start}, {stop}, {height}"),
-            *indented(inner),
+            *self.each_turn("first", f"{start}, {stop}, {height}", inner),
             *[self.store(r, into[r], r) for r in returned],
         ]
 
@@ -318,7 +317,7 @@ class TritonSteps(TritonInTwo):
         if self.cleared:
             inner = [f"n = tl.minimum({share.last} - first, {height})"]
             inner += [self.clear_rows(n, height, "n") for n in self.cleared]
-            lines += [walk("first", f"{share.first}, {share.last}, {height}"), *indented(inner)]
+            lines += self.each_turn("first", f"{share.first}, {share.last}, {height}", inner)
         lines.append(BARRIER)
         ends = {n: self.at(f"end_{n}") for n in self.fast}
         made = self._cotangents(into, share)

@@ -22,6 +22,8 @@ class TritonStreamedScan(TritonStream):
         NoSpelling: something in it has no Triton; the text is the reason.
     """
 
+    in_turns = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_in_memory()
@@ -93,6 +95,7 @@ class TritonStreamedScan(TritonStream):
             copies = [x for n in anchors for x in self.fill(n, now[n.removesuffix("__anchor")], ends[n])]
             loop += ["if start + own == N:", *indented(copies)]
         loop += self.either(lambda name: self._run(name, now, {**ends, **then}))
+        # Not `each_turn`: forward reads few tensors, and computing their places anew takes more registers than it frees
         body += [f"chunks = tl.cdiv(N, {self.longest})", walk("index", "0, chunks"), *indented(loop)]
         body += [f"last = pair + chunks % 2 * {self._size}", BARRIER]
         last = self.side_by_side("last", self.carry)
@@ -119,12 +122,10 @@ class TritonStreamedScan(TritonStream):
             "else:",
             *indented([x for n in self.carry for x in self.fill(n, self.between(n, "first // every - 1"), here[n])]),
             BARRIER,
-            walk("index", "first, last - 1"),
-            *indented([*self.span, *self._run("advance", now, then), BARRIER]),
-            walk("back", "first, last"),
-            *indented(["index = last - 1 - (back - first)", *self._pull(now)]),
+            *self.each_turn("index", "first, last - 1", [*self.span, *self._run("advance", now, then), BARRIER]),
+            *self.each_turn("back", "first, last", ["index = last - 1 - (back - first)", *self._pull(now)]),
         ]
-        body += [walk("turn", "0, groups"), *indented(group)]
+        body += self.each_turn("turn", "0, groups", group)
         body.append(f"pulled = pair + chunks % 2 * {self._size}")
         pulled = self.side_by_side("pulled", self.carry)
         return body + [x for n in self.starts for x in self.fill(n, pulled[n], self.pulled(n))]

@@ -50,6 +50,11 @@ class TritonValues(TritonTiles):
     given: Mapping[str, Value]
     values: Sequence[Value]
 
+    @property
+    def together(self) -> Sequence[Sequence[Value]]:
+        """The values, those that are computed in the same lines together."""
+        raise NotImplementedError
+
     def _value(self, value: Value) -> list[str]:
         made = {
             "element": self._element,
@@ -148,6 +153,8 @@ class TritonValues(TritonTiles):
             if not value.operands and value.node.args:
                 texts = numbers(value.node, TRITON)
             text = self._spelled(value.node, texts, index, numeric)
+            if text.startswith("tiles.gelu_tanh(") and self._is_beside_tanh(value):
+                text = text.replace("gelu_tanh", "gelu_beside_tanh", 1)
         covered = [any(c[d] is not None for c in cleans) or self._at_all(index, d, text) for d in range(rank)]
         if not all(covered):
             shape = f"({', '.join(str(self.padded(size)) for size in domain)}{',' if rank == 1 else ''})"
@@ -171,6 +178,18 @@ class TritonValues(TritonTiles):
                 if base.kind == "element" and base not in self.place:
                     stack.append(base)
         return True
+
+    def _is_beside_tanh(self, value: Value) -> bool:
+        """Whether a tanh of what it reads is computed in the same lines, as a derivative of a GELU needs it."""
+        (source,) = {operand.base for operand in value.reads}
+        lines: Sequence[Value] = next((part for part in self.together if value in part), ())
+        stack = [other for other in lines if other.node.target is torch.ops.aten.tanh.default]
+        while stack:
+            for base in {operand.base for operand in stack.pop().reads}:
+                if base is source:
+                    return True
+                stack += [base] if base.kind == "element" and base in lines else []
+        return False
 
     @staticmethod
     def _at_all(index: tuple[str, ...], axis: int, text: str) -> bool:

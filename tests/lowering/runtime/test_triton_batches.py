@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 import nestloop as nl
+from benchmarks import static
 from nestloop import zoo
 from nestloop.errors import NoPlanError
 from nestloop.lowering import pipeline
 from nestloop.lowering.emit import triton_kernels, triton_pieces
 from nestloop.lowering.runtime import offline
+from nestloop.lowering.runtime.triton_plan import TritonPlan
 from tests.lowering.comparison import Inputs, assert_equal, differences, random_inputs, run
 from tests.lowering.runtime.test_native import Recall, doubled, single
 
@@ -284,3 +286,12 @@ def test_both_kernels_compile(kernel: str):
     assert lowered.triton is not None
     made = offline.compiled(lowered.triton, kernel)
     assert "mma" in made.text["ptx"] and sum(made.spilled) < 1000
+
+
+@pytest.mark.slow
+def test_a_gelu_and_its_derivative_have_one_tanh():
+    """Of the two functions of a step's gradient, the first computes the GELU alone, the second both."""
+    plan = static.plans(zoo.MTTTMLP, 64)["loop"]
+    assert isinstance(plan, TritonPlan)
+    made = offline.compiled(plan, "forward_gradient")
+    assert sum("math.exp" in line for line in made.text["ttgir"].splitlines()) == 2

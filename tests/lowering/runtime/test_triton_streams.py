@@ -435,6 +435,22 @@ def test_what_a_product_reads_is_computed_once():
     assert len(exponentials) >= 2 and not any("dot_op" in line or "#linear" in line for line in exponentials)
 
 
+def hoisted(made: offline.Compiled) -> list[str]:
+    """Lines of a kernel that compute places of two axes before its first loop."""
+    before, _ = made.text["ttgir"].split("scf.for", 1)
+    return [line for line in before.splitlines() if "tt.expand_dims" in line or "tt.broadcast" in line]
+
+
+@pytest.mark.oldest_triton
+def test_places_are_computed_where_they_are_read():
+    """Not before a kernel's first loop: there they would take registers from its start to its end."""
+    plan = plan_of(zoo.TTTLinear, d=64)
+    made = offline.compiled(plan, "forward")
+    once = dataclasses.replace(plan, text=plan.text.replace("tiles.anew(n) + ", ""))
+    assert not hoisted(made) and made.spilled == (0, 0)
+    assert hoisted(offline.compiled(once, "forward"))  # as Triton has it
+
+
 TOO_LARGE = """The forward_outputs kernel wants more shared memory than the device has.
   given: {wanted:,} bytes of shared memory for a program
   need:  at most {available:,}: its largest tile is [n,n], 16,384 bytes in float32

@@ -355,8 +355,10 @@ def _against_attention(costs: Costs) -> list[str]:
         return ["softmax attention: not compared over lengths, since its graphs hold for one"]
     overtakes = costs.overtakes()
     half = ", half of that where no token sees a later one" if costs.spec.streams else ""
-    said = "at any length" if overtakes == 1 else f"from N = {overtakes:,} tokens on"
-    said = said if overtakes else f"at no length up to {LONGEST:,} tokens"
+    if overtakes is None:
+        said = f"at no length up to {LONGEST:,} tokens"
+    else:
+        said = "at any length" if overtakes == 1 else f"from N = {overtakes:,} tokens on"
     return [
         f"overtakes softmax attention {said}; at N = {costs.sizes['N']:,} that takes "
         f"{_seconds(costs.attention_at(costs.sizes['N']))}",

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from nestloop.errors import ViewError
+from nestloop.errors import DimExpressionError, ViewError
 from nestloop.lang import init as initialisers
-from nestloop.lang.declaration import Declaration, caller  # noqa: F401  caller is known from here
+from nestloop.lang.declaration import Declaration, caller
 from nestloop.lang.dims import parse
 from nestloop.lang.maps import Project, all_maps
 
@@ -195,7 +195,19 @@ def gate(
 
 
 def dim(default: int | None = None) -> Any:
-    """Declare a dim that no view defines, with the size it has unless told otherwise."""
+    """Declare a dim that no view defines, with the size it has unless told otherwise.
+
+    Raises:
+        DimExpressionError: a default that is no size.
+    """
+    if default is not None and (isinstance(default, bool) or not isinstance(default, int) or default < 1):
+        raise DimExpressionError(
+            "The default of a dim is not a size.",
+            where=caller(),
+            given=repr(default),
+            need="a whole number, 1 or more",
+            fix="write " + (f"{default!r} itself wherever it is used" if isinstance(default, str) else "nl.dim(64)"),
+        )
     return Dim(default, False)
 
 

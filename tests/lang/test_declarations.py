@@ -7,6 +7,7 @@ import torch
 
 import nestloop as nl
 from nestloop.errors import (
+    DimExpressionError,
     DuplicateNameError,
     IllegalScheduleError,
     LearningRateError,
@@ -166,6 +167,23 @@ def test_a_rate_in_unknown_dims():
         given="'1 / (N * e)'",
         need="one of B, D, H, N, d, n",
         fix="use one of these, or declare the dim in the loop: e = nl.dim(64)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("default", "fix"), [("2*d", "write '2*d' itself wherever it is used"), (0, "write nl.dim(64)")]
+)
+def test_a_dim_whose_default_is_no_size(default, fix):
+    def step():
+        nl.dim(default)  # HERE
+
+    refused(
+        step,
+        DimExpressionError,
+        "The default of a dim is not a size.",
+        given=repr(default),
+        need="a whole number, 1 or more",
+        fix=fix,
     )
 
 

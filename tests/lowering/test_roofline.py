@@ -215,6 +215,11 @@ def test_the_length_at_which_attention_is_overtaken_is_one_at_which_it_is():
     assert found.at(length - length // 16) >= found.attention_at(length - length // 16)
 
 
+def test_attention_may_be_overtaken_at_no_length(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(costs.Costs, "overtakes", lambda self: None)
+    assert "overtakes softmax attention at no length up to" in nl.cost(zoo.CausalLinearAttention)
+
+
 def test_the_fastest_plan_is_chosen_and_every_other_says_why_it_is_not():
     found = costs.costs_of(zoo.CausalLinearAttention, {"B": 8, "H": 12, "N": 2048, "dk": 64, "dv": 64})
     for direction, warps in zip(("forward", "backward"), found.warps, strict=True):

@@ -14,7 +14,8 @@ from nestloop.lowering.emit.triton_tiles import BARRIER
 class TritonScan(TritonStream):
     """Writes the module of a scan."""
 
-    in_turns = True
+    def in_turns(self, name: str) -> bool:
+        return True
 
     def _forward(self) -> list[str]:
         body = self.read_only("forward")

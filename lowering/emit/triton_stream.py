@@ -31,7 +31,6 @@ class TritonStream(TritonKernels, ScanTensors):
     Attributes:
         spread: how it runs, in words.
         strips: the axis of the state of which each program of a walk has a block; None where it has all of it.
-        in_turns: whether a program takes one chunk after another with all that a function of these does.
 
     Raises:
         NoSpelling: something in it has no Triton; the text is the reason.
@@ -39,7 +38,10 @@ class TritonStream(TritonKernels, ScanTensors):
 
     spread = "one program a head and sequence"
     strips: Block | None = None
-    in_turns = False
+
+    def in_turns(self, name: str) -> bool:
+        """Whether a function runs in a loop in which the places that it counts are better counted anew."""
+        return False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +89,7 @@ class TritonStream(TritonKernels, ScanTensors):
     def _add(self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str) -> None:
         per_token, axes, height = self.per_token, self._axes(module), self.rows + self.halo
         given = (name, module, results, per_token, doc, axes, height, self.token_rows)
-        self.functions[name] = TritonFunction(*given, in_turns=self.in_turns)
+        self.functions[name] = TritonFunction(*given, in_turns=self.in_turns(name))
 
     @property
     def token_rows(self) -> dict[str, tuple[int, bool]]:
@@ -126,7 +128,7 @@ class TritonStream(TritonKernels, ScanTensors):
         def of_tile(height: int, block: Block | None, sums: Sequence[str] = ()) -> TritonFunction:
             given = (name, module, results, per_token, doc, named, height, rows)
             rounded = self.strips is not None and height >= WIDE_ROWS
-            return TritonFunction(*given, block=block, rounded=rounded, in_turns=self.in_turns)
+            return TritonFunction(*given, block=block, rounded=rounded, in_turns=self.in_turns(name))
 
         height = self.rows + self.halo
         if blocked is not None and blocked.is_strip:

@@ -22,7 +22,9 @@ class TritonStreamedScan(TritonStream):
         NoSpelling: something in it has no Triton; the text is the reason.
     """
 
-    in_turns = True
+    def in_turns(self, name: str) -> bool:
+        # Forward reads few tensors: counting their places anew takes more registers than it frees.
+        return name == "advance" or name.endswith("_vjp")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,7 +97,7 @@ class TritonStreamedScan(TritonStream):
             copies = [x for n in anchors for x in self.fill(n, now[n.removesuffix("__anchor")], ends[n])]
             loop += ["if start + own == N:", *indented(copies)]
         loop += self.either(lambda name: self._run(name, now, {**ends, **then}))
-        # Not `each_turn`: forward reads few tensors, and computing their places anew takes more registers than it frees
+        # Not `each_turn`, as `in_turns`.
         body += [f"chunks = tl.cdiv(N, {self.longest})", walk("index", "0, chunks"), *indented(loop)]
         body += [f"last = pair + chunks % 2 * {self._size}", BARRIER]
         last = self.side_by_side("last", self.carry)

@@ -18,9 +18,7 @@ from torch.overrides import TorchFunctionMode
 def _layer_norm(
     x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any
 ) -> Tensor:
-    dims = tuple(range(x.ndim - len(shape), x.ndim))
-    centred = x - x.mean(dims, keepdim=True)
-    normed = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    normed = torch.layer_norm(x, list(shape), None, None, eps)
     normed = normed if weight is None else normed * weight
     return normed if bias is None else normed + bias
 

@@ -26,6 +26,7 @@ from nestloop.reference.bodies import (
     token_output,
     token_readout,
 )
+from nestloop.reference.composites import Composites
 from nestloop.reference.stream import fresh, one_stream
 from nestloop.reference.window import one_window
 
@@ -87,9 +88,9 @@ def run(
 
         heads = vmap(stream, in_dims=({n: 0 for n in initial}, {n: 0 for n in carry}, slow_axis, token_axis))
         none, first = {n: None for n in initial}, {n: 0 for n in carry}
-        z, end, losses = vmap(heads, in_dims=(none, first, {n: None for n in slow}, {n: 0 for n in cast}))(
-            initial, carry, slow, cast
-        )
+        sequences = vmap(heads, in_dims=(none, first, {n: None for n in slow}, {n: 0 for n in cast}))
+        with Composites():
+            z, end, losses = sequences(initial, carry, slow, cast)
         counted: dict[str, Any] = {"position": position + binding.tokens} if counts_tokens(spec) else {}
         wanted = return_losses and not spec.is_kernel_estimator
         return z.to(out_dtype), {**end, **counted}, losses if wanted else None
@@ -113,7 +114,8 @@ def run(
             0 if order is not None and order.ndim == 3 else None,
         ),
     )
-    z, end, losses = per_sequence(fast, slow, cast, order)
+    with Composites():
+        z, end, losses = per_sequence(fast, slow, cast, order)
     return z.to(out_dtype), end, None if spec.is_kernel_estimator or not return_losses else losses
 
 

@@ -42,19 +42,9 @@ _INSTEAD: dict[str, Callable[..., Tensor]] = {
 
 
 class Composites(TorchFunctionMode):
-    """Calls these instead, in the body it is active in."""
+    """Calls these instead, while it is active."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _INSTEAD.get(getattr(func, "__name__", ""), func)(*args, **(kwargs or {}))
-
-
-def composed(body: Callable[..., Any]) -> Callable[..., Any]:
-    """A body, with these functions."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with Composites():
-            return body(*args, **kwargs)
-
-    return run

@@ -208,10 +208,10 @@ def extreme(by: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """The largest (or smallest) values along an axis and where they are; of equal ones the first is meant."""
 
     def found(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-        there = (x == by(x, [dim], True)).to(x.dtype)
-        first = there * (there.cumsum(dim) == 1)
-        places = (1 - there.cumsum(dim)).clamp(min=0).sum(dim, keepdim)
-        return torch.where(first != 0, x, 0.0).sum(dim, keepdim), places.to(torch.int64)
+        there = ((x == by(x, [dim], True)) | torch.isnan(x)).to(x.dtype)
+        passed = there.cumsum(dim)
+        first = (there != 0) & (passed == 1)
+        return torch.where(first, x, 0.0).sum(dim, keepdim), (passed == 0).sum(dim, keepdim)
 
     return found
 
@@ -265,7 +265,8 @@ def rounded(x: Tensor) -> Tensor:
     low = x.floor()
     beyond = x - low
     odd = low - 2 * (low / 2).floor()
-    return low + torch.where(beyond > 0.5, 1.0, torch.where(beyond < 0.5, 0.0, odd))
+    down = (beyond < 0.5) | (low == x)  # of an infinity `beyond` is none
+    return low + torch.where(beyond > 0.5, 1.0, torch.where(down, 0.0, odd))
 
 
 def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -201,6 +201,10 @@ def test_the_largest_and_smallest_with_their_places(by, op, dim, keepdim):
         assert torch.equal(a, b)
     for x in (normal(4, 5), tied):
         assert_same(lambda x: found(x, dim, keepdim)[0], lambda x: op(x, dim, keepdim)[0], x)
+    tied[1, 2] = tied[3, 1] = torch.nan
+    tied[0, 0] = torch.inf
+    for a, b in zip(found(tied, dim, keepdim), op(tied, dim, keepdim), strict=True):
+        assert torch.equal(a.nan_to_num(-99), b.nan_to_num(-99))
 
 
 @pytest.mark.parametrize("dim", [None, 1, [0, 1]])
@@ -229,7 +233,8 @@ def test_inverse():
 
 
 def test_whole_numbers():
-    x = torch.cat([normal(20) * 3, torch.tensor([-2.5, -1.5, -0.5, 0.0, 0.5, 1.5, 2.5, 3.0], dtype=torch.float64)])
+    ends = [-2.5, -1.5, -0.5, 0.0, 0.5, 1.5, 2.5, 3.0, torch.inf, -torch.inf]
+    x = torch.cat([normal(20) * 3, torch.tensor(ends, dtype=torch.float64)])
     assert torch.equal(decompose.rounded(x), x.round())
     assert torch.equal(decompose.rounded_down(x), x.trunc())
     assert torch.equal(decompose.decompositions()[aten.ceil.default](x), x.ceil())

@@ -161,9 +161,11 @@ class TileFunction:
         if row.kind is Kind.VIEW and tensors[0] in self.scalar:
             return f"filled({', '.join([self.text[tensors[0]], *operands.shape])}, dtype=dtype, device=device)"
         spelled = row.spell(operands)
-        if row.kind is not Kind.PRODUCT or is_rounded(node):
-            return spelled.replace("mm(", "product(", 1) if self.low and node in self.results else spelled
-        return spelled.replace(", _low)", ", None)")
+        if node.target is not aten.mm.default:
+            return spelled
+        if not is_rounded(node):
+            return spelled.replace(", _low)", ", None)")
+        return spelled.replace("mm(", "product(", 1) if self.low and node in self.results else spelled
 
     def _operand(self, value: Any, rank: int | None) -> Any:
         """An argument as text; with `rank`, a tile of lower rank gets its missing leading axes."""

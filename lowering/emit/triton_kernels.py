@@ -19,7 +19,7 @@ from torch import fx
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_tiles import BARRIER, padded, walk
-from nestloop.lowering.emit.triton_work import described, of_function
+from nestloop.lowering.emit.triton_work import described, of_function, work
 from nestloop.lowering.ops.strided import Extent, NoSpelling
 from nestloop.lowering.runtime.triton_plan import Launch
 from nestloop.lowering.schedule.apart import Block
@@ -72,6 +72,15 @@ class TritonKernels:
     def costs(self) -> dict[str, dict[str, Any]]:
         """What one call of each function costs; for when all of them are there."""
         return {name: of_function(function) for name, function in self.functions.items()}
+
+    def work(
+        self,
+        kernels: Mapping[str, str],
+        called: Callable[[str], Sequence[TritonFunction]],
+        alive: Callable[[str], int],
+    ) -> dict[str, Any]:
+        """What kernels do: arguments as of `triton_work.work`."""
+        return work(self.functions, self.costs, self.shapes, kernels, called, alive)
 
     def module(self, plan: str, kernels: Sequence[str], launches: Sequence[Launch]) -> str:
         """The text; `plan`: a sentence on how it runs."""

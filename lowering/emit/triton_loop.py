@@ -6,7 +6,6 @@ from __future__ import annotations
 from nestloop.lowering.emit.triton_ranges import TritonRanges
 from nestloop.lowering.emit.triton_steps import WHOLE
 from nestloop.lowering.emit.triton_tiles import BARRIER
-from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.runtime.triton_plan import InRanges, Launch, TritonPlan
 
 
@@ -51,14 +50,7 @@ class TritonLoop(TritonRanges):
             apart=self.room_for(self.shared),
             computed=tuple(self.starts),
             common=(*self.hoisted, *self.captured.projected),
-            work=work(
-                self.functions,
-                self.costs,
-                self.shapes,
-                kernels,
-                called.__getitem__,
-                lambda name: self.alive(called[name]),
-            ),
+            work=self.work(kernels, called.__getitem__, lambda name: self.alive(called[name])),
         )
 
     def _launch(self, which: str) -> Launch:

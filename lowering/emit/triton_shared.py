@@ -16,7 +16,6 @@ from nestloop.lowering.emit.tile import used_inputs
 from nestloop.lowering.emit.torch import DECODERS, TITLES
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import TritonKernels
-from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan
 from nestloop.lowering.schedule.apart import Block
@@ -117,14 +116,7 @@ class TritonShared(TritonKernels):
             computed=tuple(self.captured.spec.slow),
             common=tuple(tiles or self.results[names[0]]),
             tiles=dict(tiles),
-            work=work(
-                self.functions,
-                self.costs,
-                self.shapes,
-                kernels,
-                called.__getitem__,
-                lambda kernel: called[kernel][0].alive,
-            ),
+            work=self.work(kernels, called.__getitem__, lambda kernel: called[kernel][0].alive),
         )
 
     def _launch(self, function: TritonFunction) -> Launch:

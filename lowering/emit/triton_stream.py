@@ -15,7 +15,6 @@ from nestloop.lowering.emit.scan import ROWWISE, TITLES, ScanTensors
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import TritonKernels, indented
 from nestloop.lowering.emit.triton_tiles import BARRIER, padded, walk
-from nestloop.lowering.emit.triton_work import work
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch, TritonPlan
 from nestloop.lowering.schedule.apart import Block
@@ -160,7 +159,7 @@ class TritonStream(TritonKernels, ScanTensors):
             backward_launches=backward,
             forward_handed=self._handed("forward"),
             backward_handed=self._handed("backward"),
-            work=work(self.functions, self.costs, self.shapes, kernels, self._functions_of, self._alive),
+            work=self.work(kernels, self._functions_of, self._alive),
         )
 
     def _launches(self, which: str) -> tuple[Launch, ...]:

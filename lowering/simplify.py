@@ -19,6 +19,7 @@ from nestloop.lowering import ops
 from nestloop.lowering.ops import Kind
 from nestloop.lowering.ops.results import result_like, same_shape, same_size
 from nestloop.lowering.recorder import graph_module
+from nestloop.lowering.subexpressions import common_subexpressions
 
 aten = torch.ops.aten
 
@@ -76,7 +77,7 @@ class _Rebuild:
             else:
                 self.env[node] = self._call(node)
         self.graph.eliminate_dead_code()
-        return graph_module(_common_subexpressions(self.graph))
+        return graph_module(common_subexpressions(self.graph))
 
     def _placeholder(self, node: fx.Node) -> Any:
         name = node.meta.get("declared", node.name)
@@ -393,37 +394,6 @@ def _broadcast_shape(shapes: list[Any]) -> list[Any]:
             if same_size(result[-axis], 1):
                 result[-axis] = shape[-axis]
     return result
-
-
-def _common_subexpressions(graph: fx.Graph) -> fx.Graph:
-    """The graph with equal computations done once; results stay apart. (PyTorch's own pass imports all of inductor.)"""
-    merged = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    first: dict[Any, fx.Node] = {}
-    (output,) = graph.find_nodes(op="output")
-    results = set(output.all_input_nodes)
-    for node in graph.nodes:
-        key = None
-        if node.op == "call_function" and node not in results:
-            args, kwargs = (_hashable(fx.node.map_arg(a, env.__getitem__)) for a in (node.args, node.kwargs))
-            key = (node.target, args, kwargs)
-        if key is not None and key in first:
-            env[node] = first[key]
-            continue
-        env[node] = merged.node_copy(node, env.__getitem__)
-        if key is not None:
-            first[key] = env[node]
-    merged.eliminate_dead_code()
-    return merged
-
-
-def _hashable(value: Any) -> Any:
-    """Arguments as a key; 1, 1.0 and True are different ones."""
-    if isinstance(value, (list, tuple)):
-        return tuple(_hashable(v) for v in value)
-    if isinstance(value, Mapping):
-        return tuple((k, _hashable(v)) for k, v in value.items())
-    return value if isinstance(value, fx.Node) else (type(value), repr(value))
 
 
 def simplify(

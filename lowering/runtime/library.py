@@ -21,7 +21,9 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 from nestloop.errors import NoPlanError
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime.batches import LOW, compute_dtype, summed
+from nestloop.lowering.runtime.batching import batching_rule
 from nestloop.lowering.runtime.decision import Decision, known
+from nestloop.lowering.runtime.groups import in_groups
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.refusals import singular_system
@@ -31,7 +33,6 @@ from nestloop.lowering.runtime.tiles import Singular, like_lead, or_zero
 from nestloop.lowering.runtime.triton import TritonBatches, TritonCode, TritonStream
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
-_DEVICE_ROWS = 256  # a device works on so many times more tokens at once than fit a CPU's cache
 
 
 def _count_attention_on_cpu() -> None:
@@ -128,8 +129,8 @@ class NestedLoopOp:
         _define(backward, self._backward_kernel(), self._backward_fake, self._backward_flops(flops))
         self.forward_op = getattr(torch.ops.nestloop, name).default
         self.backward_op = getattr(torch.ops.nestloop, f"{name}_backward").default
-        for op in (self.forward_op, self.backward_op):
-            torch.library.register_vmap(op, self._batching(op))
+        for op, made in ((self.forward_op, results), (self.backward_op, None)):
+            torch.library.register_vmap(op, batching_rule(op, signature.heads, made))
         self.function = self._function()
         self.eager = _in_one(self.function)
 
@@ -267,38 +268,8 @@ class NestedLoopOp:
         inputs = [given[n] for n in self.signature.inputs]
         if isinstance(code.native, TritonCode) or code.runs_native(inputs, getattr(self.signature, "halo", 0)):
             return getattr(code.native, name)(*given.values(), order)
-        return self._in_groups(code, name, given, order, low)
-
-    def _in_groups(
-        self, code: Code, name: str, given: Mapping[str, Tensor], order: Tensor | None, low: Any
-    ) -> Sequence[Tensor | None]:
-        """Run generated code on groups of sequences whose tiles stay in cache, and put the results together.
-
-        A result that has one row per sequence is joined; the cotangent of what sequences share is summed.
-        """
-        function, tensors = getattr(code.module, name), list(given.values())
-        inputs = [given[n] for n in self.signature.inputs]
-        sequences, length = max(t.shape[1] for t in inputs), inputs[0].shape[2]
-        rows = code.rows if inputs[0].device.type == "cpu" else code.rows * _DEVICE_ROWS
-        size = max(1, rows // max(length, 1))
-        if size >= sequences:
-            return function(*tensors, order, low, rows)
-        axes = [2 if n.startswith("between_") else 1 for n in given]
-        parts = []
-        for start in range(0, sequences, size):
-            stop = min(start + size, sequences)
-            group = [_narrow(t, axis, start, stop) for t, axis in zip(tensors, axes, strict=True)]
-            parts.append(function(*group, None if order is None else _narrow(order, 1, start, stop), low, rows))
-        if name == "forward":
-            joined = [2 if n.startswith("between_") else 1 for n in self.signature.results]
-            sizes = [min(start + size, sequences) - start for start in range(0, sequences, size)]
-            return [_join(p, axis, sizes) for p, axis in zip(zip(*parts, strict=True), joined, strict=False)]
-        taken = [t for n, t in given.items() if n in self.signature.inputs or n in code.shared]
-        gathered = zip(zip(*parts, strict=True), taken, strict=True)
-        return [
-            None if p[0] is None else torch.cat(p, 1) if like.shape[1] > 1 else torch.stack(p).sum(0)
-            for p, like in gathered
-        ]
+        shared = code.shared if name == "backward" else None
+        return in_groups(getattr(code.module, name), self.signature, given, order, low, code.rows, shared)
 
     def _forward_fake(self, *tensors: Tensor) -> Any:
         inputs, _ = self._split(tensors)
@@ -331,43 +302,6 @@ class NestedLoopOp:
 
     def _backward_flops(self, flops: Callable[[int, int], tuple[int, int]]) -> Callable[..., int]:
         return lambda *shapes, out_shape=None, **_: flops(max(s[1] for s in shapes), shapes[0][2])[1]
-
-    def _batching(self, op: Any) -> Callable[..., Any]:
-        """vmap: a batched axis becomes part of the heads, which never meet each other."""
-
-        def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> Any:
-            # Heads are independent given their weights, so V copies of H heads are V * H heads. Every tensor with
-            # an axis of heads gets one of V * H; those shared by heads are repeated for each copy and stay shared
-            # within it, which the sum over copies below the op's own results undoes.
-            size, heads = info.batch_size, self.signature.heads
-            folded = [
-                self._fold(t, d, size, heads, n) for t, d, n in zip(tensors, in_dims, self._axes(op), strict=True)
-            ]
-            made = op(*folded)
-            made = made if isinstance(made, tuple) else (made,)
-            unfolded = []
-            for index, tensor in enumerate(made):
-                axis = 1 if op is self.forward_op and self.signature.results[index].startswith("between_") else 0
-                split = tensor.unflatten(axis, (size, -1)).movedim(axis, 0)
-                if op is self.backward_op:
-                    split = _sum_to(split, tensors[index], in_dims[index])
-                unfolded.append(split)
-            out = tuple(unfolded) if len(unfolded) > 1 else unfolded[0]
-            return out, tuple([0] * len(unfolded)) if len(unfolded) > 1 else 0
-
-        return rule
-
-    def _axes(self, op: Any) -> list[int]:
-        """Where each argument has its axis of heads."""
-        arguments = [argument.name for argument in op._schema.arguments]
-        return [1 if name.startswith("between_") else 0 for name in arguments]
-
-    @staticmethod
-    def _fold(tensor: Tensor, dim: int | None, size: int, heads: int, axis: int) -> Tensor:
-        batched = tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        if batched.shape[axis + 1] != heads:
-            batched = batched.expand(*batched.shape[: axis + 1], heads, *batched.shape[axis + 2 :])
-        return batched.movedim(0, axis).flatten(axis, axis + 1)
 
     def _function(self) -> type[torch.autograd.Function]:
         # What the methods below close over are ops, numbers and tuples: all that Dynamo can put in a graph.
@@ -462,20 +396,3 @@ def _add(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return summed(a, like) + summed(b, like)
-
-
-def _sum_to(split: Tensor, original: Tensor, dim: int | None) -> Tensor:
-    """A folded cotangent [V, H, ...] for an input that had fewer heads: summed over the heads that shared it."""
-    heads = (original if dim is None else original.movedim(dim, 0)[0]).shape[0]
-    return split.sum(1, keepdim=True) if heads == 1 and split.shape[1] > 1 else split
-
-
-def _narrow(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
-    """The sequences start:stop of a tensor; what they share, whole."""
-    return tensor if tensor.shape[axis] == 1 else tensor.narrow(axis, start, stop - start)
-
-
-def _join(parts: Sequence[Tensor], axis: int, sizes: Sequence[int]) -> Tensor:
-    """Results of groups of sequences, side by side; one that does not depend on the sequence is repeated."""
-    whole = [p.expand(*p.shape[:axis], n, *p.shape[axis + 1 :]) for p, n in zip(parts, sizes, strict=True)]
-    return torch.cat(whole, axis)

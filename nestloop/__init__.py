@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nestloop.compiled import CompiledLoop, compile
-    from nestloop.costs import cost
+    from nestloop.cost_table import cost
     from nestloop.errors import NestloopError
     from nestloop.inspection import explain, inspect
     from nestloop.lang.declare import dim, fast, gate, grid, slow, view
@@ -73,7 +73,7 @@ __all__ = [
 # comes without the compiler.
 _HOME = {
     "nestloop.compiled": ("CompiledLoop", "compile"),
-    "nestloop.costs": ("cost",),
+    "nestloop.cost_table": ("cost",),
     "nestloop.errors": ("NestloopError",),
     "nestloop.inspection": ("explain", "inspect"),
     "nestloop.lang.declare": ("dim", "fast", "gate", "grid", "slow", "view"),

@@ -120,15 +120,15 @@ def run_explain(target: str, shape: str, trace: bool) -> int:
 
 def run_cost(target: str, device: str, dtype: str, shape: str, as_json: bool, trace: bool) -> int:
     loop, dims = load_target(target), parse_shape(shape)
-    from nestloop import costs
+    from nestloop import cost_table, costs
 
     several = loop if isinstance(loop, (tuple, list)) else (loop,)
     found = [costs.costs_of(one, dims, device, dtype) for one in several]
     if as_json:
-        made = [costs.as_json(one) for one in found]
+        made = [cost_table.as_json(one) for one in found]
         print(json.dumps(made if len(made) > 1 else made[0], indent=2))
     else:
-        print("\n\n".join(map(costs.text, found)))
+        print("\n\n".join(map(cost_table.text, found)))
     return 0
 
 

@@ -24,13 +24,14 @@ from nestloop.lowering.runtime.batches import LOW, compute_dtype, summed
 from nestloop.lowering.runtime.batching import batching_rule
 from nestloop.lowering.runtime.decision import Decision, known
 from nestloop.lowering.runtime.groups import in_groups
+from nestloop.lowering.runtime.launching import TritonCode
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.refusals import singular_system
 from nestloop.lowering.runtime.results import owned, strides_like, with_zeros
 from nestloop.lowering.runtime.signature import DECIDED, KEPT, Signature
 from nestloop.lowering.runtime.tiles import Singular, like_lead, or_zero
-from nestloop.lowering.runtime.triton import TritonBatches, TritonCode, TritonStream
+from nestloop.lowering.runtime.triton import TritonBatches, TritonStream
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
 

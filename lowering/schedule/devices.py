@@ -48,6 +48,10 @@ class Device:
     issue: int
     launch: float = 5e-6
 
+    @property
+    def is_nvidia(self) -> bool:
+        return self.arch.startswith("sm_")
+
 
 _MIB = 1 << 20
 # arch, multiprocessors, clock, then FLOP a second

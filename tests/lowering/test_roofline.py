@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import pytest
 
 import nestloop as nl
-from nestloop import costs, zoo
+from nestloop import cost_table, costs, zoo
 from nestloop.errors import NestloopError, NoPlanError, UnknownDeviceError, UnknownDtypeError
 from nestloop.inspection import trial_sizes
 from nestloop.lowering import names
@@ -243,7 +243,7 @@ def test_a_plan_that_does_not_exist_says_so():
     (row,) = (row for row in found.rows["forward"] if row.candidate.name == "Triton, chunks of 32")
     assert row.expected is None
     assert row.why == "no such plan: its dual form takes chunks of 16 tokens, and no others"
-    assert row.why in costs.text(found)
+    assert row.why in cost_table.text(found)
     text = nl.cost(zoo.DepthwiseBranch)
     assert (
         "no such plan: its tokens mix, and a tile of all of them is more than registers hold" in text
@@ -273,7 +273,7 @@ def test_sizes_decide_whether_tokens_are_shared_out():
 
 def test_what_is_said_is_a_model_and_json_says_the_same():
     found = costs.costs_of(zoo.MTTTLinear, {"B": 4, "H": 2, "N": 64, "d": 16}, "b200", "fp32")
-    text, said = costs.text(found), json.loads(json.dumps(costs.as_json(found)))
+    text, said = cost_table.text(found), json.loads(json.dumps(cost_table.as_json(found)))
     assert "a model from vendors' figures and counts of generated code: nothing of it was measured" in text
     assert said["note"] in text and said["device"]["arch"] == "sm_100" and said["dims"]["N"] == 64
     assert f"chosen: {said['chosen']['plan']}" in text
@@ -282,6 +282,12 @@ def test_what_is_said_is_a_model_and_json_says_the_same():
         assert [row["chosen"] for row in rows].count(True) == 1
         for row in rows:
             assert row["seconds"] == max(row["parts"].values()) and row["parts"][row["bound"]] == row["seconds"]
+
+
+def test_auto_is_said_to_run_another_plan_where_it_does():
+    said = '"auto" runs generated PyTorch there, where Triton has not been timed; backend="triton" runs it'
+    assert said in nl.cost(zoo.CausalLinearAttention, "mi300x", N=4096)
+    assert '"auto"' not in nl.cost(zoo.CausalLinearAttention, "h100", N=4096)
 
 
 def test_a_compiled_loop_or_a_layer_knows_its_own_sizes():

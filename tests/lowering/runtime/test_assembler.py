@@ -14,7 +14,7 @@ import torch
 from nestloop import zoo
 from nestloop.lowering import pipeline
 from nestloop.lowering.runtime import assembler, offline
-from nestloop.lowering.runtime.triton import versions
+from nestloop.lowering.runtime.launching import versions
 
 triton = pytest.importorskip("triton")
 

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nestloop as nl
 from nestloop import zoo
 from nestloop.lowering.runtime import decision
+from nestloop.lowering.runtime.launching import TritonCode
 from nestloop.lowering.runtime.library import NestedLoopOp
-from nestloop.lowering.runtime.triton import TritonCode
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 from tests.lowering.comparison import assert_equal, differences, random_inputs, run
 from tests.lowering.runtime.test_native_streams import drawn

@@ -14,7 +14,8 @@ from nestloop import zoo
 from nestloop.lowering import names, pipeline
 from nestloop.lowering.emit import triton_kernels, triton_pieces
 from nestloop.lowering.runtime import interpreter
-from nestloop.lowering.runtime.triton import TritonBatches, TritonCode
+from nestloop.lowering.runtime.launching import TritonCode
+from nestloop.lowering.runtime.triton import TritonBatches
 from nestloop.lowering.runtime.triton_plan import Launch, programs_of
 from tests.lowering.comparison import Inputs, assert_equal, differences, random_inputs, run
 from tests.lowering.runtime.test_native import Recall

@@ -15,8 +15,9 @@ from nestloop.lowering import names, pipeline
 from nestloop.lowering.emit import triton_kernels
 from nestloop.lowering.runtime import cache, offline
 from nestloop.lowering.runtime.batches import BatchLoop
+from nestloop.lowering.runtime.launching import TritonCode
 from nestloop.lowering.runtime.plan import Plan, keep, read
-from nestloop.lowering.runtime.triton import TritonBatches, TritonCode
+from nestloop.lowering.runtime.triton import TritonBatches
 
 pytest.importorskip("triton")
 

@@ -199,15 +199,63 @@ def solve_triangular(a, b, live, UPPER: tl.constexpr, UNIT: tl.constexpr, S: tl.
     Every product is one of blocks beside each other: no powers of a, which cancel where keys are correlated.
     """
     T: tl.constexpr = a.shape[0]
-    # Low precision is for mm alone, and of an inverse it costs more than of a factor.
-    EXACT: tl.constexpr = "tf32" if PRODUCT == "bf16" or PRODUCT == "fp16" else PRODUCT
-    i = tl.arange(0, T)
+    EXACT: tl.constexpr = system_precision(PRODUCT)
     b = tl.where(live[:, None], b, 0.0)
-    if not UNIT:  # rows over their pivots: the diagonal is 1
+    a, pivot = unit_triangle(a, live, UPPER, UNIT)
+    if not UNIT:
+        b = b / pivot[:, None]
+    inverse = half_inverses(a, S, EXACT)
+    if T == 16:
+        x = dot(inverse, b, S, EXACT)
+    else:  # the last two blocks need no inverse of both
+        inverse = tl.reshape(doubled(inverse), (T, T))
+        x = dot(inverse, b, S, EXACT)
+        x = x - across(inverse, a, x, T // 2, S, EXACT)
+    return x
+
+
+@triton.jit
+def inverse_triangular(a, live, UPPER: tl.constexpr, UNIT: tl.constexpr, S: tl.constexpr, PRODUCT: tl.constexpr):
+    """The inverse of a [T, T] for several right sides, each for `solved`, in the way of `solve_triangular`."""
+    T: tl.constexpr = a.shape[0]
+    EXACT: tl.constexpr = system_precision(PRODUCT)
+    a, pivot = unit_triangle(a, live, UPPER, UNIT)
+    inverse = half_inverses(a, S, EXACT)
+    if T > 16:
+        inverse = tl.reshape(doubled(inverse), (T, T))
+        inverse = inverse - across(inverse, a, inverse, T // 2, S, EXACT)
+    return inverse if UNIT else inverse / pivot[None, :]
+
+
+@triton.jit
+def solved(inverse, b, live, S: tl.constexpr, PRODUCT: tl.constexpr):
+    """x [T, N] with a x = b, of which rows that are not `live` [T] are left out, by the inverse of a."""
+    EXACT: tl.constexpr = system_precision(PRODUCT)
+    return dot(inverse, tl.where(live[:, None], b, 0.0), S, EXACT)
+
+
+@triton.constexpr_function
+def system_precision(product):
+    """Of products with an inverse: low precision is for mm alone, and of an inverse it costs more than of a factor."""
+    return "tf32" if product == "bf16" or product == "fp16" else product
+
+
+@triton.jit
+def unit_triangle(a, live, UPPER: tl.constexpr, UNIT: tl.constexpr):
+    """a [T, T] with rows over their pivots, of which only what lies beside the diagonal, and the pivots [T]."""
+    i = tl.arange(0, a.shape[0])
+    pivot = tl.full((a.shape[0],), 1.0, a.dtype)
+    if not UNIT:
         pivot = tl.where(live, tl.sum(tl.where(i[:, None] == i[None, :], a, 0.0), 1), 1.0)
-        a, b = a / pivot[:, None], b / pivot[:, None]
+        a = a / pivot[:, None]
     beside = i[:, None] < i[None, :] if UPPER else i[:, None] > i[None, :]
-    a = tl.where(beside & live[:, None] & live[None, :], a, 0.0)
+    return tl.where(beside & live[:, None] & live[None, :], a, 0.0), pivot
+
+
+@triton.jit
+def half_inverses(a, S: tl.constexpr, EXACT: tl.constexpr):
+    """Of 1 + a [T, T], a triangle, the inverses of both halves [2, T / 2, T / 2]; of 16 rows, of the whole."""
+    T: tl.constexpr = a.shape[0]
     blocks = diagonal(a, 16)
     j = tl.arange(0, 16)
     eye = tl.where(j[:, None] == j[None, :], 1.0, 0.0).to(S)
@@ -225,13 +273,7 @@ def solve_triangular(a, b, live, UPPER: tl.constexpr, UNIT: tl.constexpr, S: tl.
         inverse = doubled(inverse)
         inverse = inverse - across(inverse, diagonal(a, 128), inverse, 64, S, EXACT)
     tl.static_assert(T <= 256)
-    if T == 16:
-        x = dot(inverse, b, S, EXACT)
-    else:  # the last two blocks need no inverse of both
-        inverse = tl.reshape(doubled(inverse), (T, T))
-        x = dot(inverse, b, S, EXACT)
-        x = x - across(inverse, a, x, T // 2, S, EXACT)
-    return x
+    return inverse
 
 
 @triton.jit

@@ -38,6 +38,20 @@ def number(value: Any) -> str:
 TRITON = Language(number, lambda size: f"tl.cast({size}, S)" if size.has_tokens else f"{size}.0", in_memory=False)
 
 
+def triangle(value: Value) -> tuple[bool, bool]:
+    """Of a triangular system, whether its matrix is taken from the left side as an upper one, and has ones on its
+    diagonal."""
+    settings: dict[str, Any] = {"upper": False, "left": True, "unitriangular": False, **value.node.kwargs}
+    return settings["upper"] if settings["left"] else not settings["upper"], settings["unitriangular"]
+
+
+def _matrix(value: Value) -> tuple[Strided, bool]:
+    """What the matrix of a triangular system is, as a lower one, and whether it has ones on its diagonal."""
+    (upper, unit), matrix = triangle(value), value.reads[0]
+    rank = len(matrix.shape)
+    return matrix.permute([*range(rank - 2), rank - 1, rank - 2]) if upper else matrix, unit
+
+
 class TritonValues(TritonTiles):
     """Lines that compute a value.
 
@@ -328,16 +342,33 @@ class TritonValues(TritonTiles):
             right = f"{right}[:, :, None]"
         elif vector:  # the first of as many columns as a product takes
             right = f"tl.where({self._index(1, 2, Extent(0, NARROWEST))} == 0, {right}[:, None], 0)"
+        before = []
         if spelled.triangular:
-            settings = {"upper": False, "left": True, "unitriangular": False, **value.node.kwargs}
-            upper = settings["upper"] if settings["left"] else not settings["upper"]
-            live, unit = self._mask(0, 1, size), settings["unitriangular"]
-            text = f"tiles.solve_triangular({left}, {right}, {live}, {upper}, {unit}, S, PRODUCT)"
+            upper, unit = triangle(value)
+            live = self._mask(0, 1, size)
+            first = self.shares_inverse(value)
+            if first is None:
+                text = f"tiles.solve_triangular({left}, {right}, {live}, {upper}, {unit}, S, PRODUCT)"
+            else:
+                inverse = f"{first.name}_inverse"
+                if first is value:
+                    made = f"tiles.inverse_triangular({left}, {live}, {upper}, {unit}, S, PRODUCT)"
+                    before = [f"{inverse} = {made}  # {self._named(value)}"]
+                inverse = inverse if triangle(first)[0] == upper else f"tl.trans({inverse})"
+                text = f"tiles.solved({inverse}, {right}, {live}, S, PRODUCT)"
         else:
             text = f"tiles.solve({left}, {right}, {size})"
         # Beyond its size a batch may hold singular matrices.
         self._set_clean(value, [*[False for _ in batch], True, *([] if vector else [clean_b[-1]])])
-        return [f"tl.sum({text}, {len(batch) + 1})" if vector else text]
+        return [*before, f"tl.sum({text}, {len(batch) + 1})" if vector else text]
+
+    def shares_inverse(self, value: Value) -> Value | None:
+        """Of the triangular systems in the same lines that have this one's matrix, or its transpose, the first; None
+        where there is no other."""
+        lines: Sequence[Value] = next((part for part in self.together if value in part), ())
+        systems = [v for v in lines if v.kind == "system" and ops.row(v.node.target).cpp.triangular]
+        same = [v for v in systems if _matrix(v) == _matrix(value)]
+        return same[0] if len(same) > 1 else None
 
     def _join(self, value: Value) -> list[str]:
         """Parts go to memory side by side, from which the whole is read."""

@@ -133,8 +133,11 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
             instructions += terms // _NARROW_TERMS if rows < NARROW else 0
         elif value.kind == "system":
             rows = function.padded(value.reads[0].shape[-1])
-            steps, each = (1, TRIANGLE * rows) if ops.row(value.node.target).cpp.triangular else (rows, PIVOT)
-            instructions += steps * each + 5 * space
+            if not ops.row(value.node.target).cpp.triangular:
+                instructions += rows * PIVOT
+            elif function.shares_inverse(value) in (None, value):
+                instructions += TRIANGLE * rows
+            instructions += 5 * space
         elif value.kind != "join":
             instructions += space * (1 if value.copies else max(1, ops.row(value.node.target).work))
     moved = _moved(function)

@@ -200,3 +200,40 @@ def test_what_triton_cannot_spell_is_written_in_the_rows() -> None:
         if isinstance(row.cpp, Element) and isinstance(row.cpp.triton, Unsupported)
     }
     assert unspelled == {name for name in REFUSED if "." in name}
+
+
+INVERSES = """
+import triton
+import triton.language as tl
+
+from nestloop.lowering.emit import tiles
+
+
+@triton.jit
+def kernel(a_p, b_p, x_p, y_p, n, T: tl.constexpr, UPPER: tl.constexpr, UNIT: tl.constexpr):
+    i = tl.arange(0, T)
+    j = tl.arange(0, 16)
+    a = tl.load(a_p + i[:, None] * T + i[None, :])
+    b = tl.load(b_p + i[:, None] * 16 + j[None, :])
+    inverse = tiles.inverse_triangular(a, i < n, UPPER, UNIT, tl.float64, "ieee")
+    tl.store(x_p + i[:, None] * 16 + j[None, :], tiles.solved(inverse, b, i < n, tl.float64, "ieee"))
+    tl.store(y_p + i[:, None] * 16 + j[None, :], tiles.solved(tl.trans(inverse), b, i < n, tl.float64, "ieee"))
+"""
+
+
+@pytest.mark.parametrize("unit", [True, False], ids=["unit", "pivots"])
+@pytest.mark.parametrize("upper", [False, True], ids=["lower", "upper"])
+@pytest.mark.parametrize(("size", "n"), [(16, 16), (32, 19), (64, 50)])
+def test_one_inverse_solves_a_triangle_and_its_transpose(size: int, n: int, upper: bool, unit: bool) -> None:
+    system, _ = triangle(n, 0.01, upper)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.full((size, m), 1e3, dtype=torch.float64) for m in (size, 16))  # what lies beyond is left out
+    a[:n, :n], b[:n] = system, torch.randn(n, 16, generator=generator, dtype=torch.float64)
+    x, y = torch.full_like(b, float("nan")), torch.full_like(b, float("nan"))
+    kernel = cache.load(cache.write("inverses", INVERSES)).kernel
+    tensors = {"a_p": a, "b_p": b, "x_p": x, "y_p": y}
+    interpreted(kernel, (1,), {**tensors, "n": n, "T": size, "UPPER": upper, "UNIT": unit})
+    for made, matrix, turned in ((x, system, upper), (y, system.mT, not upper)):
+        exact = torch.linalg.solve_triangular(matrix, b[:n], upper=turned, unitriangular=unit)
+        torch.testing.assert_close(made[:n], exact, rtol=0, atol=1e-12 * exact.abs().max().item())
+        assert not made[n:].any()

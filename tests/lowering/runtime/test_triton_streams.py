@@ -287,7 +287,11 @@ def test_systems_are_solved_ahead_of_the_walks(loop: type[nl.Loop]):
         rest, ahead = (
             plan.text.partition(f"def {name}(")[2].partition("\n\n\n")[0] for name in (walk, f"prepare_{walk}")
         )
-        assert "solve" not in rest and f"{handed}1_at" in rest and "tiles.solve_triangular" in ahead
+        assert "solve" not in rest and f"{handed}1_at" in rest and "tiles.solved(" in ahead
+    # Two right sides, one of them of the transpose: the matrix is inverted once.
+    tokens = plan.text.partition("def chunk_vjp(")[2].partition("\n\n\n")[0]
+    assert tokens.count("tiles.inverse_triangular(") == 1 and "tiles.solve_triangular(" not in tokens
+    assert tokens.count("tiles.solved(") == 2 and tokens.count("tiles.solved(tl.trans(") == 1
 
 
 @pytest.mark.parametrize("loop", [zoo.CausalLinearAttention, zoo.RetNet, zoo.GLA], ids=lambda loop: loop.__name__)

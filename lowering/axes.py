@@ -273,11 +273,12 @@ def regroup(source: Axes, before: list[Any], after: list[Any]) -> Axes:
                 old, olds, i = old * before[i], [*olds, i], i + 1
         while i < len(before) and _equal(before[i], 1) and j >= len(after):
             olds, i = [*olds, i], i + 1
-        names = [source[k] for k in olds if source[k] != "1" and not _equal(before[k], 1)]
         wide = [k for k in news if not _equal(after[k], 1)]
+        names = [source[k] for k in olds if source[k] != "1" and not _equal(before[k], 1)]
+        single = [source[k] for k in olds if is_token(source[k]) and _equal(before[k], 1)]  # the axis of one token
         for k in news:
             if k not in wide:
-                result.append("1")
+                result.append(single.pop(0) if single else "1")
             elif len(names) == 1 and len(wide) == 1:
                 result.append(names[0])
             elif any(is_token(n) for n in names):

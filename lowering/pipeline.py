@@ -35,7 +35,7 @@ from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling, TritonPlan
 from nestloop.lowering.schedule.cost import cost, rows_in_cache, tile_rows
 from nestloop.lowering.streams.affine import is_affine
-from nestloop.lowering.streams.forms import Form, choose, pieces_of
+from nestloop.lowering.streams.forms import Form, choose, in_turn, pieces_of
 from nestloop.lowering.streams.step import identifier
 
 
@@ -225,6 +225,7 @@ def stream_stages(
     if form.name == "sequential" and tokens != 1:
         tracer = Tracer(spec, sizes, 1, dtype)
         captured = capture_with(tracer)
+        form, applied = in_turn(captured, tracer, applied[0])  # a body may have another graph for a single token
     made, states, steps = pieces_of(captured, tracer, form, part.startswith("inside"), losses)
     if part.startswith("inside"):
         wanted = "partial" if part == "inside partial" and "partial" in made else "chunk"

@@ -91,6 +91,8 @@ class WatchedCalls(TorchFunctionMode):
             self.reads_dtype |= given.get("eps") is None  # the default is the dtype's own
             x, shape = given["input"], list(given["normalized_shape"])
             return ops.fused_rms_norm(x, shape, given.get("weight"), given.get("eps"))[0]
+        if name == "cosine_similarity":
+            return ops.cosine_similarity(*args, **kwargs)
         if name == "detach":
             return ops.detached(*args)
         if name == "_set_grad_enabled":

@@ -8,7 +8,7 @@ from typing import Any
 
 from nestloop.lowering.ops import movement, pointwise, products, reductions, results
 from nestloop.lowering.ops.calling import ONLY_TENSORS, call
-from nestloop.lowering.ops.decompose import decompositions, fused_rms_norm
+from nestloop.lowering.ops.decompose import cosine_similarity, decompositions, fused_rms_norm
 from nestloop.lowering.ops.detached import OP as DETACHED
 from nestloop.lowering.ops.detached import detached
 from nestloop.lowering.ops.row import Kind, Op, Operands
@@ -68,6 +68,7 @@ __all__ = [
     "call",
     "decompositions",
     "detached",
+    "cosine_similarity",
     "fused_rms_norm",
     "is_size_op",
     "named_shape",

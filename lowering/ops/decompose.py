@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._decomp import _core_aten_decompositions_post_autograd, get_decompositions
 
 from nestloop.lowering.ops import solve
+from nestloop.lowering.ops.detached import detached
 
 aten = torch.ops.aten
 
@@ -109,6 +110,25 @@ def var(x: Tensor, dim: list[int] | None = None, *, correction: float | None = N
     return var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
 
 
+def std(x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    """The root of the variance, with PyTorch's derivative of equal values: zero."""
+    squared = var(x, dim, correction=correction, keepdim=keepdim)
+    same = squared == 0
+    return torch.where(same, 0.0, torch.where(same, 1.0, squared).sqrt())
+
+
+def std_mean(
+    x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[Tensor, Tensor]:
+    dims = list(range(x.ndim)) if dim is None else dim
+    return std(x, dim, correction=correction, keepdim=keepdim), x.mean(dims, keepdim=keepdim)
+
+
+def stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """A join along an axis of its own, as tokens stay on theirs; PyTorch's joins along another and takes that apart."""
+    return torch.cat([x.unsqueeze(dim) for x in tensors], dim)
+
+
 def native_layer_norm(
     x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,6 +166,17 @@ def fused_rms_norm(
     dims = list(range(x.ndim - len(normalized_shape), x.ndim))
     rstd = ((x * x).mean(dims, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
     return x * rstd if weight is None else x * rstd * weight, rstd
+
+
+def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """As PyTorch's own, whose derivative does not see that short vectors are divided by `eps` instead."""
+
+    def over_length(x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, 2, dim, keepdim=True)
+        return x / (length + detached(length.clamp_min(eps) - length))
+
+    x1, x2 = torch.broadcast_tensors(x1, x2)
+    return (over_length(x1) * over_length(x2)).sum(dim)
 
 
 def repeat(x: Tensor, repeats: list[int]) -> Tensor:
@@ -285,6 +316,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.convolution.default] = convolution
     table[aten.var_mean.correction] = var_mean
     table[aten.var.correction] = var
+    table[aten.std.correction], table[aten.std_mean.correction] = std, std_mean
+    table[aten.stack.default] = stack
     table[aten.native_layer_norm.default] = native_layer_norm
     table[aten.constant_pad_nd.default] = constant_pad_nd
     table[aten.split_with_sizes.default] = split_with_sizes

@@ -153,18 +153,22 @@ def _anchored(captured: Captured, tracer: Tracer, chunk: int) -> tuple[Form, lis
 
 def _sequential(captured: Captured, tracer: Tracer, reason: str) -> tuple[Form, list[Rewrite]]:
     """One token after another: gradients at the current weights with no closed form."""
-    why = Rewrite("solved form", False, f"{reason}: one token after another")
+    return in_turn(captured, tracer, Rewrite("solved form", False, f"{reason}: one token after another"))
+
+
+def in_turn(captured: Captured, tracer: Tracer, why: Rewrite) -> tuple[Form, list[Rewrite]]:
+    """The form for one token after another, of bodies captured for any number of tokens or for one."""
     try:
-        _trial(captured, tracer, 1, _in_turn(dual_step))
+        traced = _trial(captured, tracer, 1, _in_turn(dual_step))
     except NotAffine as other:
         return Form("sequential", 1, _in_turn(primal_step)), [why, Rewrite("dual form", False, str(other))]
-    return Form("sequential", 1, _in_turn(dual_step)), [why]
+    return Form("sequential", 1, _in_turn(dual_step), traced), [why]
 
 
 def _in_turn(function: Function) -> Function:
     """The step of one token, its micro-steps one after another."""
 
-    def in_turn(step: Step, given: Tensors) -> tuple[Tensor, ...]:
+    def every_turn(step: Step, given: Tensors) -> tuple[Tensor, ...]:
         if step.micro == 1:
             return function(step, given)
         outputs, now = [], dict(given)
@@ -179,7 +183,7 @@ def _in_turn(function: Function) -> Function:
             }
         return (outputs[0 if causal(step.spec).read == "before" else -1], *left, losses)
 
-    return in_turn
+    return every_turn
 
 
 def _trial(captured: Captured, tracer: Tracer, length: int, function: Function) -> fx.GraphModule:

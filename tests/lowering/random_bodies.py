@@ -67,7 +67,6 @@ POINTWISE: dict[str, Function] = {
     "gelu": lambda x, y: F.gelu(x),
     "gelu tanh": lambda x, y: F.gelu(x, approximate="tanh"),
     "hardshrink": lambda x, y: F.hardshrink(x, 0.2),
-    "hardsigmoid": lambda x, y: F.hardsigmoid(3 * x),
     "hardswish": lambda x, y: F.hardswish(3 * x),
     "hardtanh": lambda x, y: F.hardtanh(x),
     "hypot": lambda x, y: torch.hypot(x, y + 2),

@@ -200,6 +200,8 @@ def roll(x: Tensor, shifts: list[int], dims: list[int] = ()) -> Tensor:  # type:
     for shift, dim in zip(shifts, dims, strict=True):
         size = x.shape[dim]
         cut = (size - shift) % size
+        if isinstance(cut, int) and cut == 0:
+            continue
         x = torch.cat([aten.slice.Tensor(x, dim, cut, size), aten.slice.Tensor(x, dim, 0, cut)], dim)
     return x
 

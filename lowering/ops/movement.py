@@ -137,7 +137,8 @@ def _counted(o: Operands) -> str:
 
 
 def _counted_triton(o: Operands) -> str:
-    return f"{o[0]} + {o.index[0]} * {o[2] if len(o.text) > 2 else 1}"
+    place = f"{o.index[0]}.to(S)" if o.dtype.is_floating_point and o.index[0] != "0" else o.index[0]
+    return f"{o[0]} + {place} * {o[2] if len(o.text) > 2 else 1}"
 
 
 def _constant(position: int) -> Element:

@@ -51,7 +51,7 @@ POINTWISE: dict[str, Function] = {
     "addcmul": lambda x, y: torch.addcmul(x, x, y, value=0.3),
     "asinh": lambda x, y: torch.asinh(x),
     "atan2": lambda x, y: torch.atan2(x, 1 + y.abs()),
-    "celu": lambda x, y: F.celu(x, 0.7),
+    "celu": lambda x, y: F.celu(x, 0.5),
     "clamp": lambda x, y: x.clamp(-0.5, 0.8),
     "clamp by tensors": lambda x, y: torch.clamp(x, -y.abs() - 0.1, y.abs() + 0.1),
     "clip": lambda x, y: torch.clip(x, max=0.4) + y.clamp_min(-0.2),
@@ -135,6 +135,7 @@ REDUCTIONS: dict[str, Function] = {
     "amax": lambda x, y: x - x.amax(-1, keepdim=True),
     "aminmax": lambda x, y: torch.stack(torch.aminmax(x, dim=-1), -1),
     "any": lambda x, y: x * (y > 0).any(-1)[:, None],
+    "count nonzero": lambda x, y: x * (y > 0).count_nonzero(-1)[:, None],
     "cumsum": lambda x, y: x.cumsum(-1) * 0.5,
     "diff": lambda x, y: torch.diff(torch.cat([x, y], -1), dim=-1),
     "max": lambda x, y: torch.stack([x.max(-1).values, y.min(-1).values], -1),
@@ -249,15 +250,13 @@ LOSSES: dict[str, Function] = {
     "entropy": lambda y, v: -(y.softmax(-1) * y.log_softmax(-1)).sum(-1) - (y * v).sum(-1),
 }
 
-# Refused, by now.
+# Of rows x and y: what no op stands for.
 REFUSED: dict[str, Function] = {
     "copysign": lambda x, y: torch.copysign(x, y),
     "floor divide": lambda x, y: x - torch.floor_divide(x, 0.4),
-    "heaviside": lambda x, y: torch.heaviside(x, torch.zeros_like(x)) * y,
     "rrelu": lambda x, y: F.rrelu(x),
     "cross": lambda x, y: torch.linalg.cross(fitted(x, 3), fitted(y, 3)),
     "argmax": lambda x, y: x * (1 + x.argmax(-1, keepdim=True)),
-    "count nonzero": lambda x, y: x * (y > 0).count_nonzero(-1)[:, None],
     "cummax": lambda x, y: x.cummax(-1).values,
     "cumprod": lambda x, y: x.tanh().cumprod(-1),
     "logcumsumexp": lambda x, y: x.logcumsumexp(-1),

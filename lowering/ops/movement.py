@@ -137,7 +137,7 @@ def _counted(o: Operands) -> str:
 
 
 def _counted_triton(o: Operands) -> str:
-    place = f"{o.index[0]}.to(S)" if o.dtype.is_floating_point and o.index[0] != "0" else o.index[0]
+    place = f"tl.cast({o.index[0]}, S)" if o.dtype.is_floating_point and o.index[0] != "0" else o.index[0]
     return f"{o[0]} + {place} * {o[2] if len(o.text) > 2 else 1}"
 
 

@@ -20,18 +20,22 @@ from tests.lowering.random_cases import drawn
 pytestmark = pytest.mark.usefixtures("quick_builds")
 
 
-def check(case: RandomBody, *backends: str) -> None:
+def check(case: RandomBody, *backends: str) -> int:
+    """How many of the backends have a plan."""
     loop = case.declare()
     inputs = case.inputs(loop)
     wanted = run(nl.compile(loop, backend="reference"), inputs)
     if not all(bool(torch.isfinite(value).all()) for value in wanted.values()):
         reject()  # the definition itself has no value: nothing to equal
+    planned = 0
     for backend in backends:
         try:
             found = run(nl.compile(loop, backend=backend), inputs)
         except NoPlanError:  # of one backend, which says why; a body that no backend takes is in `REFUSED`
             continue
         assert_equal(differences(found, wanted), 1e-9)
+        planned += 1
+    return planned
 
 
 PLAIN = RandomBody(
@@ -73,7 +77,19 @@ FOUND = {  # by hunting; each failed once
 
 @pytest.mark.parametrize("name", FOUND)
 def test_a_body_that_failed_once(name: str):
-    check(FOUND[name], "torch", "cpp")
+    assert check(FOUND[name], "torch", "cpp") == 2
+
+
+FOUND_IN_TRITON = {
+    "numbers that are counted": replace(PLAIN, decode=("rope",), tokens=2),
+    "a roll along a single place": replace(PLAIN, encode=("linear", "roll of several"), tokens=2),
+}
+
+
+@pytest.mark.parametrize("name", FOUND_IN_TRITON)
+def test_a_body_that_failed_once_in_triton(name: str):
+    pytest.importorskip("triton")
+    assert check(FOUND_IN_TRITON[name], "triton") == 1
 
 
 @pytest.mark.slow

@@ -166,6 +166,11 @@ class Strided:
         sizes = [size for size, _ in self.squeezed]
         return self.offset == ZERO and tuple(s for _, s in self.squeezed) == dense(sizes)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether its elements are all of the value's, one after the other."""
+        return self.is_dense and product(self.shape) == product(self.base.shape)
+
     def permute(self, order: Sequence[int]) -> Strided:
         return replace(self, shape=tuple(self.shape[d] for d in order), strides=tuple(self.strides[d] for d in order))
 

@@ -337,7 +337,7 @@ class _Reader:
 
     def _sink(self, name: str, node: fx.Node, factor: float, summed: bool) -> None:
         given = self.env[node]
-        if isinstance(given, str) or given.base.kind == "input" or not given.is_dense:
+        if isinstance(given, str) or given.base.kind == "input" or not given.is_whole:
             given = self._copied(given, node)
         value = given.base
         whole = value.kind in ("transpose", "system", "along", "join") or (

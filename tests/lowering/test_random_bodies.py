@@ -71,6 +71,9 @@ FOUND = {  # by hunting; each failed once
         seed=40796,
     ),
     "a deviation of values that are equal": replace(PLAIN, encode=("norm", "std"), key_size=1),
+    "a result that is the first part of a longer row": replace(
+        PLAIN, encode=("split",), schedule="chunked", key_size=4, value_size=5, tokens=1
+    ),
     "a stack before the tokens": replace(PLAIN, encode=("movedim",), schedule="chunked later"),
 }
 
@@ -81,6 +84,7 @@ def test_a_body_that_failed_once(name: str):
 
 
 FOUND_IN_TRITON = {
+    "a result that is the first part of a longer row": FOUND["a result that is the first part of a longer row"],
     "numbers that are counted": replace(PLAIN, decode=("rope",), tokens=2),
     "a roll along a single place": replace(PLAIN, encode=("linear", "roll of several"), tokens=2),
 }

@@ -110,18 +110,17 @@ def var(x: Tensor, dim: list[int] | None = None, *, correction: float | None = N
     return var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
 
 
-def std(x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
-    """The root of the variance, with PyTorch's derivative of equal values: zero."""
-    squared = var(x, dim, correction=correction, keepdim=keepdim)
-    same = squared == 0
-    return torch.where(same, 0.0, torch.where(same, 1.0, squared).sqrt())
-
-
 def std_mean(
     x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False
 ) -> tuple[Tensor, Tensor]:
-    dims = list(range(x.ndim)) if dim is None else dim
-    return std(x, dim, correction=correction, keepdim=keepdim), x.mean(dims, keepdim=keepdim)
+    """The root of the variance, with PyTorch's derivative of equal values: zero."""
+    squared, mean = var_mean(x, dim, correction=correction, keepdim=keepdim)
+    same = squared == 0
+    return torch.where(same, 0.0, torch.where(same, 1.0, squared).sqrt()), mean
+
+
+def std(x: Tensor, dim: list[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    return std_mean(x, dim, correction=correction, keepdim=keepdim)[0]
 
 
 def stack(tensors: list[Tensor], dim: int = 0) -> Tensor:

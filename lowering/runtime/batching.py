@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nestloop.lowering.runtime.groups import axis_of_heads
+from nestloop.lowering.runtime.signature import axis_of_heads
 
 
 def batching_rule(op: Any, heads: int, results: Sequence[str] | None) -> Callable[..., Any]:
@@ -22,11 +22,10 @@ def batching_rule(op: Any, heads: int, results: Sequence[str] | None) -> Callabl
         heads: H.
         results: names of forward's results; None of backward, which gives a cotangent for each of its first arguments.
     """
-    arguments = [argument.name for argument in op._schema.arguments]
+    axes = [axis_of_heads(argument.name) for argument in op._schema.arguments]
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> Any:
         size = info.batch_size
-        axes = [axis_of_heads(name) for name in arguments]
         made = op(*[_fold(t, d, size, heads, axis) for t, d, axis in zip(tensors, in_dims, axes, strict=True)])
         made = made if isinstance(made, tuple) else (made,)
         unfolded = []

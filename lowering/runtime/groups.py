@@ -7,15 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nestloop.lowering.runtime.signature import Signature
+from nestloop.lowering.runtime.signature import Signature, axis_of_heads
 
 _DEVICE_ROWS = 256  # a device works on so many times more tokens at once than fit a CPU's cache
-_BETWEEN = "between_"  # what is kept between steps: [steps, H, B, ...], where all else is [H, B, ...]
-
-
-def axis_of_heads(name: str) -> int:
-    """Which axis of a tensor, by its name, is that of heads; the next is that of sequences."""
-    return 1 if name.startswith(_BETWEEN) else 0
 
 
 def in_groups(

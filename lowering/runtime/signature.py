@@ -15,7 +15,13 @@ from nestloop.lowering.runtime.batches import LOW, compute_dtype, is_token, outp
 
 MOST_ARGUMENTS = 64  # of an operator of PyTorch
 DECIDED = "first_form"  # which of two forms forward has taken, on the host
-KEPT = ("between_", "shared_", DECIDED)  # results for backward alone
+BETWEEN = "between_"  # of what is kept between steps: [steps, H, B, ...], where all else is [H, B, ...]
+KEPT = (BETWEEN, "shared_", DECIDED)  # results for backward alone
+
+
+def axis_of_heads(name: str) -> int:
+    """Which axis of a tensor, by its name, is that of heads; the next is that of sequences."""
+    return 1 if name.startswith(BETWEEN) else 0
 
 
 def seen(tensors: Sequence[Tensor]) -> Any:

@@ -13,8 +13,9 @@ from hypothesis import given, reject
 
 import nestloop as nl
 from nestloop.errors import CapturedTensorError, DataDependentError, NoPlanError, UnadmittedOpError
+from tests.lowering.body_functions import LOSSES, REFUSED
 from tests.lowering.comparison import assert_equal, differences, run
-from tests.lowering.random_bodies import LOSSES, REFUSED, RandomBody, random_bodies
+from tests.lowering.random_bodies import RandomBody, random_bodies
 from tests.lowering.random_cases import drawn
 
 pytestmark = pytest.mark.usefixtures("quick_builds")

@@ -89,6 +89,8 @@ def test_variance(dim, keepdim, correction):
 
     assert_same(of(decompose.var_mean), of(aten.var_mean.correction), normal(4, 5))
     assert_same(of(decompose.var), of(aten.var.correction), normal(4, 5))
+    assert_same(of(decompose.std_mean), of(aten.std_mean.correction), normal(4, 5))
+    assert_same(of(decompose.std), of(aten.std.correction), normal(4, 5))
 
 
 @pytest.mark.parametrize("affine", [(False, False), (True, False), (True, True)])

@@ -1,4 +1,4 @@
-"""What every test runs under: quiet threads, repeatable hypothesis, a cache of its own."""
+"""What every test runs under: quiet threads, new memory full of NaN, repeatable hypothesis, a cache of its own."""
 
 import gc
 import os
@@ -26,6 +26,7 @@ settings.load_profile("ci")
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # so that memory that nothing has written yet is NaN
     if not hasattr(config, "workerinput"):  # xdist's workers inherit the folder: they test sharing it, too
         config.stash[_CACHE] = tempfile.mkdtemp(prefix="nestloop-tests-")
         os.environ["NESTLOOP_CACHE"] = config.stash[_CACHE]

@@ -8,7 +8,7 @@ view that no turn or broadcast gives (a slice, tiles side by side) goes through 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
 
@@ -55,7 +55,7 @@ class TritonFunction(TritonRepeats):
             and a result of tokens, adds the elements from one row to the next.
         returned: the results that it returns.
         alive: elements of the tiles that are alive at once, at most; `kept`: of those that it returns; `inside`: of
-            those that are alive in what it does most often, a block.
+            those that are alive in what it does most often, a block; `packed`: where factors of products are rounded.
         tokens: how many a tile has.
         factors: inputs that something reads, and only as factors (`is_factor`).
         tiles: name -> sizes of the axes of every input and result, those of size 1 left out.
@@ -115,7 +115,12 @@ class TritonFunction(TritonRepeats):
             value.written = result in rows
         self.phases = self._phases()
         alive = [value for name, value in self.given.items() if name not in rows]
-        self.alive = self._order(alive)
+        self._order(alive)
+        found, blocks = self._alive(alive, self._weight), [phase.blocks for phase in self.phases]
+        often = [most for part, most in found if block is None or outside or any(part is one for one in blocks)]
+        self.alive = max((most for _, most in found), default=0)
+        self.inside = max(often, default=0)
+        self.packed = max((most for _, most in self._alive(alive, self._packed)), default=0)
         self.values = list(every(value for part in self.together for value in part))
         self._allot()
         self.there = set(alive)
@@ -170,8 +175,12 @@ class TritonFunction(TritonRepeats):
         return value.kind == "product" and self.is_dot(value) and self.is_low(value)
 
     def _weight(self, value: Value) -> int:
+        return self._packed(value) if self.rounded else super()._weight(value)
+
+    def _packed(self, value: Value) -> int:
+        """Elements of a value's tile, two as one of what is but a factor of products."""
         whole = super()._weight(value)
-        if not self.rounded or value.result is not None or value.kind in (*LOOPS, "inside"):
+        if value.result is not None or value.kind in (*LOOPS, "inside"):
             return whole
         if self._is_of_positions(value):
             return 0
@@ -254,26 +263,31 @@ class TritonFunction(TritonRepeats):
     def together(self) -> list[list[Value]]:
         return [part for phase in self.phases for part in (phase.once, phase.blocks)]
 
-    def _order(self, alive: list[Value]) -> int:
-        """Put the values of every phase in order; the most elements that are alive at once."""
-        parts = self.together
-        last = {o.base: index for index, part in enumerate(parts) for value in part for o in value.reads}
-        worst, there, weight = 0, set(alive), cache(self._weight)
-        self.inside = 0
-        for index, part in enumerate(parts):
+    def _around(self, alive: Collection[Value]) -> Iterator[tuple[list[Value], set[Value], set[Value]]]:
+        """The values of every phase in their lines, what is alive before these, and what stays so after."""
+        last = {o.base: index for index, part in enumerate(self.together) for value in part for o in value.reads}
+        there = set(alive)
+        for index, part in enumerate(self.together):
             given = {v for v in there if v not in self.handed and (last.get(v, -1) >= index or v.result is not None)}
-            kept = {v for v in [*given, *part] if v not in self.handed and last.get(v, -1) > index}
+            yield part, given, {v for v in [*given, *part] if v not in self.handed and last.get(v, -1) > index}
+            there |= {v for v in part if not v.written}
+
+    def _order(self, alive: Collection[Value]) -> None:
+        """Put the values of every phase in order."""
+        weight = cache(self._weight)
+        for part, given, kept in self._around(alive):
             for value in part:
                 if isinstance(value, Repeat):
                     self.order_repeat(value)
             part[:] = fewest_alive(part, weight, given, kept)
-            given |= set(filter(self._is_walked, part))  # reductions are there before the first block
-            most = most_alive(self.with_insides(part), weight, given, kept)
-            worst = max(worst, most)
-            if self.block is None or self.outside or any(part is phase.blocks for phase in self.phases):
-                self.inside = max(self.inside, most)
-            there |= {v for v in part if not v.written}
-        return worst
+
+    def _alive(self, alive: Collection[Value], weigh: Callable[[Value], int]) -> list[tuple[list[Value], int]]:
+        """The most elements that are alive at once in the lines of every phase."""
+        weight = cache(weigh)
+        return [  # reductions are there before the first block
+            (part, most_alive(self.with_insides(part), weight, given | set(filter(self._is_walked, part)), kept))
+            for part, given, kept in self._around(alive)
+        ]
 
     def _phase(self, phase: Phase) -> list[str]:
         """Lines of a phase: what is computed once, and a walk over the blocks."""

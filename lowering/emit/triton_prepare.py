@@ -7,19 +7,21 @@ from dataclasses import replace
 
 from torch import fx
 
+from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.triton_stream import TritonStream
 from nestloop.lowering.ops.strided import Extent, extent, product
-from nestloop.lowering.runtime.triton_plan import Handed
 from nestloop.lowering.schedule.apart import Block
-from nestloop.lowering.streams.prepared import Prepared, prepared
+from nestloop.lowering.schedule.parts import joined
+from nestloop.lowering.streams.prepared import Prepared, Taking, prepared, taking
 
 # What the functions of walks are handed of their own chunk, as memory is called.
 WALKS = {"advance": "ready", "chunk_state_vjp": "pulled"}
-# The kernels that prepare them, each before the walk of its name, by the function.
+# The kernels that prepare them, each before the walk of its name, or before all.
 PREPARES = {
-    "forward_prepare_states": "advance",
-    "backward_prepare_states": "advance",
-    "backward_prepare_cotangents": "chunk_state_vjp",
+    "forward_prepare_states": ("advance",),
+    "backward_prepare_walks": ("advance", "chunk_state_vjp"),
+    "backward_prepare_states": ("advance",),
+    "backward_prepare_cotangents": ("chunk_state_vjp",),
 }
 
 
@@ -28,6 +30,7 @@ class TritonPrepare(TritonStream):
 
     Attributes:
         prepared: the functions of walks that are cut in two, by name.
+        taken: what functions of every chunk take of what walks are handed, by their name.
         row: elements of one row of what is handed on, by name.
         prepares: whether any are.
     """
@@ -36,6 +39,7 @@ class TritonPrepare(TritonStream):
 
     def __post_init__(self) -> None:
         self.prepared: dict[str, Prepared] = {}
+        self.taken: dict[str, tuple[str, ...]] = {}
         self.row: dict[str, Extent] = {}
         super().__post_init__()
 
@@ -49,8 +53,14 @@ class TritonPrepare(TritonStream):
         """
         wanted = [r is not None for r in results]
         cut = prepared(module, wanted, waits, self.rows, f"{WALKS[name]}_") if self.prepares else None
-        if cut is not None:
-            self.prepared[name] = cut
+        if cut is None:
+            return
+        self.prepared[name] = cut
+        for node in cut.rest.graph.find_nodes(op="placeholder"):
+            if node.name in cut.handed:
+                sizes = [size for size in map(extent, node.meta["val"].shape) if not size.is_one]
+                self.shapes[node.name] = tuple(size.at(self.rows) for size in sizes)
+                self.row[node.name] = product(sizes[1:])
 
     def add_walk(
         self,
@@ -65,18 +75,73 @@ class TritonPrepare(TritonStream):
         if cut is None:
             self._add_one(name, module, results, doc, rows)
             return
-        whole = self._axes(cut.whole)
-        axes = {node: whole[source] for node, source in cut.sources.items() if source in whole}
-        for node in cut.rest.graph.find_nodes(op="placeholder"):
-            if node.name in cut.handed:
-                sizes = [size for size in map(extent, node.meta["val"].shape) if not size.is_one]
-                self.shapes[node.name] = tuple(size.at(self.rows) for size in sizes)
-                self.row[node.name] = product(sizes[1:])
-        made = f"What {name} takes of its chunk alone. Makes {', '.join(cut.handed)}."
-        own = dict.fromkeys([*self.per_token, *self.shared, *self.carry, *cut.handed], (0, False))
-        self.add_blocked(f"prepare_{name}", cut.ahead, cut.handed, made, own, axes)
         own = dict.fromkeys([*rows, *cut.handed], (0, False))
-        self.add_blocked(name, cut.rest, results, doc, own, axes, self.strips)
+        self.add_blocked(name, cut.rest, results, doc, own, self._axes_of(cut), self.strips)
+
+    def add_prepares(self) -> None:
+        """The functions that prepare walks."""
+        for walks in {walks for kernel, walks in PREPARES.items() if self.is_prepared_by(kernel)}:
+            cuts = [self.prepared[walk] for walk in walks]
+            handed = [n for cut in cuts for n in cut.handed]
+            doc = f"What {' and '.join(walks)} take{'s' if len(walks) == 1 else ''} of a chunk alone. "
+            own = dict.fromkeys([*self.per_token, *self.shared, *self.carry, *handed], (0, False))
+            ahead = joined([cut.ahead.graph for cut in cuts]) if len(cuts) > 1 else cuts[0].ahead
+            axes = self._axes_of(cuts[0]) if len(cuts) == 1 else None
+            self.add_blocked(self.prepare_of(walks), ahead, handed, f"{doc}Makes {', '.join(handed)}.", own, axes)
+
+    @staticmethod
+    def prepare_of(walks: Sequence[str]) -> str:
+        """The function that prepares walks."""
+        return "prepare_walks" if len(walks) > 1 else f"prepare_{walks[0]}"
+
+    def is_prepared_by(self, kernel: str) -> bool:
+        """Whether a kernel prepares what it is for."""
+        walks = PREPARES.get(kernel, ())
+        at_once = kernel.startswith("backward") and self._are_prepared_at_once
+        return bool(walks) and all(walk in self.prepared for walk in walks) and (len(walks) > 1) == at_once
+
+    @property
+    def _are_prepared_at_once(self) -> bool:
+        """Whether backward prepares both walks before either, of every chunk: what they share is computed once."""
+        if not self.takes("chunk_vjp", "advance") or "chunk_state_vjp" not in self.prepared:
+            return False
+        ahead = self.prepared["chunk_state_vjp"].ahead.graph
+        return not any(node.users and node.name in self.carry for node in ahead.find_nodes(op="placeholder"))
+
+    def add_of_chunk(
+        self,
+        name: str,
+        module: fx.GraphModule,
+        results: Sequence[str | None],
+        doc: str,
+        rows: Collection[str],
+        walks: Sequence[str],
+        waits: Collection[str],
+    ) -> None:
+        """A function of every chunk, less what walks are handed of it.
+
+        Args:
+            rows: what it reads and writes itself.
+            walks: the functions of walks before it.
+            waits: inputs that these make.
+        """
+        made = [self.prepared[walk] for walk in walks if walk in self.prepared]
+        found = taking(module, [r is not None for r in results], waits, made, self.rows) if made else None
+        if found is None:
+            self._add_one(name, module, results, doc, rows)
+            return
+        self.taken[name] = found.taken
+        own = dict.fromkeys([*rows, *found.taken], (0, False))
+        self.add_blocked(name, found.rest, results, doc, own, self._axes_of(found), self.blocks_of(name))
+
+    def _axes_of(self, parts: Prepared | Taking) -> dict[fx.Node, Axes]:
+        """The names of the axes of each value of a graph's parts: as the whole has them."""
+        whole = self._axes(parts.whole)
+        return {node: whole[source] for node, source in parts.sources.items() if source in whole}
+
+    def takes(self, name: str, walk: str) -> bool:
+        """Whether a function takes something that is prepared of a walk."""
+        return walk in self.prepared and not set(self.prepared[walk].handed).isdisjoint(self.taken.get(name, ()))
 
     def _add_one(
         self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str, rows: Collection[str]
@@ -105,18 +170,16 @@ class TritonPrepare(TritonStream):
         """Kernels and what they are over, with those that prepare a walk before it."""
         made: dict[str, str] = {}
         for kernel, parts in over.items():
-            before = kernel.replace("_", "_prepare_", 1)
-            made |= {before: "chunks"} if PREPARES.get(before) in self.prepared else {}
+            direction, _, walked = kernel.partition("_")
+            before = [f"{direction}_prepare_walks", f"{direction}_prepare_{walked}"]
+            made |= {one: "chunks" for one in before if one not in made and self.is_prepared_by(one)}
             made[kernel] = parts
         return made
 
-    def ready_handed(self, *walks: str) -> list[Handed]:
-        """The memory that it lies in."""
-        made = [(walk, self.prepared[walk].handed) for walk in walks if walk in self.prepared]
-        return [Handed(f"{WALKS[walk]}_handed", "chunks", self.room_for(names)) for walk, names in made]
-
-    def prepare(self, walk: str, state: Mapping[str, str]) -> list[str]:
+    def prepare(self, kernel: str, state: Mapping[str, str]) -> list[str]:
         """Lines that prepare a complete chunk; `state`: where that which it reads of the state lies."""
-        places = {n: self.at(n) for n in self.shared} | {**state, **self.ready(walk, "part")}
-        call = self.call(f"prepare_{walk}", places)
+        places = {n: self.at(n) for n in self.shared} | dict(state)
+        for walk in PREPARES[kernel]:
+            places |= self.ready(walk, "part")
+        call = self.call(self.prepare_of(PREPARES[kernel]), places)
         return ["index = part", *self.span, *self.either(lambda name: [call] if name == "chunk" else ["pass"])]

@@ -13,7 +13,7 @@ are rounded as the products would round them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
@@ -26,7 +26,7 @@ from nestloop.lowering.emit.triton_tiles import BARRIER, walk
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch
 from nestloop.lowering.schedule.apart import Block
-from nestloop.lowering.schedule.roofline import OTHER_REGISTERS, WIDE_ROWS
+from nestloop.lowering.schedule.roofline import PACKED_REGISTERS, WIDE_REGISTERS, WIDE_ROWS
 from nestloop.lowering.streams.step import VALID
 
 WALKED = ("forward_states", "backward_states", "backward_cotangents")  # kernels that walk the state, or its cotangent
@@ -59,16 +59,34 @@ class TritonSplitScan(TritonPrepare):
         for name, piece in self.pieces.items():
             own = [*tokens, *ROWWISE, *self.carry, *self.shared, *self._left_in_memory(name)]
             left = [None if r.removesuffix("_new") in self.carry else r for r in piece.results]
-            self._add_one(name, piece.forward, left, f"{TITLES[name]}. Makes {', '.join(filter(None, left))}.", own)
+            doc = f"{TITLES[name]}. Makes {', '.join(filter(None, left))}."
+            self._add_of_piece(name, piece.forward, left, doc, own, ["advance"])
             wrt = [None if n == VALID else f"d_{n}" for n in piece.wrt]
             rest = [None if r in carried else r for r in wrt]
             rows = [*own, *[f"d_{n}" for n in [*self.tokens, *self._summed]], *[f"d_{n}_new" for n in self.walked]]
             rows += [f"d_{n}" for n in self._left_in_memory(name)]
-            self._add_one(f"{name}_vjp", piece.backward, rest, f"Cotangents of the tokens of {name}.", rows)
+            self._add_of_piece(f"{name}_vjp", piece.backward, rest, f"Cotangents of the tokens of {name}.", rows, WALKS)
             doc = f"Cotangents of the state that {name} starts with."
             self.add_walk(*self._pulled_walk(name), doc, [*tokens, *self.carry])
         self.add_walk(*self._advanced, f"{TITLES['advance']}.", [*tokens, *self.held])
-        self.low = {handed: self._factors(handed) for handed in _PREFIX}
+        self.add_prepares()
+        self.low = {handed: self._factors(handed) for handed in [*_PREFIX, *WALKS.values()]}
+
+    def _add_of_piece(
+        self,
+        name: str,
+        module: fx.GraphModule,
+        results: Sequence[str | None],
+        doc: str,
+        rows: Collection[str],
+        walks: Collection[str],
+    ) -> None:
+        """A function of every chunk; only complete ones are prepared for walks."""
+        if name.startswith("chunk"):
+            waits = [*self.walked, *[f"d_{n}_new" for n in self.walked]]
+            self.add_of_chunk(name, module, results, doc, rows, [*walks], waits)
+        else:
+            self._add_one(name, module, results, doc, rows)
 
     @property
     def _advanced(self) -> tuple[str, fx.GraphModule, list[str | None]]:
@@ -114,10 +132,17 @@ class TritonSplitScan(TritonPrepare):
         self.strip = None
 
     def _factors(self, handed: str) -> list[str]:
-        """The parts of what is handed on that functions take from memory as factors of products alone."""
-        names = {n: f"d_{n}_new" if handed == "cotangents" else n for n in self.walked}
+        """What of it functions take from memory as factors of products alone."""
+        names = {n: f"d_{n}_new" if handed == "cotangents" else n for n in self._parts_of(handed)}
         functions = self.functions.values()
         return [n for n, read in names.items() if all(f.is_factor(read) for f in functions if read in f.rows)]
+
+    def _parts_of(self, handed: str) -> Sequence[str]:
+        """What kernels leave for one another: parts of the state or of its cotangent, or what is prepared of a walk."""
+        walk = next((walk for walk, memory in WALKS.items() if memory == handed), None)
+        if walk is None:
+            return self.walked
+        return self.prepared[walk].handed if walk in self.prepared else []
 
     def _slots(self, handed: str, names: Sequence[str], index: str = "index") -> dict[str, str]:
         low = self.low.get(handed, [])
@@ -125,14 +150,10 @@ class TritonSplitScan(TritonPrepare):
         return exact | super()._slots(f"{handed}_low", [n for n in names if n in low], index)
 
     def _handed_on(self, handed: str) -> list[Handed]:
-        """The memory in which a walk leaves what other kernels read of it."""
-        low = self.low[handed]
-        parts = {f"{handed}_handed": [n for n in self.walked if n not in low], f"{handed}_low_handed": low}
-        return [
-            Handed(name, self.slots_over, self.room_for(names), low=names is low)
-            for name, names in parts.items()
-            if names
-        ]
+        """The memory in which kernels leave what others read of it."""
+        low, over = self.low[handed], "chunks" if handed in WALKS.values() else self.slots_over
+        parts = {f"{handed}_handed": [n for n in self._parts_of(handed) if n not in low], f"{handed}_low_handed": low}
+        return [Handed(name, over, self.room_for(names), low=names is low) for name, names in parts.items() if names]
 
     def _left_in_memory(self, name: str) -> list[str]:
         """What the last chunk leaves, of which a piece writes its part itself."""
@@ -165,21 +186,26 @@ class TritonSplitScan(TritonPrepare):
 
     def _warps(self, kernel: str) -> int:
         """Of a program: 8 would take each wide product of 64 rows twice, so 4 where these are expected not to spill."""
-        alive, most = self._alive(kernel), 4 * 32 * (255 - OTHER_REGISTERS)
-        return 4 if self.strips is not None and self.rows == WIDE_ROWS and alive <= most else self.warps_for(alive)
+        if kernel.startswith("backward_"):
+            packed = max((f.packed for f in self._functions_of(kernel)), default=1)
+            if packed <= 4 * 32 * PACKED_REGISTERS:
+                return 4
+        alive, wide = self._alive(kernel), self.strips is not None and self.rows == WIDE_ROWS
+        return 4 if wide and alive <= 4 * 32 * WIDE_REGISTERS else self.warps_for(alive)
 
     def _functions_of(self, which: str) -> list[TritonFunction]:
         ends = {"forward_outputs": "", "backward_cotangents": "_state_vjp", "backward_tokens": "_vjp"}
         if which in PREPARES:
-            return [self.functions[f"prepare_{PREPARES[which]}"]]
+            return [self.functions[self.prepare_of(PREPARES[which])]]
         if which in ends:
             return [self.functions[f"{name}{ends[which]}"] for name in self.pieces]
         return [self.functions["advance"]] if which.endswith("_states") else []
 
     def _handed(self, which: str) -> tuple[Handed, ...]:
+        memories = ["ready", "states", *(["pulled", "cotangents"] if which == "backward" else [])]
+        made = [one for handed in memories for one in self._handed_on(handed)]
         if which == "forward":
-            return (*self.ready_handed("advance"), *self._handed_on("states"))
-        made = [*self.ready_handed(*WALKS), *self._handed_on("states"), *self._handed_on("cotangents")]
+            return tuple(made)
         return (*made, *([Handed("sums_handed", "chunks", self.room_for(self._summed))] if self._summed else []))
 
     @property
@@ -196,6 +222,7 @@ class TritonSplitScan(TritonPrepare):
             "backward_tokens": ("Cotangents of every chunk's tokens.", self._pull),
             "backward_sums": ("Cotangents of weights, added up over chunks.", self._sums),
             "forward_prepare_states": ("What chunks' states take of each chunk alone.", self._prepare_states),
+            "backward_prepare_walks": ("What both walks take of each chunk alone.", self._prepare_both),
             "backward_prepare_states": ("The same, of states that are not kept.", self._prepare_again),
             "backward_prepare_cotangents": ("What cotangents of states take of each chunk alone.", self._prepare_pull),
         }
@@ -275,7 +302,7 @@ class TritonSplitScan(TritonPrepare):
         return [line for n in self.held for line in self.fill(n, self.at(n), self.end(n))]
 
     def _outputs(self) -> list[str]:
-        read = {**self._read("part"), **self._places(self.shared)}
+        read = {**self._read("part"), **self._places(self.shared), **self.ready("advance", "part")}
 
         def run(name: str) -> list[str]:
             places = {n: self.end(n.removesuffix("_new")) for n in self._left_in_memory(name)}
@@ -294,16 +321,22 @@ class TritonSplitScan(TritonPrepare):
         return ["index = part", *self.span, *self.either(run)]
 
     def _prepare_states(self) -> list[str]:
-        return self.prepare("advance", self._places(self.held))
+        return self.prepare("forward_prepare_states", self._places(self.held))
 
     # ---- Backward --------------------------------------------------------------------------------------------------
 
+    def _prepare_both(self) -> list[str]:
+        return self.prepare("backward_prepare_walks", self._places(self.held))
+
     def _prepare_again(self) -> list[str]:
+        lines = self.prepare("backward_prepare_states", self._places(self.held))
+        if self.takes("chunk_vjp", "advance"):
+            return lines
         again = "(part + 1 < parts) & ((part + 1) % every != 0)"  # the last of a group makes no state
-        return [f"if {again}:", *indented(self.prepare("advance", self._places(self.held)))]
+        return [f"if {again}:", *indented(lines)]
 
     def _prepare_pull(self) -> list[str]:
-        return self.prepare("chunk_state_vjp", self._read("part"))
+        return self.prepare("backward_prepare_cotangents", self._read("part"))
 
     def _states_again(self) -> list[str]:
         kept = {n: self.between(n, "part - 1") for n in self.walked}
@@ -352,6 +385,7 @@ class TritonSplitScan(TritonPrepare):
         read |= {f"d_{n}_new": place for n, place in self._slots("cotangents", self.walked, self.after).items()}
         sums = self._slots("sums", self._summed, "part")
         read |= {f"d_{n}": place for n, place in sums.items()}
+        read |= {n: place for of in WALKS for n, place in self.ready(of, "part").items()}
 
         def pull(name: str) -> list[str]:
             function = self.functions[f"{name}_vjp"]

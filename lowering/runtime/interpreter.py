@@ -5,7 +5,8 @@ interpreted at a time. Five things of the stock interpreter are mended on the wa
 (products of garbage, casts that cut off), is rounded to nearest; what it puts in the place of `triton.language` while a
 kernel runs is taken back after it, and put there once, not again for every function that the kernel calls; a number
 that bounds a loop is read in a way that every numpy allows; and products may ask for every precision that devices have,
-though all are taken in full.
+though all are taken in full. What a kernel reads and writes must lie in the tensors that it was given: a GPU would not
+say so, unless the memory beside them happened to be nobody's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.jit import JITFunction
@@ -26,12 +28,67 @@ _BUILDER: Any = type(interpreter.interpreter_builder)
 _INTERPRETED: dict[int, InterpretedFunction] = {}
 
 
+class Reach:
+    """The memory that a kernel may touch: every element of the tensors that it is given, and nothing between them.
+
+    Args:
+        kernel: its name.
+        tensors: by the names of its arguments, on the CPU, in any layout.
+    """
+
+    def __init__(self, kernel: str, tensors: dict[str, Tensor]) -> None:
+        self.kernel, self.tensors = kernel, tensors
+        first, last = zip(*map(_pieces, tensors.values()), strict=True) if tensors else ([], [])
+        starts, ends = np.concatenate([[0], *first]), np.concatenate([[0], *last])
+        order = np.argsort(starts, kind="stable")
+        # Tensors may overlap: a piece ends where it or any before it ends the latest.
+        self.starts, self.ends = starts[order], np.maximum.accumulate(ends[order])
+
+    def check(self, verb: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
+        """Raise IndexError unless all elements of `size` bytes, where the mask is set, lie in the tensors."""
+        wanted = addresses[mask.astype(np.bool_)].astype(np.int64)  # a mask of one number comes as int32
+        beyond = wanted + size > self.ends[np.searchsorted(self.starts, wanted, side="right") - 1]
+        if beyond.any():
+            first = int(wanted[beyond][0])
+            near = min(self.tensors, key=lambda name: abs(first - self.tensors[name].data_ptr()))
+            raise IndexError(
+                f"{self.kernel} {verb} {beyond.sum()} of {beyond.size} elements that are in none of its tensors, "
+                f"the first {first - self.tensors[near].data_ptr()} bytes from the start of {near}"
+            )
+
+
+def _pieces(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pieces of a tensor that lie densely start, in bytes, and where they end."""
+    if not tensor.numel():
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    size, dense = tensor.element_size(), 1
+    axes = sorted((stride, count) for stride, count in zip(tensor.stride(), tensor.shape, strict=True) if count > 1)
+    starts = np.array([tensor.data_ptr()], np.int64)
+    for stride, count in axes:
+        if stride <= dense:
+            dense = max(dense, stride * (count - 1) + dense)
+        else:
+            starts = (starts[:, None] + np.arange(count, dtype=np.int64) * stride * size).reshape(-1)
+    return starts, starts + dense * size
+
+
+_REACH: list[Reach] = []  # of the kernel that runs
+
+
 def interpreted(kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    """Run a kernel on CPU tensors, one program after the other. Races, layouts and warps are not seen."""
+    """Run a kernel on CPU tensors, one program after the other. Races, layouts and warps are not seen.
+
+    Raises IndexError (inside Triton's InterpreterError) where it reads or writes what is in none of its tensors.
+    """
     _install()
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        _function(kernel)[grid](**arguments)
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    _REACH.append(Reach(kernel.__name__, tensors))
+    try:
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.interpret = True
+            _function(kernel)[grid](**arguments)
+    finally:
+        _REACH.pop()
 
 
 def _function(kernel: JITFunction) -> InterpretedFunction:
@@ -117,5 +174,16 @@ def _install() -> None:
         low = _is_low(source) or to.scalar == tl.bfloat16
         return self.cast_impl(source, to) if low else convert(self, source, to, rounding)
 
-    for method in (cast_impl, binary_op, unary_op, create_dot, create_fp_to_fp):
+    load, store = _BUILDER.create_masked_load, _BUILDER.create_masked_store
+
+    def create_masked_load(self: Any, at: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
+        _REACH[-1].check("reads", at.data, mask.data, at.get_element_ty().primitive_bitwidth // 8)
+        return load(self, at, mask, *rest)
+
+    def create_masked_store(self: Any, at: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any) -> Any:
+        _REACH[-1].check("writes", at.data, mask.data, at.get_element_ty().primitive_bitwidth // 8)
+        return store(self, at, value, mask, *rest)
+
+    arithmetic = (cast_impl, binary_op, unary_op, create_dot, create_fp_to_fp)
+    for method in (*arithmetic, create_masked_load, create_masked_store):
         setattr(_BUILDER, method.__name__, method)

@@ -1,4 +1,4 @@
-"""Parts of a tile graph as graphs of their own."""
+"""Parts of a tile graph as graphs of their own, and graphs as one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import fx
 from nestloop.lowering import ops
 from nestloop.lowering.ops.results import same_size
 from nestloop.lowering.recorder import graph_module
+from nestloop.lowering.subexpressions import common_subexpressions
 
 aten = torch.ops.aten
 
@@ -21,6 +22,26 @@ def results_of(graph: fx.Graph) -> Sequence[fx.Node | None]:
 
 def is_size(node: fx.Node) -> bool:
     return node.op == "call_function" and ops.is_size_op(node.target)
+
+
+def joined(graphs: Sequence[fx.Graph]) -> fx.GraphModule:
+    """Graphs of inputs of the same names as one, which computes once what they share and makes the results of all."""
+    whole = fx.Graph()
+    given: dict[str, fx.Node] = {}
+    for node in (node for graph in graphs for node in graph.find_nodes(op="placeholder")):
+        if node.name not in given:
+            given[node.name] = whole.create_node("placeholder", node.name, name=node.name)
+            given[node.name].meta = dict(node.meta)
+    results: list[fx.Node | None] = []
+    for graph in graphs:
+        new = {node: given[node.name] for node in graph.find_nodes(op="placeholder")}
+        for node in graph.nodes:
+            if node.op == "call_function":
+                new[node] = whole.node_copy(node, new.__getitem__)
+                new[node].meta = dict(node.meta)
+        results += [None if r is None else new[r] for r in results_of(graph)]
+    whole.output(tuple(results))
+    return graph_module(common_subexpressions(whole))
 
 
 def part_of(

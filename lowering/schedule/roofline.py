@@ -40,6 +40,11 @@ FIRST = 600  # cycles until a tile has come from memory
 # again; a factor of three is in that.
 OTHER_REGISTERS = 127
 TILE_REGISTERS = 112  # so many for tiles leave a thread of 255 few spills, or none
+# The same of 4 warps in scans whose chunks run at once, compiled for sm_90: without a spill where all products have 64
+# rows; and in backward kernels, the factors of products packed in pairs, but for those that spill with 8 warps too.
+# Twice as many threads take 1.2 to 2 times the instructions.
+WIDE_REGISTERS = 136
+PACKED_REGISTERS = 176
 SPILLED = 8  # bytes written for each register over
 
 # Instructions of all threads, counted in compiled code.

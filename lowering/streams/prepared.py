@@ -8,6 +8,7 @@ matrices, decays, triangular systems. Two equations first free what only looks a
 
 S being what waits. Then every value that does not wait is computed ahead and handed on, or computed again in the walk:
 the cheapest of all choices, a minimal cut. A handed value costs memory, a chain of elements of tokens almost nothing.
+What lies there then is read, and not computed again, by whatever else a chunk computes: its read-out, its cotangents.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from nestloop.lowering.recorder import graph_module
 from nestloop.lowering.schedule.parts import is_size, part_of, results_of
 from nestloop.lowering.schedule.roofline import PIVOT, TRIANGLE
 from nestloop.lowering.streams.affine import reached
+from nestloop.lowering.subexpressions import ValueNumbers
 
 aten = torch.ops.aten
 
@@ -79,10 +81,9 @@ def prepared(
     _free_terms(whole.graph, waits)
     whole.graph.eliminate_dead_code()
     waiting = reached(whole.graph, waits)
-    again = _again(whole.graph, waiting, costs)
-    read = {n for node in again for n in node.all_input_nodes} | {n for n in results_of(whole.graph) if n is not None}
-    handed = [n for n in whole.graph.nodes if n in read - again and not is_size(n)]
-    after = sum(map(costs.again, again)) + sum(map(costs.handed, handed))
+    may = {n: costs.handed(n) for n in whole.graph.nodes if _may_be_handed(n)}
+    again, handed = _cut(whole.graph, waiting, costs, may)
+    after = sum(map(costs.again, again)) + sum(map(may.__getitem__, handed))
     if not handed or before - after < _WORTH:
         return None
     names = {node: f"{prefix}{count}" for count, node in enumerate(handed, 1)}
@@ -90,6 +91,58 @@ def prepared(
     ahead = part_of(whole.graph, set(whole.graph.nodes) - waiting, {}, handed, sources)
     rest = part_of(whole.graph, again, names, results_of(whole.graph), sources)
     return Prepared(whole, ahead, rest, tuple(names.values()), sources)
+
+
+@dataclass(frozen=True)
+class Taking:
+    """A graph that takes what others hand on.
+
+    Attributes:
+        whole: the graph that computes it itself.
+        rest: all inputs, and what is taken -> the results.
+        taken: names of what is taken, in order.
+        sources: a node of `rest` -> the one of `whole` that it is.
+    """
+
+    whole: fx.GraphModule
+    rest: fx.GraphModule
+    taken: tuple[str, ...]
+    sources: Mapping[fx.Node, fx.Node]
+
+
+def taking(
+    module: fx.GraphModule, results: Sequence[bool], waits: Collection[str], made: Sequence[Prepared], rows: int
+) -> Taking | None:
+    """A graph of the same chunk that takes of what is handed on what costs more to compute; None where that is little.
+
+    Args:
+        results, rows: as of `prepared`.
+        waits: inputs that the rest of a walk is handed, by which systems are taken apart as there.
+        made: what is handed on.
+    """
+    costs, numbers = _Costs(rows), ValueNumbers()
+    there: dict[int, str] = {}
+    for cut in made:
+        known = numbers.of(cut.ahead.graph)
+        there |= {known[n]: name for n, name in zip(results_of(cut.ahead.graph), cut.handed, strict=True) if n}
+    before = sum(map(costs.again, _copied(module, results).graph.nodes))
+    found = []
+    for is_apart in (False, True):
+        whole = _copied(module, results)
+        if is_apart:
+            _free_systems(whole.graph, waits)
+            whole.graph.eliminate_dead_code()
+        known = numbers.of(whole.graph)
+        read = {n: _READ * costs.elements(n) for n in known if n.op != "placeholder" and known[n] in there}
+        again, taken = _cut(whole.graph, reached(whole.graph, waits), costs, read)
+        after = sum(map(costs.again, again)) + sum(map(read.__getitem__, taken))
+        found.append((after, whole, again, {n: there[known[n]] for n in taken}))
+    after, whole, again, names = min(found, key=lambda one: one[0])
+    if before - after < _WORTH:
+        return None
+    sources: dict[fx.Node, fx.Node] = {}
+    rest = part_of(whole.graph, again, names, results_of(whole.graph), sources)
+    return Taking(whole, rest, tuple(names.values()), sources)
 
 
 def _copied(module: fx.GraphModule, wanted: Sequence[bool]) -> fx.GraphModule:
@@ -282,26 +335,35 @@ class _Costs:
         return _HANDED * self.elements(node) + is_view
 
 
-def _again(graph: fx.Graph, waiting: set[fx.Node], costs: _Costs) -> set[fx.Node]:
-    """What the walk computes: all that waits, and of the rest what costs less so than handed on.
+def _may_be_handed(node: fx.Node) -> bool:
+    return node.op == "call_function" and not is_size(node) and node.meta["val"].dtype.is_floating_point
+
+
+def _cut(
+    graph: fx.Graph, waiting: set[fx.Node], costs: _Costs, handed: Mapping[fx.Node, int]
+) -> tuple[set[fx.Node], list[fx.Node]]:
+    """What is computed of a graph, all that waits and what costs less so than handed on, and what it reads of the rest.
 
     Which it is is a minimal cut: "again" is one side, each node that is there costs what computing it does, and each on
     the other side that one on this side reads, what handing it on does.
+
+    Args:
+        handed: what may be handed on -> what that costs.
     """
     nodes = [n for n in graph.nodes if n.op != "output" and n not in waiting and not is_size(n)]
     flow: networkx.DiGraph[Any] = networkx.DiGraph()  # an edge without a capacity is never cut
     wanted = {n for n in results_of(graph) if n is not None}
     for node in nodes:
         flow.add_edge(node, "there", capacity=costs.again(node))
-        floats = node.meta["val"].dtype.is_floating_point
-        handed = {"capacity": costs.handed(node)} if node.op != "placeholder" and floats else {}
-        flow.add_edge((node, "read"), node, **handed)
+        flow.add_edge((node, "read"), node, **({"capacity": handed[node]} if node in handed else {}))
         for user in node.users:
             if user in waiting or (user.op == "output" and node in wanted):
                 flow.add_edge("again", (node, "read"))
             elif user.op != "output" and not is_size(user):
                 flow.add_edge(user, (node, "read"))
-    if "again" not in flow or "there" not in flow:
-        return set(waiting)
-    _, (_, apart) = networkx.minimum_cut(flow, "again", "there")
-    return waiting | {n for n in nodes if n not in apart and any(True for _ in n.users)}
+    again = set(waiting)
+    if "again" in flow and "there" in flow:
+        _, (_, apart) = networkx.minimum_cut(flow, "again", "there")
+        again |= {n for n in nodes if n not in apart and any(True for _ in n.users)}
+    read = {n for node in again for n in node.all_input_nodes} | wanted
+    return again, [n for n in graph.nodes if n in read - again and not is_size(n)]

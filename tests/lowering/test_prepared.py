@@ -1,4 +1,5 @@
-"""What walks of a state do not wait for is cut off, and both parts together give what the whole does."""
+"""What walks of a state do not wait for is cut off, and both parts together give what the whole does; so do other
+functions of a chunk that take of it what is there."""
 
 from __future__ import annotations
 
@@ -18,24 +19,37 @@ from nestloop.lowering.simplify import simplify
 from nestloop.lowering.streams import prepared as cut
 from nestloop.lowering.streams.affine import reached
 from nestloop.lowering.streams.forms import choose, pieces_of
-from nestloop.lowering.streams.prepared import Prepared, prepared
+from nestloop.lowering.streams.prepared import Prepared, prepared, taking
 from nestloop.lowering.streams.step import identifier
 
 ROWS = 16
+TALL, WIDE = 32, 64  # rows and features at which solutions are worth memory
 
 
-def walks(loop: type[nl.Loop]) -> dict[str, tuple[fx.GraphModule, list[bool], set[str]]]:
-    """The graphs that walk a loop's state and its cotangent: each with the results wanted, and what waits."""
+# A graph, which of its results are wanted, and what waits.
+Function = tuple[fx.GraphModule, list[bool], set[str]]
+
+
+def walks(loop: type[nl.Loop], d: int = 4) -> dict[str, Function]:
+    """The graphs that walk a loop's state and its cotangent."""
+    return {name: function for name, function in functions(loop, d).items() if name in ("advance", "cotangents")}
+
+
+def functions(loop: type[nl.Loop], d: int = 4) -> dict[str, Function]:
+    """Those, and what every chunk computes beside them: its read-out, and the cotangents of its tokens."""
     spec = names.safe(loop.spec, True)
-    tracer = Tracer(spec, {**dict.fromkeys(("d", "dk", "dv", "dx", "dy"), 4), "H": 1, "D": 4}, None, torch.float32)
+    tracer = Tracer(spec, {**dict.fromkeys(("d", "dk", "dv", "dx", "dy"), d), "H": 1, "D": d}, None, torch.float32)
     captured = capture_with(tracer)
     form, _ = choose(captured, tracer)
     pieces, states, _ = pieces_of(captured, tracer, form, False, False)
     chunk, carry = pieces["chunk"], {identifier(name) for name in spec.fast}
     left = [name for name in chunk.results if name.endswith("_new")]
+    pulled = {f"d_{name}_new" for name in carry}
     return {
         "advance": (states["advance"], [name.removesuffix("_new") in carry for name in left], carry),
-        "cotangents": (chunk.backward, [name in carry for name in chunk.wrt], {f"d_{name}_new" for name in carry}),
+        "cotangents": (chunk.backward, [name in carry for name in chunk.wrt], pulled),
+        "outputs": (chunk.forward, [name not in left for name in chunk.results], carry | pulled),
+        "tokens": (chunk.backward, [name not in carry for name in chunk.wrt], carry | pulled),
     }
 
 
@@ -111,6 +125,39 @@ def test_no_system_is_solved_in_a_walk(loop: type[nl.Loop]):
 def test_what_spares_little_stays(loop: type[nl.Loop]):
     for module, which, waits in walks(loop).values():
         assert prepared(module, which, waits, ROWS, "ready_") is None
+
+
+def cuts(loop: type[nl.Loop]) -> dict[str, Prepared]:
+    """The walks of a loop in two, by name."""
+    found = {name: prepared(*walk, TALL, f"{name}_") for name, walk in walks(loop, WIDE).items()}
+    return {name: made for name, made in found.items() if made is not None}
+
+
+@pytest.mark.parametrize("loop", SOLVED, ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize(("name", "before"), [("outputs", ["advance"]), ("tokens", ["advance", "cotangents"])])
+def test_solutions_that_are_there_are_taken(loop: type[nl.Loop], name: str, before: list[str]):
+    made = cuts(loop)
+    module, which, waits = functions(loop, WIDE)[name]
+    found = taking(module, which, waits, [made[walk] for walk in before], TALL)
+    assert found is not None and not solved(found.rest)
+    for tokens in (TALL, 5):
+        torch.manual_seed(tokens)
+        given = drawn(module, tokens)
+        handed = {
+            n: t for walk in before for n, t in zip(made[walk].handed, computed(made[walk].ahead, given), strict=True)
+        }
+        taken = {n: t for n, t in handed.items() if n in found.taken and t is not None}
+        assert set(taken) == set(found.taken)
+        assert_same(computed(found.rest, {**given, **taken}), computed(module, given), which)
+
+
+def test_nothing_is_taken_where_it_spares_little():
+    module, which, waits = functions(zoo.DeltaNet, WIDE)["outputs"]
+    made = cuts(zoo.DeltaNet)["advance"]
+    assert taking(module, which, waits, [made], TALL) is not None
+    assert taking(module, which, waits, [], TALL) is None
+    other = traced(lambda k, w: (k @ w,), k=(TALL, 4), w=(4, 4))
+    assert taking(other, [True], {"w"}, [made], TALL) is None
 
 
 def delta(k: Tensor, v: Tensor, s: Tensor) -> tuple[Tensor, ...]:

@@ -165,9 +165,13 @@ def test_factors_of_products_are_handed_on_as_these_round_them(
         return [z, *torch.autograd.grad(z.float().square().sum(), list(low.values()))]
 
     handed = TritonPlan.handed
-    named = {one.name for one in plan_of(zoo.DeltaNet).backward_handed if one.low}
-    assert {"states_low_handed", "cotangents_low_handed"} == named
-    assert not any(one.low for one in plan_of(zoo.GatedDeltaNet).backward_handed)
+    walked = {"states_low_handed", "cotangents_low_handed"}
+    low_in = {
+        loop: {one.name for one in plan_of(loop).backward_handed if one.low}
+        for loop in (zoo.DeltaNet, zoo.GatedDeltaNet)
+    }
+    assert low_in[zoo.DeltaNet] == walked | {"ready_low_handed", "pulled_low_handed"}
+    assert not walked & low_in[zoo.GatedDeltaNet]
     rounded = results()
     exact = lambda plan, which: [dataclasses.replace(one, low=False) for one in handed(plan, which)]  # noqa: E731
     monkeypatch.setattr(TritonPlan, "handed", exact)
@@ -256,7 +260,8 @@ def test_the_cost_model_takes_the_scan_that_a_call_takes(sequences: int, name: s
     ("loop", "d", "rows"),
     [
         pytest.param(zoo.LightningAttention, 128, 64, id="products alone"),
-        pytest.param(zoo.DeltaNet, 64, 32, id="systems"),
+        pytest.param(zoo.DeltaNet, 64, 64, id="systems, which others take solved"),
+        pytest.param(zoo.GatedDeltaNet, 64, 32, id="systems and decays"),
         pytest.param(zoo.CausalLinearAttentionElu, 64, 32, id="tiles put together"),
     ],
 )
@@ -278,20 +283,23 @@ def test_a_state_that_is_not_affine_stays_with_its_program():
 
 @pytest.mark.parametrize("loop", [zoo.DeltaNet, zoo.KDA], ids=lambda loop: loop.__name__)
 def test_systems_are_solved_ahead_of_the_walks(loop: type[nl.Loop]):
-    plan = plan_of(loop)
+    plan = plan_of(loop, dk=64, dv=64)
     forward = ("forward_prepare_states", "forward_states", "forward_outputs")
-    backward = ("backward_prepare_states", "backward_states", "backward_prepare_cotangents", "backward_cotangents")
-    assert plan.kernels == (*forward, *backward, "backward_tokens")
+    backward = ("backward_prepare_walks", "backward_states", "backward_cotangents", "backward_tokens")
+    assert plan.kernels == (*forward, *backward)
     assert {one.over for one in plan.all_launches if "_prepare_" in one.kernel} == {"chunks"}
-    for walk, handed in (("advance", "ready_"), ("chunk_state_vjp", "pulled_")):
-        rest, ahead = (
-            plan.text.partition(f"def {name}(")[2].partition("\n\n\n")[0] for name in (walk, f"prepare_{walk}")
-        )
-        assert "solve" not in rest and f"{handed}1_at" in rest and "tiles.solved(" in ahead
-    # Two right sides, one of them of the transpose: the matrix is inverted once.
-    tokens = plan.text.partition("def chunk_vjp(")[2].partition("\n\n\n")[0]
-    assert tokens.count("tiles.inverse_triangular(") == 1 and "tiles.solve_triangular(" not in tokens
-    assert tokens.count("tiles.solved(") == 2 and tokens.count("tiles.solved(tl.trans(") == 1
+
+    def text(name: str) -> str:
+        return plan.text.partition(f"def {name}(")[2].partition("\n\n\n")[0]
+
+    for function, handed in (("advance", "ready_"), ("chunk_state_vjp", "pulled_"), ("chunk", "ready_")):
+        assert "solve" not in text(function) and f"{handed}1_at" in text(function)
+    assert "solve" not in text("chunk_vjp") and {"ready_1_at", "pulled_3_at"} <= set(text("chunk_vjp").split(", "))
+    # Two right sides forward, and two more backward, of the transpose: a matrix is inverted once.
+    for function, count, turned in (("prepare_advance", 2, 0), ("prepare_walks", 4, 2)):
+        assert text(function).count("tiles.inverse_triangular(") == 1 and "solve_triangular(" not in text(function)
+        assert text(function).count("tiles.solved(") == count
+        assert text(function).count("tiles.solved(tl.trans(") == turned
 
 
 @pytest.mark.parametrize("loop", [zoo.CausalLinearAttention, zoo.RetNet, zoo.GLA], ids=lambda loop: loop.__name__)

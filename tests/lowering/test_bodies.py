@@ -33,6 +33,9 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "whole numbers": lambda x, y: x - x.round() + (2 * x).ceil() * x - y.frac() + torch.remainder(x, 0.3),
     "hyperbolic": lambda x, y: torch.asinh(x) + torch.atanh(0.1 * x.tanh()) + torch.erfc(x) + torch.hypot(x, y),
     "angles": lambda x, y: torch.atan2(x, y) + torch.asin(0.5 * x.tanh()) + torch.acos(0.5 * y.tanh()),
+    "numbers as tensors": lambda x, y: (
+        x * torch.tensor(0.5) - y.new_tensor(3) + torch.where(x > y, torch.as_tensor(2), torch.tensor(0.25))
+    ),
     "nan_to_num": lambda x, y: torch.nan_to_num(x) * y,
 }
 

@@ -77,23 +77,27 @@ class TritonInTwo(TritonPieces):
         self.used.add(length)
         start, stop = bounds
         weights = function.in_registers(size)
-        given = {n: place for n, place in read.items() if n not in weights}
+        # The kernel may have all of an axis under the plain names, and a variable keeps its shape in Triton's loops.
+        blocks = {n: f"block_{n}" for n in [*weights, *function.returned]}
+        given = {n: place for n, place in read.items() if n not in weights} | {n: blocks[n] for n in weights}
         alone = name.endswith("gradient")
         tile = [
             f"n = tl.minimum({stop} - first, {height})",
             self.call(name, {**given, **into}, "c_"),
-            *[f"{r} += c_{r}" for r in function.returned],
+            *[f"{blocks[r]} += c_{r}" for r in function.returned],
         ]
         lines = [
             f"in_block = block + i{length}",
-            *[self.load(n, read[n], block=size, is_factor=n in function.factors) for n in weights],
+            *[self.load(n, read[n], blocks[n], block=size, is_factor=n in function.factors) for n in weights],
             *[
-                f"{r} = {self.zeros(r, size, length)}" if alone else self.load(r, into[r], block=size)
+                f"{blocks[r]} = {self.zeros(r, size, length)}"
+                if alone
+                else self.load(r, into[r], blocks[r], block=size)
                 for r in function.returned
             ],
             f"for first in tl.range({start}, {stop}, {height}):",
             *indented(tile),
-            *[self.store(r, into[r], r, block=size) for r in function.returned],
+            *[self.store(r, into[r], blocks[r], block=size) for r in function.returned],
             *([BARRIER] if set(function.results) - set(function.returned) else []),  # the next adds to the same rows
         ]
         return [BARRIER, walk("block", f"0, {size}, {length}"), *indented(lines), BARRIER]

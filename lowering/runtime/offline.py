@@ -150,20 +150,28 @@ def _signature(
     return types, multiples
 
 
-def _compile(request: Mapping[str, Any]) -> Compiled:
+def source_of(
+    text: str, kernel: str, dtype: str, wide: Collection[str], low: Collection[str], computed: Collection[str]
+) -> Any:
+    """A kernel of a module and the types of its arguments, as Triton compiles it; `wide`, `low`, `computed`: as a plan
+    has them."""
     import triton
     import triton.language as tl
+
+    function = getattr(cache.load(cache.write("offline", text)), kernel)
+    types, multiples = _signature(function, dtype, wide, low, computed)
+    at = {name: (index,) for index, name in enumerate(function.arg_names)}
+    constants = {at["S"]: tl.float32, at["PRODUCT"]: _PRODUCTS[dtype]}
+    return triton.compiler.ASTSource(function, types, constants, {at[n]: [["tt.divisibility", 16]] for n in multiples})
+
+
+def _compile(request: Mapping[str, Any]) -> Compiled:
+    import triton
     from triton.backends.compiler import GPUTarget
 
     device, dtype = request["device"], request["dtype"]
     backend, arch = TARGETS[device]
-    function = getattr(cache.load(cache.write("offline", request["text"])), request["kernel"])
-    types, multiples = _signature(function, dtype, request["wide"], request["low"], request["computed"])
-    at = {name: (index,) for index, name in enumerate(function.arg_names)}
-    constants = {at["S"]: tl.float32, at["PRODUCT"]: _PRODUCTS[dtype]}
-    source = triton.compiler.ASTSource(
-        function, types, constants, {at[n]: [["tt.divisibility", 16]] for n in multiples}
-    )
+    source = source_of(*[request[name] for name in ("text", "kernel", "dtype", "wide", "low", "computed")])
     before = sum(os.times()[:4])
     target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
     with assembling(arch // 10 if isinstance(arch, int) else 0) as assembler:

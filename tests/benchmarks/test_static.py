@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import nestloop as nl
 from benchmarks import static
 from nestloop import zoo
 from nestloop.lowering.runtime import offline
+from tests.lowering.typed_kernels import assert_typed
 
 DEVICE: static.Device = "sm_90"
 D = 64
@@ -46,6 +49,21 @@ def same_triton() -> None:
 def test_every_loop_of_the_zoo_is_in_the_table(loop: str):
     rows = [*TABLE.kernels.values(), *TABLE.no_plan.values()]
     assert any(row["loop"] == loop and row["d"] == D for row in rows), again(loop)
+
+
+def test_what_is_refused_takes_too_much_of_the_device_or_too_long():
+    refused = [row["refused"] for row in TABLE.kernels.values() if "refused" in row]
+    assert all(re.fullmatch(r"longer than \d+ seconds|[\d,]+ bytes of shared memory for a program", r) for r in refused)
+
+
+@pytest.mark.parametrize("loop", zoo.loops(), ids=lambda loop: loop.__name__)
+def test_every_kernel_of_narrow_heads_is_triton(loop: type[nl.Loop]):
+    pytest.importorskip("triton")
+    for plan in static.plans(loop, 32).values():
+        if not isinstance(plan, str):
+            for form in [form for one in (plan, plan.prepare, plan.decoders) if one is not None for form in one.forms]:
+                for kernel in form.kernels:
+                    assert_typed(form, kernel)
 
 
 @pytest.mark.slow

@@ -1,11 +1,15 @@
 """`pytest tests/lowering --update-golden` writes the golden texts again, to be read before they are committed."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from nestloop.lowering.runtime import tiles
+from nestloop.lowering.runtime.launching import TritonCode
 from nestloop.lowering.runtime.streams import STREAM_OPS
+from nestloop.lowering.runtime.triton_plan import TritonPlan
+from tests.lowering.typed_kernels import assert_typed
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -16,6 +20,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def update_golden(request: pytest.FixtureRequest) -> bool:
     """Whether golden texts are written instead of compared."""
     return bool(request.config.getoption("update_golden", False))
+
+
+@pytest.fixture(autouse=True)
+def kernels_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel that a test interprets is read by Triton's compiler, too."""
+    launch = TritonCode.launch
+
+    def read(self: TritonCode, plan: TritonPlan, direction: str, *given: Any, **named: Any) -> None:
+        for one in plan.launches(direction):
+            assert_typed(plan, one.kernel)
+        launch(self, plan, direction, *given, **named)
+
+    monkeypatch.setattr(TritonCode, "launch", read)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def assert_is_reference(loop: type[nl.Loop], inputs: Inputs) -> None:
 def test_sums_and_rows_are_functions_of_their_own():
     text = nl.inspect(zoo.MTTTMLP, "triton", "sm_90", **SIZES)
     for name in ("gradient", "gradient_vjp", "readout_vjp"):
-        assert f"def sums_{name}(" in text and f" = sums_{name}(n, w1, b1, w2" in text
+        assert f"def sums_{name}(" in text and f" = sums_{name}(n, block_w1, block_b1, block_w2" in text
     assert "def sums_update" not in text and "def sums_readout(" not in text
     assert "gradient_row_1 = tl.load(gradient_row_1_at" in text and "low_handed + item * N" in text
     assert_is_reference(zoo.MTTTMLP, inputs_of(zoo.MTTTMLP, 35, sequences=1))

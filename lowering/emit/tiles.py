@@ -40,6 +40,31 @@ def exact_dot(a, b, S: tl.constexpr):
 
 
 @triton.jit
+def dot_of_whole(a, b, S: tl.constexpr, WHOLE: tl.constexpr):
+    """The same where a ("left") or b ("right") has nothing but whole numbers up to 256, which are one term each."""
+    if S == tl.float64:
+        product = exact_dot(a, b, S)
+    elif WHOLE == "left":
+        whole = a.to(tl.bfloat16)
+        first, second, third = terms(b)
+        product = tl.dot(whole, first, tl.dot(whole, second, tl.dot(whole, third)))
+    else:
+        whole = b.to(tl.bfloat16)
+        first, second, third = terms(a)
+        product = tl.dot(first, whole, tl.dot(second, whole, tl.dot(third, whole)))
+    return product
+
+
+@triton.jit
+def terms(x):
+    """Three bfloat16 numbers whose sum is a float32 one, the largest first; of an infinity itself, and zeros."""
+    first = x.to(tl.bfloat16)
+    left = tl.where(x == first.to(tl.float32), 0.0, x - first.to(tl.float32))
+    second = left.to(tl.bfloat16)
+    return first, second, (left - second.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
 def settled(x):
     """x [M, N], computed as its operands lie, and then handed to products.
 

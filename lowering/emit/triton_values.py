@@ -20,6 +20,7 @@ from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided
 from nestloop.lowering.schedule.phases import sums_over
 from nestloop.lowering.schedule.repeats import readers
 from nestloop.lowering.schedule.values import Language, Value, fold, operands_of
+from nestloop.lowering.schedule.whole import is_whole
 
 NEUTRAL = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}  # what a reduction starts at
 # Of one tile: twice as many would be all 65,536 registers of a program, of which some hold addresses, and a change of
@@ -266,6 +267,12 @@ class TritonValues(TritonTiles):
         return value.node.target is torch.ops.aten.mm.default
 
     @staticmethod
+    def whole_factor(value: Value) -> str:
+        """Which factor of a product is of small whole numbers, "left" or "right"; "" where neither is."""
+        sides = zip(("left", "right"), value.node.args, strict=False)
+        return next((side for side, node in sides if isinstance(node, fx.Node) and is_whole(node)), "")
+
+    @staticmethod
     def _beside(a: Strided, b: Strided) -> tuple[Strided, Strided]:
         rank = max(len(a.shape), len(b.shape))
         a, b = (
@@ -289,7 +296,9 @@ class TritonValues(TritonTiles):
             self._set_clean(value, [clean_a[0], clean_b[1]])
             if self.is_low(value):
                 return [f"tiles.dot({left}, {right}, S, PRODUCT)"]
-            return [f"tiles.exact_dot({left}, {right}, S)"]
+            whole = self.whole_factor(value)
+            exact = f'dot_of_whole({left}, {right}, S, "{whole}")' if whole else f"exact_dot({left}, {right}, S)"
+            return [f"tiles.{exact}"]
         space = a.shape
         axes = [size for size in space if not size.is_one]
         elements = math.prod(map(self.padded, axes))

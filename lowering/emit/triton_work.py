@@ -129,7 +129,7 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
             if function.is_low(value):
                 products[str(rows)] += 2 * terms
             else:
-                exact += 2 * terms
+                exact += terms if function.whole_factor(value) else 2 * terms  # which has half of the terms
             instructions += terms // _NARROW_TERMS if rows < NARROW else 0
         elif value.kind == "system":
             rows = function.padded(value.reads[0].shape[-1])

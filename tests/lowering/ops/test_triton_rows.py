@@ -237,3 +237,46 @@ def test_one_inverse_solves_a_triangle_and_its_transpose(size: int, n: int, uppe
         exact = torch.linalg.solve_triangular(matrix, b[:n], upper=turned, unitriangular=unit)
         torch.testing.assert_close(made[:n], exact, rtol=0, atol=1e-12 * exact.abs().max().item())
         assert not made[n:].any()
+
+
+OF_WHOLE = """
+import triton
+import triton.language as tl
+
+from nestloop.lowering.emit import tiles
+
+
+@triton.jit
+def kernel(a_p, b_p, x_p, S: tl.constexpr, WHOLE: tl.constexpr):
+    i = tl.arange(0, 16)
+    at = i[:, None] * 16 + i[None, :]
+    tl.store(x_p + at, tiles.dot_of_whole(tl.load(a_p + at), tl.load(b_p + at), S, WHOLE))
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_factor_of_whole_numbers_takes_three_terms(side: str, dtype: torch.dtype):
+    """No less exact than a product in the dtype, of numbers of any size, and of infinities too."""
+    import triton.language as tl
+
+    torch.manual_seed(0)
+    whole = torch.randint(-256, 257, (16, 16)).to(dtype)
+    other = (torch.randn(16, 16, dtype=torch.float64) * 10.0 ** torch.linspace(-12, 12, 16, dtype=torch.float64)).to(
+        dtype
+    )
+    module = cache.load(cache.write("whole", OF_WHOLE))
+    settings = {"S": tl.float32 if dtype == torch.float32 else tl.float64, "WHOLE": side}
+
+    def made(whole: Tensor, other: Tensor) -> Tensor:
+        a, b = (whole, other) if side == "left" else (other, whole)
+        x = torch.empty(16, 16, dtype=dtype)
+        interpreted(module.kernel, (1,), {"a_p": a.contiguous(), "b_p": b.contiguous(), "x_p": x, **settings})
+        return x
+
+    a, b = (whole.double(), other.double()) if side == "left" else (other.double(), whole.double())
+    error = (made(whole, other).double() - a @ b).abs()
+    assert (error <= 16 * torch.finfo(dtype).eps * (a.abs() @ b.abs())).all()
+    other[3, 3], ones = -torch.inf, torch.ones_like(whole)
+    found, wanted = made(ones, other), ones @ other if side == "left" else other @ ones
+    assert torch.equal(found.isinf(), wanted.isinf()) and not found.isnan().any()

@@ -80,7 +80,7 @@ class TritonPrepare(TritonStream):
 
     def add_prepares(self) -> None:
         """The functions that prepare walks."""
-        for walks in {walks for kernel, walks in PREPARES.items() if self.is_prepared_by(kernel)}:
+        for walks in dict.fromkeys(walks for kernel, walks in PREPARES.items() if self.is_prepared_by(kernel)):
             cuts = [self.prepared[walk] for walk in walks]
             handed = [n for cut in cuts for n in cut.handed]
             doc = f"What {' and '.join(walks)} take{'s' if len(walks) == 1 else ''} of a chunk alone. "

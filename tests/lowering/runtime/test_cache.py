@@ -90,6 +90,33 @@ def test_the_name_is_the_content(folder: Path):
     assert cache.load(first) is cache.load(first)
 
 
+# Texts of every emitter, of loops with functions of most kinds, on one line.
+GENERATED = """
+import hashlib
+from nestloop import inspect, zoo
+wide = {"dk": 64, "dv": 64}
+texts = [inspect(loop, "triton", "sm_90", **wide) for loop in (zoo.DeltaNet, zoo.Comba)]
+texts += [inspect(zoo.MTTTMLP, stage) for stage in ("emit", "cpp")] + [inspect(zoo.GatedDeltaNet, "cpp")]
+print([hashlib.sha256(text.encode()).hexdigest() for text in texts])
+"""
+
+
+def test_what_is_generated_is_the_same_in_every_process(folder: Path):
+    """No name and no order hangs on how a process hashes strings: caches are shared, and kept."""
+    pytest.importorskip("triton")
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", GENERATED],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("1", "2")
+    ]
+    first, second = (process.communicate()[0] for process in running)
+    assert first and first == second
+
+
 def test_a_file_that_is_not_its_content_is_written_again(folder: Path):
     path = cache.write("spoilt", SOURCE)
     path.write_text(SOURCE[:10])

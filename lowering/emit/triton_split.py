@@ -23,10 +23,11 @@ from nestloop.lowering.emit.triton_kernels import ALIVE, indented
 from nestloop.lowering.emit.triton_prepare import PREPARES, WALKS, TritonPrepare
 from nestloop.lowering.emit.triton_strips import strips_of
 from nestloop.lowering.emit.triton_tiles import BARRIER, walk
+from nestloop.lowering.emit.triton_work import is_of_products
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch
 from nestloop.lowering.schedule.apart import Block
-from nestloop.lowering.schedule.roofline import PACKED_REGISTERS, WIDE_REGISTERS, WIDE_ROWS
+from nestloop.lowering.schedule.roofline import PACKED_REGISTERS, SHARED_REGISTERS, WIDE_REGISTERS, WIDE_ROWS
 from nestloop.lowering.streams.step import VALID
 
 WALKED = ("forward_states", "backward_states", "backward_cotangents")  # kernels that walk the state, or its cotangent
@@ -185,12 +186,15 @@ class TritonSplitScan(TritonPrepare):
         return any(function.left_at for function in self._functions_of(kernel))
 
     def _warps(self, kernel: str) -> int:
-        """Of a program: 8 would take each wide product of 64 rows twice, so 4 where these are expected not to spill."""
-        if kernel.startswith("backward_"):
-            packed = max((f.packed for f in self._functions_of(kernel)), default=1)
-            if packed <= 4 * 32 * PACKED_REGISTERS:
-                return 4
+        """Of a program: 8 would take each wide product of 64 rows twice, so 4 where these are expected not to spill, or
+        where there is little but products, whose factors lie in shared memory."""
         alive, wide = self._alive(kernel), self.strips is not None and self.rows == WIDE_ROWS
+        if kernel.startswith("backward_"):
+            functions = self._functions_of(kernel)
+            products = wide and all(map(is_of_products, functions))
+            packed = max((f.packed for f in functions), default=1)
+            if packed <= 4 * 32 * (SHARED_REGISTERS if products else PACKED_REGISTERS):
+                return 4
         return 4 if wide and alive <= 4 * 32 * WIDE_REGISTERS else self.warps_for(alive)
 
     def _functions_of(self, which: str) -> list[TritonFunction]:

@@ -16,7 +16,7 @@ from nestloop.lowering.ops.strided import ZERO, Extent, product
 from nestloop.lowering.runtime.triton_plan import Launch
 from nestloop.lowering.schedule.phases import is_blocked, sums_over
 from nestloop.lowering.schedule.repeats import Kept, Repeat, every
-from nestloop.lowering.schedule.roofline import PIVOT, TRIANGLE
+from nestloop.lowering.schedule.roofline import FLOPS_EACH, PIVOT, TRIANGLE
 from nestloop.lowering.schedule.values import Value
 
 NARROW = 64  # rows of a product below which Hopper's and Blackwell's wide instructions do not take it
@@ -154,6 +154,12 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
         "alive": function.alive,
         "largest": function.largest,
     }
+
+
+def is_of_products(function: TritonFunction) -> bool:
+    """Whether a function does little but products that low precision is for."""
+    work = of_function(function)
+    return sum(work["products"].values()) > FLOPS_EACH * work["instructions"]
 
 
 def _elements(function: TritonFunction, shape: Sequence[Extent]) -> int:

@@ -45,6 +45,10 @@ TILE_REGISTERS = 112  # so many for tiles leave a thread of 255 few spills, or n
 # Twice as many threads take 1.2 to 2 times the instructions.
 WIDE_REGISTERS = 136
 PACKED_REGISTERS = 176
+# And where there is little but products of 64 rows, so many FLOPs of them for each other instruction: a few bytes are
+# spilled, by 8 warps too, which take twice the instructions.
+SHARED_REGISTERS = 242
+FLOPS_EACH = 20
 SPILLED = 8  # bytes written for each register over
 
 # Instructions of all threads, counted in compiled code.

@@ -281,6 +281,20 @@ def test_wide_products_alone_take_long_chunks(loop: type[nl.Loop], d: int, rows:
     assert plan_of(loop, d=d, dk=d, dv=d).rows == rows
 
 
+@pytest.mark.parametrize(
+    ("loop", "warps"),
+    [
+        pytest.param(zoo.DeltaNet, 4, id="products alone, of factors in shared memory"),
+        pytest.param(zoo.RetNet, 8, id="decays beside them"),
+        pytest.param(zoo.TTTLinear, 4, id="few tiles"),
+    ],
+)
+def test_cotangents_of_tokens_take_few_warps_where_these_hold_their_tiles(loop: type[nl.Loop], warps: int):
+    plan = plan_of(loop, Tiling(levels=2), d=64, dk=64, dv=64)
+    (launch,) = (one for one in plan.backward_launches if one.kernel == "backward_tokens")
+    assert launch.warps == warps
+
+
 def test_no_product_shifts_the_rows_of_a_triangle_of_ones():
     """Of a state that does not decay, what a step is taken at has all steps before it."""
     assert "exact_dot" not in plan_of(zoo.DeltaNet, dk=64, dv=64).text

@@ -93,7 +93,7 @@ class WatchedCalls(TorchFunctionMode):
             return ops.fused_rms_norm(x, shape, given.get("weight"), given.get("eps"))[0]
         if name == "cosine_similarity":
             return ops.cosine_similarity(*args, **kwargs)
-        if name in ("tensor", "new_tensor", "as_tensor") and isinstance(args[-1], (int, float)):
+        if name in ("tensor", "new_tensor", "as_tensor") and args and isinstance(args[-1], (int, float)):
             dtype = kwargs.get("dtype") or (args[0].dtype if name == "new_tensor" else None)
             return torch.full((), args[-1], dtype=dtype)  # a number, whatever it is called
         if name == "detach":

@@ -29,7 +29,8 @@ def common_subexpressions(graph: fx.Graph) -> fx.Graph:
                 first.setdefault(key, env[node])
         else:
             env[node] = first[key]
-        made |= {env[node]} if node in results else set()
+        if node in results:
+            made.add(env[node])
     merged.eliminate_dead_code()
     return merged
 

@@ -8,8 +8,8 @@ view that no turn or broadcast gives (a slice, tiles side by side) goes through 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, cached_property
 from types import MappingProxyType
 
 import torch
@@ -55,7 +55,7 @@ class TritonFunction(TritonRepeats):
             and a result of tokens, adds the elements from one row to the next.
         returned: the results that it returns.
         alive: elements of the tiles that are alive at once, at most; `kept`: of those that it returns; `inside`: of
-            those that are alive in what it does most often, a block; `packed`: where factors of products are rounded.
+            those that are alive in what it does most often, a block.
         tokens: how many a tile has.
         factors: inputs that something reads, and only as factors (`is_factor`).
         tiles: name -> sizes of the axes of every input and result, those of size 1 left out.
@@ -114,22 +114,20 @@ class TritonFunction(TritonRepeats):
         for result, value in made.items():
             value.written = result in rows
         self.phases = self._phases()
-        alive = [value for name, value in self.given.items() if name not in rows]
-        self._order(alive)
-        found, blocks = self._alive(alive, self._weight), [phase.blocks for phase in self.phases]
+        self._order()
+        found, blocks = self._alive(self._weight), [phase.blocks for phase in self.phases]
         often = [most for part, most in found if block is None or outside or any(part is one for one in blocks)]
         self.alive = max((most for _, most in found), default=0)
         self.inside = max(often, default=0)
-        self.packed = max((most for _, most in self._alive(alive, self._packed)), default=0)
         self.values = list(every(value for part in self.together for value in part))
         self._allot()
-        self.there = set(alive)
-        self.body = [line for value in alive if value in self.place for line in self._store(value)]
+        self.there = set(self.as_tiles)
+        self.body = [line for value in self.as_tiles if value in self.place for line in self._store(value)]
         self.body += [line for phase in self.phases for line in self._phase(phase)]
 
     def _narrow(self) -> set[Extent]:
         """Short axes that no product has, nor a tile that is handed on in registers: the kernel pads all of those."""
-        handed = [v for name, v in self.given.items() if name not in self.rows]
+        handed = [*self.as_tiles]
         handed += [v for v in self.values if v.result is not None and v.result not in self.rows]
         taken = {size for value in handed for size in held(value)}
         for value in self.values:
@@ -221,6 +219,16 @@ class TritonFunction(TritonRepeats):
     def kept(self) -> int:
         return sum(self._weight(value) for value in self.values if value.result in self.returned)
 
+    @cached_property
+    def packed(self) -> int:
+        """What `alive` is where factors of products are rounded."""
+        return max((most for _, most in self._alive(self._packed)), default=0)
+
+    @property
+    def as_tiles(self) -> list[Value]:
+        """The inputs that are handed in registers."""
+        return [value for name, value in self.given.items() if name not in self.rows]
+
     def in_registers(self, size: int) -> list[str]:
         """Inputs that are handed in registers, and have an axis of a size."""
         return [n for n, value in self.given.items() if n not in self.rows and Extent(0, size) in held(value)]
@@ -263,30 +271,30 @@ class TritonFunction(TritonRepeats):
     def together(self) -> list[list[Value]]:
         return [part for phase in self.phases for part in (phase.once, phase.blocks)]
 
-    def _around(self, alive: Collection[Value]) -> Iterator[tuple[list[Value], set[Value], set[Value]]]:
+    def _around(self) -> Iterator[tuple[list[Value], set[Value], set[Value]]]:
         """The values of every phase in their lines, what is alive before these, and what stays so after."""
         last = {o.base: index for index, part in enumerate(self.together) for value in part for o in value.reads}
-        there = set(alive)
+        there = set(self.as_tiles)
         for index, part in enumerate(self.together):
             given = {v for v in there if v not in self.handed and (last.get(v, -1) >= index or v.result is not None)}
             yield part, given, {v for v in [*given, *part] if v not in self.handed and last.get(v, -1) > index}
             there |= {v for v in part if not v.written}
 
-    def _order(self, alive: Collection[Value]) -> None:
+    def _order(self) -> None:
         """Put the values of every phase in order."""
         weight = cache(self._weight)
-        for part, given, kept in self._around(alive):
+        for part, given, kept in self._around():
             for value in part:
                 if isinstance(value, Repeat):
                     self.order_repeat(value)
             part[:] = fewest_alive(part, weight, given, kept)
 
-    def _alive(self, alive: Collection[Value], weigh: Callable[[Value], int]) -> list[tuple[list[Value], int]]:
+    def _alive(self, weigh: Callable[[Value], int]) -> list[tuple[list[Value], int]]:
         """The most elements that are alive at once in the lines of every phase."""
         weight = cache(weigh)
         return [  # reductions are there before the first block
             (part, most_alive(self.with_insides(part), weight, given | set(filter(self._is_walked, part)), kept))
-            for part, given, kept in self._around(alive)
+            for part, given, kept in self._around()
         ]
 
     def _phase(self, phase: Phase) -> list[str]:

@@ -62,21 +62,31 @@ class TritonPrepare(TritonStream):
                 self.shapes[node.name] = tuple(size.at(self.rows) for size in sizes)
                 self.row[node.name] = product(sizes[1:])
 
-    def add_walk(
-        self,
-        name: str,
-        module: fx.GraphModule,
-        results: Sequence[str | None],
-        doc: str,
-        rows: Collection[str],
+    def add_part(
+        self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str, rows: Collection[str]
     ) -> None:
-        """A function of a walk, less what is prepared of it; `rows`: what it reads and writes itself."""
-        cut = self.prepared.get(name)
-        if cut is None:
+        """A function of a walk, less what is prepared of it, or of every chunk, less what walks are handed of it.
+
+        Args:
+            rows: what it reads and writes itself.
+        """
+        part = self.prepared.get(name) or self._taking(name, module, results)
+        if part is None:
             self._add_one(name, module, results, doc, rows)
             return
-        own = dict.fromkeys([*rows, *cut.handed], (0, False))
-        self.add_blocked(name, cut.rest, results, doc, own, self._axes_of(cut), self.strips)
+        own = dict.fromkeys([*rows, *part.handed], (0, False))
+        self.add_blocked(name, part.rest, results, doc, own, self._axes_of(part), self.blocks_of(name))
+
+    def _taking(self, name: str, module: fx.GraphModule, results: Sequence[str | None]) -> Taking | None:
+        """A function of complete chunks, which alone are prepared, less what the walks before it are handed."""
+        walks = {"chunk": ["advance"], "chunk_vjp": [*WALKS]}.get(name, [])
+        made = [self.prepared[walk] for walk in walks if walk in self.prepared]
+        if not made:
+            return None
+        waits = [*self.walked, *[f"d_{n}_new" for n in self.walked]]
+        found = taking(module, [r is not None for r in results], waits, made, self.rows)
+        self.taken[name] = () if found is None else found.handed
+        return found
 
     def add_prepares(self) -> None:
         """The functions that prepare walks."""
@@ -85,9 +95,8 @@ class TritonPrepare(TritonStream):
             handed = [n for cut in cuts for n in cut.handed]
             doc = f"What {' and '.join(walks)} take{'s' if len(walks) == 1 else ''} of a chunk alone. "
             own = dict.fromkeys([*self.per_token, *self.shared, *self.carry, *handed], (0, False))
-            ahead = joined([cut.ahead.graph for cut in cuts]) if len(cuts) > 1 else cuts[0].ahead
-            axes = self._axes_of(cuts[0]) if len(cuts) == 1 else None
-            self.add_blocked(self.prepare_of(walks), ahead, handed, f"{doc}Makes {', '.join(handed)}.", own, axes)
+            ahead = joined([cut.ahead.graph for cut in cuts])
+            self.add_blocked(self.prepare_of(walks), ahead, handed, f"{doc}Makes {', '.join(handed)}.", own)
 
     @staticmethod
     def prepare_of(walks: Sequence[str]) -> str:
@@ -107,32 +116,6 @@ class TritonPrepare(TritonStream):
             return False
         ahead = self.prepared["chunk_state_vjp"].ahead.graph
         return not any(node.users and node.name in self.carry for node in ahead.find_nodes(op="placeholder"))
-
-    def add_of_chunk(
-        self,
-        name: str,
-        module: fx.GraphModule,
-        results: Sequence[str | None],
-        doc: str,
-        rows: Collection[str],
-        walks: Sequence[str],
-        waits: Collection[str],
-    ) -> None:
-        """A function of every chunk, less what walks are handed of it.
-
-        Args:
-            rows: what it reads and writes itself.
-            walks: the functions of walks before it.
-            waits: inputs that these make.
-        """
-        made = [self.prepared[walk] for walk in walks if walk in self.prepared]
-        found = taking(module, [r is not None for r in results], waits, made, self.rows) if made else None
-        if found is None:
-            self._add_one(name, module, results, doc, rows)
-            return
-        self.taken[name] = found.taken
-        own = dict.fromkeys([*rows, *found.taken], (0, False))
-        self.add_blocked(name, found.rest, results, doc, own, self._axes_of(found), self.blocks_of(name))
 
     def _axes_of(self, parts: Prepared | Taking) -> dict[fx.Node, Axes]:
         """The names of the axes of each value of a graph's parts: as the whole has them."""

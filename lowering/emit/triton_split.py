@@ -13,7 +13,7 @@ are rounded as the products would round them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import fx
 
@@ -61,33 +61,17 @@ class TritonSplitScan(TritonPrepare):
             own = [*tokens, *ROWWISE, *self.carry, *self.shared, *self._left_in_memory(name)]
             left = [None if r.removesuffix("_new") in self.carry else r for r in piece.results]
             doc = f"{TITLES[name]}. Makes {', '.join(filter(None, left))}."
-            self._add_of_piece(name, piece.forward, left, doc, own, ["advance"])
+            self.add_part(name, piece.forward, left, doc, own)
             wrt = [None if n == VALID else f"d_{n}" for n in piece.wrt]
             rest = [None if r in carried else r for r in wrt]
             rows = [*own, *[f"d_{n}" for n in [*self.tokens, *self._summed]], *[f"d_{n}_new" for n in self.walked]]
             rows += [f"d_{n}" for n in self._left_in_memory(name)]
-            self._add_of_piece(f"{name}_vjp", piece.backward, rest, f"Cotangents of the tokens of {name}.", rows, WALKS)
+            self.add_part(f"{name}_vjp", piece.backward, rest, f"Cotangents of the tokens of {name}.", rows)
             doc = f"Cotangents of the state that {name} starts with."
-            self.add_walk(*self._pulled_walk(name), doc, [*tokens, *self.carry])
-        self.add_walk(*self._advanced, f"{TITLES['advance']}.", [*tokens, *self.held])
+            self.add_part(*self._pulled_walk(name), doc, [*tokens, *self.carry])
+        self.add_part(*self._advanced, f"{TITLES['advance']}.", [*tokens, *self.held])
         self.add_prepares()
         self.low = {handed: self._factors(handed) for handed in [*_PREFIX, *WALKS.values()]}
-
-    def _add_of_piece(
-        self,
-        name: str,
-        module: fx.GraphModule,
-        results: Sequence[str | None],
-        doc: str,
-        rows: Collection[str],
-        walks: Collection[str],
-    ) -> None:
-        """A function of every chunk; only complete ones are prepared for walks."""
-        if name.startswith("chunk"):
-            waits = [*self.walked, *[f"d_{n}_new" for n in self.walked]]
-            self.add_of_chunk(name, module, results, doc, rows, [*walks], waits)
-        else:
-            self._add_one(name, module, results, doc, rows)
 
     @property
     def _advanced(self) -> tuple[str, fx.GraphModule, list[str | None]]:

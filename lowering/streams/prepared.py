@@ -100,13 +100,13 @@ class Taking:
     Attributes:
         whole: the graph that computes it itself.
         rest: all inputs, and what is taken -> the results.
-        taken: names of what is taken, in order.
+        handed: names of what is taken, in order.
         sources: a node of `rest` -> the one of `whole` that it is.
     """
 
     whole: fx.GraphModule
     rest: fx.GraphModule
-    taken: tuple[str, ...]
+    handed: tuple[str, ...]
     sources: Mapping[fx.Node, fx.Node]
 
 
@@ -125,13 +125,12 @@ def taking(
     for cut in made:
         known = numbers.of(cut.ahead.graph)
         there |= {known[n]: name for n, name in zip(results_of(cut.ahead.graph), cut.handed, strict=True) if n}
-    before = sum(map(costs.again, _copied(module, results).graph.nodes))
+    plain, apart = _copied(module, results), _copied(module, results)
+    before = sum(map(costs.again, plain.graph.nodes))
+    _free_systems(apart.graph, waits)
+    apart.graph.eliminate_dead_code()
     found = []
-    for is_apart in (False, True):
-        whole = _copied(module, results)
-        if is_apart:
-            _free_systems(whole.graph, waits)
-            whole.graph.eliminate_dead_code()
+    for whole in (plain, apart):
         known = numbers.of(whole.graph)
         read = {n: _READ * costs.elements(n) for n in known if n.op != "placeholder" and known[n] in there}
         again, taken = _cut(whole.graph, reached(whole.graph, waits), costs, read)

@@ -61,7 +61,7 @@ def test_every_kernel_of_narrow_heads_is_triton(loop: type[nl.Loop]):
     pytest.importorskip("triton")
     for plan in static.plans(loop, 32).values():
         if not isinstance(plan, str):
-            for form in [form for one in (plan, plan.prepare, plan.decoders) if one is not None for form in one.forms]:
+            for form in plan.modules:
                 for kernel in form.kernels:
                     assert_typed(form, kernel)
 

@@ -146,8 +146,8 @@ def test_solutions_that_are_there_are_taken(loop: type[nl.Loop], name: str, befo
         handed = {
             n: t for walk in before for n, t in zip(made[walk].handed, computed(made[walk].ahead, given), strict=True)
         }
-        taken = {n: t for n, t in handed.items() if n in found.taken and t is not None}
-        assert set(taken) == set(found.taken)
+        taken = {n: t for n, t in handed.items() if n in found.handed and t is not None}
+        assert set(taken) == set(found.handed)
         assert_same(computed(found.rest, {**given, **taken}), computed(module, given), which)
 
 

@@ -28,6 +28,7 @@ from tests.drawn import SIZES
 from tests.lowering.comparison import assert_equal, differences, run, run_in_parts
 from tests.lowering.runtime.test_native import Causally, doubled, inputs_of, single
 from tests.lowering.runtime.test_native_streams import STREAMS, drawn
+from tests.lowering.test_prepared import SOLVED
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -124,9 +125,6 @@ def test_chunks_of_an_affine_state_run_at_once(loop: type[nl.Loop], kernels_of_s
     wanted = run(nl.compile(loop, backend="reference"), inputs, losses=False)
     assert_equal(differences(found, wanted), 1e-9)
     assert {"forward_outputs", "backward_tokens"} <= kernels_of_scans
-
-
-SOLVED = [zoo.DeltaNet, zoo.GatedDeltaNet, zoo.KDA, zoo.Comba, zoo.GDN2, zoo.Longhorn, zoo.DeltaProduct]
 
 
 @pytest.mark.parametrize("loop", [*SOLVED, zoo.GLA, zoo.Mesa], ids=lambda loop: loop.__name__)

@@ -11,26 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from nestloop import reference
 from nestloop.errors import (
-    CapturedTensorError,
     KernelShapeError,
     Location,
     LossNotPerTokenError,
     NestloopError,
     ReadoutShapeError,
-    UnadmittedOpError,
     UnusedFastWeightError,
 )
 from nestloop.lang.loop import LoopSpec, body_line
 from nestloop.lowering import ops
-from nestloop.lowering.length import HINT, Length
 from nestloop.lowering.mismatch import OpFailed, shape_mismatch, trial_sizes
-from nestloop.lowering.recorder import record
-from nestloop.lowering.watched import WatchedCalls, WatchedOps, as_compile_error
+from nestloop.lowering.tracer import Tracer
 
 
 @dataclass(frozen=True)
@@ -51,6 +46,7 @@ class Captured:
             `lowering.rewrites.gram` rewrote it; None where it did not.
         squares: how many of those are the rows of each square of the loss, in order.
         reads_dtype: whether a body uses a constant of the dtype (RMSNorm's default eps).
+        one_token: the bodies for one token, where those for many would not hold for it.
     """
 
     spec: LoopSpec
@@ -66,6 +62,7 @@ class Captured:
     decoders: fx.GraphModule | None = None
     squares: tuple[int, ...] = ()
     reads_dtype: bool = False
+    one_token: Captured | None = None
 
     @property
     def loss_inputs(self) -> list[str]:
@@ -169,101 +166,6 @@ def _kernel_body(spec: LoopSpec, dims: dict[str, Any]) -> Callable[..., Tensor]:
         return spec.body_with(slow, dims).kernel(*tensors[-2:])
 
     return kernel
-
-
-class Tracer:
-    """Traces functions of one loop's tensors over tiles without memory, all with the same symbol for n."""
-
-    def __init__(
-        self, spec: LoopSpec, sizes: dict[str, int], tokens: int | None, dtype: torch.dtype = torch.float32
-    ) -> None:
-        self.dtype, self.reads_dtype = dtype, False
-        self.spec, self.sizes = spec, {n: s for n, s in sizes.items() if n not in ("N", "n")}
-        self.tokens = tokens
-        self.n = Length()
-        first = next(iter(spec.inputs))
-        self.length: Any = self.tile(first).shape[0]
-        self.dims: dict[str, Any] = {**self.sizes, "n": spec.schedule.seen(self.length)}
-        if (not spec.schedule.needs_order and not spec.streams) or spec.is_kernel_estimator:
-            self.dims["N"] = self.length
-
-    def tile(self, name: str, micro: int = 0, tokens: bool = True) -> Tensor:
-        """A fresh tile of a declared tensor: [n, *dims] for views (with `micro`, [n, micro, *dims]; without `tokens`,
-        [*dims]), [*dims] for weights, of which NAME__held is another."""
-        name = name.removesuffix("__held")
-        declared = {**self.spec.fast, **self.spec.slow, **self.spec.inputs}[name]
-        shape = [expr.size(self.sizes, declared.where) for expr in declared.dims]
-        if name not in self.spec.inputs or not tokens:
-            return self.example(shape)
-        steps = [micro] if micro else []
-        return self.example([self.tokens or self.n.size, *steps, *shape])
-
-    def row(self) -> Tensor:
-        """A fresh number for each of the tile's rows."""
-        return self.example([self.tokens or self.n.size])
-
-    def example(self, shape: Sequence[Any]) -> Tensor:
-        """A tensor without memory."""
-        return torch.empty(tuple(shape), dtype=self.dtype, device="meta")
-
-    def like(self, value: Tensor) -> Tensor:
-        """One of the shape of a traced value."""
-        return self.example(value.shape)
-
-    def fixed_tokens(self) -> int | None:
-        """The sequence length, where a body (or the declaration) fixes it."""
-        if self.tokens is not None:
-            return self.tokens
-        least = 2 + (self.spec.optimizer.window or 1) - 1  # rows of a tile of two tokens
-        return None if self.n.is_free(least) else HINT
-
-    def trace(self, body: Callable[..., Any], names: list[str], what: str) -> fx.GraphModule:
-        """The graph of `body` over tiles of the named tensors."""
-        return self.trace_on(body, [self.tile(name) for name in names], names, user_body=what)
-
-    def trace_on(
-        self, body: Callable[..., Any], examples: list[Tensor], names: list[str], user_body: str | None = None
-    ) -> fx.GraphModule:
-        """The graph of `body` over given tensors, placeholders named `names`."""
-
-        def watched(*tensors: Tensor) -> Any:
-            if user_body is None:
-                return body(*tensors)
-            with WatchedOps(self.spec), WatchedCalls(self.spec) as calls:
-                made = body(*tensors)
-            self.reads_dtype |= calls.reads_dtype
-            return made
-
-        with as_compile_error(self.spec, user_body):
-            graph = record(watched, examples, names)
-        _check_admitted(self.spec, graph)  # of derivatives too, which may take other ops
-        return graph
-
-
-def _op_name(func: Any) -> str:
-    return func._schema.name.split("::")[-1] if hasattr(func, "_schema") else getattr(func, "__name__", str(func))
-
-
-def _check_admitted(spec: LoopSpec, module: fx.GraphModule) -> None:
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            raise CapturedTensorError(
-                f"A body of {spec.name} makes a tensor constant.",
-                where=node.meta.get("where", spec.where),
-                given=f"a tensor made from numbers, used as {node.name}",
-                need="Python numbers, or weights that are declared",
-                fix="write the number itself, or declare it: scale = nl.slow('d', init='constant(0.5)')",
-            )
-        if node.op != "call_function" or ops.admitted(node.target):
-            continue
-        near = ops.nearest(node.target)
-        raise UnadmittedOpError(
-            f"{spec.name} uses {_op_name(node.target)}, which is outside the ops nestloop compiles.",
-            where=node.meta.get("where", spec.where),
-            given=str(node.target),
-            need="an op with a row in lowering/ops" + (f"; near it: {', '.join(near)}" if near else ""),
-            fix="write it with admitted ops, or add a row for it (CONTRIBUTING.md); backend='reference' takes any op",
-        )
 
 
 def _value(module: fx.GraphModule) -> Any:

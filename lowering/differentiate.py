@@ -15,12 +15,12 @@ from torch import Tensor, fx
 
 from nestloop import reference
 from nestloop.lang.declare import Gate, Slow
-from nestloop.lowering import ops
-from nestloop.lowering.capture import Captured, Tracer
+from nestloop.lowering.capture import Captured
 from nestloop.lowering.derivative import grad
 from nestloop.lowering.derivative import vjp as pulled
-from nestloop.lowering.recorder import noting
+from nestloop.lowering.recorder import Located
 from nestloop.lowering.simplify import simplify
+from nestloop.lowering.tracer import Tracer
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,6 @@ class Piece:
     @property
     def inputs(self) -> list[str]:
         return [node.name for node in self.forward.graph.find_nodes(op="placeholder")]
-
-
-class Located(fx.Interpreter):
-    """Runs a captured graph under a trace; the new nodes keep the user's lines."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.extra_traceback = False  # errors in here choose between forms; PyTorch would import Dynamo to log them
-
-    def run_node(self, n: fx.Node) -> Any:
-        with noting(where=n.meta.get("where")):
-            return super().run_node(n)
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return ops.call(target, args, kwargs)
 
 
 def _call(module: fx.GraphModule) -> Callable[..., Any]:

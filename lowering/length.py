@@ -7,7 +7,8 @@ same for every n, exactly if all their values are; it is a sympy expression in n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch.fx.experimental.sym_node import SymNode
 
 LENGTHS = (*range(2, 70), 128, 196, 1024, 50_176, 10**6)  # a decision on n is tried on these; 1 is lowered on its own
 HINT = 23  # stands for n while tracing; the graphs hold the symbol
-_PLACE = LENGTHS.index(HINT)
 
 
 class Length:
@@ -27,34 +27,47 @@ class Length:
     Attributes:
         decisions: every truth value that tracing has asked for and that is another one for some other n.
         fixed: whether one of them holds for n = `HINT` alone.
+        place: where in `LENGTHS` the length stands that is traced for, `HINT` but in `at`.
+        known: whether sizes are numbers, as they are in `at`.
     """
 
     def __init__(self) -> None:
         self.decisions: list[tuple[Any, ...]] = []
-        self.fixed = False
+        self.fixed = self.known = False
+        self.place = LENGTHS.index(HINT)
         self.constants: dict[tuple[type, Any], Size] = {}
         self.computed: dict[tuple[Any, ...], Size] = {}  # by operation and operands: shapes ask for the same again
         self.symbol = sympy.Symbol("n", integer=True, positive=True)
         self.size = torch.SymInt(Size(self, LENGTHS, lambda: self.symbol))
 
     def decide(self, values: tuple[Any, ...]) -> Any:
-        """The value at `HINT`, which the graph is traced for."""
-        taken = values[_PLACE]
+        """The value at the length that the graph is traced for."""
+        taken = values[self.place]
         agree = values.count(taken)
         if agree != len(values):
             self.decisions.append(values)
-            self.fixed |= agree == 1
+            self.fixed |= agree == 1 and not self.known
         return taken
 
-    def is_free(self, least: int) -> bool:
+    def is_free(self, least: int, since: int = 0) -> bool:
         """Whether the graphs hold for any n from `least` on: no body took a size or a branch that another n would
-        not."""
+        not. `since`: of the graphs traced after so many decisions."""
         return all(
-            value == values[_PLACE]
-            for values in self.decisions
+            value == values[self.place]
+            for values in self.decisions[since:]
             for n, value in zip(LENGTHS, values, strict=True)
             if n >= least
         )
+
+    @contextmanager
+    def at(self, n: int) -> Iterator[None]:
+        """Trace for one length, with numbers for sizes; what is decided in here decides nothing elsewhere."""
+        before = self.place, self.decisions, self.fixed, self.known
+        self.place, self.decisions, self.known = LENGTHS.index(n), [], True
+        try:
+            yield
+        finally:
+            self.place, self.decisions, self.fixed, self.known = before
 
 
 class Size(SymNode):
@@ -72,10 +85,19 @@ class Size(SymNode):
         spell: Callable[[], Any],
         made: tuple[Callable[..., Any], tuple[Any, ...]] | None = None,
     ) -> None:
-        hint = values[_PLACE]
+        hint = values[length.place]
         constant = hint if values.count(hint) == len(values) else None
         super().__init__(None, None, type(hint), hint, constant)
         self.length, self.values, self.spell, self.made = length, values, spell, made
+
+    @property
+    def hint(self) -> Any:
+        return self.values[self.length.place]
+
+    @property
+    def number(self) -> Any:
+        """What stands for the size in a graph if not the symbol: the same number for every n, or one length's."""
+        return self.hint if self.length.known else self.constant
 
     @cached_property
     def _spelled(self) -> Any:
@@ -88,7 +110,7 @@ class Size(SymNode):
         return self._spelled if known is None else sympy.sympify(known)
 
     def maybe_as_int(self) -> int | None:
-        known = self.hint if self.length.fixed else self.constant
+        known = self.hint if self.length.fixed else self.number
         return known if type(known) is int else None
 
     def maybe_as_bool(self) -> bool | None:

@@ -12,11 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from nestloop.errors import NoPlanError
 from nestloop.lang.loop import LoopSpec
-from nestloop.lang.schedule import Program
+from nestloop.lang.schedule import Causal, Program
 from nestloop.lowering.axes import Typing, check_tokens, type_axes
-from nestloop.lowering.capture import Captured, Tracer, capture_with
+from nestloop.lowering.capture import Captured, capture_with
 from nestloop.lowering.differentiate import Piece, pieces, shared_pieces
 from nestloop.lowering.emit.cpp_loop import CppEmitter
 from nestloop.lowering.emit.cpp_piece import CppPiece
@@ -30,6 +29,7 @@ from nestloop.lowering.emit.triton_pieces import HEIGHTS
 from nestloop.lowering.emit.triton_shared import TritonShared
 from nestloop.lowering.ops import NoSpelling
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites
+from nestloop.lowering.rows import check_rows, decides, of_each_token
 from nestloop.lowering.runtime.native import NativePlan
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling, TritonPlan
@@ -37,6 +37,7 @@ from nestloop.lowering.schedule.cost import cost, rows_in_cache, tile_rows
 from nestloop.lowering.streams.affine import is_affine
 from nestloop.lowering.streams.forms import Form, choose, in_turn, pieces_of
 from nestloop.lowering.streams.step import identifier
+from nestloop.lowering.tracer import Tracer
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def stages(
     typing = None if captured.loss is None else type_axes(spec, captured.loss)
     if typing is not None:
         check_tokens(spec, typing, type_axes(spec, captured.readout))
+    if spec.schedule.needs_order and (tokens or tracer.fixed_tokens() is None):
+        check_rows(captured, tracer)
     narrowed, gram = gram_form(captured, tracer, not wide)
     hoisted, hoisting = hoist(narrowed, tracer)
     projected, projection = project(hoisted, tracer)
@@ -221,6 +224,10 @@ def stream_stages(
     assert captured.loss is not None
     typing = type_axes(spec, captured.loss)
     check_tokens(spec, typing, type_axes(spec, captured.readout))
+    if isinstance(spec.schedule, Causal):
+        captured, tracer = of_each_token(captured, tracer)
+    elif tokens is None and tracer.fixed_tokens() is None:  # else each length has graphs of its own
+        check_rows(captured, tracer)
     form, applied = choose(captured, tracer)
     if form.name == "sequential" and tokens != 1:
         tracer = Tracer(spec, sizes, 1, dtype)
@@ -238,13 +245,7 @@ def stream_stages(
     decided = None if form.name == "sequential" else tracer.fixed_tokens()
     reaches = (spec.optimizer.window or 1) > 1
     if part == "scan" and tokens is not None and form.name != "sequential" and (tokens > form.longest or reaches):
-        raise NoPlanError(
-            f"The torch backend has no plan for {spec.name}: a body decides on how many tokens its tile has.",
-            where=spec.where,
-            given=f"{tokens} tokens in chunks of {form.longest}, the last of which may be shorter",
-            need="the same computation for chunks of any length",
-            fix='write nl.compile(..., backend="reference"), or a body that holds for every self.n',
-        )
+        raise decides(spec, f"{tokens} tokens in chunks of {form.longest}, the last of which may be shorter")
 
     def scan_in(one: Form) -> tuple[Any, ...]:
         return (captured, *pieces_of(captured, tracer, one, False, losses), one.longest, losses, one.name)

@@ -25,6 +25,7 @@ from nestloop.lowering.ops.results import META, SYMBOLS
 aten = torch.ops.aten
 
 _PLACES = ("device", "layout", "pin_memory")  # which a graph leaves to where it runs
+_NOTED = ("where", "called")  # of a user's op
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
@@ -170,8 +171,8 @@ class Recorder(Mode):
 
     def _number(self, size: Any) -> Any:
         """A number that depends on n: an axis of an input, or computed from others."""
-        if size.constant is not None:
-            return size.constant
+        if size.number is not None:
+            return size.number
         found = self.numbers.get(size.values)
         if found is None:
             if size.made is None:
@@ -185,6 +186,21 @@ class Recorder(Mode):
         found.meta.update(self.facts, val=wrap_node(size))
         self.numbers[size.values] = found
         return found
+
+
+class Located(fx.Interpreter):
+    """Runs a recorded graph; where that is recorded, the new nodes keep what was noted of the old ones."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False  # errors in here choose between forms; PyTorch would import Dynamo to log them
+
+    def run_node(self, n: fx.Node) -> Any:
+        with noting(**{fact: n.meta.get(fact) for fact in _NOTED}):
+            return super().run_node(n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return ops.call(target, args, kwargs)
 
 
 @cache

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from nestloop.lowering.capture import Captured, Tracer
-from nestloop.lowering.differentiate import Located
+from nestloop.lowering.capture import Captured
+from nestloop.lowering.recorder import Located
 from nestloop.lowering.rewrites.reach import ancestors, evaluate, inputs_below
 from nestloop.lowering.rewrites.rule import Rewrite
 from nestloop.lowering.simplify import simplify
+from nestloop.lowering.tracer import Tracer
 
 aten = torch.ops.aten
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from nestloop.lowering import ops
-from nestloop.lowering.capture import Captured, Tracer
+from nestloop.lowering.capture import Captured
 from nestloop.lowering.rewrites.reach import evaluate, inputs_below
 from nestloop.lowering.rewrites.rule import Rewrite
 from nestloop.lowering.simplify import is_gram, simplify
+from nestloop.lowering.tracer import Tracer
 
 NAME = "hoisting"
 

@@ -14,10 +14,11 @@ from torch import Tensor, fx
 
 from nestloop.lowering import ops
 from nestloop.lowering.axes import is_token, type_axes
-from nestloop.lowering.capture import Captured, Tracer
+from nestloop.lowering.capture import Captured
 from nestloop.lowering.rewrites.reach import evaluate, inputs_below
 from nestloop.lowering.rewrites.rule import Rewrite
 from nestloop.lowering.simplify import simplify
+from nestloop.lowering.tracer import Tracer
 
 NAME = "projection"
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ from nestloop.lang import coefficient
 from nestloop.lang.declare import Gate, Slow
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Chunked, Program
-from nestloop.lowering.capture import Captured, Tracer
+from nestloop.lowering.capture import Captured
 from nestloop.lowering.collect import collect
 from nestloop.lowering.differentiate import Piece, make_piece
 from nestloop.lowering.recorder import graph_module
@@ -28,6 +28,7 @@ from nestloop.lowering.streams.primal import primal_step
 from nestloop.lowering.streams.solved import Response, check_solvable, respond, solved_step
 from nestloop.lowering.streams.step import Step, Tensors, causal, identifier
 from nestloop.lowering.streams.uses import NotAffine
+from nestloop.lowering.tracer import Tracer
 
 Function = Callable[[Step, Tensors], tuple[Tensor, ...]]
 

@@ -2,81 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import vmap
 
 from nestloop.lang.declare import Gate
 from nestloop.lowering.derivative import grad
-from nestloop.lowering.differentiate import Located
+from nestloop.lowering.recorder import Located
 from nestloop.lowering.streams.coefficients import Coefficients, Rows, before, coefficients, last, last_row, strict
 from nestloop.lowering.streams.dual import summed
 from nestloop.lowering.streams.halves import Halves
 from nestloop.lowering.streams.step import VALID, Step, Tensors, causal, momentum_names, placeholders
 
 aten = torch.ops.aten
-# vmap's rule for mm asks for the number of elements, which tokens of no known number do not have.
-_KNOWN_LENGTHS_ALONE = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
-
-
-class _OneToken(Located):
-    """Runs a body of one token under `vmap` over the tokens."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is aten.gelu.default:  # vmap's rule for its derivative settles on one number of tokens
-            x = args[0]
-            if kwargs.get("approximate", "none") == "tanh":
-                return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
-            return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
-        # Likewise those for joining, and for the derivatives of slices; that for padding does not.
-        if target is aten.cat.default:
-            return _joined(*args)
-        if target is aten.select.int and isinstance(args[0].shape[args[1]], int):
-            x, dim, index = args
-            return _cut(x, dim, index % x.shape[dim], index % x.shape[dim] + 1).squeeze(dim)
-        if target is aten.slice.Tensor and len(args) == 4 and isinstance(args[0].shape[args[1]], int):
-            x, dim, start, stop = args
-            start, stop, _ = slice(start, stop).indices(x.shape[dim])
-            return _cut(x, dim, start, max(start, stop))
-        if target is aten.mm.default and _KNOWN_LENGTHS_ALONE and args[0].shape[0] == 1:
-            row, matrix = args
-            return torch.mv(matrix.t(), row[0]).unsqueeze(0)
-        return super().call_function(target, args, kwargs)
-
-
-def _cut(x: Tensor, dim: int, start: int, stop: int) -> Tensor:
-    """A slice of an axis, as negative padding."""
-    behind = 2 * (x.ndim - 1 - dim % x.ndim) * [0]
-    return F.pad(x, [*behind, -start, stop - x.shape[dim]])
-
-
-def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Tensors beside each other, as a sum of each between zeros."""
-    sizes = [t.shape[dim] for t in tensors]
-    behind = 2 * (tensors[0].ndim - 1 - dim % tensors[0].ndim) * [0]
-    total = None
-    for index, tensor in enumerate(tensors):
-        padded = F.pad(tensor, [*behind, sum(sizes[:index]), sum(sizes[index + 1 :])])
-        total = padded if total is None else total + padded
-    assert total is not None
-    return total
 
 
 def token_gradients(step: Step, at: Tensors, slow: Tensors, keys: Tensors) -> tuple[Tensors, Tensor]:
     """Every row's gradient of every fast weight [r, *dims], times its learning rate; every row's loss [r]."""
-    spec, loss = step.spec, step.captured.loss
+    spec, loss = step.spec, (step.captured.one_token or step.captured).loss
     assert loss is not None
     names = placeholders(loss)
 
     def one(fast: Tensors, row: Tensors) -> tuple[Tensor, Tensor]:
         tile = {n: t.unsqueeze(0) for n, t in row.items()}
         given = step.loss_inputs(fast, at, slow, tile)
-        value = _OneToken(loss).run(*[given[n] for n in names]).reshape(())
+        value = Located(loss).run(*[given[n] for n in names]).reshape(())
         return value, value
 
     found, losses = vmap(grad(one, has_aux=True), in_dims=(None, 0))(at, keys)
@@ -156,12 +108,12 @@ def _built(
 
 
 def _read(step: Step, weights: Tensors, slow: Tensors, queries: Tensors) -> Tensor:
-    readout = step.captured.readout
+    readout = (step.captured.one_token or step.captured).readout
     names = placeholders(readout)
 
     def one(fast: Tensors, row: Tensors) -> Tensor:
         given: dict[str, Any] = {**fast, **slow, **{n: t.unsqueeze(0) for n, t in row.items()}}
-        return _OneToken(readout).run(*[given[n] for n in names]).squeeze(0)
+        return Located(readout).run(*[given[n] for n in names]).squeeze(0)
 
     return vmap(one)(weights, queries)
 
@@ -176,7 +128,7 @@ def _losses(
     every: dict[str, Coefficients],
 ) -> Tensor:
     """Each row's loss at the weights before its step."""
-    spec, loss = step.spec, step.captured.loss
+    spec, loss = step.spec, (step.captured.one_token or step.captured).loss
     assert loss is not None
     names = placeholders(loss)
     decays_first = spec.optimizer.decays is not None and spec.optimizer.decay_order == "before"

@@ -22,8 +22,8 @@ from nestloop.lang.declare import Gate, Slow
 from nestloop.lowering import ops
 from nestloop.lowering.axes import type_axes
 from nestloop.lowering.derivative import grad
-from nestloop.lowering.differentiate import Located
 from nestloop.lowering.ops import Kind
+from nestloop.lowering.recorder import Located
 from nestloop.lowering.rewrites.reach import ancestors
 from nestloop.lowering.simplify import simplify
 from nestloop.lowering.streams.coefficients import Coefficients, before, coefficients, strict

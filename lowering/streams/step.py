@@ -15,11 +15,12 @@ from nestloop.lang.declare import Declaration, Gate
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.optim import momentum_name
 from nestloop.lang.schedule import Causal, Chunked
-from nestloop.lowering.capture import Captured, Tracer
-from nestloop.lowering.differentiate import Located
+from nestloop.lowering.capture import Captured
+from nestloop.lowering.recorder import Located
 from nestloop.lowering.runtime.streams import VALID
 from nestloop.lowering.streams.coefficients import Coefficients, Rows, combine, exact
 from nestloop.lowering.streams.uses import NotAffine
+from nestloop.lowering.tracer import Tracer
 
 Tensors = dict[str, Tensor]
 

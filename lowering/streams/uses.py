@@ -16,8 +16,8 @@ from torch import Tensor, fx
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering import ops
 from nestloop.lowering.axes import Axes, is_token
-from nestloop.lowering.differentiate import Located
 from nestloop.lowering.ops import Kind
+from nestloop.lowering.recorder import Located
 
 aten = torch.ops.aten
 

@@ -11,8 +11,9 @@ import torch
 from nestloop import zoo
 from nestloop.errors import Location
 from nestloop.lowering import ops
-from nestloop.lowering.capture import Tracer, capture_with
+from nestloop.lowering.capture import capture_with
 from nestloop.lowering.differentiate import Piece, pieces
+from nestloop.lowering.tracer import Tracer
 
 SIZES = {"d": 4, "D": 8, "H": 2}
 LOOPS: list[Any] = [zoo.MTTTLinear, zoo.MTTTMLP, zoo.MTTTMLPSGD4, zoo.GatedBranch, zoo.LinearAttentionElu]

@@ -12,15 +12,15 @@ from torch import Tensor, fx
 import nestloop as nl
 from nestloop import zoo
 from nestloop.lowering import names, ops
-from nestloop.lowering.capture import Tracer, capture_with
-from nestloop.lowering.differentiate import Located
-from nestloop.lowering.recorder import record
+from nestloop.lowering.capture import capture_with
+from nestloop.lowering.recorder import Located, record
 from nestloop.lowering.simplify import simplify
 from nestloop.lowering.streams import prepared as cut
 from nestloop.lowering.streams.affine import reached
 from nestloop.lowering.streams.forms import choose, pieces_of
 from nestloop.lowering.streams.prepared import Prepared, prepared, taking
 from nestloop.lowering.streams.step import identifier
+from nestloop.lowering.tracer import Tracer
 
 ROWS = 16
 TALL, WIDE = 32, 64  # rows and features at which solutions are worth memory

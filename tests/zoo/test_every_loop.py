@@ -12,8 +12,9 @@ import torch
 import nestloop as nl
 from nestloop import zoo
 from nestloop.lang.state import counts_tokens
-from nestloop.lowering.capture import Tracer, capture_with
+from nestloop.lowering.capture import capture_with
 from nestloop.lowering.streams.forms import choose
+from nestloop.lowering.tracer import Tracer
 from nestloop.zoo import listing
 from tests.drawn import SIZES, draw
 

@@ -35,17 +35,25 @@ def record_for_any_length(
     Where there is none, since the function does something else for some of them, it is the graph of `HINT` tokens, and
     `length` says that it is not free.
     """
-    decided, fixed, least = len(length.decisions), length.fixed, min(lengths)
-    graph = record(function, examples, names)
-    if length.is_free(least, since=decided):
-        return graph
-    decisions, length.decisions = length.decisions, length.decisions[:decided]
-    was_fixed, length.fixed = length.fixed, fixed
-    united = _united(length, lengths, function, examples, names)
-    if united is not None and length.is_free(least, since=decided):
+    before = length.decisions[:], length.fixed
+    given = (length, lengths, function, examples, names)
+    try:
+        graph = record(function, examples, names)
+    except RuntimeError:  # of rules that take numbers alone, as vmap's for products does in torch 2.11
+        length.decisions, length.fixed = before
+        united = _united(*given)
+        if united is None:
+            raise
         return united
-    length.decisions, length.fixed = decisions, was_fixed
-    return graph
+    if length.is_free(min(lengths), since=len(before[0])):
+        return graph
+    after = length.decisions, length.fixed
+    length.decisions, length.fixed = before
+    united = _united(*given)
+    if united is None:
+        length.decisions, length.fixed = after
+        return graph
+    return united
 
 
 def _united(
@@ -69,10 +77,12 @@ def _united(
         if len(graphs[n].graph.nodes) != len(graphs[HINT].graph.nodes):
             return None
     try:
-        united = _United(graphs, *axis).module()
+        joined = _United(graphs, *axis).module()
     except _NotAlikeError:
         return None
-    return record(Located(united).run, [_anew(example) for example in examples], names)
+    decided = len(length.decisions)
+    graph = record(Located(joined).run, [_anew(example) for example in examples], names)
+    return graph if length.is_free(min(lengths), since=decided) else None
 
 
 def _anew(example: Tensor, size: Callable[[Any], Any] = lambda size: size) -> Tensor:

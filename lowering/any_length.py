@@ -78,7 +78,7 @@ def _united(
             return None
     try:
         joined = _United(graphs, *axis).module()
-    except _NotAlikeError:
+    except NotAlikeError:
         return None
     decided = len(length.decisions)
     graph = record(Located(joined).run, [_anew(example) for example in examples], names)
@@ -99,7 +99,7 @@ def _token_axis(examples: Sequence[Tensor]) -> tuple[int, int] | None:
     return None
 
 
-class _NotAlikeError(Exception):
+class NotAlikeError(Exception):
     """Graphs of two lengths differ in more than numbers that are polynomials in n."""
 
 
@@ -119,7 +119,7 @@ class _United:
         for nodes in zip(*(module.graph.nodes for module in self.modules), strict=True):
             first = nodes[0]
             if any(node.op != first.op or node.target != first.target for node in nodes):
-                raise _NotAlikeError
+                raise NotAlikeError
             args, kwargs = self._joint([n.args for n in nodes]), self._joint([n.kwargs for n in nodes])
             if first.op == "output":
                 self.graph.output(args[0])
@@ -134,32 +134,32 @@ class _United:
     def _constant(self, name: Any) -> Tensor:
         values = [getattr(module, name) for module in self.modules]
         if any(v.shape != values[0].shape or not torch.equal(v, values[0]) for v in values):
-            raise _NotAlikeError
+            raise NotAlikeError
         return values[0]
 
     def _joint(self, values: list[Any]) -> Any:
         """What stands at one place of every graph."""
         first = values[0]
         if any(type(value) is not type(first) for value in values):
-            raise _NotAlikeError
+            raise NotAlikeError
         if isinstance(first, fx.Node):
             if len({place[value] for place, value in zip(self.place, values, strict=True)}) > 1:
-                raise _NotAlikeError
+                raise NotAlikeError
             return self.made[first]
         if isinstance(first, (list, tuple)):
             if any(len(value) != len(first) for value in values):
-                raise _NotAlikeError
+                raise NotAlikeError
             return type(first)([self._joint(list(parts)) for parts in zip(*values, strict=True)])
         if isinstance(first, dict):
             if any(value.keys() != first.keys() for value in values):
-                raise _NotAlikeError
+                raise NotAlikeError
             return {key: self._joint([value[key] for value in values]) for key in first}
         if isinstance(first, slice):
             return slice(*(self._joint([getattr(v, part) for v in values]) for part in ("start", "stop", "step")))
         if all(value == first for value in values):
             return first
         if type(first) is not int:
-            raise _NotAlikeError
+            raise NotAlikeError
         return self._number(polynomial(self.lengths, values))
 
     def _number(self, coefficients: tuple[int, ...]) -> fx.Node:
@@ -181,12 +181,12 @@ def polynomial(lengths: Sequence[int], values: Sequence[int]) -> tuple[int, ...]
     """The whole coefficients, lowest first, of the polynomial in n that has these values at all lengths.
 
     Raises:
-        _NotAlikeError: there is none of degree 2 or less.
+        NotAlikeError: there is none of degree 2 or less.
     """
     n = sympy.Symbol("n")
     points = list(zip(lengths, values, strict=True))
     fitted = sympy.Poly(sympy.interpolate(points[: _DEGREE + 1], n), n)
     coefficients = [*reversed(fitted.all_coeffs())]
     if not all(c.is_Integer for c in coefficients) or any(fitted.eval(at) != value for at, value in points):
-        raise _NotAlikeError
+        raise NotAlikeError
     return tuple(map(int, coefficients))

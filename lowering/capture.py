@@ -46,7 +46,6 @@ class Captured:
             `lowering.rewrites.gram` rewrote it; None where it did not.
         squares: how many of those are the rows of each square of the loss, in order.
         reads_dtype: whether a body uses a constant of the dtype (RMSNorm's default eps).
-        one_token: the bodies for one token, where those for many would not hold for it.
     """
 
     spec: LoopSpec
@@ -62,7 +61,6 @@ class Captured:
     decoders: fx.GraphModule | None = None
     squares: tuple[int, ...] = ()
     reads_dtype: bool = False
-    one_token: Captured | None = None
 
     @property
     def loss_inputs(self) -> list[str]:

@@ -29,7 +29,7 @@ from nestloop.lowering.emit.triton_pieces import HEIGHTS
 from nestloop.lowering.emit.triton_shared import TritonShared
 from nestloop.lowering.ops import NoSpelling
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites
-from nestloop.lowering.rows import check_rows, decides, of_each_token
+from nestloop.lowering.rows import check_rows, decides
 from nestloop.lowering.runtime.native import NativePlan
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling, TritonPlan
@@ -102,7 +102,7 @@ def stages(
     typing = None if captured.loss is None else type_axes(spec, captured.loss)
     if typing is not None:
         check_tokens(spec, typing, type_axes(spec, captured.readout))
-    if spec.schedule.needs_order and (tokens or tracer.fixed_tokens() is None):
+    if spec.schedule.needs_order and tokens is None:
         check_rows(captured, tracer)
     narrowed, gram = gram_form(captured, tracer, not wide)
     hoisted, hoisting = hoist(narrowed, tracer)
@@ -219,15 +219,16 @@ def stream_stages(
     Raises:
         CompileError: a body cannot be compiled.
     """
-    tracer = Tracer(spec, sizes, tokens, dtype)
+    causal = isinstance(spec.schedule, Causal)
+    tracer = Tracer(spec, sizes, None if causal and tokens != 1 else tokens, dtype)
     captured = capture_with(tracer)
     assert captured.loss is not None
     typing = type_axes(spec, captured.loss)
     check_tokens(spec, typing, type_axes(spec, captured.readout))
-    if isinstance(spec.schedule, Causal):
-        captured, tracer = of_each_token(captured, tracer)
-    elif tokens is None and tracer.fixed_tokens() is None:  # else each length has graphs of its own
+    if tracer.tokens is None and (causal or tracer.fixed_tokens() is None):  # else each length has graphs of its own
         check_rows(captured, tracer)
+    if tracer.tokens != tokens:  # bodies hold for any number, but not what PyTorch derives from them
+        tracer = Tracer(spec, sizes, tokens, dtype)
     form, applied = choose(captured, tracer)
     if form.name == "sequential" and tokens != 1:
         tracer = Tracer(spec, sizes, 1, dtype)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
-from torch import Tensor, fx
-from torch.func import vmap
+from torch import fx
 
 from nestloop.errors import NoPlanError, TokenMixingError
 from nestloop.lang.loop import LoopSpec, body_line
@@ -16,57 +13,37 @@ from nestloop.lowering.recorder import Located
 from nestloop.lowering.tracer import Tracer
 
 _BODIES = ("loss", "readout")
-_ROWS = 3  # any number will tell: the graph is the same for all of them
+_ROWS = 3  # any number tells: the graph is the same for all
 _TOLERANCE = 1e-3  # of the largest value: what counts its rows is off by a factor
 
 
-def of_each_token(captured: Captured, tracer: Tracer) -> tuple[Captured, Tracer]:
-    """The bodies of a causal loop, which the reference gives one token at a time, for any number of tokens: as they
-    were traced, where they hold for any, else those of one token under `vmap`.
+def check_rows(captured: Captured, tracer: Tracer) -> None:
+    """Refuse bodies that decide on how many rows they are given, where that is not theirs to know: tiles of one call
+    differ, and the reference gives those of a causal loop one token at a time.
+
+    captured, tracer: for any number of tokens.
 
     Raises:
-        TokenMixingError: a body makes another value of tokens together than of each alone.
+        TokenMixingError: a body of a causal loop makes another value of tokens together than of each alone.
+        NoPlanError: another body is not the same for each number of rows.
     """
     spec = captured.spec
-    if tracer.tokens == 1:
-        return captured, tracer
-    one, alone = _of_one_row(tracer)
-    fixed = tracer.fixed_tokens()
+    free = tracer.fixed_tokens() is None
+    one = capture_with(Tracer(spec, tracer.sizes, 1, tracer.dtype))
+    causal = isinstance(spec.schedule, Causal)
     for body in _BODIES:
-        if not _same(tracer, getattr(captured, body), getattr(one, body), fixed or _ROWS):
-            assert isinstance(spec.schedule, Causal)
+        graph, of_one = getattr(captured, body), getattr(one, body)
+        if free and _same(tracer, graph, of_one, _ROWS if causal else 1):
+            continue
+        if isinstance(spec.schedule, Causal):
             raise TokenMixingError(
                 f"{spec.name} is {type(spec.schedule).__name__}, but its {body} counts its tokens.",
                 where=body_line(getattr(spec.cls, body), spec.where),
-                given="other values of tokens together than of each of them alone",
+                given="another computation of tokens together than of each of them alone",
                 need="tokens that are on their own: how many of them a body is given at once means nothing",
                 fix=f"use self.n, which is {spec.schedule.seen(0)} in each of its bodies, or pass the places as a view",
             )
-    if fixed is None:
-        return captured, tracer
-    again = Tracer(spec, tracer.sizes, tracer.tokens, tracer.dtype)
-    mapped = {body: _mapped(again, getattr(one, body)) for body in _BODIES}
-    again.reads_dtype = tracer.reads_dtype or alone.reads_dtype
-    return replace(captured, **mapped, tokens=again.fixed_tokens(), one_token=one), again
-
-
-def check_rows(captured: Captured, tracer: Tracer) -> None:
-    """Refuse bodies that decide on the number of rows where one call has tiles of several.
-
-    Raises:
-        NoPlanError: a body is not the same for each number of rows.
-    """
-    spec = captured.spec
-    if tracer.tokens == 1 or spec.grid is not None:  # all rows have the same columns
-        return
-    if tracer.tokens is not None:
-        tracer = Tracer(spec, tracer.sizes, None, tracer.dtype)
-        captured = capture_with(tracer)
-    if tracer.fixed_tokens() is not None:
-        raise decides(spec, "a body that holds for some numbers of them alone")
-    one, _ = _of_one_row(tracer)
-    if not all(_same(tracer, getattr(captured, body), getattr(one, body), 1) for body in _BODIES):
-        raise decides(spec, "a body that does something else for one of them than for more")
+        raise decides(spec, "another computation of one token than of several, or of one number than of another")
 
 
 def decides(spec: LoopSpec, given: str) -> NoPlanError:
@@ -78,11 +55,6 @@ def decides(spec: LoopSpec, given: str) -> NoPlanError:
         need="the same computation for any number of tokens",
         fix='write nl.compile(..., backend="reference"), or a body that holds for every self.n',
     )
-
-
-def _of_one_row(tracer: Tracer) -> tuple[Captured, Tracer]:
-    alone = Tracer(tracer.spec, tracer.sizes, 1, tracer.dtype)
-    return capture_with(alone), alone
 
 
 def _names(module: fx.GraphModule) -> list[str]:
@@ -105,15 +77,3 @@ def _same(tracer: Tracer, together: fx.GraphModule, single: fx.GraphModule, rows
     wanted = torch.cat(alone)
     largest = wanted.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item() if wanted.numel() else 0.0
     return torch.allclose(found, wanted, rtol=0.0, atol=_TOLERANCE * largest, equal_nan=True)
-
-
-def _mapped(tracer: Tracer, single: fx.GraphModule) -> fx.GraphModule:
-    """A body of one token for any number of them."""
-    names, inputs = _names(single), tracer.spec.inputs
-
-    def body(*given: Tensor) -> Tensor:
-        row = [t.unsqueeze(0) if name in inputs else t for name, t in zip(names, given, strict=True)]
-        return Located(single).run(*row).squeeze(0)
-
-    over = vmap(body, in_dims=tuple(0 if name in inputs else None for name in names))
-    return tracer.trace_on(over, [tracer.tile(name) for name in names], names)

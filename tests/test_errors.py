@@ -573,6 +573,27 @@ def test_the_loss_of_a_stream_does_not_count_its_tokens(loss, op, schedule, n):
     )
 
 
+def decides_on_one(self, f, t):  # HERE
+    return (f(t.k) - t.v).square().sum(-1) * (2.0 if t.k.shape[0] == 1 else 1.0)
+
+
+def decides_on_few(self, f, t):  # HERE
+    return (f(t.k) - t.v).square().sum(-1) * (2.0 if len(t.k) > 2 else 1.0)
+
+
+@pytest.mark.parametrize("loss", [decides_on_one, decides_on_few])
+@pytest.mark.parametrize("schedule", [nl.Causal(4), nl.Online()])
+def test_the_loss_of_a_causal_loop_does_not_decide_on_how_many_tokens_it_is_given(loss, schedule):
+    refused(
+        steps_into(loss, schedule=schedule),
+        TokenMixingError,
+        f"Loop is {type(schedule).__name__}, but its loss counts its tokens.",
+        given="another computation of tokens together than of each of them alone",
+        need="tokens that are on their own: how many of them a body is given at once means nothing",
+        fix="use self.n, which is 1 in each of its bodies, or pass the places as a view",
+    )
+
+
 def prints(self, f, t):
     print("seen")  # HERE
     return f(t.k).sum(-1)

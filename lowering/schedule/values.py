@@ -220,7 +220,8 @@ class _Reader:
         name = self._name("transposed" if kind == "transpose" else op)
         value = Value(kind, name, node, tuple(shape), operands, **more)
         value.per_tile = any(operand.base.per_tile for operand in value.reads if operand.base is not None)
-        value.per_tile = value.per_tile or any(size.has_tokens for size in value.space)
+        value.per_tile |= any(size.has_tokens for size in value.space)
+        value.per_tile |= any(isinstance(given.meta.get("val"), torch.SymInt) for given in node.all_input_nodes)
         for operand in value.reads:
             operand.base.users.append(value)
         self.computed.append(value)

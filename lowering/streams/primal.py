@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 def token_gradients(step: Step, at: Tensors, slow: Tensors, keys: Tensors) -> tuple[Tensors, Tensor]:
     """Every row's gradient of every fast weight [r, *dims], times its learning rate; every row's loss [r]."""
-    spec, loss = step.spec, (step.captured.one_token or step.captured).loss
+    spec, loss = step.spec, step.captured.loss
     assert loss is not None
     names = placeholders(loss)
 
@@ -108,7 +108,7 @@ def _built(
 
 
 def _read(step: Step, weights: Tensors, slow: Tensors, queries: Tensors) -> Tensor:
-    readout = (step.captured.one_token or step.captured).readout
+    readout = step.captured.readout
     names = placeholders(readout)
 
     def one(fast: Tensors, row: Tensors) -> Tensor:
@@ -128,7 +128,7 @@ def _losses(
     every: dict[str, Coefficients],
 ) -> Tensor:
     """Each row's loss at the weights before its step."""
-    spec, loss = step.spec, (step.captured.one_token or step.captured).loss
+    spec, loss = step.spec, step.captured.loss
     assert loss is not None
     names = placeholders(loss)
     decays_first = spec.optimizer.decays is not None and spec.optimizer.decay_order == "before"

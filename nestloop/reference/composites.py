@@ -1,6 +1,6 @@
-"""Functions of PyTorch that `vmap` gets wrong, written with ones that it gets right.
+"""Functions of PyTorch that `vmap` or a derivative gets wrong, written with ones that they get right.
 
-Of `layer_norm` with a weight for every sequence, the derivative of the gradient is another one; losses of elements fail
+Of `aminmax` PyTorch 2.11 has no derivative. Of `layer_norm` with a weight for every sequence, the derivative of the gradient is another one; losses of elements fail
 where only one side has the axis (PyTorch 2.11 to 2.13).
 """
 
@@ -33,7 +33,13 @@ def _of_elements(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return loss
 
 
-_INSTEAD: dict[str, Callable[..., Tensor]] = {
+def _aminmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Any:
+    over = () if dim is None else dim
+    return torch.return_types.aminmax((x.amin(over, keepdim), x.amax(over, keepdim)))
+
+
+_INSTEAD: dict[str, Callable[..., Any]] = {
+    "aminmax": _aminmax,
     "layer_norm": _layer_norm,
     "mse_loss": _of_elements(F.mse_loss),
     "huber_loss": _of_elements(F.huber_loss),

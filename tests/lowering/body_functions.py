@@ -135,6 +135,7 @@ REDUCTIONS: dict[str, Function] = {
     "max": lambda x, y: torch.stack([x.max(-1).values, y.min(-1).values], -1),
     "mean": lambda x, y: x * y.mean(-1, keepdim=True),
     "mean of parts": lambda x, y: even(x).reshape(x.shape[0], -1, 2).mean(1),
+    "mean of parts of len": lambda x, y: even(x).reshape(len(x), -1, 2).mean(-1),
     "nansum": lambda x, y: x - x.nansum(-1, keepdim=True),
     "norm": lambda x, y: (x + 0.3).norm(dim=-1, keepdim=True),
     "norm p": lambda x, y: x * torch.linalg.norm(y + 0.3, 3, -1, keepdim=True),

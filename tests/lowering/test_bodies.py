@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nestloop as nl
+from nestloop.lang.schedule import Schedule
 from tests.lowering.comparison import Inputs, differences, random_inputs, run, run_in_parts
 
 SIZES = {"d": 4, "D": 8, "H": 2, "m": 3, "N": 7}
@@ -203,7 +205,42 @@ class Reconstruct(Recall):
         return (losses + F.smooth_l1_loss(y, t.x, reduction="none", beta=0.3)).mean(-1)
 
 
+class Counted(Recall):
+    """The number of rows as a Python number, where any would do."""
+
+    class learner(nl.Learner):
+        w = nl.fast("d", "d")
+
+        def forward(self, x):
+            halves = x.reshape(len(x), 2, -1)
+            return halves.softmax(-1).reshape(int(x.shape[0]), -1) @ self.w
+
+
+class CountedOnline(Counted):
+    schedule = nl.Online()
+
+
+class CountedInChunks(Counted):
+    schedule = nl.Chunked(4)
+
+
+class CountedInBatches(Counted):
+    schedule = nl.Shuffled(batches=2)
+
+
+class CountedAtOnce(Counted):
+    schedule = nl.FullBatch(steps=2)
+
+
+class CountedWeights(Mixture):
+    """Where the weights of every token are built."""
+
+    def loss(self, f, t):
+        return Mixture.loss(self, f, t).reshape(len(t.k))
+
+
 LOOPS = [Rotated, Normed, Reconstruct, Self, SelfOnline, SelfInBatches, Delta, Shallow, Nothing, Masked, Mixture]
+COUNTING = [Counted, CountedOnline, CountedInChunks, CountedInBatches, CountedAtOnce, CountedWeights]
 
 
 def inputs_of(loop: type[nl.Loop], dtype: torch.dtype) -> tuple[Inputs, dict[str, Tensor]]:
@@ -225,7 +262,7 @@ def test_functions(name: str):
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize("loop", LOOPS + COUNTING, ids=lambda loop: loop.__name__)
 def test_loops(loop: type[nl.Loop], backend: str):
     if backend == "triton":
         pytest.importorskip("triton")
@@ -236,6 +273,22 @@ def test_loops(loop: type[nl.Loop], backend: str):
     assert max(errors.values()) < (1e-10 if exact else 2e-5), errors
 
 
+@pytest.mark.parametrize("schedule", [nl.FullBatch(steps=2), nl.Shuffled(batches=2), nl.Chunked(4)], ids=repr)
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_a_loss_that_is_a_mean_by_hand(schedule: Schedule, backend: str):
+    """The number of tokens as a factor: of no token, and yet not the same for all tiles."""
+
+    def loss(self: Any, f: Any, t: Any) -> Tensor:
+        return (f(t.k) - t.v).square().sum(-1) / self.n
+
+    loop = type("Mean", (Recall,), {"loss": loss, "learner": Linear, "schedule": schedule})
+    inputs, wanted = inputs_of(loop, torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # not generated PyTorch where C++ was asked for
+        errors = differences(run(nl.compile(loop, backend=backend), inputs), wanted)
+    assert max(errors.values()) < 1e-10, errors
+
+
 def test_nothing_flows_through_what_is_detached():
     inputs, _ = inputs_of(Nothing, torch.float64)
     found = run(nl.compile(Nothing, backend="torch"), inputs, losses=False)
@@ -243,7 +296,10 @@ def test_nothing_flows_through_what_is_detached():
     assert found["gradient of w1"].any()
 
 
-@pytest.mark.parametrize("loop", [loop for loop in LOOPS if loop.spec.streams], ids=lambda loop: loop.__name__)
+STREAMS = [loop for loop in LOOPS + COUNTING if loop.spec.streams and loop is not CountedInChunks]
+
+
+@pytest.mark.parametrize("loop", STREAMS, ids=lambda loop: loop.__name__)
 def test_token_by_token(loop: type[nl.Loop]):
     inputs, wanted = inputs_of(loop, torch.float64)
     errors = differences(run_in_parts(nl.compile(loop, backend="torch"), inputs, [1, 2, 6]), wanted)

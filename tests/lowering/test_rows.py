@@ -1,0 +1,75 @@
+"""Bodies that make another thing of one row than of several, where a loop gives them any number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import nestloop as nl
+from nestloop.errors import NoPlanError
+from nestloop.lang.schedule import Schedule
+from nestloop.lowering import pipeline
+from tests.lowering.comparison import assert_equal, compare, random_inputs
+from tests.lowering.test_bodies import CountedWeights, Recall
+
+SIZES = {"d": 4, "H": 2}
+FACTORS = {
+    "of one": lambda rows: 2.0 if rows == 1 else 1.0,
+    "of three": lambda rows: 2.0 if rows == 3 else 1.0,
+    "of more than two": lambda rows: 2.0 if rows > 2 else 1.0,
+}
+
+
+def deciding(name: str, schedule: Schedule) -> type[nl.Loop]:
+    def loss(self: Any, f: Any, t: Any) -> torch.Tensor:
+        return (f(t.k) - t.v).square().sum(-1) * FACTORS[name](t.k.shape[0])
+
+    return type("Deciding", (Recall,), {"loss": loss, "schedule": schedule})
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7])
+def test_a_batch_of_all_tokens_may_decide_on_how_many_they_are(name: str, tokens: int):
+    loop = deciding(name, nl.FullBatch(steps=2))
+    assert_equal(compare(loop, random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=tokens)), 1e-12)
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("tokens", [5, 6])
+def test_a_shuffled_loop_has_batches_of_several_lengths(name: str, tokens: int):
+    loop = deciding(name, nl.Shuffled(batches=2))
+    refused(loop, tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5])
+def test_a_chunk_may_be_of_one_token(tokens: int):
+    loop = deciding("of one", nl.Chunked(4))
+    if tokens == 1:
+        assert_equal(compare(loop, random_inputs(loop.spec, SIZES, tokens=1)), 1e-12)
+    else:
+        refused(loop, tokens)
+
+
+def refused(loop: type[nl.Loop], tokens: int) -> None:
+    inputs = random_inputs(loop.spec, SIZES, tokens=tokens)
+    with pytest.raises(NoPlanError) as caught:
+        nl.compile(loop, backend="torch")(inputs.views, inputs.weights, order=inputs.order)
+    message = str(caught.value).splitlines()
+    assert message[0] == ("The torch backend has no plan for Deciding: a body decides on how many tokens its tile has.")
+    assert message[1].startswith(f"  at:    {__file__}:")
+    assert message[2:] == [
+        "  given: another computation of one token than of several, or of one number than of another",
+        "  need:  the same computation for any number of tokens",
+        '  fix:   write nl.compile(..., backend="reference"), or a body that holds for every self.n',
+    ]
+
+
+def test_graphs_of_causal_loops_hold_for_any_number_of_tokens_where_others_do_not():
+    """What PyTorch derives from a body may be for one number alone, by version: the body is not."""
+    lowered = pipeline.stream_stages(CountedWeights.spec, {**SIZES, "m": 3}, 4, True, "scan")
+    assert lowered.captured.tokens == 4
+    assert lowered.captured.loss is not None
+    (first,) = [node for node in lowered.captured.loss.graph.nodes if node.name == "k"]
+    assert first.meta["val"].shape[0] != 4

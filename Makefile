@@ -9,12 +9,15 @@ INSTALLED := $(VENV)/.installed
 # The oldest Triton that is supported, in a folder that PYTHONPATH puts before the pinned one. It is for Linux alone.
 OLDEST_TRITON := 3.6.0
 OLDEST := $(if $(filter Linux,$(shell uname -s)),$(VENV)/triton-$(OLDEST_TRITON))
+# The oldest PyTorch that is supported, in an environment of its own.
+OLDEST_TORCH := 2.11.0
+TORCH_VENV := $(VENV)/torch-$(OLDEST_TORCH)
 
 # Threads that spin while they wait make two busy processes on one machine many times slower.
 export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test gpu wheels install clean oldest-triton
+.PHONY: demo test gpu wheels install clean oldest-triton oldest-torch
 .DEFAULT_GOAL := demo
 
 demo: install
@@ -32,6 +35,10 @@ test: install $(if $(OLDEST),$(OLDEST)/.installed)
 oldest-triton: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(PY) -c 'import triton; assert triton.__version__ == "$(OLDEST_TRITON)", triton'
 	PYTHONPATH=$(CURDIR)/$(OLDEST) $(PY) -m pytest -n 2 -q -m oldest_triton tests/lowering
+
+# Not part of `test`: the compiler with the oldest PyTorch and the Triton that comes with it, another few GB to fetch.
+oldest-torch: $(TORCH_VENV)/.installed
+	OMP_NUM_THREADS=1 $(TORCH_VENV)/bin/python -m pytest -n 2 -q tests/lowering tests/zoo tests/test_golden.py
 
 # Runs on the machine's own Python where that one sees a GPU (GPU_PYTHON=... names another), else in .venv.
 GPU_PYTHON ?= python3
@@ -77,6 +84,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(OLDEST)/.installed: | $(INSTALLED)
 	$(PY) -m pip install -qq --no-deps --upgrade --target $(OLDEST) triton==$(OLDEST_TRITON)
+	@touch $@
+
+$(TORCH_VENV)/.installed: | $(INSTALLED)
+	$(PY) -m venv $(TORCH_VENV)
+	grep -vE '^(torch|torchvision|triton)==' constraints.txt > $(TORCH_VENV)/constraints.txt
+	$(TORCH_VENV)/bin/python -m pip install -qq -c $(TORCH_VENV)/constraints.txt \
+	    torch==$(OLDEST_TORCH) numpy rich safetensors tyro hypothesis pytest pytest-xdist nvidia-cuda-nvcc
 	@touch $@
 
 clean:

@@ -38,7 +38,8 @@ oldest-triton: $(OLDEST)/.installed
 
 # Not part of `test`: the compiler with the oldest PyTorch and the Triton that comes with it, another few GB to fetch.
 oldest-torch: $(TORCH_VENV)/.installed
-	OMP_NUM_THREADS=1 $(TORCH_VENV)/bin/python -m pytest -n 2 -q tests/lowering tests/zoo tests/test_golden.py
+	OMP_NUM_THREADS=1 TRITON_PTXAS_PATH=$(firstword $(wildcard $(VENV)/lib/python3*/site-packages/nvidia/*/bin/ptxas)) \
+	    $(TORCH_VENV)/bin/python -m pytest -n 2 -q tests/lowering tests/zoo tests/test_golden.py
 
 # Runs on the machine's own Python where that one sees a GPU (GPU_PYTHON=... names another), else in .venv.
 GPU_PYTHON ?= python3
@@ -88,9 +89,9 @@ $(OLDEST)/.installed: | $(INSTALLED)
 
 $(TORCH_VENV)/.installed: | $(INSTALLED)
 	$(PY) -m venv $(TORCH_VENV)
-	grep -vE '^(torch|torchvision|triton)==' constraints.txt > $(TORCH_VENV)/constraints.txt
+	grep -vE '^(torch|torchvision|triton|setuptools|nvidia-.*)==' constraints.txt > $(TORCH_VENV)/constraints.txt
 	$(TORCH_VENV)/bin/python -m pip install -qq -c $(TORCH_VENV)/constraints.txt \
-	    torch==$(OLDEST_TORCH) numpy rich safetensors tyro hypothesis pytest pytest-xdist nvidia-cuda-nvcc
+	    torch==$(OLDEST_TORCH) numpy rich safetensors tyro hypothesis pytest pytest-xdist
 	@touch $@
 
 clean:

@@ -42,7 +42,8 @@ class CompiledLoop:
     """A loop as a function of tensors: `z, state = op(views, weights)`. Made by `compile`.
 
     Differentiable once: z, state and losses with respect to views, weights and the state given;
-    gradients go through the inner gradients (second order). Safe under `torch.compile(fullgraph=True)`,
+    gradients go through the inner gradients (second order). To differentiate these again raises `DoubleBackwardError`,
+    but with `backend="reference"`. Safe under `torch.compile(fullgraph=True)`,
     `torch.func.grad` and `vmap`, autocast, pickle and deepcopy.
     """
 

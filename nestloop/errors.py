@@ -215,6 +215,10 @@ class OrderError(InputError):
     """A token order that is missing, superfluous or not a permutation's shape."""
 
 
+class DoubleBackwardError(NestloopError):
+    """A compiled loop's gradient that is differentiated again."""
+
+
 class SingularSystemError(NestloopError):
     """A linear system of a body that has no solution, or many: raised by the call that meets it."""
 

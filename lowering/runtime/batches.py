@@ -250,6 +250,12 @@ def compute_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The precision of products under autocast; None where there is none, as on the meta device there never is."""
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else None
+
+
 def output_dtype(views: Sequence[Tensor], inputs: Sequence[Tensor]) -> torch.dtype:
     """Of z: the views' dtype; the compute dtype where they have several."""
     dtypes = {t.dtype for t in views}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import cache, compiler
-from nestloop.lowering.runtime.batches import BatchLoop, with_pieces
+from nestloop.lowering.runtime.batches import BatchLoop, autocast_dtype, with_pieces
 from nestloop.lowering.runtime.library import Code, NestedLoopOp
 from nestloop.lowering.runtime.native import NativeModule, NativePlan
 from nestloop.lowering.runtime.plan import Plan
@@ -230,7 +230,7 @@ def _loop(op: NestedLoopOp, spec: LoopSpec) -> Executable:
 
 def heads_first(view: Tensor, declared: Any) -> Tensor:
     """[B, H, N, *] -> [H, B, N, *]; [B, N, *] -> [1, B, N, *]. Under autocast in its precision, as for any product."""
-    kind = view.device.type
-    if torch.is_autocast_enabled(kind) and view.dtype == torch.float32:
-        view = view.to(torch.get_autocast_dtype(kind))
+    low = autocast_dtype(view.device.type)
+    if low is not None and view.dtype == torch.float32:
+        view = view.to(low)
     return view.unsqueeze(0) if getattr(declared, "shared", False) else view.transpose(0, 1)

@@ -20,13 +20,14 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from nestloop.errors import NoPlanError
 from nestloop.lang.loop import LoopSpec
-from nestloop.lowering.runtime.batches import LOW, compute_dtype, summed
+from nestloop.lowering.runtime.batches import LOW, autocast_dtype, compute_dtype, summed
 from nestloop.lowering.runtime.batching import batching_rule
 from nestloop.lowering.runtime.decision import Decision, known
 from nestloop.lowering.runtime.groups import in_groups
 from nestloop.lowering.runtime.launching import TritonCode
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
+from nestloop.lowering.runtime.once import has_graph, once
 from nestloop.lowering.runtime.refusals import singular_system
 from nestloop.lowering.runtime.results import owned, strides_like, with_zeros
 from nestloop.lowering.runtime.signature import DECIDED, KEPT, Signature
@@ -142,9 +143,7 @@ class NestedLoopOp:
         return results if isinstance(results, tuple) else (results,)
 
     def _split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
-        if self.signature.ordered:
-            return list(tensors[:-1]), tensors[-1]
-        return list(tensors), None
+        return (list(tensors[:-1]), tensors[-1]) if self.signature.ordered else (list(tensors), None)
 
     @cached_property
     def _wide(self) -> Code:
@@ -307,7 +306,7 @@ class NestedLoopOp:
     def _function(self) -> type[torch.autograd.Function]:
         # What the methods below close over are ops, numbers and tuples: all that Dynamo can put in a graph.
         forward_op, backward_op = self.forward_op, self.backward_op
-        results = self.signature.results
+        backward_once, results = once(self.spec, backward_op), self.signature.results
         states = tuple(results.index(name) for name in self.signature.saved)
         between = tuple(i for i, name in enumerate(results) if name.startswith(KEPT))
         inputs_count, cotangents, ordered = len(self.signature.inputs), len(self.cotangents), self.signature.ordered
@@ -337,7 +336,8 @@ class NestedLoopOp:
                 given: Sequence[Tensor | None] = grads[:cotangents]
                 if any(grad is None for grad in given):
                     given = with_zeros(given, ctx.like, inputs[0])
-                made = backward_op(*inputs, *kept, *given, *order)
+                pull = backward_once if has_graph() else backward_op
+                made = pull(*inputs, *kept, *given, *order)
                 made = tuple(made) if isinstance(made, (tuple, list)) else (made,)
                 return (*made, None) if ordered else made
 
@@ -389,7 +389,7 @@ def _shared(code: Code, inputs: Sequence[Tensor], low: torch.dtype | None) -> Se
 
 def _as_it_says(device: str) -> AbstractContextManager[Any]:
     """Inside an op every product says its precision, and C++ reads memory in the compute dtype: no autocast."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 
 def _add(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nestloop.errors import Location, NoPlanError, SharedMemoryError, SingularSystemError
+from nestloop.errors import DoubleBackwardError, Location, NoPlanError, SharedMemoryError, SingularSystemError
 from nestloop.lang.loop import LoopSpec, user_files
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.triton_plan import TritonPlan
@@ -92,4 +92,15 @@ def singular_system(spec: LoopSpec, line: str | Location) -> SingularSystemError
         given="a matrix with a pivot that is exactly zero",
         need="a matrix with an inverse, for every head, sequence and token",
         fix="add a positive diagonal, as a ridge does: a + torch.diag(self.lamb), with lamb > 0",
+    )
+
+
+def differentiated_twice(spec: LoopSpec) -> DoubleBackwardError:
+    """The refusal of a gradient's gradient."""
+    return DoubleBackwardError(
+        f"A gradient of {spec.name} is differentiated again.",
+        where=spec.where,
+        given="a gradient with a graph of its own (create_graph=True, or torch.func.grad inside another transform)",
+        need="first derivatives of what a loop computes, its own gradients inside: generated code has no others",
+        fix='write nl.compile(..., backend="reference"), which PyTorch differentiates as often as it is asked to',
     )

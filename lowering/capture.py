@@ -45,7 +45,7 @@ class Captured:
         decoders: slow weights -> rows [*, D] whose correlations say whether the loss is as precise as it was before
             `lowering.rewrites.gram` rewrote it; None where it did not.
         squares: how many of those are the rows of each square of the loss, in order.
-        reads_dtype: whether a body uses a constant of the dtype (RMSNorm's default eps).
+        reads_dtype: whether a body asks for the dtype, or uses a constant of it (RMSNorm's default eps).
     """
 
     spec: LoopSpec

@@ -15,6 +15,9 @@ from nestloop.lowering.any_length import record_for_any_length
 from nestloop.lowering.length import HINT, LENGTHS, Length
 from nestloop.lowering.watched import WatchedCalls, WatchedOps, as_compile_error
 
+# What a value may be converted to, beside the compute dtype. Of that, float32 is a lower bound: it is not rounded to.
+_KEPT = (torch.float32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class Tracer:
     """Traces functions of one loop's tensors over tiles without memory, all with the same symbol for n."""
@@ -87,7 +90,7 @@ class Tracer:
         lengths = [n for n in (LENGTHS if user_body else (2, 3, 5, 29, 64, 1024)) if n >= self._least]
         with as_compile_error(self.spec, user_body):
             graph = record_for_any_length(self.n, lengths, watched, examples, names)
-        _check_admitted(self.spec, graph)  # of derivatives too, which may take other ops
+        _check_admitted(self.spec, graph, self.dtype)  # of derivatives too, which may take other ops
         return graph
 
 
@@ -95,7 +98,7 @@ def _op_name(func: Any) -> str:
     return func._schema.name.split("::")[-1] if hasattr(func, "_schema") else getattr(func, "__name__", str(func))
 
 
-def _check_admitted(spec: LoopSpec, module: fx.GraphModule) -> None:
+def _check_admitted(spec: LoopSpec, module: fx.GraphModule, dtype: torch.dtype) -> None:
     for node in module.graph.nodes:
         if node.op == "get_attr":
             raise CapturedTensorError(
@@ -104,6 +107,14 @@ def _check_admitted(spec: LoopSpec, module: fx.GraphModule) -> None:
                 given=f"a tensor made from numbers, used as {node.name}",
                 need="Python numbers, or weights that are declared",
                 fix="write the number itself, or declare it: scale = nl.slow('d', init='constant(0.5)')",
+            )
+        if node.target is torch.ops.aten._to_copy.default and node.meta["val"].dtype not in (*_KEPT, dtype):
+            raise UnadmittedOpError(
+                f"{spec.name} rounds a value to another precision.",
+                where=node.meta.get("where", spec.where),
+                given=f"a conversion to {node.meta['val'].dtype}",
+                need="values in the compute dtype: float32, or float64 where a tensor of the call is",
+                fix="leave it out: products of low-precision views are in that precision, sums and states in float32",
             )
         if node.op != "call_function" or ops.admitted(node.target):
             continue

@@ -29,6 +29,8 @@ _LOOKS_AT_VALUES = {
     *("_local_scalar_dense", "item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__"),
     *("nonzero", "is_nonzero", "equal", "allclose", "masked_select", "unique"),
 }
+_OF_A_CALL = {"requires_grad", "is_leaf", "grad", "grad_fn", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"}
+_OURS = ("nestloop.lang", "nestloop.reference", "nestloop.lowering")
 _RANDOM = {"dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "bernoulli", "multinomial", "rrelu"}
 
 
@@ -62,7 +64,7 @@ class WatchedCalls(TorchFunctionMode):
     """Sees the functions a body calls, before PyTorch takes them apart: refuses writes into tensors.
 
     Attributes:
-        reads_dtype: whether the body has used a constant of the dtype (RMSNorm's default eps).
+        reads_dtype: whether the body has asked for the dtype, or used a constant of it (RMSNorm's default eps).
     """
 
     def __init__(self, spec: LoopSpec) -> None:
@@ -72,6 +74,9 @@ class WatchedCalls(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name == "__get__":
+            self._read(func.__self__.__name__, sys._getframe(1))
+            return func(*args, **kwargs)
         plain_inplace = name.endswith("_") and not name.startswith("_") and not name.endswith("__")
         writes = plain_inplace or name in _WRITES or kwargs.get("out") is not None
         # PyTorch's own Python functions write into what they have just made; only the user's own writes count.
@@ -126,6 +131,18 @@ class WatchedCalls(TorchFunctionMode):
                 raise
             frame = user_frame(self.spec)
             raise OpFailed(name, operands(frame, args, kwargs), message, user_line(self.spec)) from error
+
+    def _read(self, attribute: str, frame: FrameType) -> None:
+        """An attribute of a tensor is read, in a frame."""
+        self.reads_dtype |= attribute == "dtype" and not frame.f_globals.get("__name__", "").startswith(_OURS)
+        if attribute in _OF_A_CALL and frame.f_code.co_filename in user_files(self.spec):
+            raise UnadmittedOpError(
+                f"A body of {self.spec.name} asks a tensor for {attribute}, which is not the same for every call.",
+                where=user_line(self.spec),
+                given=f"x.{attribute}",
+                need="a body that computes the same on every device, with gradients or without",
+                fix="leave the question out of the body; backend='reference' asks the call's own tensors",
+            )
 
 
 def _captured(spec: LoopSpec, value: Tensor, where: Location | None) -> CapturedTensorError:

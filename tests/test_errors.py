@@ -573,6 +573,46 @@ def test_the_loss_of_a_stream_does_not_count_its_tokens(loss, op, schedule, n):
     )
 
 
+def asks_for_a_graph(self, f, t):
+    return f(t.k).sum(-1) * (2.0 if t.k.requires_grad else 1.0)  # HERE
+
+
+def asks_for_a_device(self, f, t):
+    return f(t.k).sum(-1) * (2.0 if f.w.is_cuda else 1.0)  # HERE
+
+
+@pytest.mark.parametrize("loss, what", [(asks_for_a_graph, "requires_grad"), (asks_for_a_device, "is_cuda")])
+def test_a_body_does_not_ask_what_is_not_the_same_for_every_call(loss, what):
+    refused(
+        steps_into(loss),
+        UnadmittedOpError,
+        f"A body of Loop asks a tensor for {what}, which is not the same for every call.",
+        given=f"x.{what}",
+        need="a body that computes the same on every device, with gradients or without",
+        fix="leave the question out of the body; backend='reference' asks the call's own tensors",
+    )
+
+
+def rounds(self, f, t):
+    return (f(t.k).bfloat16() - t.v).square().sum(-1)  # HERE
+
+
+def widens(self, f, t):
+    return f(t.k).double().square().sum(-1).float()  # HERE
+
+
+@pytest.mark.parametrize("loss, dtype", [(rounds, "torch.bfloat16"), (widens, "torch.float64")])
+def test_values_have_the_compute_dtype(loss, dtype):
+    refused(
+        steps_into(loss),
+        UnadmittedOpError,
+        "Loop rounds a value to another precision.",
+        given=f"a conversion to {dtype}",
+        need="values in the compute dtype: float32, or float64 where a tensor of the call is",
+        fix="leave it out: products of low-precision views are in that precision, sums and states in float32",
+    )
+
+
 def decides_on_one(self, f, t):  # HERE
     return (f(t.k) - t.v).square().sum(-1) * (2.0 if t.k.shape[0] == 1 else 1.0)
 

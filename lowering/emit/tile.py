@@ -146,8 +146,8 @@ class TileFunction:
         rank = len(value.shape) if row.kind is Kind.POINTWISE and node not in self.scalar else None
         first = next((t for t in tensors if isinstance(t.meta.get("val"), torch.Tensor)), None)
         text = [self._operand(a, rank) for a in node.args]
-        if row.kind is Kind.POINTWISE and _is_of_counts(node):  # to which PyTorch would give its default dtype
-            text = [f"{t}.to(dtype)" if isinstance(a, fx.Node) else t for a, t in zip(node.args, text, strict=True)]
+        if row.kind is Kind.POINTWISE and self._is_of_counts(node):  # to which PyTorch would give its default dtype
+            text = [f"{t}.to(dtype)" if self._is_tensor(a) else t for a, t in zip(node.args, text, strict=True)]
         operands = Operands(
             text=text,
             raw=node.args,
@@ -166,6 +166,15 @@ class TileFunction:
         if not is_rounded(node):
             return spelled.replace(", _low)", ", None)")
         return spelled.replace("mm(", "product(", 1) if self.low and node in self.results else spelled
+
+    def _is_tensor(self, value: Any) -> bool:
+        return isinstance(value, fx.Node) and value not in self.scalar and isinstance(value.meta["val"], torch.Tensor)
+
+    def _is_of_counts(self, node: fx.Node) -> bool:
+        """Whether an op makes numbers of masks or counts alone."""
+        operands = [n.meta["val"].dtype for n in node.all_input_nodes if self._is_tensor(n)]
+        numbers = node.meta["val"].is_floating_point() and not any(dtype.is_floating_point for dtype in operands)
+        return bool(operands) and numbers and node.target not in (aten.where.self, aten._to_copy.default)
 
     def _operand(self, value: Any, rank: int | None) -> Any:
         """An argument as text; with `rank`, a tile of lower rank gets its missing leading axes."""
@@ -245,13 +254,6 @@ class TileFunction:
                 if last < len(nodes):
                     ends.setdefault(nodes[last], []).append(node)
         return ends
-
-
-def _is_of_counts(node: fx.Node) -> bool:
-    """Whether an op makes numbers of masks or counts alone."""
-    operands = [n.meta["val"].dtype for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)]
-    numbers = node.meta["val"].is_floating_point() and not any(dtype.is_floating_point for dtype in operands)
-    return bool(operands) and numbers and node.target not in (aten.where.self, aten._to_copy.default)
 
 
 def _mentions(text: str, name: str) -> bool:

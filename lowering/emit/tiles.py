@@ -160,6 +160,11 @@ def isnan(x):
 
 
 @triton.jit
+def truncated(x):
+    return tl.where(x < 0, tl.ceil(x), tl.floor(x))
+
+
+@triton.jit
 def gelu(x):
     return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
 

@@ -292,6 +292,15 @@ def rounded_down(x: Tensor) -> Tensor:
     return torch.where(x < 0, -(-x).floor(), x.floor())
 
 
+def whole_quotient(x: Tensor, y: Tensor | float, *, rounding_mode: str | None) -> Tensor:
+    """A quotient, rounded down or towards zero; of whole numbers a whole one."""
+    quotient = x / y
+    if rounding_mode is None:
+        return quotient
+    whole = quotient.floor() if rounding_mode == "floor" else rounded_down(quotient)
+    return whole.to(torch.result_type(x, y))
+
+
 def rounded(x: Tensor) -> Tensor:
     """To the nearest whole number, to the even one of two as near."""
     low = x.floor()
@@ -336,6 +345,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.ceil.default] = lambda x: -(-x).floor()
     table.update(dict.fromkeys((aten.fmod.Scalar, aten.fmod.Tensor), lambda x, y: x - y * rounded_down(x / y)))
     table.update(dict.fromkeys((aten.remainder.Scalar, aten.remainder.Tensor), lambda x, y: x - y * (x / y).floor()))
+    table.update(dict.fromkeys((aten.div.Tensor_mode, aten.div.Scalar_mode), whole_quotient))
     table[aten.log10.default] = lambda x: x.log() / math.log(10)
     table[aten.hypot.default] = lambda x, y: (x * x + y * y).sqrt()
     table[aten._safe_softmax.default] = safe_softmax

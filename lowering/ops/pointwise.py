@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
 from nestloop.lowering.ops.row import Element, Kind, Op, Operands, Spell, Unsupported, call, infix
 from nestloop.lowering.ops.strided import NoSpelling
@@ -139,11 +140,21 @@ def _clamp_cpp(o: Operands) -> str:
 
 
 def _converted(o: Operands) -> str:
-    return f"{o[0]} != 0" if o.dtype is torch.bool else f"S({o[0]})"
+    if o.dtype is torch.bool:
+        return f"{o[0]} != 0"
+    return f"std::trunc({o[0]})" if _cuts(o) else f"S({o[0]})"
 
 
 def _converted_triton(o: Operands) -> str:
-    return f"{o[0]} != 0" if o.dtype is torch.bool else f"tl.cast({o[0]}, S)"
+    if o.dtype is torch.bool:
+        return f"{o[0]} != 0"
+    return f"tiles.truncated({o[0]})" if _cuts(o) else f"tl.cast({o[0]}, S)"
+
+
+def _cuts(o: Operands) -> bool:
+    """Whether numbers become whole ones, which in C++ and Triton are in the compute dtype like all others."""
+    value = o.raw[0].meta["val"] if isinstance(o.raw[0], fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and not o.dtype.is_floating_point
 
 
 def _gelu_triton(o: Operands) -> str:

@@ -121,6 +121,12 @@ NORMS: dict[str, Function] = {
     "softmin": lambda x, y: F.softmin(x, -1),
     "std": lambda x, y: x / (x.std(-1, keepdim=True, correction=0) + 0.5),
     "vector norm": lambda x, y: x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + 0.5),
+    "smallest": lambda x, y: x + 1e6 * torch.finfo(x.dtype).eps * y.to(x.dtype),
+    "by dtype": lambda x, y: x * (1.5 if y.dtype == torch.float64 else -1.5),
+    "whole": lambda x, y: x * (3 * y).long() + (2 * x).int() % 3 + (9 * y).int() // 2,
+    "whole quotients": lambda x, y: (
+        x * torch.div(x, 0.3, rounding_mode="floor") + torch.div(y, x.abs() + 0.7, rounding_mode="trunc")
+    ),
     "var": lambda x, y: (x - x.mean(-1, True)) * torch.rsqrt(x.var(-1, unbiased=False, keepdim=True) + 0.1),
     "var mean": lambda x, y: x * torch.var_mean(y, -1, correction=0, keepdim=True)[0] + x.mean(-1, keepdim=True),
 }
@@ -249,7 +255,6 @@ LOSSES: dict[str, Function] = {
 # Of rows x and y: what no op stands for.
 REFUSED: dict[str, Function] = {
     "copysign": lambda x, y: torch.copysign(x, y),
-    "floor divide": lambda x, y: x - torch.floor_divide(x, 0.4),
     "rrelu": lambda x, y: F.rrelu(x),
     "cross": lambda x, y: torch.linalg.cross(fitted(x, 3), fitted(y, 3)),
     "argmax": lambda x, y: x * (1 + x.argmax(-1, keepdim=True)),

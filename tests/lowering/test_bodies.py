@@ -239,7 +239,38 @@ class CountedWeights(Mixture):
         return Mixture.loss(self, f, t).reshape(len(t.k))
 
 
-LOOPS = [Rotated, Normed, Reconstruct, Self, SelfOnline, SelfInBatches, Delta, Shallow, Nothing, Masked, Mixture]
+class Whole(Recall):
+    """Numbers that are cut to whole ones, which only PyTorch keeps apart from others."""
+
+    learner = Linear
+
+    def loss(self, f, t):
+        steps = (3 * t.k).long()
+        return ((f(t.k) - t.v) * (steps + torch.arange(3).sum())).square().sum(-1) + (t.v.int() // 2).sum(-1)
+
+    def readout(self, f, t):
+        return f(t.q) * (4 * t.q).to(torch.int32)
+
+
+class WholeAtOnce(Whole):
+    schedule = nl.FullBatch(steps=2)
+
+
+LOOPS = [
+    Rotated,
+    Normed,
+    Reconstruct,
+    Self,
+    SelfOnline,
+    SelfInBatches,
+    Delta,
+    Shallow,
+    Nothing,
+    Masked,
+    Mixture,
+    Whole,
+    WholeAtOnce,
+]
 COUNTING = [Counted, CountedOnline, CountedInChunks, CountedInBatches, CountedAtOnce, CountedWeights]
 
 

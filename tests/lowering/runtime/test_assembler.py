@@ -101,8 +101,8 @@ def test_what_is_compiled_has_wgmma_only_from_one_that_gets_it_right(
         empty.mkdir()
         (empty / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-cuda-nvcc\nVersion: 13.4\n")
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", os.getcwd())]))
-        monkeypatch.delenv("CUDA_HOME", raising=False)
-        monkeypatch.delenv("CUDA_PATH", raising=False)
+        for place in ("CUDA_HOME", "CUDA_PATH", "TRITON_PTXAS_PATH"):
+            monkeypatch.delenv(place, raising=False)
         monkeypatch.setenv("PATH", "/usr/bin:/bin")
     made = offline.compiled(lowered.triton, "forward_outputs")
     version = tuple(map(int, made.assembler.split(",")[0].split()[1].split(".")))

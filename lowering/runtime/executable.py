@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nestloop.lang.binding import grouped_heads
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import cache, compiler
-from nestloop.lowering.runtime.batches import BatchLoop, autocast_dtype, with_pieces
+from nestloop.lowering.runtime.batches import BatchLoop, autocast_dtype, output_dtype, with_pieces
 from nestloop.lowering.runtime.library import Code, NestedLoopOp
 from nestloop.lowering.runtime.native import NativeModule, NativePlan
 from nestloop.lowering.runtime.plan import Plan
@@ -55,8 +56,9 @@ def build(
     """
     asked, backend = backend, settled(plan, backend, gpu)
     if plan.form == "attention" and backend != "cpp":
-        name = f"softmax_attention_{plan.scale}"
-        EXECUTABLES.setdefault(name, _attention(plan.scale))
+        laid = [f"{spec.inputs[n].group}{getattr(spec.inputs[n], 'shared', False)}" for n in _ATTENDING]
+        name = "_".join(["softmax_attention", str(plan.scale), str(heads), *laid])
+        EXECUTABLES.setdefault(name, _attention(spec, plan.scale, heads))
         return name
     if backend == "triton":
         check_triton(spec, plan)
@@ -165,13 +167,23 @@ def _library(
     return NativeModule(name, plan, module, loop)
 
 
-def _attention(scale: float | None) -> Executable:
+_ATTENDING = ("q", "k", "v")
+
+
+def _attention(spec: LoopSpec, scale: float | None, heads: int) -> Executable:
     """The loop as PyTorch's own attention, differentiable as it is."""
+
+    def every_head(name: str, view: Tensor) -> Tensor:
+        if getattr(spec.inputs[name], "shared", False):
+            return view.unsqueeze(1).expand(-1, heads, -1, -1)
+        return grouped_heads(spec, name, view)
 
     def run(
         views: Mapping[str, Tensor], weights: Any, state: Any, order: Any
     ) -> tuple[Tensor, dict[str, Tensor], None]:
-        z = F.scaled_dot_product_attention(views["q"], views["k"], views["v"], scale=scale)
+        given = [every_head(name, views[name]) for name in _ATTENDING]
+        q, k, v = (view.to(output_dtype(given, given)) for view in given)
+        z = F.scaled_dot_product_attention(q, k, v, scale=scale)
         return z, {}, None
 
     return run
@@ -211,7 +223,7 @@ def _loop(op: NestedLoopOp, spec: LoopSpec) -> Executable:
         state: Mapping[str, Tensor] | None,
         order: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        tensors = [heads_first(views[n], spec.inputs[n]) for n in spec.inputs]
+        tensors = [heads_first(grouped_heads(spec, n, views[n]), spec.inputs[n]) for n in spec.inputs]
         for name in signature.fast:
             tensors.append(weights[name].unsqueeze(1) if state is None else state[name].transpose(0, 1))
         for name in spec.slow:

@@ -29,6 +29,7 @@ Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
 LONGEST_MODULE = 3000  # lines of Triton; of more, one kernel takes minutes to compile
 EXECUTABLES: dict[str, Executable] = {}
 OPS: dict[str, NestedLoopOp] = {}  # what those of them call that are no attention
+_BY_CODE: dict[str, NestedLoopOp] = {}  # the same by what they run, which does not say how views come
 
 
 def build(
@@ -56,8 +57,7 @@ def build(
     """
     asked, backend = backend, settled(plan, backend, gpu)
     if plan.form == "attention" and backend != "cpp":
-        laid = [f"{spec.inputs[n].group}{getattr(spec.inputs[n], 'shared', False)}" for n in _ATTENDING]
-        name = "_".join(["softmax_attention", str(plan.scale), str(heads), *laid])
+        name = f"softmax_attention_{plan.scale}_{heads}_{_layout(spec)}"
         EXECUTABLES.setdefault(name, _attention(spec, plan.scale, heads))
         return name
     if backend == "triton":
@@ -68,7 +68,7 @@ def build(
     name = f"{path.stem}_inductor" if inductor else path.stem
     if native is not None:
         name = f"{path.stem}_{backend}_{cache.digest(native.text)}"  # a module of PyTorch goes with several of C++
-    if name not in EXECUTABLES:
+    if name not in _BY_CODE:
         low = plan.low if backend == "triton" else ()
         signature = _signature(spec, plan, heads, losses, wide is not None, low)
         code = _code(spec, plan, signature, inductor, backend, double)
@@ -78,9 +78,17 @@ def build(
             found = wide()
             return _code(spec, found, signature, inductor, settled(found, asked, gpu), double)
 
-        OPS[name] = NestedLoopOp(name, code, signature, flops(spec, plan, heads), spec, wide and other)
-        EXECUTABLES[name] = _loop(OPS[name], spec)
-    return name
+        _BY_CODE[name] = NestedLoopOp(name, code, signature, flops(spec, plan, heads), spec, wide and other)
+    made = f"{name}_{_layout(spec)}"
+    if made not in EXECUTABLES:
+        OPS[made], EXECUTABLES[made] = _BY_CODE[name], _loop(_BY_CODE[name], spec)
+    return made
+
+
+def _layout(spec: LoopSpec) -> str:
+    """How heads come in a call's tensors, as a digest: generated code, which finds them first in each, is the same."""
+    views = [(name, view.group, getattr(view, "shared", False)) for name, view in spec.inputs.items()]
+    return cache.digest(repr([*views, *[(name, weight.shared) for name, weight in spec.slow.items()]]))
 
 
 def _code(spec: LoopSpec, plan: Plan, signature: Signature, inductor: bool, backend: str, double: bool) -> Code:

@@ -64,7 +64,7 @@ class WatchedCalls(TorchFunctionMode):
     """Sees the functions a body calls, before PyTorch takes them apart: refuses writes into tensors.
 
     Attributes:
-        reads_dtype: whether the body has asked for the dtype, or used a constant of it (RMSNorm's default eps).
+        reads_dtype: whether the body has asked for the dtype, or used a constant of it (RMSNorm's default eps, say).
     """
 
     def __init__(self, spec: LoopSpec) -> None:
@@ -96,6 +96,8 @@ class WatchedCalls(TorchFunctionMode):
             self.reads_dtype |= given.get("eps") is None  # the default is the dtype's own
             x, shape = given["input"], list(given["normalized_shape"])
             return ops.fused_rms_norm(x, shape, given.get("weight"), given.get("eps"))[0]
+        if name == "nan_to_num":
+            self.reads_dtype = True  # infinities become its largest numbers
         if name == "cosine_similarity":
             return ops.cosine_similarity(*args, **kwargs)
         if name in ("tensor", "new_tensor", "as_tensor") and args and isinstance(args[-1], (int, float)):

@@ -317,7 +317,7 @@ INLINE float erf_(float x) {
 INLINE double erf_(double x) { return std::erf(x); }
 
 INLINE S sigmoid(S x) { return S(1) / (S(1) + exp_(-x)); }
-INLINE S sign(S x) { return x > 0 ? S(1) : x < 0 ? S(-1) : x; }
+INLINE S sign(S x) { return x > 0 ? S(1) : x < 0 ? S(-1) : S(0); }  // of NaN, too, as PyTorch has it
 INLINE S rsqrt(S x) { return S(1) / std::sqrt(x); }
 INLINE S maximum(S a, S b) { return a != a ? a : a > b ? a : b; }  // NaN wins, as in PyTorch
 INLINE S minimum(S a, S b) { return a != a ? a : a < b ? a : b; }

@@ -97,7 +97,7 @@ def minimum(a, b):
 
 @triton.jit
 def sign(x):
-    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, tl.zeros_like(x)))  # 0 of NaN, too, as PyTorch has it
 
 
 @triton.jit

@@ -39,6 +39,8 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         x * torch.tensor(0.5) - y.new_tensor(3) + torch.where(x > y, torch.as_tensor(2), torch.tensor(0.25))
     ),
     "nan_to_num": lambda x, y: torch.nan_to_num(x) * y,
+    "nan_to_num of infinities": lambda x, y: x + 1e-300 * torch.nan_to_num(torch.where(y > 0, float("inf"), y)),
+    "the sign of NaN": lambda x, y: x + torch.where(y > 0, float("nan"), y).sign(),
 }
 
 

@@ -80,11 +80,14 @@ class CppFunction:
     def _keep_together(self, every: list[Unit]) -> None:
         """What a unit of the tile reads and no token reaches, and which itself needs such a unit, moves with it."""
         inside = {value for unit in self.tile_units for value in unit.values}
+        # So does the copy of a matrix that a system of the tile leaves as its factors.
+        inside |= {value.reads[0].base for value in inside if value.kind == "system"}
         moved = True
         while moved:
             moved = False
             for unit in list(self.once_units):
-                if any(o.base in inside for value in unit.values for o in value.reads):
+                reads = {o.base for value in unit.values for o in value.reads}
+                if not inside.isdisjoint({*unit.values, *reads}):
                     self.once_units.remove(unit)
                     self.tile_units.append(unit)
                     inside |= set(unit.values)

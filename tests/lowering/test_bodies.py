@@ -258,6 +258,19 @@ class WholeAtOnce(Whole):
     schedule = nl.FullBatch(steps=2)
 
 
+class Inverted(Recall):
+    """Systems whose matrix is of weights alone, and whose right side is of tokens."""
+
+    schedule = nl.Chunked(4, "apply-update")
+
+    class learner(nl.Learner):
+        w = nl.fast("d", "d")
+
+        def forward(self, x):
+            eye = torch.eye(self.d, dtype=x.dtype, device=x.device)
+            return x @ torch.linalg.solve(3 * eye + self.w, eye)
+
+
 LOOPS = [
     Rotated,
     Normed,

@@ -86,7 +86,8 @@ class TritonFunction(TritonRepeats):
         self.rounded, self.in_turns = rounded, in_turns
         self.name, self.doc, self.axes = name, doc, axes
         self.per_token = {*per_token, *[f"d_{n}" for n in per_token], "z", "losses"}
-        values = read(module, results, [False] * len(results), per_token, identifier, TRITON)
+        handed = [r for r in results if r is not None and r not in rows]
+        values = read(module, results, [False] * len(results), per_token, identifier, TRITON, handed)
         self.values = values.computed
         self.given = dict(values.inputs)
         scalars = [n.name for n in module.graph.find_nodes(op="placeholder") if n.name in SCALARS and n.users]

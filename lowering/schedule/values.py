@@ -7,7 +7,7 @@ result that is a sum is the list of its terms, and what depends on no token is t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +129,7 @@ def read(
     per_token: Sequence[str],
     identifier: Callable[[str], str] = str,
     language: Language | None = None,
+    handed: Collection[str] = (),
 ) -> Values:
     """The values of a simplified tile graph.
 
@@ -138,19 +139,25 @@ def read(
         per_token: inputs that are tiles of tokens (or their cotangents), as identifiers.
         identifier: an input's name -> its name in generated code.
         language: that code's; C++ where none is given.
+        handed: results that whoever calls the code takes as tiles, not as memory.
 
     Raises:
         NoSpelling: some op, or some use of one, has no spelling.
     """
-    return _Reader(module, per_token, identifier, language or CPP).run(results, summed)
+    return _Reader(module, per_token, identifier, language or CPP, handed).run(results, summed)
 
 
 class _Reader:
     def __init__(
-        self, module: fx.GraphModule, per_token: Sequence[str], identifier: Callable[[str], str], language: Language
+        self,
+        module: fx.GraphModule,
+        per_token: Sequence[str],
+        identifier: Callable[[str], str],
+        language: Language,
+        handed: Collection[str],
     ) -> None:
         self.module, self.per_token, self.identifier = module, set(per_token), identifier
-        self.language = language
+        self.language, self.handed = language, handed
         self.env: dict[fx.Node, Strided | str] = {}
         self.inputs: dict[str, Value] = {}
         self.computed: list[Value] = []
@@ -340,6 +347,8 @@ class _Reader:
         given = self.env[node]
         if isinstance(given, str) or given.base.kind == "input" or not given.is_whole:
             given = self._copied(given, node)
+        elif name in self.handed and given.squeezed != Strided.of(given.base, given.base.shape).squeezed:
+            given = self._copied(given, node)  # of other axes than the value: memory would not tell them apart
         value = given.base
         whole = value.kind in ("transpose", "system", "along", "join") or (
             value.kind == "product" and (value.users or value.sinks or len(value.shape) > 2)

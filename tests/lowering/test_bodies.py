@@ -271,6 +271,20 @@ class Inverted(Recall):
             return x @ torch.linalg.solve(3 * eye + self.w, eye)
 
 
+class Flat(Recall):
+    """A fast weight that is a matrix to the body, and a row to the optimizer."""
+
+    class learner(nl.Learner):
+        w = nl.fast("d*d")
+
+        def forward(self, x):
+            return x @ self.w.view(self.d, self.d)
+
+
+class FlatAtOnce(Flat):
+    schedule = nl.FullBatch(steps=2)
+
+
 LOOPS = [
     Rotated,
     Normed,

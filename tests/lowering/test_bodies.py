@@ -299,6 +299,9 @@ LOOPS = [
     Mixture,
     Whole,
     WholeAtOnce,
+    Inverted,
+    Flat,
+    FlatAtOnce,
 ]
 COUNTING = [Counted, CountedOnline, CountedInChunks, CountedInBatches, CountedAtOnce, CountedWeights]
 

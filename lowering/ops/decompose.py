@@ -231,9 +231,9 @@ def select_backward(grad: Tensor, sizes: list[int], dim: int, index: int) -> Ten
 
 
 def clamp(x: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Tensor:
-    """Values within bounds that are tensors; at a bound the derivative is the value's, as PyTorch's own."""
-    x = x if min is None else torch.where(x < min, min, x)
-    return x if max is None else torch.where(x > max, max, x)
+    """Values within bounds that are tensors, NaN where one of them is; at a bound the derivative is the value's."""
+    x = x if min is None else torch.where((x >= min) | torch.isnan(x), x, min)
+    return x if max is None else torch.where((x <= max) | torch.isnan(x), x, max)
 
 
 def extreme(by: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -40,6 +40,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     ),
     "nan_to_num": lambda x, y: torch.nan_to_num(x) * y,
     "nan_to_num of infinities": lambda x, y: x + 1e-300 * torch.nan_to_num(torch.where(y > 0, float("inf"), y)),
+    "clamped by NaN": lambda x, y: x.clamp(torch.where(y > 0, float("nan"), y), y.abs()).nan_to_num(),
     "the sign of NaN": lambda x, y: x + torch.where(y > 0, float("nan"), y).sign(),
 }
 

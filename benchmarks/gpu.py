@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     until = time.monotonic() + options.seconds
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")  # what fla-core tunes in one process serves the others
     folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+    folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"machine": machine.facts(), "device": machine.kind(device), "quick": quick}
     name = "gpu-quick.json" if quick else f"gpu-{result['device']}.json"
     kept = folder / name if not quick or "OUT" in os.environ else None

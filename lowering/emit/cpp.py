@@ -20,8 +20,9 @@ from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided
 from nestloop.lowering.ops.strided import product as count
 from nestloop.lowering.schedule import memory
 from nestloop.lowering.schedule.nests import Unit, units
+from nestloop.lowering.schedule.reading import read
 from nestloop.lowering.schedule.recompute import recompute
-from nestloop.lowering.schedule.values import SCALARS, Value, fold, operands_of, read
+from nestloop.lowering.schedule.values import SCALARS, Value, fold, operands_of
 
 aten = torch.ops.aten
 

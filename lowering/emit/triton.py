@@ -23,9 +23,10 @@ from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided
 from nestloop.lowering.schedule.apart import Block, tell_apart
 from nestloop.lowering.schedule.order import fewest_alive, most_alive
 from nestloop.lowering.schedule.phases import NoPhases, Phase, handed_on, is_blocked, phases, sums_over
+from nestloop.lowering.schedule.reading import read
 from nestloop.lowering.schedule.recompute import recompute_phases
 from nestloop.lowering.schedule.repeats import Repeat, every, readers, repeats
-from nestloop.lowering.schedule.values import SCALARS, Value, fold, read
+from nestloop.lowering.schedule.values import SCALARS, Value, fold
 
 
 class TritonFunction(TritonRepeats):

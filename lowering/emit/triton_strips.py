@@ -15,7 +15,8 @@ from nestloop.lowering.emit.triton_tiles import held
 from nestloop.lowering.emit.triton_values import TRITON
 from nestloop.lowering.ops.strided import Extent
 from nestloop.lowering.schedule.apart import Block, JoinedAxes, axis_of
-from nestloop.lowering.schedule.values import Value, read
+from nestloop.lowering.schedule.reading import read
+from nestloop.lowering.schedule.values import Value
 
 LENGTH = 32  # of a strip: more programs than the multiprocessors that few heads would fill, and products' full width
 

@@ -13,7 +13,8 @@ from nestloop.lowering.emit.triton_strips import strips_of
 from nestloop.lowering.emit.triton_values import TRITON
 from nestloop.lowering.ops.strided import Extent, NoSpelling
 from nestloop.lowering.schedule.apart import Block, JoinedAxes, axis_of, tell_apart
-from nestloop.lowering.schedule.values import Value, read
+from nestloop.lowering.schedule.reading import read
+from nestloop.lowering.schedule.values import Value
 
 STATE, KEYS = (48, 48), (16, 48)  # of axes of one size, which sizes do not tell apart
 

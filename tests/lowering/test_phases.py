@@ -11,8 +11,9 @@ from nestloop.lowering import names, ops, pipeline
 from nestloop.lowering.emit.triton_values import TRITON
 from nestloop.lowering.ops.strided import Extent
 from nestloop.lowering.schedule.phases import NoPhases, Phase, handed_on, is_blocked, phases, sums_over
+from nestloop.lowering.schedule.reading import read
 from nestloop.lowering.schedule.recompute import recompute_phases
-from nestloop.lowering.schedule.values import Value, read
+from nestloop.lowering.schedule.values import Value
 
 SUMS = {torch.ops.aten.add.Tensor}  # cheap, of products
 SIZES = {"d": 6, "D": 40, "dx": 5, "dy": 3, "H": 2}

@@ -18,9 +18,10 @@ from nestloop.lowering.axes import is_token, readout_axes, type_axes
 from nestloop.lowering.emit.tile import size_text
 from nestloop.lowering.pipeline import AnyLowered, LoweredStream
 from nestloop.lowering.runtime import cache, offline
-from nestloop.lowering.runtime.executable import build
+from nestloop.lowering.runtime.executable import OPS, build
+from nestloop.lowering.runtime.library import NestedLoopOp
 from nestloop.lowering.runtime.refusals import check_triton
-from nestloop.lowering.runtime.streams import build_stream
+from nestloop.lowering.runtime.streams import STREAM_OPS, build_stream
 from nestloop.lowering.runtime.tiles import spacing_within
 from nestloop.lowering.runtime.triton_plan import FEW
 from nestloop.lowering.schedule.cost import cost
@@ -243,17 +244,15 @@ def _run(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
         return "PyTorch's scaled_dot_product_attention, called as it is"
     if isinstance(lowered, LoweredStream):
         name = build_stream(lowered.spec, pipeline.stream_plan(lowered), sizes["H"], inductor=False)
-        return _registered(name)
+        return _registered(STREAM_OPS[name].op)
     name = build(lowered.spec, pipeline.plan(lowered), sizes["H"], losses=False, inductor=False, backend="torch")
-    return _registered(name)
+    return _registered(OPS[name])
 
 
-def _registered(name: str) -> str:
+def _registered(op: NestedLoopOp) -> str:
     """The generated file and the schemas of its two ops."""
-    op = getattr(torch.ops.nestloop, name).default
-    backward = getattr(torch.ops.nestloop, f"{name}_backward").default
-    file = f"{name}.py in the cache ({cache.cache_dir().name})"
-    return f"{file}\n{op._schema}\n{backward._schema}"
+    file = f"{op.name}.py in the cache ({cache.cache_dir().name})"
+    return f"{file}\n{op.forward_op._schema}\n{op.backward_op._schema}"
 
 
 # By name, in their order; those that take Triton's compiler (`compiled`) are no part of them.

@@ -7,7 +7,7 @@ same for every n, exactly if all their values are; it is a sympy expression in n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -24,21 +24,27 @@ HINT = 23  # stands for n while tracing; the graphs hold the symbol
 class Length:
     """The symbol n of one loop's traces.
 
+    Args:
+        numbers: whole numbers that n may be compared with: decisions are tried there, too.
+
     Attributes:
+        lengths: what decisions are tried on, `LENGTHS` first.
         decisions: every truth value that tracing has asked for and that is another one for some other n.
         fixed: whether one of them holds for n = `HINT` alone.
-        place: where in `LENGTHS` the length stands that is traced for, `HINT` but in `at`.
+        place: where in `lengths` the length stands that is traced for, `HINT` but in `at`.
         known: whether sizes are numbers, as they are in `at`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Iterable[int] = ()) -> None:
+        near = {n + step for n in numbers for step in (-1, 0, 1)}
+        self.lengths = (*LENGTHS, *sorted(n for n in near if n > 1 and n not in LENGTHS))
         self.decisions: list[tuple[Any, ...]] = []
         self.fixed = self.known = False
         self.place = LENGTHS.index(HINT)
         self.constants: dict[tuple[type, Any], Size] = {}
         self.computed: dict[tuple[Any, ...], Size] = {}  # by operation and operands: shapes ask for the same again
         self.symbol = sympy.Symbol("n", integer=True, positive=True)
-        self.size = torch.SymInt(Size(self, LENGTHS, lambda: self.symbol))
+        self.size = torch.SymInt(Size(self, self.lengths, lambda: self.symbol))
 
     def decide(self, values: tuple[Any, ...]) -> Any:
         """The value at the length that the graph is traced for."""
@@ -55,7 +61,7 @@ class Length:
         return all(
             value == values[self.place]
             for values in self.decisions[since:]
-            for n, value in zip(LENGTHS, values, strict=True)
+            for n, value in zip(self.lengths, values, strict=True)
             if n >= least
         )
 
@@ -63,7 +69,7 @@ class Length:
     def at(self, n: int) -> Iterator[None]:
         """Trace for one length, with numbers for sizes; what is decided in here decides nothing elsewhere."""
         before = self.place, self.decisions, self.fixed, self.known
-        self.place, self.decisions, self.known = LENGTHS.index(n), [], True
+        self.place, self.decisions, self.known = self.lengths.index(n), [], True
         try:
             yield
         finally:
@@ -74,7 +80,7 @@ class Size(SymNode):
     """What PyTorch holds in a symbolic number that depends on n.
 
     Attributes:
-        values: the number at each of `LENGTHS`; None where it has none there.
+        values: the number at each of its `lengths`; None where it has none there.
         made: the Python operator and the operands it was made with; None for n itself.
     """
 
@@ -128,7 +134,7 @@ class Size(SymNode):
     def _constant(self, number: Any) -> Size:
         kept, key = self.length.constants, (type(number), number)
         if key not in kept:
-            kept[key] = Size(self.length, (number,) * len(LENGTHS), lambda: sympy.sympify(number))
+            kept[key] = Size(self.length, (number,) * len(self.length.lengths), lambda: sympy.sympify(number))
         return kept[key]
 
     def evaluate(self, size_oblivious: bool = False) -> Any:

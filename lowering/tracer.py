@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from nestloop.errors import CapturedTensorError, UnadmittedOpError
+from nestloop.lang.literals import whole_numbers
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering import ops
 from nestloop.lowering.any_length import record_for_any_length
-from nestloop.lowering.length import HINT, LENGTHS, Length
+from nestloop.lowering.length import HINT, Length
 from nestloop.lowering.watched import WatchedCalls, WatchedOps, as_compile_error
 
 # What a value may be converted to, beside the compute dtype. Of that, float32 is a lower bound: it is not rounded to.
@@ -28,7 +29,7 @@ class Tracer:
         self.dtype, self.reads_dtype = dtype, False
         self.spec, self.sizes = spec, {n: s for n, s in sizes.items() if n not in ("N", "n")}
         self.tokens = tokens
-        self.n = Length()
+        self.n = Length({*whole_numbers(spec), *self.sizes.values()})
         first = next(iter(spec.inputs))
         self.length: Any = self.tile(first).shape[0]
         self.dims: dict[str, Any] = {**self.sizes, "n": spec.schedule.seen(self.length)}
@@ -87,7 +88,7 @@ class Tracer:
             return made
 
         # A body may take any branch on n; a rule of PyTorch's takes the same one for all but the shortest.
-        lengths = [n for n in (LENGTHS if user_body else (2, 3, 5, 29, 64, 1024)) if n >= self._least]
+        lengths = [n for n in (self.n.lengths if user_body else (2, 3, 5, 29, 64, 1024)) if n >= self._least]
         with as_compile_error(self.spec, user_body):
             graph = record_for_any_length(self.n, lengths, watched, examples, names)
         _check_admitted(self.spec, graph, self.dtype)  # of derivatives too, which may take other ops

@@ -9,13 +9,17 @@ import torch
 
 import nestloop as nl
 from nestloop.errors import NoPlanError
+from nestloop.lang.literals import whole_numbers
 from nestloop.lang.schedule import Schedule
 from nestloop.lowering import pipeline
 from tests.lowering.comparison import assert_equal, compare, random_inputs
 from tests.lowering.test_bodies import CountedWeights, Recall
 
 SIZES = {"d": 4, "H": 2}
+MANY = 301
 FACTORS = {
+    "of a number in the code": lambda rows: 2.0 if rows == 211 else 1.0,
+    "of a number by name": lambda rows: 2.0 if rows == MANY else 1.0,
     "of one": lambda rows: 2.0 if rows == 1 else 1.0,
     "of three": lambda rows: 2.0 if rows == 3 else 1.0,
     "of more than two": lambda rows: 2.0 if rows > 2 else 1.0,
@@ -30,7 +34,7 @@ def deciding(name: str, schedule: Schedule) -> type[nl.Loop]:
 
 
 @pytest.mark.parametrize("name", FACTORS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 7])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 211, 301])
 def test_a_batch_of_all_tokens_may_decide_on_how_many_they_are(name: str, tokens: int):
     loop = deciding(name, nl.FullBatch(steps=2))
     assert_equal(compare(loop, random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=tokens)), 1e-12)
@@ -64,6 +68,11 @@ def refused(loop: type[nl.Loop], tokens: int) -> None:
         "  need:  the same computation for any number of tokens",
         '  fix:   write nl.compile(..., backend="reference"), or a body that holds for every self.n',
     ]
+
+
+def test_numbers_are_found_where_bodies_read_them():
+    loop = deciding("of a number by name", nl.FullBatch(steps=2))
+    assert {211, MANY, 3, 2} <= whole_numbers(loop.spec) | {2}
 
 
 def test_graphs_of_causal_loops_hold_for_any_number_of_tokens_where_others_do_not():

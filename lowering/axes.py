@@ -160,13 +160,18 @@ def check_tokens(spec: LoopSpec, loss: Typing, readout: Typing) -> None:
 
         if spec.streams and not whole and typing.counting is not None:
             counts = typing.counting
-            raise TokenMixingError(
-                f"{spec.name} is {type(schedule).__name__}, but its {name} counts its tokens.",
-                where=counts.where or spec.where,
-                given=f"{counts.op}, of a number of rows or of their places",
-                need="tokens that are on their own: how many of them a body is given at once means nothing",
-                fix=f"use self.n, which is {schedule.seen(0)} in each of its bodies, or pass the places as a view",
-            )
+            raise counting(spec, name, counts.where, f"{counts.op}, of a number of rows or of their places")
+
+
+def counting(spec: LoopSpec, body: str, where: Location | None, given: str) -> TokenMixingError:
+    """That a body computes with its number of rows, or their places, where it is not said which tokens these are."""
+    return TokenMixingError(
+        f"{spec.name} is {type(spec.schedule).__name__}, but its {body} counts its tokens.",
+        where=where or spec.where,
+        given=given,
+        need="tokens that are on their own: how many of them a body is given at once means nothing",
+        fix=f"use self.n, which is {spec.schedule.seen(0)} in each of its bodies, or pass the places as a view",
+    )
 
 
 def _mixes(spec: LoopSpec, body: str, first: Mixing, need: str, fix: str) -> TokenMixingError:

@@ -68,12 +68,12 @@ class Length:
     @contextmanager
     def at(self, n: int) -> Iterator[None]:
         """Trace for one length, with numbers for sizes; what is decided in here decides nothing elsewhere."""
-        before = self.place, self.decisions, self.fixed, self.known
+        before = self.place, self.decisions, self.known
         self.place, self.decisions, self.known = self.lengths.index(n), [], True
         try:
             yield
         finally:
-            self.place, self.decisions, self.fixed, self.known = before
+            self.place, self.decisions, self.known = before
 
 
 class Size(SymNode):

@@ -103,7 +103,7 @@ def stages(
     if typing is not None:
         check_tokens(spec, typing, type_axes(spec, captured.readout))
     if spec.schedule.needs_order and tokens is None:
-        check_rows(captured, tracer)
+        check_rows(tracer)
     narrowed, gram = gram_form(captured, tracer, not wide)
     hoisted, hoisting = hoist(narrowed, tracer)
     projected, projection = project(hoisted, tracer)
@@ -226,7 +226,7 @@ def stream_stages(
     typing = type_axes(spec, captured.loss)
     check_tokens(spec, typing, type_axes(spec, captured.readout))
     if tracer.tokens is None and (causal or tracer.fixed_tokens() is None):  # else each length has graphs of its own
-        check_rows(captured, tracer)
+        check_rows(tracer)
     if tracer.tokens != tokens:  # bodies hold for any number, but not what PyTorch derives from them
         tracer = Tracer(spec, sizes, tokens, dtype)
     form, applied = choose(captured, tracer)

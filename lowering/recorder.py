@@ -203,6 +203,16 @@ class Located(fx.Interpreter):
         return ops.call(target, args, kwargs)
 
 
+def placeholders(module: fx.GraphModule) -> list[str]:
+    """The declared names of a graph's inputs."""
+    return [n.meta.get("declared", n.name) for n in module.graph.find_nodes(op="placeholder")]
+
+
+def call(module: fx.GraphModule, given: dict[str, Any], interpreter: Located | None = None) -> Any:
+    """Run a captured graph on inputs by name."""
+    return (interpreter or Located(module)).run(*[given[name] for name in placeholders(module)])
+
+
 @cache
 def _functional(func: Any) -> Any:
     """The op that makes what one like `add_` writes into its first operand; None for ops that write nothing."""

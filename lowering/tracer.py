@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from nestloop.errors import CapturedTensorError, UnadmittedOpError
-from nestloop.lang.literals import whole_numbers
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering import ops
 from nestloop.lowering.any_length import record_for_any_length
 from nestloop.lowering.length import HINT, Length
+from nestloop.lowering.runtime.fingerprint import whole_numbers
 from nestloop.lowering.watched import WatchedCalls, WatchedOps, as_compile_error
 
 # What a value may be converted to, beside the compute dtype. Of that, float32 is a lower bound: it is not rounded to.

@@ -231,7 +231,7 @@ def _loop(op: NestedLoopOp, spec: LoopSpec) -> Executable:
         state: Mapping[str, Tensor] | None,
         order: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        tensors = [heads_first(grouped_heads(spec, n, views[n]), spec.inputs[n]) for n in spec.inputs]
+        tensors = [heads_first(spec, name, views[name]) for name in spec.inputs]
         for name in signature.fast:
             tensors.append(weights[name].unsqueeze(1) if state is None else state[name].transpose(0, 1))
         for name in spec.slow:
@@ -248,9 +248,11 @@ def _loop(op: NestedLoopOp, spec: LoopSpec) -> Executable:
     return run
 
 
-def heads_first(view: Tensor, declared: Any) -> Tensor:
-    """[B, H, N, *] -> [H, B, N, *]; [B, N, *] -> [1, B, N, *]. Under autocast in its precision, as for any product."""
+def heads_first(spec: LoopSpec, name: str, view: Tensor) -> Tensor:
+    """A view of a call, [B, H, N, *] or [B, H / group, N, *] -> [H, B, N, *]; [B, N, *] -> [1, B, N, *]. Under autocast
+    in its precision, as for any product."""
+    view = grouped_heads(spec, name, view)
     low = autocast_dtype(view.device.type)
     if low is not None and view.dtype == torch.float32:
         view = view.to(low)
-    return view.unsqueeze(0) if getattr(declared, "shared", False) else view.transpose(0, 1)
+    return view.unsqueeze(0) if getattr(spec.inputs[name], "shared", False) else view.transpose(0, 1)

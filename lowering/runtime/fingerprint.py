@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -23,6 +24,7 @@ from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import LoopSpec
 
 _KNOWN = {"torch", "math", "nestloop", "builtins", "operator", "functools", "numpy", "einops", "typing", "collections"}
+_LONGEST = 32  # items of what is looked through for whole numbers: more are a table
 _OF_A_DATACLASS = ("<string>", dataclasses.__file__)  # where the methods come from that it has by its fields alone
 
 
@@ -35,13 +37,19 @@ def fingerprint(spec: LoopSpec, *settings: Any) -> str | None:
     digest = _Digest()
     try:
         digest.add(own_files(), torch.__version__, str(torch.get_default_dtype()), spec.name, repr(settings))
-        digest.add_class(spec.cls)
-        digest.add_class(spec.learner)
-        digest.add_value({name: value for name, value in vars(spec.optimizer).items() if name != "where"})
+        digest.add_bodies(spec)
         digest.add(repr(spec.schedule), repr(spec.heads))
     except (_Unknown, RecursionError):
         return None
     return digest.text()
+
+
+def whole_numbers(spec: LoopSpec) -> set[int]:
+    """The whole numbers that a loop's bodies reach, as far as these can be read."""
+    reached = _WholeNumbers()
+    with suppress(RecursionError):
+        reached.add_bodies(spec)
+    return reached.found
 
 
 @cache
@@ -68,6 +76,12 @@ class _Digest:
     def add(self, *texts: str) -> None:
         for text in texts:
             self.hash.update(text.encode() + b"\0")
+
+    def add_bodies(self, spec: LoopSpec) -> None:
+        """All that the bodies of a loop reach."""
+        self.add_class(spec.cls)
+        self.add_class(spec.learner)
+        self.add_value({name: value for name, value in vars(spec.optimizer).items() if name != "where"})
 
     def add_class(self, cls: type) -> None:
         """A class of the user's: every base that is theirs, every function and declaration in it."""
@@ -125,11 +139,15 @@ class _Digest:
             self.add_class(type(value))
             self.add_value({each.name: getattr(value, each.name) for each in dataclasses.fields(value)})
         else:
-            raise _Unknown(repr(value))
+            self.refuse(repr(value))
+
+    def refuse(self, what: str) -> None:
+        """Something whose content is not known."""
+        raise _Unknown(what)
 
     def add_known(self, name: str) -> None:
         if _root(name) not in _KNOWN:
-            raise _Unknown(name)
+            self.refuse(name)
         self.add(name)
 
     def add_function(self, function: FunctionType) -> None:
@@ -158,6 +176,23 @@ class _Digest:
                 self.add_code(constant)
             else:
                 self.add_value(constant)
+
+
+class _WholeNumbers(_Digest):
+    """Goes the same way for the whole numbers on it, and past what is not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def add_value(self, value: Any) -> None:
+        if type(value) is int:
+            self.found.add(value)
+        if not (isinstance(value, (tuple, list, set, frozenset, Mapping)) and len(value) > _LONGEST):
+            super().add_value(value)
+
+    def refuse(self, what: str) -> None:
+        pass
 
 
 def _is_written(value: Any) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nestloop.errors import NoPlanError
-from nestloop.lang.binding import Binding, grouped_heads
+from nestloop.lang.binding import Binding
 from nestloop.lang.kept import Kept
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Chunked, Program
@@ -222,7 +222,7 @@ class _Call:
         dtype: torch.dtype,
     ) -> None:
         self.spec, self.binding, self.op, self.return_losses = spec, binding, op, return_losses
-        self.tokens = {n: heads_first(grouped_heads(spec, n, views[n]), spec.inputs[n]) for n in spec.inputs}
+        self.tokens = {name: heads_first(spec, name, views[name]) for name in spec.inputs}
         self.slow = {n: weights[n][None, None] if spec.slow[n].shared else weights[n].unsqueeze(1) for n in spec.slow}
         self.entries, self.sizes = spec.entries, binding.sizes
         first = next(iter(self.tokens.values()))

@@ -18,8 +18,6 @@ from nestloop.lowering import ops
 from nestloop.lowering.ops.row import Fold, Operands
 from nestloop.lowering.ops.strided import ZERO, Extent, Strided, dense
 
-aten = torch.ops.aten
-
 SCALARS = ("weight", "rate")  # inputs that are numbers
 
 

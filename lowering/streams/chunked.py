@@ -13,9 +13,10 @@ from nestloop.lang.optim import momentum_name
 from nestloop.lang.schedule import Chunked
 from nestloop.lang.state import averaged_gates
 from nestloop.lowering.derivative import grad
+from nestloop.lowering.recorder import call
 from nestloop.lowering.streams.coefficients import last
 from nestloop.lowering.streams.primal import token_gradients
-from nestloop.lowering.streams.step import Step, Tensors, call
+from nestloop.lowering.streams.step import Step, Tensors
 
 
 def chunk_step(step: Step, given: Tensors) -> tuple[Tensor, ...]:

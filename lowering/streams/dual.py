@@ -16,9 +16,10 @@ from torch import Tensor, fx
 from nestloop.lang.declare import Gate
 from nestloop.lowering.axes import type_axes
 from nestloop.lowering.derivative import grad
+from nestloop.lowering.recorder import call
 from nestloop.lowering.streams.coefficients import Coefficients, before, coefficients, last, last_row, of_rows
 from nestloop.lowering.streams.halves import Halves
-from nestloop.lowering.streams.step import VALID, Step, Tensors, call, causal, momentum_names
+from nestloop.lowering.streams.step import VALID, Step, Tensors, causal, momentum_names
 from nestloop.lowering.streams.uses import Matrix, NotAffine, Uses, Vector, is_matrix, weight_users
 
 

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 from torch.func import vmap
 
 from nestloop.lang.declare import Gate
 from nestloop.lowering.derivative import grad
-from nestloop.lowering.recorder import Located
+from nestloop.lowering.recorder import call
 from nestloop.lowering.streams.coefficients import Coefficients, Rows, before, coefficients, last, last_row, strict
 from nestloop.lowering.streams.dual import summed
 from nestloop.lowering.streams.halves import Halves
-from nestloop.lowering.streams.step import VALID, Step, Tensors, causal, momentum_names, placeholders
-
-aten = torch.ops.aten
+from nestloop.lowering.streams.step import VALID, Step, Tensors, causal, momentum_names
 
 
 def token_gradients(step: Step, at: Tensors, slow: Tensors, keys: Tensors) -> tuple[Tensors, Tensor]:
     """Every row's gradient of every fast weight [r, *dims], times its learning rate; every row's loss [r]."""
     spec, loss = step.spec, step.captured.loss
     assert loss is not None
-    names = placeholders(loss)
 
     def one(fast: Tensors, row: Tensors) -> tuple[Tensor, Tensor]:
         tile = {n: t.unsqueeze(0) for n, t in row.items()}
-        given = step.loss_inputs(fast, at, slow, tile)
-        value = Located(loss).run(*[given[n] for n in names]).reshape(())
+        value = call(loss, step.loss_inputs(fast, at, slow, tile)).reshape(())
         return value, value
 
     found, losses = vmap(grad(one, has_aux=True), in_dims=(None, 0))(at, keys)
@@ -109,11 +102,9 @@ def _built(
 
 def _read(step: Step, weights: Tensors, slow: Tensors, queries: Tensors) -> Tensor:
     readout = step.captured.readout
-    names = placeholders(readout)
 
     def one(fast: Tensors, row: Tensors) -> Tensor:
-        given: dict[str, Any] = {**fast, **slow, **{n: t.unsqueeze(0) for n, t in row.items()}}
-        return Located(readout).run(*[given[n] for n in names]).squeeze(0)
+        return call(readout, {**fast, **slow, **{n: t.unsqueeze(0) for n, t in row.items()}}).squeeze(0)
 
     return vmap(one)(weights, queries)
 
@@ -130,7 +121,6 @@ def _losses(
     """Each row's loss at the weights before its step."""
     spec, loss = step.spec, step.captured.loss
     assert loss is not None
-    names = placeholders(loss)
     decays_first = spec.optimizer.decays is not None and spec.optimizer.decay_order == "before"
     weights = {}
     for name in spec.fast:
@@ -143,8 +133,7 @@ def _losses(
 
     def one(fast: Tensors, row: Tensors) -> Tensor:
         tile = {n: t.unsqueeze(0) for n, t in row.items()}
-        given = step.loss_inputs(fast, fast, slow, tile)
-        return Located(loss).run(*[given[n] for n in names]).reshape(())
+        return call(loss, step.loss_inputs(fast, fast, slow, tile)).reshape(())
 
     return vmap(one)(weights, keys)
 

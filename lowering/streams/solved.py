@@ -23,7 +23,7 @@ from nestloop.lowering import ops
 from nestloop.lowering.axes import type_axes
 from nestloop.lowering.derivative import grad
 from nestloop.lowering.ops import Kind
-from nestloop.lowering.recorder import Located
+from nestloop.lowering.recorder import Located, call, placeholders
 from nestloop.lowering.rewrites.reach import ancestors
 from nestloop.lowering.simplify import simplify
 from nestloop.lowering.streams.coefficients import Coefficients, before, coefficients, strict
@@ -38,7 +38,7 @@ from nestloop.lowering.streams.dual import (
     vector,
     weighed,
 )
-from nestloop.lowering.streams.step import Step, Tensors, call, momentum_names, placeholders
+from nestloop.lowering.streams.step import Step, Tensors, momentum_names
 from nestloop.lowering.streams.uses import Matrix, NotAffine, Uses, Vector, is_matrix, weight_users
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from nestloop.lang import coefficient
 from nestloop.lang.declare import Declaration, Gate
@@ -16,7 +16,6 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.optim import momentum_name
 from nestloop.lang.schedule import Causal, Chunked
 from nestloop.lowering.capture import Captured
-from nestloop.lowering.recorder import Located
 from nestloop.lowering.runtime.streams import VALID
 from nestloop.lowering.streams.coefficients import Coefficients, Rows, combine, exact
 from nestloop.lowering.streams.uses import NotAffine
@@ -237,16 +236,6 @@ class Step:
         """What the loss graph takes, by name."""
         hold = {f"{name}__held": value for name, value in held.items()} if self.spec.holds else {}
         return {**at, **hold, **slow, **keys}
-
-
-def placeholders(module: fx.GraphModule) -> list[str]:
-    """The declared names of a graph's inputs."""
-    return [n.meta.get("declared", n.name) for n in module.graph.find_nodes(op="placeholder")]
-
-
-def call(module: fx.GraphModule, given: dict[str, Any], interpreter: Located | None = None) -> Any:
-    """Run a captured graph on inputs by name."""
-    return (interpreter or Located(module)).run(*[given[name] for name in placeholders(module)])
 
 
 def momentum_names(spec: LoopSpec, weight: str) -> list[str]:

@@ -37,6 +37,7 @@ from nestloop.errors import NoPlanError
 from nestloop.inspection import trial_sizes
 from nestloop.lang.schedule import Program
 from nestloop.lowering import names, pipeline
+from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.runtime import offline
 from nestloop.lowering.runtime.assembler import hopper_assembler
 from nestloop.lowering.runtime.triton_plan import TritonPlan
@@ -119,7 +120,7 @@ def plans(loop: type[nl.Loop], d: int) -> dict[str, TritonPlan | str]:
     sizes = trial_sizes(spec, {**dict.fromkeys(("d", "dk", "dv", "dx", "dy"), d), "H": HEADS})
     tokens = sizes["N"] if spec.grid else None
     sizes = {name: size for name, size in sizes.items() if name not in ("B", "N", "n")}
-    made: dict[str, Any] = {}
+    spec, made = in_parts(spec, sizes, tokens), dict[str, Any]()
     if spec.streams:
         for part in ("update", "read") if isinstance(spec.schedule, Program) else ("scan",):
             made[part] = pipeline.stream_stages(spec, sizes, None, losses=False, part=part, triton=True)

@@ -10,6 +10,7 @@ from typing import Any
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering import pipeline
 from nestloop.lowering.differentiate import Piece
+from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.lower import plan_for
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling
@@ -82,21 +83,28 @@ def candidates(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> 
         CompileError: a body cannot be compiled.
     """
     sizes, part = dict(sizes), "scan" if spec.streams else ""
-    if spec.streams:
-        first: pipeline.AnyLowered = pipeline.stream_stages(spec, sizes, tokens, False, part, triton=True)
-    else:
-        first = pipeline.stages(spec, sizes, tokens, False, False, triton=True)
+
+    def lower(one: LoopSpec) -> pipeline.AnyLowered:
+        if one.streams:
+            return pipeline.stream_stages(one, sizes, tokens, False, part, triton=True)
+        return pipeline.stages(one, sizes, tokens, False, False, triton=True)
+
+    first = lower(spec)
     plan = pipeline.plan_of(first)
     if plan.form == "attention":
         return [Candidate("PyTorch's attention", plan, first.pieces)]
     found = [Candidate("generated PyTorch", plan, first.pieces)]
+    parted = in_parts(spec, sizes, tokens)
+    if parted is not spec:
+        first = lower(parted)
+        plan = pipeline.plan_of(first)
     if plan.triton is None:
         return [*found, Candidate("Triton", None, {}, reason=plan.not_triton)]
     texts = []
     what = "chunks" if spec.streams else "tiles"
     for rows, levels in product(ROWS, (1, 2) if spec.streams else (None,)):
         tiling = Tiling(rows=rows, levels=levels)
-        made = plan_for(spec, sizes, tokens, False, False, part=part, triton=True, tiling=tiling)
+        made = plan_for(parted, sizes, tokens, False, False, part=part, triton=True, tiling=tiling)
         name = f"Triton, {what} of {rows}{', at once' if levels == 2 else ''}"
         if made.triton is None:
             found.append(Candidate(name, None, {}, tiling, made.not_triton))

@@ -24,6 +24,7 @@ from nestloop.errors import (
 )
 from nestloop.lang.loop import LoopSpec, body_line
 from nestloop.lowering import ops
+from nestloop.lowering.joins import take_apart
 from nestloop.lowering.mismatch import OpFailed, shape_mismatch, trial_sizes
 from nestloop.lowering.tracer import Tracer
 
@@ -79,6 +80,7 @@ def capture(spec: LoopSpec, sizes: dict[str, int], tokens: int | None) -> Captur
 
     Raises:
         CompileError: one of its subclasses, at the line of the body that cannot be compiled.
+        StaysWhole: of a loop in parts, a body takes a fast weight whole.
     """
     return capture_with(Tracer(spec, sizes, tokens))
 
@@ -101,10 +103,22 @@ def capture_with(tracer: Tracer) -> Captured:
     inputs = [name for name in inputs if name not in spec.inputs or not spec.inputs[name].micro]
     readout = _trace(tracer, lambda dims: _flat(reference.token_readout(spec, dims), spec), inputs, "readout")
     output = _check_readout(spec, readout)
+    if spec.parts:
+        loss, readout = (_in_parts(graph, tracer) for graph in (loss, readout))
     if callable(spec.optimizer.transform):
         for name in spec.fast:
             _trace(tracer, lambda dims: spec.optimizer.transformed, [name], "transform")
     return Captured(spec, loss, readout, sizes, output, tracer.fixed_tokens())
+
+
+def _in_parts(module: fx.GraphModule, tracer: Tracer) -> fx.GraphModule:
+    """A body's graph whose fast weights lie in parts, without their joins. Raises `StaysWhole` where it takes one
+    whole."""
+
+    def trace(function: Callable[..., Any], names: list[str]) -> fx.GraphModule:
+        return tracer.trace_on(function, [tracer.tile(name) for name in names], names)
+
+    return take_apart(module, trace, {parts.sizes for parts in tracer.spec.parts})
 
 
 def _trace(

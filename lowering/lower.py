@@ -9,11 +9,14 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import torch
 
 from nestloop.lang.loop import LoopSpec
+from nestloop.lang.parts import StaysWhole
+from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.runtime import plan as plans
 from nestloop.lowering.runtime.executable import EXECUTABLES, build, settled
 from nestloop.lowering.runtime.fingerprint import fingerprint
@@ -21,6 +24,7 @@ from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.streams import STREAM_OPS, build_stream
 from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling
 from nestloop.lowering.runtime.tuned import tiling_for
+from nestloop.lowering.runtime.whole import called_whole
 
 __all__ = ["EXECUTABLES", "STREAM_OPS", "lower", "plan_for"]
 
@@ -77,7 +81,10 @@ def plan_for(
     return found
 
 
-def _apart(function: Callable[..., Plan], *arguments: Any) -> Plan:
+Made = TypeVar("Made")
+
+
+def _apart(function: Callable[..., Made], *arguments: Any) -> Made:
     """Call a function in a thread that has nothing of what a user's call may be made under: a functional transform, the
     hooks of a recomputed block on saved tensors, autocast, a mode that counts FLOPs. All of these are a thread's own.
 
@@ -129,6 +136,12 @@ def lower(
         gpu: whether "auto" may be Triton: tensors lie on a GPU.
     """
     triton = backend == "triton" or (backend == "auto" and gpu)
+    parted = _apart(in_parts, spec, sizes, tokens) if triton and not spec.parts else spec
+    if parted is not spec:
+        with suppress(StaysWhole):  # with other tokens, say
+            name = lower(parted, sizes, tokens, losses, carried, inductor, double, backend, part, gpu)
+            if name:
+                return called_whole(parted, name)
     tiling = tiling_for(spec, sizes) if triton else UNTUNED
     plan = plan_for(spec, sizes, tokens, losses, carried, part=part, triton=triton, tiling=tiling)
     if plan.triton is None and tiling.rows is not None:  # tuned for the loop alone, without losses or a state
@@ -136,6 +149,8 @@ def lower(
         plan = plan_for(spec, sizes, tokens, losses, carried, part=part, triton=triton)
     if tokens is None and plan.tokens is not None:
         return ""
+    if spec.parts and (plan.triton is None or settled(plan, backend, gpu) != "triton"):
+        return ""  # parts are for Triton alone
     if double and plan.reads_dtype:
         plan = plan_for(spec, sizes, tokens, losses, carried, double, part, triton, tiling)
     if spec.streams:

@@ -85,11 +85,12 @@ class TritonKernels:
     def module(self, plan: str, kernels: Sequence[str], launches: Sequence[Launch]) -> str:
         """The text; `plan`: a sentence on how it runs."""
         spec = self.captured.spec
+        beside = [f"{whole.whole} is {', '.join(whole.names)} side by side." for whole in spec.parts]
         head = _HEADER.format(
             title=f"{spec.name}: {(spec.cls.__doc__ or 'an inner loop').strip().splitlines()[0]}",
             source=spec.where.short,
             dims=", ".join(f"{n} = {s}" for n, s in self.captured.sizes.items()),
-            plan=plan,
+            plan=" ".join([plan, *beside]),
             costs="\n".join(described(self.costs, launches)),
         )
         parts = [function.write() for function in self.functions.values()]

@@ -25,6 +25,7 @@ from nestloop.lang.learner import Body, KernelEstimator, Learner
 from nestloop.lang.legal import check_estimator, check_maps_of, check_optimizer, check_rate_dims
 from nestloop.lang.maps import check_output
 from nestloop.lang.optim import SGD
+from nestloop.lang.parts import Parts, joined
 from nestloop.lang.purity import check_body
 from nestloop.lang.schedule import FullBatch, Schedule, Sliding, Stream
 from nestloop.lang.state import Entry, entries
@@ -50,6 +51,7 @@ class LoopSpec:
         output, beside: what a layer does after the read-out; see `Loop`.
         holds: whether a body reads `f.held`, the learner with its weights held constant.
         called: what bodies call a tensor, by its name here, where the compiler works under other names.
+        parts: the fast weights that the compiler has taken apart, in order; `fast` has their parts.
     """
 
     name: str
@@ -68,6 +70,7 @@ class LoopSpec:
     holds: bool
     where: Location
     called: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[Parts, ...] = ()
 
     @property
     def streams(self) -> bool:
@@ -133,7 +136,7 @@ class LoopSpec:
         return Tokens(self._as_called(values), self.where)
 
     def _as_called(self, values: dict[str, Any]) -> dict[str, Any]:
-        return {self.called.get(name, name): value for name, value in values.items()}
+        return {self.called.get(name, name): value for name, value in joined(self.parts, values).items()}
 
 
 class Tokens:

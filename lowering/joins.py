@@ -1,0 +1,322 @@
+"""A joined axis is taken apart: what reads the whole of it reads its parts.
+
+[a b] + [c d] = [a + c, b + d], [a b] [c; d] = a c + b d, x [a b] = [x a, x b], and what is cut out of a join is what
+was joined. Where every use of a join goes that way, no join is left, and no tile has the axis whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from nestloop.lang.parts import StaysWhole
+from nestloop.lowering import ops
+from nestloop.lowering.ops import Kind
+from nestloop.lowering.ops.results import same_shape, same_size
+from nestloop.lowering.recorder import Located, call, placeholders
+
+aten = torch.ops.aten
+
+_SUMS = {
+    aten.sum.default: aten.add.Tensor,
+    aten.sum.dim_IntList: aten.add.Tensor,
+    aten.amax.default: aten.maximum.default,
+    aten.amin.default: aten.minimum.default,
+}
+_MEANS = (aten.mean.default, aten.mean.dim)
+_WITHIN = (*_SUMS, *_MEANS)  # reductions whose second argument is the axes
+_SAME = (aten.clone.default, aten.alias.default, ops.DETACHED)
+_LIKE = ("full_like", "zeros_like", "ones_like")
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A tensor whose parts lie apart.
+
+    Attributes:
+        parts: along the axis, in order; each may be joined along another.
+        axis: counted from the last: -1, -2, ...
+    """
+
+    parts: tuple[Any, ...]
+    axis: int
+
+    @property
+    def shape(self) -> list[Any]:
+        shape = list(self.parts[0].shape)
+        shape[self.axis] = sum(self.sizes)
+        return shape
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(int(part.shape[self.axis]) for part in self.parts)
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """Where each part begins, and its size."""
+        return list(zip(accumulate(self.sizes, initial=0), self.sizes, strict=False))
+
+    @property
+    def place(self) -> int:
+        """The axis, counted from the first."""
+        return len(self.shape) + self.axis
+
+    def each(self, function: Callable[[Any], Any], place: int) -> Joined:
+        """The same of every part, whose axis is then at this place."""
+        parts = tuple(map(function, self.parts))
+        return Joined(parts, place - len(parts[0].shape))
+
+
+def take_apart(
+    module: fx.GraphModule,
+    trace: Callable[[Callable[..., Any], list[str]], fx.GraphModule],
+    sizes: Collection[tuple[int, ...]],
+) -> fx.GraphModule:
+    """A graph without its joins of parts of such sizes.
+
+    Args:
+        trace: (function, names of its arguments) -> its graph.
+
+    Raises:
+        StaysWhole: something takes one as a whole, or joins other parts to as long an axis.
+    """
+    names = placeholders(module)
+
+    def parted(*tensors: Tensor) -> Any:
+        return call(module, dict(zip(names, tensors, strict=True)), _Apart(module, sizes))
+
+    return trace(parted, names)
+
+
+class _Apart(Located):
+    """Runs a graph with joins that are left apart."""
+
+    def __init__(self, module: fx.GraphModule, sizes: Collection[tuple[int, ...]]) -> None:
+        super().__init__(module)
+        self.joins = sizes
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is aten.cat.default and not _reads_joined(args):
+            tensors, axis = args[0], _from_last(*args)
+            sizes = tuple(tensor.shape[axis] for tensor in tensors)
+            if sizes in self.joins:
+                return Joined(tuple(tensors), axis)
+            if sum(sizes) in map(sum, self.joins):
+                raise StaysWhole("a join of other parts")
+        return _apply(target, tuple(args), kwargs)
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if _reads_joined(args):
+            raise StaysWhole("a result")
+        return super().output(target, args, kwargs)
+
+
+def _reads_joined(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_reads_joined, value))
+    return isinstance(value, Joined)
+
+
+def _apply(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What an op makes of arguments that may be apart."""
+    if not _reads_joined(args):
+        return ops.call(target, args, dict(kwargs))
+    if target is aten.sym_size.int:
+        return args[0].shape[args[1]]
+    row = ops.row(target)
+    of_kind = _OF_KIND.get(row.kind)
+    made = None if of_kind is None else of_kind(target, args, kwargs)
+    if made is None:
+        raise StaysWhole(row.name)
+    return made
+
+
+def _cut(value: Any, axis: int, start: int, size: int) -> Any:
+    """A piece of a value along an axis, counted from the last; all of it where it is the same all along."""
+    if not isinstance(value, (Tensor, Joined)) or len(value.shape) < -axis or same_size(value.shape[axis], 1):
+        return value
+    if isinstance(value, Tensor):
+        place = len(value.shape) + axis
+        return ops.call(aten.slice.Tensor, (value, place, start, start + size), {})
+    if value.axis != axis:
+        return value.each(partial(_cut, axis=axis, start=start, size=size), value.place)
+    for part, (first, count) in zip(value.parts, value.bounds, strict=True):
+        if first <= start and start + size <= first + count:
+            return part if count == size else _cut(part, axis, start - first, size)
+    raise StaysWhole("a piece of several parts")
+
+
+def _pointwise(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    first = next(a for a in args if isinstance(a, Joined))
+    cut = [tuple(_cut(a, first.axis, *bounds) for a in args) for bounds in first.bounds]
+    return Joined(tuple(_apply(target, pieces, kwargs) for pieces in cut), first.axis)
+
+
+def _product(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    left, right = args
+    for value, axis, other in ((left, -1, -2), (right, -2, -1)):
+        if isinstance(value, Joined) and value.axis == axis:
+            beside = right if value is left else left
+            terms = []
+            for part, bounds in zip(value.parts, value.bounds, strict=True):
+                pair = (part, _cut(beside, other, *bounds))
+                terms.append(_apply(target, pair if value is left else pair[::-1], kwargs))
+            return reduce(lambda a, b: _apply(aten.add.Tensor, (a, b), {}), terms)
+    for value, axis in ((left, -2), (right, -1)):
+        if isinstance(value, Joined) and value.axis == axis:
+            made = [(part, right) if value is left else (left, part) for part in value.parts]
+            return Joined(tuple(_apply(target, pair, kwargs) for pair in made), axis)
+    return _pointwise(target, args, kwargs)  # along an axis of a batch
+
+
+def _reduction(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    value, *rest = args
+    if target not in _WITHIN:
+        return None
+    rank, place = len(value.shape), value.place
+    axes = [d % rank for d in (rest[0] if rest else kwargs.get("dim")) or range(rank)]
+    kept = rest[1] if len(rest) > 1 else kwargs.get("keepdim", False)
+    if place not in axes:
+        after = 0 if kept else sum(d < place for d in axes)
+        return value.each(lambda part: _apply(target, (part, *rest), kwargs), place - after)
+    if target in _MEANS:
+        count = 1
+        for d in axes:
+            count = count * value.shape[d]
+        if not isinstance(count, int):
+            return None
+        total = aten.sum.default if target is aten.mean.default else aten.sum.dim_IntList
+        return _apply(aten.div.Tensor, (_apply(total, args, kwargs), count), {})
+    made = [_apply(target, (part, *rest), kwargs) for part in value.parts]
+    return reduce(lambda a, b: _apply(_SUMS[target], (a, b), {}), made)
+
+
+def _normalize(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    value, axis, *rest = args
+    if axis % len(value.shape) == value.place:
+        return None
+    return value.each(lambda part: _apply(target, (part, axis, *rest), kwargs), value.place)
+
+
+def _view(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    value, *rest = args
+    rank, place = len(value.shape), value.place
+
+    def same(part: Any) -> Any:
+        return _apply(target, (part, *rest), kwargs)
+
+    if target in _SAME:
+        return value.each(same, place)
+    if target is aten.permute.default:
+        return value.each(same, [d % rank for d in rest[0]].index(place))
+    if target in (aten.t.default, aten.transpose.int):
+        pair = [d % rank for d in rest] or [0, rank - 1]
+        return value.each(same, pair[1 - pair.index(place)] if place in pair else place)
+    if target is aten.unsqueeze.default:
+        return value.each(same, place + (rest[0] % (rank + 1) <= place))
+    if target in (aten.squeeze.dim, aten.squeeze.dims):
+        dims = [d % rank for d in ([rest[0]] if isinstance(rest[0], int) else rest[0])]
+        return value.each(same, place - sum(d < place and same_size(value.shape[d], 1) for d in dims))
+    if target is aten.expand.default or target in _VIEWS:
+        return _shaped(target, value, rest[0])
+    return None
+
+
+def _shaped(target: Any, value: Joined, shape: Sequence[Any]) -> Joined | None:
+    """A value in another shape, whose axis is there as it was."""
+    before, place, after = list(value.shape), value.place, None
+    if target is aten.expand.default or same_shape(before[place:], list(shape)[value.axis :]):
+        after = len(shape) + value.axis
+    else:
+        long = [d for d, size in enumerate(before) if not same_size(size, 1)]
+        found = [d for d, size in enumerate(shape) if not same_size(size, 1)]
+        if same_shape([before[d] for d in long], [shape[d] for d in found]):
+            after = found[long.index(place)]
+    if after is None:
+        return None
+    sizes = iter(value.sizes)
+
+    def part_of(part: Any) -> Any:
+        size = next(sizes)
+        return _apply(target, (part, [size if d == after else s for d, s in enumerate(shape)]), {})
+
+    return value.each(part_of, after)
+
+
+def _move(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    if target is aten.cat.default:
+        return _cat(*args)
+    value, *rest = args
+    rank, place = len(value.shape), value.place
+    if target is aten.slice.Tensor:
+        axis = (rest[0] if rest else 0) % rank
+        if axis != place:
+            return value.each(lambda part: _apply(target, (part, *rest), kwargs), place)
+        start, stop, step = slice(*rest[1:4]).indices(int(value.shape[place]))
+        return _sliced(value, start, stop) if step == 1 and start < stop else None
+    if target is aten.select.int:
+        axis, index = rest[0] % rank, rest[1]
+        if axis != place:
+            return value.each(lambda part: _apply(target, (part, *rest), kwargs), place - (axis < place))
+        index += value.shape[place] * (index < 0)
+        chosen = _cut(value, value.axis, index, 1)
+        return _apply(target, (chosen, axis, 0), {})
+    return None
+
+
+def _sliced(value: Joined, start: int, stop: int) -> Any:
+    """The places start:stop along the axis."""
+    found = []
+    for first, size in value.bounds:
+        low, high = max(start, first), min(stop, first + size)
+        if low < high:
+            found.append(_cut(value, value.axis, low, high - low))
+    return found[0] if len(found) == 1 else Joined(tuple(found), value.axis)
+
+
+def _from_last(values: Sequence[Any], axis: int = 0) -> int:
+    """The axis of a join, counted from the last."""
+    return axis if axis < 0 else axis - len(values[0].shape)
+
+
+def _cat(values: Sequence[Any], axis: int = 0) -> Joined:
+    axis = _from_last(values, axis)
+    first = next(v for v in values if isinstance(v, Joined))
+    if first.axis != axis:
+        made = [[_cut(v, first.axis, *bounds) for v in values] for bounds in first.bounds]
+        return Joined(tuple(_apply(aten.cat.default, (pieces, axis), {}) for pieces in made), first.axis)
+    flat = [part for v in values for part in (v.parts if isinstance(v, Joined) and v.axis == axis else [v])]
+    return Joined(tuple(flat), axis)
+
+
+def _create(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    value, *rest = args
+    if target._schema.name.split("::")[-1] in _LIKE:
+        return value.each(lambda part: _apply(target, (part, *rest), kwargs), value.place)
+    return _apply(target, (value.parts[0], *rest), kwargs)  # for its dtype alone
+
+
+def _solve(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    system, right, *rest = args
+    if isinstance(system, Joined) or right.axis != -1 or not kwargs.get("left", True):
+        return None
+    return right.each(lambda part: _apply(target, (system, part, *rest), kwargs), right.place)
+
+
+_OF_KIND = {
+    Kind.POINTWISE: _pointwise,
+    Kind.PRODUCT: _product,
+    Kind.REDUCTION: _reduction,
+    Kind.NORMALIZE: _normalize,
+    Kind.VIEW: _view,
+    Kind.MOVE: _move,
+    Kind.CREATE: _create,
+    Kind.SOLVE: _solve,
+}

@@ -16,6 +16,7 @@ aten = torch.ops.aten
 
 _TRIANGLES = (aten.tril.default, aten.triu.default)
 _ELSEWHERE = (1.7, -0.6)  # stands for what an operand without the axis may be
+_COMPARED = (*_ELSEWHERE, 0.0)  # what that may be equal to
 
 
 def stays_zero(value: Value, states: Sequence[bool | None]) -> bool:
@@ -29,19 +30,20 @@ def stays_zero(value: Value, states: Sequence[bool | None]) -> bool:
     if row(value.node.target).kind is not Kind.POINTWISE:
         return False
     choices: list[Sequence[Any]] = []
+    elsewhere = _COMPARED if value.is_bool else _ELSEWHERE
     at = iter(states)  # lists of sizes are no operands
     for argument in value.node.args:
         state = None if isinstance(argument, (list, tuple)) else next(at)
         if not isinstance(argument, torch.fx.Node):
             choices.append((argument,))
         elif not _is_tensor(argument):
-            choices.append(_ELSEWHERE)
+            choices.append(elsewhere)
         elif argument.meta["val"].dtype is torch.bool:
             choices.append((False,) if state else (False, True))
         elif state is False:
             choices.append(("any",))
         else:
-            choices.append((0.0,) if state else _ELSEWHERE)
+            choices.append((0.0,) if state else elsewhere)
     for chosen in product(*choices):
         if "any" in chosen and value.node.target is not aten.where.self:
             return False

@@ -19,6 +19,7 @@ from torch._decomp import _core_aten_decompositions_post_autograd, get_decomposi
 
 from nestloop.lowering.ops import solve
 from nestloop.lowering.ops.detached import detached
+from nestloop.lowering.ops.results import same_size
 
 aten = torch.ops.aten
 
@@ -269,11 +270,42 @@ def product(x: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtype | 
     return first.unsqueeze(dim) if keepdim else first
 
 
+def gather(x: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
+    """Elements at places along an axis, as sums over it of what masks leave; NaN at a place that is not there."""
+    if not x.is_floating_point() or not x.ndim or x.ndim != index.ndim:
+        return NotImplemented
+    dim = dim % x.ndim
+    if not all(d == dim or same_size(x.shape[d], index.shape[d]) for d in range(x.ndim)):
+        return NotImplemented
+    size = x.shape[dim]
+    at = torch.arange(size, device=x.device).reshape([-1 if d == dim + 1 else 1 for d in range(x.ndim + 1)])
+    kept = torch.where(index.unsqueeze(dim + 1) == at, x.unsqueeze(dim), 0.0).sum(dim + 1)
+    return torch.where((index >= 0) & (index < size), kept, math.nan)
+
+
+def index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """The same places of every row."""
+    dim = dim % max(x.ndim, 1)
+    if not x.ndim or index.ndim != 1:
+        return NotImplemented
+    shape = [index.shape[0] if d == dim else size for d, size in enumerate(x.shape)]
+    return gather(x, dim, index.reshape([-1 if d == dim else 1 for d in range(x.ndim)]).expand(shape))
+
+
+def place_of(by: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Where the largest (or smallest) value along an axis is, the first of equal ones."""
+
+    def found(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+        return NotImplemented if dim is None else extreme(by)(x, dim, keepdim)[1]
+
+    return found
+
+
 def diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
     """The diagonal of square matrices, as a sum over their rows of what a mask leaves."""
     rows, columns = dim1 % x.ndim, dim2 % x.ndim
     size = x.shape[rows]
-    if offset or not isinstance(size, int) or x.shape[columns] != size:
+    if offset or not same_size(size, x.shape[columns]):
         return NotImplemented
     at = torch.arange(size, device=x.device)
     shape = [[size if d == axis else 1 for d in range(x.ndim)] for axis in (rows, columns)]
@@ -336,9 +368,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.clamp.Tensor] = clamp
     table[aten.empty_like.default] = lambda x, *, dtype=None, **_: torch.zeros_like(x, dtype=dtype)  # to be overwritten
     table[aten.max.dim], table[aten.min.dim] = extreme(torch.amax), extreme(torch.amin)
+    table[aten.argmax.default], table[aten.argmin.default] = place_of(torch.amax), place_of(torch.amin)
     table.update(dict.fromkeys((aten.any.default, aten.any.dim, aten.any.dims), any_of))
     table.update(dict.fromkeys((aten.all.default, aten.all.dim, aten.all.dims), all_of))
     table[aten.prod.dim_int] = product
+    table[aten.gather.default], table[aten.index_select.default] = gather, index_select
     table[aten.diagonal.default] = diagonal
     table[aten.linalg_inv_ex.default] = inverse
     table[aten.trunc.default], table[aten.round.default] = rounded_down, rounded

@@ -172,8 +172,10 @@ class _Reader:
 
     def _window(self, node: fx.Node, spelled: Window, given: list[Any]) -> Strided | str:
         source = given[0]
-        if not isinstance(source, Strided):
-            return self._make("element", node, _shape_tuple(node), [source])
+        if not isinstance(source, Strided):  # a number, all over
+            made = self._make("element", node, _shape_tuple(node), [source])
+            made.base.copies = True
+            return made
         raw = (node.args[0], *node.args[1:])
         rank = len(node.args[0].meta["val"].shape)
         view = spelled.of(source, operands_of(node, [], raw=raw, rank=rank))

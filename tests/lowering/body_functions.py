@@ -21,6 +21,11 @@ def fitted(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else x.repeat(1, -(-width // x.shape[-1]))[:, :width]
 
 
+def labels(x: Tensor, count: int) -> Tensor:
+    """A whole number for each row, of so many."""
+    return (2 * x[:, 0].abs()).long().clamp_max(count - 1)
+
+
 def _ones(x: Tensor) -> Tensor:
     """One per feature, whatever the tokens."""
     return torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
@@ -131,6 +136,7 @@ NORMS: dict[str, Function] = {
     "var mean": lambda x, y: x * torch.var_mean(y, -1, correction=0, keepdim=True)[0] + x.mean(-1, keepdim=True),
 }
 REDUCTIONS: dict[str, Function] = {
+    "argmax": lambda x, y: x * (1 + y.argmax(-1, keepdim=True)) + y.argmin(-1)[:, None],
     "all": lambda x, y: x * (y > -0.5).all(-1, keepdim=True),
     "amax": lambda x, y: x - x.amax(-1, keepdim=True),
     "aminmax": lambda x, y: torch.stack(torch.aminmax(x, dim=-1), -1),
@@ -156,6 +162,7 @@ PRODUCTS: dict[str, Function] = {
         *(even(t).unflatten(-1, (2, -1)) for t in (x, y, x - y))
     ).flatten(1),
     "bmm": lambda x, y: torch.bmm(x[:, None, :], y[:, :, None] * x[:, None, :]).squeeze(1),
+    "cross": lambda x, y: torch.linalg.cross(fitted(x, 3), fitted(y, 3)),
     "dot of rows": lambda x, y: (x * y).sum(-1, keepdim=True).expand(-1, x.shape[-1]),
     "einsum outer": lambda x, y: torch.einsum("ni,nj->nij", x, y).mean(1),
     "einsum quadratic": lambda x, y: torch.einsum("ni,nj,ni->nj", x, y, x),
@@ -186,6 +193,9 @@ MOVEMENTS: dict[str, Function] = {
     "expand": lambda x, y: x[:, None].expand(-1, 2, -1).reshape(x.shape[0], -1),
     "flip": lambda x, y: x.flip(-1) * y,
     "fliplr": lambda x, y: torch.fliplr(x),
+    "gather": lambda x, y: x.gather(-1, labels(y, x.shape[-1])[:, None].expand(-1, 2)) * y[:, :1],
+    "index select": lambda x, y: x.index_select(-1, torch.arange(x.shape[-1] - 1, -1, -1, device=x.device)) * y,
+    "one of several": lambda x, y: x * (labels(y, 3)[:, None] == torch.arange(x.shape[-1], device=x.device)),
     "interleave": lambda x, y: x.repeat_interleave(2, dim=-1),
     "meshed": lambda x, y: (x.unsqueeze(-1) - y.unsqueeze(-2)).abs().mean(-1),
     "movedim": lambda x, y: torch.stack([x, y]).movedim(0, -1).flatten(1),
@@ -229,6 +239,8 @@ LOSSES: dict[str, Function] = {
     "smooth l1": lambda y, v: F.smooth_l1_loss(y, v, reduction="none", beta=0.3).sum(dim=1),
     "huber": lambda y, v: F.huber_loss(y, v, reduction="none", delta=0.4).mean(1),
     "cross entropy": lambda y, v: F.cross_entropy(y, v.softmax(-1), reduction="none"),
+    "cross entropy of labels": lambda y, v: F.cross_entropy(y, labels(v, y.shape[-1]), reduction="none"),
+    "likelihood of labels": lambda y, v: F.nll_loss(y.log_softmax(-1), labels(v, y.shape[-1]), reduction="none"),
     "smoothed cross entropy": lambda y, v: F.cross_entropy(y, v.softmax(-1), reduction="none", label_smoothing=0.1),
     "binary cross entropy": lambda y, v: F.binary_cross_entropy(
         y.sigmoid().clamp(0.01, 0.99), v.sigmoid(), reduction="none"
@@ -256,8 +268,6 @@ LOSSES: dict[str, Function] = {
 REFUSED: dict[str, Function] = {
     "copysign": lambda x, y: torch.copysign(x, y),
     "rrelu": lambda x, y: F.rrelu(x),
-    "cross": lambda x, y: torch.linalg.cross(fitted(x, 3), fitted(y, 3)),
-    "argmax": lambda x, y: x * (1 + x.argmax(-1, keepdim=True)),
     "cummax": lambda x, y: x.cummax(-1).values,
     "cumprod": lambda x, y: x.tanh().cumprod(-1),
     "logcumsumexp": lambda x, y: x.logcumsumexp(-1),
@@ -270,9 +280,7 @@ REFUSED: dict[str, Function] = {
     ),
     "conv1d": lambda x, y: F.conv1d(x[:, None], torch.tensor([[[0.2, -0.5, 0.4]]], dtype=x.dtype), padding=1)[:, 0],
     "avg pool": lambda x, y: F.avg_pool1d(fitted(x, 4)[:, None], 2)[:, 0],
-    "gather": lambda x, y: x.gather(-1, torch.zeros_like(x[:, :1]).long()) * y,
     "index": lambda x, y: x[:, [0, -1]],
-    "index select": lambda x, y: x.index_select(-1, torch.arange(x.shape[-1] - 1, -1, -1, device=x.device)),
     "unfold": lambda x, y: fitted(x, 3).unfold(-1, 2, 1).mean(-1),
     "gaussian": lambda y, v: F.gaussian_nll_loss(y, v, torch.full_like(y, 0.7), reduction="none").mean(-1),
     "learned gaussian": lambda y, v: F.gaussian_nll_loss(y, v, 0.3 + v.square(), reduction="none").mean(-1),

@@ -286,7 +286,45 @@ class FlatAtOnce(Flat):
     schedule = nl.FullBatch(steps=2)
 
 
+class Labelled(Recall):
+    """A class for each token: a likelihood, beside a distance from one of several."""
+
+    def loss(self, f, t):
+        y, label = f(t.k), (2 * t.v[:, 0].abs()).long().clamp_max(self.d - 1)
+        one = (label[:, None] == torch.arange(self.d)).to(y.dtype)
+        return (
+            F.cross_entropy(y, label, reduction="none") + (y - one).square().sum(-1) + y.gather(1, label[:, None])[:, 0]
+        )
+
+
+class LabelledAtOnce(Labelled):
+    schedule = nl.FullBatch(steps=2)
+
+
+class Regularised(Recall):
+    """A part of each token's loss that is of the weights alone."""
+
+    learner = Linear
+
+    def loss(self, f, t):
+        size = f.w.square().sum() + torch.linalg.vector_norm(f.w) + f.w.diagonal().abs().sum()
+        return (f(t.k) - t.v).square().sum(-1) + 0.1 * size
+
+
+class RegularisedAtOnce(Regularised):
+    schedule = nl.FullBatch(steps=2)
+
+
+class RegularisedInChunks(Regularised):
+    schedule = nl.Chunked(4, "apply-update")
+
+
 LOOPS = [
+    Labelled,
+    LabelledAtOnce,
+    Regularised,
+    RegularisedAtOnce,
+    RegularisedInChunks,
     Rotated,
     Normed,
     Reconstruct,
@@ -351,6 +389,44 @@ def test_a_loss_that_is_a_mean_by_hand(schedule: Schedule, backend: str):
         warnings.simplefilter("error")  # not generated PyTorch where C++ was asked for
         errors = differences(run(nl.compile(loop, backend=backend), inputs), wanted)
     assert max(errors.values()) < 1e-10, errors
+
+
+CONTRASTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "the diagonal": lambda scores: -scores.log_softmax(-1).diagonal(),
+    "labels": lambda scores: F.cross_entropy(scores, torch.arange(len(scores)), reduction="none"),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("name", CONTRASTS)
+def test_a_token_against_all_others(name: str, backend: str):
+    """The contrastive loss of InfoNCE (arXiv 1807.03748)."""
+
+    class Contrast(Recall):
+        schedule = nl.FullBatch(steps=2)
+
+        def loss(self, f, t):
+            return CONTRASTS[name](F.normalize(f(t.k), dim=-1) @ F.normalize(t.v, dim=-1).T / 0.5)
+
+    inputs, wanted = inputs_of(Contrast, torch.float64)
+    errors = differences(run(nl.compile(Contrast, backend=backend), inputs), wanted)
+    assert max(errors.values()) < 1e-10, errors
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
+def test_a_place_that_is_not_there_is_nan(backend: str):
+    """PyTorch refuses it; of generated code, on a GPU above all, no part waits for that."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+
+    class Beyond(Recall):
+        def readout(self, f, t):
+            return f(t.q).gather(1, t.v[:, :1].long())
+
+    inputs = random_inputs(Beyond.spec, SIZES, tokens=7, dtype=torch.float32)
+    inputs.views["v"] = torch.tensor([-1.0, 0.0, 1.0, 3.0, 4.0, 1e6, 2.0]).reshape(1, 1, 7, 1).expand(2, 2, 7, 4)
+    z, _ = nl.compile(Beyond, backend=backend)(inputs.views, inputs.weights)
+    assert z[0, 0].isnan().squeeze(-1).tolist() == [True, False, False, False, True, True, False]
 
 
 def test_nothing_flows_through_what_is_detached():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from nestloop.lowering.emit.triton_kernels import ALIVE
+from nestloop.lowering.emit.triton_fitting import ALIVE
 from nestloop.lowering.emit.triton_scan import TritonScan
 from nestloop.lowering.emit.triton_split import TritonSplitScan
 from nestloop.lowering.emit.triton_split_streamed import TritonSplitStreamedScan

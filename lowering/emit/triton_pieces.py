@@ -17,7 +17,8 @@ from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.batches import Batches
 from nestloop.lowering.emit.torch import TITLES
 from nestloop.lowering.emit.triton import TritonFunction
-from nestloop.lowering.emit.triton_kernels import ALIVE, TALL, TritonKernels
+from nestloop.lowering.emit.triton_fitting import ALIVE, TALL
+from nestloop.lowering.emit.triton_kernels import TritonKernels
 from nestloop.lowering.ops.strided import NoSpelling, extent
 from nestloop.lowering.schedule.apart import Block
 from nestloop.lowering.schedule.interchange import Interchanged, interchanged

@@ -19,7 +19,8 @@ from torch import fx
 
 from nestloop.lowering.emit.scan import ROWWISE, TITLES
 from nestloop.lowering.emit.triton import TritonFunction
-from nestloop.lowering.emit.triton_kernels import ALIVE, indented
+from nestloop.lowering.emit.triton_fitting import ALIVE
+from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_prepare import PREPARES, WALKS, TritonPrepare
 from nestloop.lowering.emit.triton_strips import strips_of
 from nestloop.lowering.emit.triton_tiles import BARRIER, walk

@@ -13,7 +13,7 @@ from benchmarks import static
 from nestloop import zoo
 from nestloop.errors import NoPlanError
 from nestloop.lowering import pipeline
-from nestloop.lowering.emit import triton_kernels, triton_pieces
+from nestloop.lowering.emit import triton_fitting, triton_pieces
 from nestloop.lowering.runtime import offline
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 from tests.lowering.comparison import Inputs, assert_equal, differences, random_inputs, run
@@ -44,8 +44,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hidden axis is walked in blocks, and so are tokens."""
-    monkeypatch.setattr(triton_kernels, "SHORTEST_BLOCKED", 32)
-    monkeypatch.setattr(triton_kernels, "ALIVE", 0)
+    monkeypatch.setattr(triton_fitting, "SHORTEST_BLOCKED", 32)
+    monkeypatch.setattr(triton_fitting, "ALIVE", 0)
     monkeypatch.setattr(triton_pieces, "TILES", ((16, 0), (16, 16)))
     monkeypatch.setattr(triton_pieces, "BLOCKS", ((16, 16),))
 

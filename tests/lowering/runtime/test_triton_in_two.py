@@ -12,7 +12,7 @@ import torch
 import nestloop as nl
 from nestloop import zoo
 from nestloop.lowering import names, pipeline
-from nestloop.lowering.emit import triton_kernels, triton_pieces
+from nestloop.lowering.emit import triton_fitting, triton_pieces
 from nestloop.lowering.runtime import interpreter
 from nestloop.lowering.runtime.launching import TritonCode
 from nestloop.lowering.runtime.triton import TritonBatches
@@ -30,8 +30,8 @@ SIZES = {"d": 8, "D": 40, "H": 2}
 def blocks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hidden axis is walked in two blocks, and tokens in tiles of 16; nothing is kept of what is generated."""
     monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(triton_kernels, "SHORTEST_BLOCKED", 32)
-    monkeypatch.setattr(triton_kernels, "ALIVE", 0)
+    monkeypatch.setattr(triton_fitting, "SHORTEST_BLOCKED", 32)
+    monkeypatch.setattr(triton_fitting, "ALIVE", 0)
     monkeypatch.setattr(triton_pieces, "TILES", ((16, 0), (16, 16)))
     monkeypatch.setattr(triton_pieces, "BLOCKS", ((16, 16),))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import nestloop as nl
 from nestloop import zoo
 from nestloop.lowering import names, pipeline
-from nestloop.lowering.emit import triton_kernels
+from nestloop.lowering.emit import triton_fitting
 from nestloop.lowering.runtime import cache, offline
 from nestloop.lowering.runtime.batches import BatchLoop
 from nestloop.lowering.runtime.launching import TritonCode
@@ -55,8 +55,8 @@ def weights(plan: Plan, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str
 @pytest.fixture(params=[False, True], ids=["whole", "in blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if request.param:
-        monkeypatch.setattr(triton_kernels, "SHORTEST_BLOCKED", 32)
-        monkeypatch.setattr(triton_kernels, "ALIVE", 0)
+        monkeypatch.setattr(triton_fitting, "SHORTEST_BLOCKED", 32)
+        monkeypatch.setattr(triton_fitting, "ALIVE", 0)
     return request.param
 
 

@@ -6,6 +6,7 @@ The interpreter sees no races and no layouts; the compiler runs nothing. Each ke
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import nestloop as nl
 from nestloop import costs, inspection, zoo
 from nestloop.errors import NoPlanError, SharedMemoryError
 from nestloop.lowering import pipeline
-from nestloop.lowering.emit import triton_choice, triton_kernels, triton_split, triton_stream, triton_strips
+from nestloop.lowering.emit import triton_choice, triton_fitting, triton_split, triton_stream, triton_strips
 from nestloop.lowering.lower import STREAM_OPS
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime import cache, offline, triton, tuned
@@ -72,8 +73,8 @@ def streamed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path))  # what is generated depends on these numbers
     monkeypatch.setattr(triton_choice, "TritonScan", refused)
     monkeypatch.setattr(pipeline, "is_affine", lambda piece, carry: False)  # all of it in one kernel
-    monkeypatch.setattr(triton_kernels, "SHORTEST_BLOCKED", 32)
-    monkeypatch.setattr(triton_kernels, "ALIVE", 0)
+    monkeypatch.setattr(triton_fitting, "SHORTEST_BLOCKED", 32)
+    monkeypatch.setattr(triton_fitting, "ALIVE", 0)
     monkeypatch.setattr(triton_stream, "BLOCKS", (0, 16))
 
 
@@ -199,7 +200,7 @@ def test_a_state_that_is_walked_in_memory(
 ):
     """Its axes in blocks; several chunks, an incomplete one last, in two calls: the reference."""
     monkeypatch.setattr(triton_split, "ALIVE", 0)
-    monkeypatch.setattr(triton_kernels, "SHORTEST_BLOCKED", 16)
+    monkeypatch.setattr(triton_fitting, "SHORTEST_BLOCKED", 16)
     for name, size in {"d": 16, "dk": 16, "dv": 16}.items():
         monkeypatch.setitem(SIZES, name, size)
     torch.manual_seed(0)
@@ -517,6 +518,21 @@ def test_no_plan_has_a_tile_that_no_device_holds(loop: type[nl.Loop]):
     lowered = pipeline.stream_stages(loop.spec, sizes, None, losses=False, part="scan", triton=True)
     assert lowered.triton is None
     assert "65536 elements is more than registers hold (262,144 bytes in float32" in lowered.not_triton
+
+
+def test_no_plan_has_far_more_alive_than_registers_hold(monkeypatch: pytest.MonkeyPatch):
+    """Backward of Atlas with heads of 128 features is refused by every device, when it is first called."""
+    sizes = {"d": 128, "H": 2, "D": 256}
+    assert pipeline.stream_stages(zoo.Atlas.spec, sizes, None, False, "scan", triton=True).triton is None
+    monkeypatch.setattr(triton_fitting, "ALIVE", 1000)
+    monkeypatch.setattr(triton_fitting, "MOST_ALIVE", 3000)
+    lowered = pipeline.stages(zoo.MTTTMLP.spec, {"d": 16, "H": 2, "D": 32}, None, False, False, triton=True)
+    assert lowered.triton is None
+    assert re.fullmatch(
+        r"\w+ has [\d,]+ numbers alive at once, on tiles of 16 tokens too, where registers hold 1,000 and 3,000 are "
+        "the most",
+        lowered.not_triton,
+    )
 
 
 @pytest.mark.oldest_triton

@@ -199,7 +199,10 @@ def roll(x: Tensor, shifts: list[int], dims: list[int] = ()) -> Tensor:  # type:
         return roll(x.reshape(-1), shifts, [0]).reshape(x.shape)
     for shift, dim in zip(shifts, dims, strict=True):
         size = x.shape[dim]
-        cut = (size - shift) % size
+        if 0 < shift < size:  # so that of n tokens it is a sum
+            cut = size - shift
+        else:
+            cut = -shift if -size < shift <= 0 else (size - shift) % size
         if isinstance(cut, int) and cut == 0:
             continue
         x = torch.cat([aten.slice.Tensor(x, dim, cut, size), aten.slice.Tensor(x, dim, 0, cut)], dim)

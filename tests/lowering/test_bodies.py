@@ -413,6 +413,22 @@ def test_a_token_against_all_others(name: str, backend: str):
     assert max(errors.values()) < 1e-10, errors
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 5, 7])
+@pytest.mark.parametrize("shift", [1, -1, 5])
+def test_rows_that_are_rolled(shift: int, tokens: int):
+    """By less than their number, and by more."""
+
+    class Rolled(Recall):
+        schedule = nl.FullBatch(steps=2)
+
+        def loss(self, f, t):
+            return (f(t.k) - t.v.roll(shift, 0)).square().sum(-1)
+
+    inputs = random_inputs(Rolled.spec, SIZES, tokens=tokens)
+    found, wanted = (run(nl.compile(Rolled, backend=backend), inputs) for backend in ("torch", "reference"))
+    assert max(differences(found, wanted).values()) < 1e-10
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
 def test_a_place_that_is_not_there_is_nan(backend: str):
     """PyTorch refuses it; of generated code, on a GPU above all, no part waits for that."""

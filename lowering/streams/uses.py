@@ -71,12 +71,11 @@ class Uses(Located):
             return super().run_node(n)
         args, _ = self.fetch_args_kwargs_from_env(n)
         flat = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else [arg])]
-        found = next((a for a in flat if isinstance(a, (Matrix, Vector))), None)
-        if found is None:
-            return super().run_node(n)
-        if isinstance(found, Matrix):
-            return self._matrix(n, args, found)
-        return self._vector(n, args, found)
+        matrix = next((a for a in flat if isinstance(a, Matrix)), None)
+        if matrix is not None:  # beside a vector, too
+            return self._matrix(n, args, matrix)
+        vector = next((a for a in flat if isinstance(a, Vector)), None)
+        return super().run_node(n) if vector is None else self._vector(n, args, vector)
 
     def _matrix(self, n: fx.Node, args: Any, matrix: Matrix) -> Any:
         if n.target in _TRANSPOSES:

@@ -315,6 +315,19 @@ class RegularisedAtOnce(Regularised):
     schedule = nl.FullBatch(steps=2)
 
 
+class Tied(Recall):
+    """A vector and a matrix of the learner's, held to one another."""
+
+    class learner(nl.Learner):
+        w, b = nl.fast("d", "d"), nl.fast("d")
+
+        def forward(self, x):
+            return x @ self.w + self.b
+
+    def loss(self, f, t):
+        return (f(t.k) - t.v).square().sum(-1) + 0.1 * (torch.outer(f.b, f.b) - f.w).square().sum()
+
+
 class RegularisedInChunks(Regularised):
     schedule = nl.Chunked(4, "apply-update")
 
@@ -325,6 +338,7 @@ LOOPS = [
     Regularised,
     RegularisedAtOnce,
     RegularisedInChunks,
+    Tied,
     Rotated,
     Normed,
     Reconstruct,

@@ -75,6 +75,7 @@ FOUND = {  # by hunting; each failed once
     "a result that is the first part of a longer row": replace(
         PLAIN, encode=("split",), schedule="chunked", key_size=4, value_size=5, tokens=1
     ),
+    "a choice of two numbers of a dtype": replace(PLAIN, decode=("tensordot",), loss="dot"),
     "a stack before the tokens": replace(PLAIN, encode=("movedim",), schedule="chunked later"),
 }
 

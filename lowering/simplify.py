@@ -380,9 +380,9 @@ def is_gram(value: fx.Node) -> bool:
 def _takes_numbers(node: fx.Node, slim: list[Any]) -> bool:
     """Whether every number stands where the op's generated spelling takes one."""
     plain = {*_ARITHMETIC, aten.where.self}
-    if node.target is aten.where.self and node.meta["val"].dtype != torch.float32:
-        if not any(isinstance(value, fx.Node) for value in slim[1:]):
-            return False  # a choice of two numbers is float32
+    of_numbers = node.target is aten.where.self and not any(isinstance(value, fx.Node) for value in slim[1:])
+    if of_numbers and node.meta["val"].dtype != torch.float32:  # which a choice of two numbers is
+        return False
     for old, new in zip(node.args, slim, strict=True):
         if isinstance(old, fx.Node) and not isinstance(new, fx.Node) and node.target not in plain:
             return False

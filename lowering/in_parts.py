@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from nestloop.errors import CoefficientError, NestloopError
+from nestloop.errors import CoefficientError, NestloopError, UnresolvedDimError
 from nestloop.lang import coefficient
 from nestloop.lang.declare import Fast
 from nestloop.lang.dims import DimExpr, parse
@@ -40,7 +40,7 @@ def in_parts(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> Lo
         return spec
     key = fingerprint(spec, "in parts", sorted(sizes.items()), tokens)
     found = None if key is None else _CHOSEN.get(key, _kept(key))
-    if found is None:
+    if found is None or found >= len(tried):
         found = next((i for i, one in enumerate(tried) if _comes_apart(one, spec, sizes, tokens)), -1)
         if key is not None:
             cache.put(cache.cache_dir() / f"{key}.parts", str(found))
@@ -109,7 +109,10 @@ def _apart(spec: LoopSpec, name: str, fast: Fast, sizes: Mapping[str, int], turn
     for axis, expr in enumerate(fast.dims):
         terms = terms_of(expr)[:: -1 if turned else 1]
         whole = [e.size(sizes) for e in fast.dims]
-        parts = [[*whole[:axis], term.size(sizes), *whole[axis + 1 :]] for term in terms]
+        try:
+            parts = [[*whole[:axis], term.size(sizes), *whole[axis + 1 :]] for term in terms]
+        except UnresolvedDimError:  # of d/2 + d/2, for an odd d
+            continue
         if len(terms) < 2 or sum(map(_elements, parts)) >= _elements(whole):
             continue
         made = [_part(fast, name, axis, term, index) for index, term in enumerate(terms, 1)]

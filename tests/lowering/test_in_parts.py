@@ -78,6 +78,15 @@ class Normed(nl.Learner):
         return F.layer_norm(x @ self.w, (self.d + 1,))
 
 
+class Halves(nl.Learner):
+    """Whose dim is a sum of what an odd d has no half of."""
+
+    w = nl.fast("d", "d/2 + d/2")
+
+    def forward(self, x):
+        return x @ self.w
+
+
 class Cumulative(nl.Learner):
     """Takes the axis whole."""
 
@@ -116,6 +125,20 @@ def small(**more: Any) -> nl.SGD:
     return nl.SGD(lr=0.02, **more)
 
 
+class Held(nl.Loop):
+    """Beside a learner that the inner gradient takes for a constant."""
+
+    learner, schedule, optimizer = Columns, nl.Causal(4), small()
+    k, v, q = nl.view("d"), nl.view("d"), nl.view("d")
+
+    def loss(self, f, t):
+        return (f(t.k) - beside(t.v) - 0.3 * f.held(t.q)).square().sum(-1)
+
+    def readout(self, f, t):
+        y = f(t.q)
+        return y[:, :-1] * y[:, -1:]
+
+
 LOOPS: dict[str, type[nl.Loop]] = {
     "a row, in a batch": declared(Row, nl.FullBatch(2), small()),
     "columns, in batches": declared(Columns, nl.Shuffled(2), small()),
@@ -128,6 +151,7 @@ LOOPS: dict[str, type[nl.Loop]] = {
     "a row with its own rate": declared(Row, nl.Causal(4), nl.SGD(lr={"w": 0.02}, decay={"w": 0.9})),
     "a norm": declared(Normed, nl.Causal(4), small()),
     "clipped together": declared(Both, nl.Chunked(4), small(gradient_transform=nl.global_clip(0.5))),
+    "held columns": Held,
     "columns with a window": declared(Columns, nl.Causal(4), small(window=3)),
     "a linear attention": zoo.LinearAttentionElu,
     "a causal one": zoo.CausalLinearAttentionElu,
@@ -159,6 +183,7 @@ STAY: dict[str, tuple[type[nl.Loop], dict[str, int]]] = {
     "a transform sees the weight": (declared(Row, nl.Chunked(4), small(transform=nl.newton_schulz())), {}),
     "one system has all of it": (declared(Row, nl.Online(), small()), {}),
     "nothing is joined": (zoo.MTTTMLP, {}),
+    "terms that are no sizes": (declared(Halves, nl.FullBatch(2), small()), {"d": 17}),
 }
 
 

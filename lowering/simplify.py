@@ -156,8 +156,8 @@ class _Rebuild:
             simple = self._pointwise(node, args)
         elif row.kind is Kind.VIEW:
             simple = self._view(node, args)
-        elif row.kind is Kind.PRODUCT and any(isinstance(a, Fill) and a.number == 0 for a in args):
-            simple = Fill(0.0)
+        elif row.kind is Kind.PRODUCT and any(isinstance(a, Fill) for a in args):
+            simple = self._product_of_fill(node, args)
         elif node.target is aten.mm.default:
             simple = self._row_scaled(node, args)
         elif row.kind is Kind.REDUCTION:
@@ -221,6 +221,26 @@ class _Rebuild:
             return value
         turned = result_like(ops.row(aten.permute.default), aten.permute.default, (value.meta["val"], order), {})
         return self._emit(aten.permute.default, (value, order), value, turned)
+
+    def _product_of_fill(self, node: fx.Node, args: list[Any]) -> Any:
+        """a b with one number all over b (or a) is that number times the sums of a's rows (of b's columns)."""
+        if any(isinstance(a, Fill) and a.number == 0 for a in args):
+            return Fill(0.0)
+        if all(isinstance(a, Fill) for a in args):
+            return None
+        axis = -1 if isinstance(args[1], Fill) else -2
+        total, fill = args if axis == -1 else args[::-1]
+        shape = list(total.meta["val"].shape)
+        if not same_size(shape[axis], 1):
+            shape[axis] = 1
+            like = total.meta["val"].new_empty(shape)
+            total = self._emit(aten.sum.dim_IntList, (total, [axis], True), node, like)
+        if fill.number != 1:
+            total = self._emit(aten.mul.Tensor, (total, fill.value), node, total.meta["val"])
+        wanted = node.meta["val"].shape
+        if same_shape(shape, wanted):
+            return total
+        return self._emit(aten.expand.default, (total, [self._size(s, node) for s in wanted]), node)
 
     def _row_scaled(self, node: fx.Node, args: list[Any]) -> Any:
         """(r a) b = r (a b) for a number r per row, where a b is there already."""

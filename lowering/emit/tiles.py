@@ -17,6 +17,14 @@ def dot(a, b, S: tl.constexpr, PRODUCT: tl.constexpr):
 
 
 @triton.jit
+def dot_of_column(a, b, S: tl.constexpr, PRODUCT: tl.constexpr):
+    """a [M, K] b [K], as a product of tiles: b is the first of as many columns as that takes."""
+    first = tl.arange(0, 16)[None, :] == 0
+    product = dot(a, tl.where(first, b[:, None], 0.0), S, PRODUCT)
+    return tl.sum(tl.where(first, product, 0.0), 1)
+
+
+@triton.jit
 def factor(x, S: tl.constexpr, PRODUCT: tl.constexpr):
     """x as `dot` takes it."""
     if PRODUCT == "bf16":

@@ -27,6 +27,7 @@ NEUTRAL = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}  # what a 
 # its layout takes 262,144 bytes of shared memory, which no GPU has.
 MOST_ELEMENTS = 1 << 15
 MOST_TERMS = 1 << 16  # of a product that no unit takes: they stay in registers
+MANY_ROWS = 64  # of a factor: computed twice, they take too many
 
 
 def number(value: Any) -> str:
@@ -299,6 +300,8 @@ class TritonValues(TritonTiles):
             whole = self.whole_factor(value)
             exact = f'dot_of_whole({left}, {right}, S, "{whole}")' if whole else f"exact_dot({left}, {right}, S)"
             return [f"tiles.{exact}"]
+        if self._is_of_a_factor(value):
+            return [self._of_a_column(value)]
         space = a.shape
         axes = [size for size in space if not size.is_one]
         elements = math.prod(map(self.padded, axes))
@@ -319,6 +322,27 @@ class TritonValues(TritonTiles):
             text = f"tl.broadcast_to({text}, ({', '.join(str(self.padded(s)) for s in held(value))},))"
         self._set_clean(value, clean)
         return [text]
+
+    def _is_of_a_factor(self, value: Value) -> bool:
+        """Whether a product is of many rows that are computed as another's factor, with one column."""
+        left, right = value.factors
+        if left.base.kind != "element" or not right.shape[-1].is_one or not self.is_low(value):
+            return False
+        if left.shape[-1].is_one or len(left.shape) != 2 or self.padded(left.shape[0]) < MANY_ROWS:
+            return False
+        return any(user.kind == "product" and self.is_dot(user) for user in readers(left.base))
+
+    def _of_a_column(self, value: Value) -> str:
+        """Such a product in the other's way, for which the rows are there: for a sum over them Triton may compute them
+        anew, elsewhere than they are."""
+        a, b = value.factors
+        (left, clean_a), (right, clean_b) = self._tile(a, a.shape), self._tile(b, b.shape)
+        inner = a.shape[-1]
+        if not self.whole(inner):
+            left = left if clean_a[1] else f"tl.where({self._mask(1, 2, inner)}, {left}, 0)"
+            right = right if clean_b[0] else f"tl.where({self._mask(0, 1, inner)}, {right}, 0)"
+        self._set_clean(value, [clean_a[0]])
+        return f"tiles.dot_of_column({self._full(left, clean_a, a.shape)}, {right}, S, PRODUCT)"
 
     def _along(self, value: Value) -> list[str]:
         (view,) = value.reads

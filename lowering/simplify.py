@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from torch import fx
 
 from nestloop.lowering import ops
 from nestloop.lowering.ops import Kind
-from nestloop.lowering.ops.results import result_like, same_shape, same_size
+from nestloop.lowering.ops.results import same_shape, same_size
+from nestloop.lowering.product_rules import Fill, ProductRules, is_gram, is_scalar, is_size
 from nestloop.lowering.recorder import graph_module
 from nestloop.lowering.subexpressions import common_subexpressions
 
@@ -42,18 +42,7 @@ _SUB = (aten.sub.Tensor, aten.sub.Scalar)
 _DIV = (aten.div.Tensor, aten.div.Scalar)
 
 
-@dataclass(frozen=True)
-class Fill:
-    """A tensor filled with one number, or with one 0-d node's value."""
-
-    value: float | fx.Node
-
-    @property
-    def number(self) -> float | None:
-        return self.value if not isinstance(self.value, fx.Node) else None
-
-
-class _Rebuild:
+class _Rebuild(ProductRules):
     """One pass over a graph, producing a simpler one."""
 
     def __init__(self, known: Mapping[str, float], zero_is_none: bool) -> None:
@@ -203,64 +192,6 @@ class _Rebuild:
                 return Fill(source)
         return None
 
-    def _flipped_product(self, node: fx.Node, source: fx.Node, order: list[int]) -> fx.Node | None:
-        """(a b)^T = b^T a^T, where nothing else reads a b."""
-        rank = len(order)
-        swap = [*range(rank - 2), rank - 1, rank - 2]
-        if source.target not in (aten.mm.default, aten.bmm.default) or order != swap or len(node.args[0].users) > 1:
-            return None
-        made = [self._turned(factor, swap) for factor in source.args[::-1]]
-        return self._emit(source.target, tuple(made), node)
-
-    def _turned(self, value: fx.Node, order: list[int]) -> fx.Node:
-        """A value with its last two axes exchanged."""
-        if value.target is aten.permute.default and [d % len(order) for d in value.args[1]] == order:
-            (before,) = value.all_input_nodes
-            return before
-        if is_gram(value):
-            return value
-        turned = result_like(ops.row(aten.permute.default), aten.permute.default, (value.meta["val"], order), {})
-        return self._emit(aten.permute.default, (value, order), value, turned)
-
-    def _product_of_fill(self, node: fx.Node, args: list[Any]) -> Any:
-        """a b with one number all over b (or a) is that number times the sums of a's rows (of b's columns)."""
-        if any(isinstance(a, Fill) and a.number == 0 for a in args):
-            return Fill(0.0)
-        if all(isinstance(a, Fill) for a in args):
-            return None
-        axis = -1 if isinstance(args[1], Fill) else -2
-        total, fill = args if axis == -1 else args[::-1]
-        shape = list(total.meta["val"].shape)
-        if not same_size(shape[axis], 1):
-            shape[axis] = 1
-            like = total.meta["val"].new_empty(shape)
-            total = self._emit(aten.sum.dim_IntList, (total, [axis], True), node, like)
-        if fill.number != 1:
-            total = self._emit(aten.mul.Tensor, (total, fill.value), node, total.meta["val"])
-        wanted = node.meta["val"].shape
-        if same_shape(shape, wanted):
-            return total
-        return self._emit(aten.expand.default, (total, [self._size(s, node) for s in wanted]), node)
-
-    def _row_scaled(self, node: fx.Node, args: list[Any]) -> Any:
-        """(r a) b = r (a b) for a number r per row, where a b is there already."""
-        left, right = args
-        if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left.target is not aten.mul.Tensor:
-            return None
-        for row, rows in (left.args[:2], left.args[1::-1]):
-            if not isinstance(row, fx.Node) or not isinstance(rows, fx.Node) or _is_scalar(row) or _is_size(rows):
-                continue
-            shape = row.meta["val"].shape
-            if (
-                len(shape) == len(rows.meta["val"].shape) == 2
-                and same_size(shape[1], 1)
-                and not same_size(rows.meta["val"].shape[-1], 1)
-            ):
-                there = next((u for u in rows.users if u.target is aten.mm.default and u.args == (rows, right)), None)
-                if there is not None:
-                    return self._emit(aten.mul.Tensor, (row, there), node)
-        return None
-
     def _reduction(self, node: fx.Node, args: list[Any]) -> Any:
         source = args[0]
         if not isinstance(source, Fill):
@@ -277,7 +208,7 @@ class _Rebuild:
     def _pointwise(self, node: fx.Node, args: list[Any]) -> Any:
         if node.kwargs.get("alpha", 1) != 1 or node.meta["val"].dtype == torch.bool:
             return self._broadcast(node, args)
-        args = [Fill(a) if isinstance(a, fx.Node) and _is_scalar(a) else a for a in args]
+        args = [Fill(a) if isinstance(a, fx.Node) and is_scalar(a) else a for a in args]
         arithmetic = _ARITHMETIC.get(node.target)
         numbers = [a.number if isinstance(a, Fill) else a if isinstance(a, (int, float)) else None for a in args]
         if arithmetic and all(n is not None for n in numbers):
@@ -373,28 +304,11 @@ class _Rebuild:
                 slim.append(value.args[0])
             else:
                 slim.append(value)
-        ranks = [s.meta["val"].shape for s in slim if isinstance(s, fx.Node) and not _is_size(s)]
+        ranks = [s.meta["val"].shape for s in slim if isinstance(s, fx.Node) and not is_size(s)]
         has_tensor_first = isinstance(slim[0], fx.Node) or node.target not in ops.ONLY_TENSORS
         if ranks and has_tensor_first and same_shape(_broadcast_shape(ranks), wanted) and _takes_numbers(node, slim):
             return self._copy(node, slim, node.kwargs)
         return None
-
-
-def _is_size(node: fx.Node) -> bool:
-    """Whether a node is a size: a Python number where the code runs."""
-    return not isinstance(node.meta["val"], torch.Tensor)
-
-
-def _is_scalar(node: fx.Node) -> bool:
-    return _is_size(node) or not node.meta["val"].shape
-
-
-def is_gram(value: fx.Node) -> bool:
-    """Whether a value is a a^T, its own transpose: by what it is, or (an input) by its name."""
-    if value.target is not aten.mm.default:
-        return value.op == "placeholder" and value.name.startswith("gram_")
-    left, right = value.args
-    return right.target is aten.permute.default and list(right.args[1]) == [1, 0] and right.args[0] is left
 
 
 def _takes_numbers(node: fx.Node, slim: list[Any]) -> bool:

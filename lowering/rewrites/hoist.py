@@ -13,9 +13,10 @@ from torch import Tensor, fx
 
 from nestloop.lowering import ops
 from nestloop.lowering.capture import Captured
+from nestloop.lowering.product_rules import is_gram
 from nestloop.lowering.rewrites.reach import evaluate, inputs_below
 from nestloop.lowering.rewrites.rule import Rewrite
-from nestloop.lowering.simplify import is_gram, simplify
+from nestloop.lowering.simplify import simplify
 from nestloop.lowering.tracer import Tracer
 
 NAME = "hoisting"

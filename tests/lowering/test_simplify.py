@@ -197,3 +197,25 @@ def test_values_never_change(program: list[tuple[int, int, int]], known: dict[st
         return values[-1]
 
     simplified(run, X, Y, known=known)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: x @ torch.full((4, 5), 2.0, dtype=x.dtype),
+        lambda x, y: torch.ones(2, 3, dtype=x.dtype) @ x + y.sum(),
+        lambda x, y: x @ torch.ones_like(y).T,
+        lambda x, y: y * (x[:, :1] @ torch.full((1, 4), -0.5, dtype=x.dtype)),
+        lambda x, y: torch.bmm(x[:, None], torch.full((3, 4, 2), 3.0, dtype=x.dtype)),
+        lambda x, y: x @ torch.full((4, 1), 2.0, dtype=x.dtype) + y,
+    ],
+)
+def test_a_product_with_one_number_all_over_is_a_sum(function: Callable[..., Tensor]):
+    _, left = simplified(function)
+    assert not {"mm.default", "bmm.default"} & set(left)
+
+
+def test_a_column_beside_a_product_is_a_sum_of_no_places():
+    """Of an axis of one place, what stands there: the outer product with ones is as it was, wider."""
+    _, left = simplified(lambda x, y: y * (x[:, :1] @ torch.ones(1, 4, dtype=x.dtype)))
+    assert "sum.dim_IntList" not in left and "mm.default" not in left

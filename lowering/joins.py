@@ -106,10 +106,11 @@ class _Apart(Located):
         if target is aten.cat.default and not _reads_joined(args):
             tensors, axis = args[0], _from_last(*args)
             sizes = tuple(tensor.shape[axis] for tensor in tensors)
-            if sizes in self.joins:
-                return Joined(tuple(tensors), axis)
-            if sum(sizes) in map(sum, self.joins):
-                raise StaysWhole("a join of other parts")
+            if all(isinstance(size, int) for size in sizes):  # not of tokens
+                if sizes in self.joins:
+                    return Joined(tuple(tensors), axis)
+                if sum(sizes) in map(sum, self.joins):
+                    raise StaysWhole("a join of other parts")
         return _apply(target, tuple(args), kwargs)
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:

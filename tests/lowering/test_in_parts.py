@@ -15,7 +15,7 @@ import nestloop as nl
 from nestloop import zoo
 from nestloop.lang.schedule import Schedule
 from nestloop.lowering import in_parts, lower, pipeline
-from nestloop.lowering.runtime import cache, offline
+from nestloop.lowering.runtime import cache, executable, offline
 from nestloop.lowering.runtime.fingerprint import fingerprint
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 from tests.lowering.comparison import assert_equal, differences, random_inputs, run, run_in_parts
@@ -206,6 +206,32 @@ def test_a_coefficient_along_the_axis_keeps_it_whole():
         inputs = random_inputs(loop.spec, {"d": 16}, tokens=8)
         found, wanted = (run(nl.compile(loop, backend=b), inputs) for b in ("triton", "reference"))
         assert_equal(differences(found, wanted), 1e-10)
+
+
+def test_tokens_may_be_joined_too():
+    """Each against the next."""
+
+    class Next(nl.Loop):
+        learner, optimizer = Row, small()
+        k, v, q = nl.view("d"), nl.view("d"), nl.view("d")
+
+        def loss(self, f, t):
+            return (f(t.k) - torch.cat([t.v[1:], t.v[-1:]])).square().sum(-1)
+
+        def readout(self, f, t):
+            return f(t.q)
+
+    sizes = {**WHOLE, "d": 16}
+    parted = in_parts.in_parts(Next.spec, sizes, None)
+    assert list(parted.fast) == ["w_part1", "w_part2"]
+    inputs = random_inputs(Next.spec, sizes, tokens=7)
+    wanted = run(nl.compile(Next, backend="reference"), inputs)
+    made = pipeline.stages(parted, sizes, None, False, False)  # generated PyTorch: a tile of all tokens has no Triton
+    name = executable.build(parted, pipeline.plan(made), 2, losses=False, inductor=False)
+    w = inputs.weights["w"]
+    weights = {"w_part1": w[:, :16], "w_part2": w[:, 16:]}
+    z, _, _ = executable.EXECUTABLES[name](inputs.views, weights, None, None)
+    torch.testing.assert_close(z, wanted["z"], rtol=1e-10, atol=1e-10)
 
 
 def test_names_of_parts_that_are_taken():

@@ -90,14 +90,14 @@ def candidates(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> 
         return pipeline.stages(one, sizes, tokens, False, False, triton=True)
 
     first = lower(spec)
-    plan = pipeline.plan_of(first)
-    if plan.form == "attention":
-        return [Candidate("PyTorch's attention", plan, first.pieces)]
-    found = [Candidate("generated PyTorch", plan, first.pieces)]
+    whole = pipeline.plan_of(first)
+    if whole.form == "attention":
+        return [Candidate("PyTorch's attention", whole, first.pieces)]
     parted = in_parts(spec, sizes, tokens)
-    if parted is not spec:
-        first = lower(parted)
-        plan = pipeline.plan_of(first)
+    own = first if parted is spec else lower(parted)
+    plan = pipeline.plan_of(own)
+    whole = replace(whole, triton=plan.triton, not_triton=plan.not_triton)
+    found = [Candidate("generated PyTorch", whole, first.pieces)]
     if plan.triton is None:
         return [*found, Candidate("Triton", None, {}, reason=plan.not_triton)]
     texts = []
@@ -110,11 +110,11 @@ def candidates(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> 
             found.append(Candidate(name, None, {}, tiling, made.not_triton))
             continue
         texts.append(made.triton.text)
-        found.append(Candidate(name, made, first.pieces, tiling, by_default=made.triton.text == plan.triton.text))
+        found.append(Candidate(name, made, own.pieces, tiling, by_default=made.triton.text == plan.triton.text))
     if plan.triton.text not in texts:
         heights = sorted({f["tokens"] for f in plan.triton.work["functions"].values()})
         name = f"Triton, {what} of {', '.join(map(str, heights))}"
-        found.append(Candidate(name, plan, first.pieces, by_default=True))
+        found.append(Candidate(name, plan, own.pieces, by_default=True))
     return [one for alone in found for one in (alone, *_in_ranges(alone))]
 
 

@@ -308,3 +308,9 @@ def test_it_is_told():
     text = nl.inspect(zoo.CosFormer, "triton", d=16, dk=16, dv=16)
     assert "w is w_part1, w_part2 side by side." in text
     assert "w_part1" not in nl.inspect(zoo.CosFormer, "capture") + nl.inspect(zoo.CosFormer, "emit")
+
+
+def test_what_a_loop_should_take_is_that_of_its_parts():
+    """The whole of this one has no Triton."""
+    said = str(nl.cost(zoo.CosFormer, B=8, H=12, N=2048, dk=128, dv=128))
+    assert "Triton, chunks of 16, at once +" in said

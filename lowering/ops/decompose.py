@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import _core_aten_decompositions_post_autograd, get_decompositions
 
-from nestloop.lowering.ops import solve
+from nestloop.lowering.ops import places, solve
 from nestloop.lowering.ops.detached import detached
-from nestloop.lowering.ops.results import same_size
+from nestloop.lowering.ops.results import END
 
 aten = torch.ops.aten
 
@@ -209,6 +209,20 @@ def roll(x: Tensor, shifts: list[int], dims: list[int] = ()) -> Tensor:  # type:
     return x
 
 
+def slice_scatter(
+    x: Tensor, source: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Tensor:
+    """A tensor with other values in a slice: what is before it, these, and what is after it."""
+    if step != 1:
+        return NotImplemented
+    size = x.shape[dim]
+    first, stop = 0 if start is None else start, size if end is None or end == END else end
+    first, stop = (place + size if place < 0 else place for place in (first, stop))
+    before = [aten.slice.Tensor(x, dim, 0, first)] if first != 0 else []
+    after = [] if stop is size or stop >= size else [aten.slice.Tensor(x, dim, stop, size)]
+    return torch.cat([*before, source, *after], dim) if before or after else source
+
+
 def slice_backward(grad: Tensor, sizes: list[int], dim: int, start: int, end: int, step: int) -> Tensor:
     """The gradient of a slice: zeros around it (PyTorch's own writes into a buffer)."""
     dim = dim % len(sizes)
@@ -240,18 +254,6 @@ def clamp(x: Tensor, min: Tensor | None = None, max: Tensor | None = None) -> Te
     return x if max is None else torch.where((x <= max) | torch.isnan(x), x, max)
 
 
-def extreme(by: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The largest (or smallest) values along an axis and where they are; of equal ones the first is meant."""
-
-    def found(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-        there = ((x == by(x, [dim], True)) | torch.isnan(x)).to(x.dtype)
-        passed = there.cumsum(dim)
-        first = (there != 0) & (passed == 1)
-        return torch.where(first, x, 0.0).sum(dim, keepdim), (passed == 0).sum(dim, keepdim)
-
-    return found
-
-
 def any_of(x: Tensor, dim: int | list[int] | None = None, keepdim: bool = False) -> Tensor:
     """Whether one is true, along an axis."""
     dims = list(range(x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
@@ -271,49 +273,6 @@ def product(x: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtype | 
     for factor in rest:
         first = first * factor
     return first.unsqueeze(dim) if keepdim else first
-
-
-def gather(x: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
-    """Elements at places along an axis, as sums over it of what masks leave; NaN at a place that is not there."""
-    if not x.is_floating_point() or not x.ndim or x.ndim != index.ndim:
-        return NotImplemented
-    dim = dim % x.ndim
-    if not all(d == dim or same_size(x.shape[d], index.shape[d]) for d in range(x.ndim)):
-        return NotImplemented
-    size = x.shape[dim]
-    at = torch.arange(size, device=x.device).reshape([-1 if d == dim + 1 else 1 for d in range(x.ndim + 1)])
-    kept = torch.where(index.unsqueeze(dim + 1) == at, x.unsqueeze(dim), 0.0).sum(dim + 1)
-    return torch.where((index >= 0) & (index < size), kept, math.nan)
-
-
-def index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
-    """The same places of every row."""
-    dim = dim % max(x.ndim, 1)
-    if not x.ndim or index.ndim != 1:
-        return NotImplemented
-    shape = [index.shape[0] if d == dim else size for d, size in enumerate(x.shape)]
-    return gather(x, dim, index.reshape([-1 if d == dim else 1 for d in range(x.ndim)]).expand(shape))
-
-
-def place_of(by: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Where the largest (or smallest) value along an axis is, the first of equal ones."""
-
-    def found(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
-        return NotImplemented if dim is None else extreme(by)(x, dim, keepdim)[1]
-
-    return found
-
-
-def diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
-    """The diagonal of square matrices, as a sum over their rows of what a mask leaves."""
-    rows, columns = dim1 % x.ndim, dim2 % x.ndim
-    size = x.shape[rows]
-    if offset or not same_size(size, x.shape[columns]):
-        return NotImplemented
-    at = torch.arange(size, device=x.device)
-    shape = [[size if d == axis else 1 for d in range(x.ndim)] for axis in (rows, columns)]
-    kept = torch.where(at.reshape(shape[0]) == at.reshape(shape[1]), x, 0.0).sum(rows)
-    return kept.movedim(columns - (rows < columns), -1)
 
 
 def inverse(x: Tensor, *, check_errors: bool = False) -> tuple[Tensor, Tensor]:
@@ -370,13 +329,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.repeat.default] = repeat
     table[aten.clamp.Tensor] = clamp
     table[aten.empty_like.default] = lambda x, *, dtype=None, **_: torch.zeros_like(x, dtype=dtype)  # to be overwritten
-    table[aten.max.dim], table[aten.min.dim] = extreme(torch.amax), extreme(torch.amin)
-    table[aten.argmax.default], table[aten.argmin.default] = place_of(torch.amax), place_of(torch.amin)
     table.update(dict.fromkeys((aten.any.default, aten.any.dim, aten.any.dims), any_of))
     table.update(dict.fromkeys((aten.all.default, aten.all.dim, aten.all.dims), all_of))
     table[aten.prod.dim_int] = product
-    table[aten.gather.default], table[aten.index_select.default] = gather, index_select
-    table[aten.diagonal.default] = diagonal
+    table[aten.copy.default] = lambda x, source, *_: source.to(x.dtype).expand(x.shape)
     table[aten.linalg_inv_ex.default] = inverse
     table[aten.trunc.default], table[aten.round.default] = rounded_down, rounded
     table[aten.ceil.default] = lambda x: -(-x).floor()
@@ -388,8 +344,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten._safe_softmax.default] = safe_softmax
     table[aten._fused_rms_norm.default] = fused_rms_norm
     table[aten.rms_norm.default] = lambda x, shape, weight=None, eps=None: fused_rms_norm(x, shape, weight, eps)[0]
-    table[aten.slice_backward.default] = slice_backward
+    table[aten.slice_backward.default], table[aten.slice_scatter.default] = slice_backward, slice_scatter
     table[aten.select_backward.default] = select_backward
     table[aten.sgn.default] = aten.sign.default  # PyTorch's own would import all of Dynamo; so for all below
     table.update(solve.DECOMPOSITIONS)
+    table.update(places.DECOMPOSITIONS)
     return table

@@ -24,7 +24,7 @@ aten = torch.ops.aten
 META = torch.device("meta")
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _CPU = torch.device("cpu")
-_END = 2**63 - 1  # a slice that does not say where it ends
+END = 2**63 - 1  # a slice that does not say where it ends
 
 
 def result_like(row: Op | None, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -236,7 +236,7 @@ def _slice(self: Tensor, dim: int = 0, start: Any = None, end: Any = None, step:
     sizes, strides, axis = list(self.shape), list(self.stride()), dim % self.ndim
     if isinstance(sizes[axis], int):
         sizes[axis] = len(range(*slice(start, end, step).indices(sizes[axis])))
-    elif start or step != 1 or (end is not None and end != _END):
+    elif start or step != 1 or (end is not None and end != END):
         return None
     strides[axis] *= step
     return sizes, strides

@@ -26,6 +26,13 @@ def labels(x: Tensor, count: int) -> Tensor:
     return (2 * x[:, 0].abs()).long().clamp_max(count - 1)
 
 
+def _assigned(x: Tensor, y: Tensor) -> Tensor:
+    made = x.clone()
+    made[:, 0] = y[:, 0]
+    made[:, 1:] *= 0.5
+    return made
+
+
 def _ones(x: Tensor) -> Tensor:
     """One per feature, whatever the tokens."""
     return torch.ones(x.shape[-1], dtype=x.dtype, device=x.device)
@@ -195,6 +202,8 @@ MOVEMENTS: dict[str, Function] = {
     "fliplr": lambda x, y: torch.fliplr(x),
     "gather": lambda x, y: x.gather(-1, labels(y, x.shape[-1])[:, None].expand(-1, 2)) * y[:, :1],
     "index select": lambda x, y: x.index_select(-1, torch.arange(x.shape[-1] - 1, -1, -1, device=x.device)) * y,
+    "index": lambda x, y: x[:, torch.arange(x.shape[-1], device=x.device).flip(0)] * y,
+    "assigned": _assigned,
     "one of several": lambda x, y: x * (labels(y, 3)[:, None] == torch.arange(x.shape[-1], device=x.device)),
     "interleave": lambda x, y: x.repeat_interleave(2, dim=-1),
     "meshed": lambda x, y: (x.unsqueeze(-1) - y.unsqueeze(-2)).abs().mean(-1),
@@ -280,7 +289,7 @@ REFUSED: dict[str, Function] = {
     ),
     "conv1d": lambda x, y: F.conv1d(x[:, None], torch.tensor([[[0.2, -0.5, 0.4]]], dtype=x.dtype), padding=1)[:, 0],
     "avg pool": lambda x, y: F.avg_pool1d(fitted(x, 4)[:, None], 2)[:, 0],
-    "index": lambda x, y: x[:, [0, -1]],
+    "places as a list": lambda x, y: x[:, [0, -1]],
     "unfold": lambda x, y: fitted(x, 3).unfold(-1, 2, 1).mean(-1),
     "gaussian": lambda y, v: F.gaussian_nll_loss(y, v, torch.full_like(y, 0.7), reduction="none").mean(-1),
     "learned gaussian": lambda y, v: F.gaussian_nll_loss(y, v, 0.3 + v.square(), reduction="none").mean(-1),

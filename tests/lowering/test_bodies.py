@@ -301,6 +301,26 @@ class LabelledAtOnce(Labelled):
     schedule = nl.FullBatch(steps=2)
 
 
+class Lookup(Recall):
+    """A memory of rows, each at a place that the key names."""
+
+    class learner(nl.Learner):
+        m = nl.dim(3)
+        table = nl.fast("m", "d")
+
+        def forward(self, x):
+            places = (2 * x[:, 0].abs()).long().clamp_max(self.m - 1)
+            return self.table[places] + F.embedding(places, self.table).sin()
+
+
+class LookupOnline(Lookup):
+    schedule = nl.Online()
+
+
+class LookupAtOnce(Lookup):
+    schedule = nl.FullBatch(steps=2)
+
+
 class Regularised(Recall):
     """A part of each token's loss that is of the weights alone."""
 
@@ -333,6 +353,9 @@ class RegularisedInChunks(Regularised):
 
 
 LOOPS = [
+    Lookup,
+    LookupOnline,
+    LookupAtOnce,
     Labelled,
     LabelledAtOnce,
     Regularised,

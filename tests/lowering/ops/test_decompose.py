@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nestloop.lowering.ops import decompose
+from nestloop.lowering.ops import decompose, places
 
 aten = torch.ops.aten
 
@@ -197,7 +197,7 @@ def test_clamp_between_tensors(bounds):
 @pytest.mark.parametrize("dim", [0, -1])
 @pytest.mark.parametrize(("by", "op"), [(torch.amax, aten.max.dim), (torch.amin, aten.min.dim)])
 def test_the_largest_and_smallest_with_their_places(by, op, dim, keepdim):
-    found = decompose.extreme(by)
+    found = places.extreme(by)
     tied = normal(4, 5).round()
     for a, b in zip(found(tied, dim, keepdim), op(tied, dim, keepdim), strict=True):
         assert torch.equal(a, b)
@@ -225,8 +225,8 @@ def test_product_along_an_axis(keepdim):
 @pytest.mark.parametrize(("dim1", "dim2"), [(0, 1), (1, 2), (-1, -2), (2, 0)])
 def test_diagonal(dim1, dim2):
     x = normal(4, 4, 4)
-    assert_same(lambda x: decompose.diagonal(x, 0, dim1, dim2), lambda x: torch.diagonal(x, 0, dim1, dim2), x)
-    assert decompose.diagonal(normal(4, 5)) is NotImplemented and decompose.diagonal(x, 1) is NotImplemented
+    assert_same(lambda x: places.diagonal(x, 0, dim1, dim2), lambda x: torch.diagonal(x, 0, dim1, dim2), x)
+    assert places.diagonal(normal(4, 5)) is NotImplemented and places.diagonal(x, 1) is NotImplemented
 
 
 def test_inverse():

@@ -1,0 +1,112 @@
+"""Ops that read a tensor at places: elements and rows at whole numbers, where the largest is, diagonals.
+
+As sums over an axis of what masks leave, and products with masks: nothing is read elsewhere than where it lies. A place
+that is not there gives NaN, since on a GPU nothing waits for a check.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestloop.lowering.ops.results import same_size
+
+aten = torch.ops.aten
+
+
+def extreme(by: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The largest (or smallest) values along an axis and where they are; of equal ones the first is meant."""
+
+    def found(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+        there = ((x == by(x, [dim], True)) | torch.isnan(x)).to(x.dtype)
+        passed = there.cumsum(dim)
+        first = (there != 0) & (passed == 1)
+        return torch.where(first, x, 0.0).sum(dim, keepdim), (passed == 0).sum(dim, keepdim)
+
+    return found
+
+
+def gather(x: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
+    """Elements at places along an axis, as sums over it of what masks leave; NaN at a place that is not there."""
+    if not x.is_floating_point() or not x.ndim or x.ndim != index.ndim:
+        return NotImplemented
+    dim = dim % x.ndim
+    if not all(d == dim or same_size(x.shape[d], index.shape[d]) for d in range(x.ndim)):
+        return NotImplemented
+    size = x.shape[dim]
+    at = torch.arange(size, device=x.device).reshape([-1 if d == dim + 1 else 1 for d in range(x.ndim + 1)])
+    kept = torch.where(index.unsqueeze(dim + 1) == at, x.unsqueeze(dim), 0.0).sum(dim + 1)
+    return torch.where((index >= 0) & (index < size), kept, math.nan)
+
+
+def index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """The same places of every row."""
+    dim = dim % max(x.ndim, 1)
+    if not x.ndim or index.ndim != 1:
+        return NotImplemented
+    shape = [index.shape[0] if d == dim else size for d, size in enumerate(x.shape)]
+    return gather(x, dim, index.reshape([-1 if d == dim else 1 for d in range(x.ndim)]).expand(shape))
+
+
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """Rows [*, d] of a table [m, d] at places, as a product, which keeps what is linear in the table so; NaN at a place
+    that is not there."""
+    count = table.shape[0]
+    chosen = (index.reshape(-1, 1) == torch.arange(count, device=table.device)).to(table.dtype) @ table
+    there = ((index >= 0) & (index < count)).unsqueeze(-1)
+    return torch.where(there, chosen.reshape([*index.shape, table.shape[1]]), math.nan)
+
+
+def embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *_: Any) -> Tensor:
+    if weight.ndim != 2 or padding_idx != -1 or not weight.is_floating_point():
+        return NotImplemented
+    return rows_of(weight, indices)
+
+
+def index(x: Tensor, indices: list[Tensor | None]) -> Tensor:
+    """x[i], x[:, i]: whole numbers along one axis."""
+    given = [(dim, i) for dim, i in enumerate(indices) if i is not None]
+    if len(given) != 1 or given[0][1].dtype == torch.bool or not x.is_floating_point():
+        return NotImplemented
+    ((dim, places),) = given
+    if dim == 0 and x.ndim == 2:
+        return rows_of(x, torch.where(places < 0, places + x.shape[0], places))
+    return index_select(x, dim, torch.where(places < 0, places + x.shape[dim], places))
+
+
+def place_of(by: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Where the largest (or smallest) value along an axis is, the first of equal ones."""
+
+    def found(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+        return NotImplemented if dim is None else extreme(by)(x, dim, keepdim)[1]
+
+    return found
+
+
+def diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    """The diagonal of square matrices, as a sum over their rows of what a mask leaves."""
+    rows, columns = dim1 % x.ndim, dim2 % x.ndim
+    size = x.shape[rows]
+    if offset or not same_size(size, x.shape[columns]):
+        return NotImplemented
+    at = torch.arange(size, device=x.device)
+    shape = [[size if d == axis else 1 for d in range(x.ndim)] for axis in (rows, columns)]
+    kept = torch.where(at.reshape(shape[0]) == at.reshape(shape[1]), x, 0.0).sum(rows)
+    return kept.movedim(columns - (rows < columns), -1)
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    aten.max.dim: extreme(torch.amax),
+    aten.min.dim: extreme(torch.amin),
+    aten.argmax.default: place_of(torch.amax),
+    aten.argmin.default: place_of(torch.amin),
+    aten.gather.default: gather,
+    aten.index_select.default: index_select,
+    aten.embedding.default: embedding,
+    aten.index.Tensor: index,
+    aten.diagonal.default: diagonal,
+}

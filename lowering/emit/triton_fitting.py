@@ -17,8 +17,6 @@ TALL = 64  # tokens of a tile whose products, where they follow one another, tak
 # Elements of tiles alive at once, at which tiles are made shorter; of tall ones half of it.
 ALIVE = 8 * 32 * TILE_REGISTERS
 SHORTEST_BLOCKED = 128  # an axis that is shorter is never walked in blocks
-# What no device runs well, nor at all where its tiles change their layouts: four times all registers there are.
-MOST_ALIVE = 10 * ALIVE
 
 
 class Fitting:
@@ -47,7 +45,7 @@ class Fitting:
                 shorter than its own.
 
         Raises:
-            NoSpelling: it has no spelling on any, or on all of them far more than registers hold.
+            NoSpelling: it has no spelling on any.
         """
         lengths = {
             size
@@ -81,13 +79,7 @@ class Fitting:
         if not found:
             assert refused is not None
             raise refused
-        least = min(found, key=found.__getitem__)
-        if found[least] > MOST_ALIVE:
-            raise NoSpelling(
-                f"{least.name} has {found[least]:,} numbers alive at once, on tiles of {least.longest} tokens too, "
-                f"where registers hold {ALIVE:,} and {MOST_ALIVE:,} are the most"
-            )
-        return least
+        return min(found, key=found.__getitem__)
 
     def fits(self, function: TritonFunction, alive: int) -> bool:
         """Whether registers hold so many elements of a function's tiles, and of what it hands on."""

@@ -27,6 +27,8 @@ from nestloop.lowering.runtime.work import flops, pays
 Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
 
 LONGEST_MODULE = 3000  # lines of Triton; of more, one kernel takes minutes to compile
+# Numbers alive at once, over four times a multiprocessor's registers: such a kernel runs slowly, or on no device.
+MOST_ALIVE = 280_000
 EXECUTABLES: dict[str, Executable] = {}
 OPS: dict[str, NestedLoopOp] = {}  # what those of them call that are no attention
 _BY_CODE: dict[str, NestedLoopOp] = {}  # the same by what they run, which does not say how views come
@@ -107,10 +109,14 @@ def _code(spec: LoopSpec, plan: Plan, signature: Signature, inductor: bool, back
 
 
 def settled(plan: Plan, backend: str, gpu: bool) -> str:
-    """What "auto" is on a GPU: Triton where a plan has it that does not take minutes to compile; else PyTorch."""
+    """What "auto" is on a GPU: Triton where a plan has it that does not take minutes to compile, nor far more registers
+    than there are; else PyTorch."""
     if backend != "auto" or not gpu:
         return backend
-    return "triton" if plan.triton is not None and plan.triton.text.count("\n") <= LONGEST_MODULE else "torch"
+    if plan.triton is None or plan.triton.text.count("\n") > LONGEST_MODULE:
+        return "torch"
+    alive = [function["alive"] for function in plan.triton.work["functions"].values()]
+    return "triton" if max(alive, default=0) <= MOST_ALIVE else "torch"
 
 
 def no_native_reason(plan: Plan, inductor: bool, backend: str, double: bool) -> str:

@@ -9,6 +9,7 @@ import torch
 
 import nestloop as nl
 from nestloop import compiled, zoo
+from nestloop.lowering import lower
 from nestloop.lowering.runtime import executable
 from tests.drawn import draw
 
@@ -45,6 +46,16 @@ def test_it_is_pytorch_where_there_is_no_triton():
 def test_it_is_pytorch_where_triton_takes_minutes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(executable, "LONGEST_MODULE", 10)
     assert not any("_triton_" in name for name in ops_of(zoo.GLA))
+
+
+def test_it_is_pytorch_where_registers_are_far_too_few():
+    """Backward of Atlas with heads of 128 features wants more shared memory than any device has."""
+
+    def op(backend: str) -> str:
+        sizes = {"d": 128, "H": 2, "D": 256}
+        return lower.lower(zoo.Atlas.spec, sizes, None, False, False, False, backend=backend, part="scan", gpu=True)
+
+    assert "_triton_" in op("triton") and "_triton_" not in op("auto")
 
 
 @pytest.mark.usefixtures("on_a_gpu")

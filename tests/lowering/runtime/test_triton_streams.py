@@ -6,7 +6,6 @@ The interpreter sees no races and no layouts; the compiler runs nothing. Each ke
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -518,21 +517,6 @@ def test_no_plan_has_a_tile_that_no_device_holds(loop: type[nl.Loop]):
     lowered = pipeline.stream_stages(loop.spec, sizes, None, losses=False, part="scan", triton=True)
     assert lowered.triton is None
     assert "65536 elements is more than registers hold (262,144 bytes in float32" in lowered.not_triton
-
-
-def test_no_plan_has_far_more_alive_than_registers_hold(monkeypatch: pytest.MonkeyPatch):
-    """Backward of Atlas with heads of 128 features is refused by every device, when it is first called."""
-    sizes = {"d": 128, "H": 2, "D": 256}
-    assert pipeline.stream_stages(zoo.Atlas.spec, sizes, None, False, "scan", triton=True).triton is None
-    monkeypatch.setattr(triton_fitting, "ALIVE", 1000)
-    monkeypatch.setattr(triton_fitting, "MOST_ALIVE", 3000)
-    lowered = pipeline.stages(zoo.MTTTMLP.spec, {"d": 16, "H": 2, "D": 32}, None, False, False, triton=True)
-    assert lowered.triton is None
-    assert re.fullmatch(
-        r"\w+ has [\d,]+ numbers alive at once, on tiles of 16 tokens too, where registers hold 1,000 and 3,000 are "
-        "the most",
-        lowered.not_triton,
-    )
 
 
 @pytest.mark.oldest_triton

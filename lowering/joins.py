@@ -162,19 +162,28 @@ def _pointwise(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 def _product(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     left, right = args
-    for value, axis, other in ((left, -1, -2), (right, -2, -1)):
-        if isinstance(value, Joined) and value.axis == axis:
-            beside = right if value is left else left
-            terms = []
-            for part, bounds in zip(value.parts, value.bounds, strict=True):
-                pair = (part, _cut(beside, other, *bounds))
-                terms.append(_apply(target, pair if value is left else pair[::-1], kwargs))
-            return reduce(lambda a, b: _apply(aten.add.Tensor, (a, b), {}), terms)
-    for value, axis in ((left, -2), (right, -1)):
-        if isinstance(value, Joined) and value.axis == axis:
-            made = [(part, right) if value is left else (left, part) for part in value.parts]
-            return Joined(tuple(_apply(target, pair, kwargs) for pair in made), axis)
+
+    def times(a: Any, b: Any) -> Any:
+        return _apply(target, (a, b), kwargs)
+
+    if _is_along(left, -1):
+        return _added([times(part, _cut(right, -2, *at)) for part, at in zip(left.parts, left.bounds, strict=True)])
+    if _is_along(right, -2):
+        return _added([times(_cut(left, -1, *at), part) for part, at in zip(right.parts, right.bounds, strict=True)])
+    if _is_along(left, -2):
+        return Joined(tuple(times(part, right) for part in left.parts), -2)
+    if _is_along(right, -1):
+        return Joined(tuple(times(left, part) for part in right.parts), -1)
     return _pointwise(target, args, kwargs)  # along an axis of a batch
+
+
+def _is_along(value: Any, axis: int) -> bool:
+    return isinstance(value, Joined) and value.axis == axis
+
+
+def _added(terms: Sequence[Any], by: Any = aten.add.Tensor) -> Any:
+    """The sum of terms, or what else an op makes of two at a time."""
+    return reduce(lambda a, b: _apply(by, (a, b), {}), terms)
 
 
 def _reduction(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -195,8 +204,7 @@ def _reduction(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             return None
         total = aten.sum.default if target is aten.mean.default else aten.sum.dim_IntList
         return _apply(aten.div.Tensor, (_apply(total, args, kwargs), count), {})
-    made = [_apply(target, (part, *rest), kwargs) for part in value.parts]
-    return reduce(lambda a, b: _apply(_SUMS[target], (a, b), {}), made)
+    return _added([_apply(target, (part, *rest), kwargs) for part in value.parts], _SUMS[target])
 
 
 def _normalize(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

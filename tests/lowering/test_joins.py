@@ -92,3 +92,10 @@ def test_pieces_of_other_parts_stay_whole():
     a = torch.ones(3, 4)
     with pytest.raises(StaysWhole, match="a piece of several parts"):
         joins._apply(aten.add.Tensor, (in_parts(a, -1, 1), in_parts(a, -1, 3)), {})
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_a_product_with_itself(axis: int):
+    a = torch.arange(16.0, dtype=torch.float64).reshape(4, 4)
+    both = in_parts(a, axis, 3)
+    torch.testing.assert_close(whole(joins._apply(aten.mm.default, (both, both), {})), a @ a, rtol=1e-12, atol=1e-12)

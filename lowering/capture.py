@@ -24,8 +24,9 @@ from nestloop.errors import (
 )
 from nestloop.lang.loop import LoopSpec, body_line
 from nestloop.lowering import ops
-from nestloop.lowering.joins import take_apart
+from nestloop.lowering.joins import taken_apart
 from nestloop.lowering.mismatch import OpFailed, shape_mismatch, trial_sizes
+from nestloop.lowering.recorder import placeholders
 from nestloop.lowering.tracer import Tracer
 
 
@@ -114,11 +115,9 @@ def capture_with(tracer: Tracer) -> Captured:
 def _in_parts(module: fx.GraphModule, tracer: Tracer) -> fx.GraphModule:
     """A body's graph whose fast weights lie in parts, without their joins. Raises `StaysWhole` where it takes one
     whole."""
-
-    def trace(function: Callable[..., Any], names: list[str]) -> fx.GraphModule:
-        return tracer.trace_on(function, [tracer.tile(name) for name in names], names)
-
-    return take_apart(module, trace, {parts.sizes for parts in tracer.spec.parts})
+    names = placeholders(module)
+    function = taken_apart(module, {parts.sizes for parts in tracer.spec.parts})
+    return tracer.trace_on(function, [tracer.tile(name) for name in names], names)
 
 
 def _trace(

@@ -19,7 +19,7 @@ from nestloop.lang.parts import StaysWhole
 from nestloop.lowering import ops
 from nestloop.lowering.ops import Kind
 from nestloop.lowering.ops.results import same_shape, same_size
-from nestloop.lowering.recorder import Located, call, placeholders
+from nestloop.lowering.recorder import Located
 
 aten = torch.ops.aten
 
@@ -74,25 +74,13 @@ class Joined:
         return Joined(parts, place - len(parts[0].shape))
 
 
-def take_apart(
-    module: fx.GraphModule,
-    trace: Callable[[Callable[..., Any], list[str]], fx.GraphModule],
-    sizes: Collection[tuple[int, ...]],
-) -> fx.GraphModule:
-    """A graph without its joins of parts of such sizes.
+def taken_apart(module: fx.GraphModule, sizes: Collection[tuple[int, ...]]) -> Callable[..., Any]:
+    """The function of a graph, of its inputs in order, without its joins of parts of such sizes.
 
-    Args:
-        trace: (function, names of its arguments) -> its graph.
-
-    Raises:
+    Raises (when it is called):
         StaysWhole: something takes one as a whole, or joins other parts to as long an axis.
     """
-    names = placeholders(module)
-
-    def parted(*tensors: Tensor) -> Any:
-        return call(module, dict(zip(names, tensors, strict=True)), _Apart(module, sizes))
-
-    return trace(parted, names)
+    return lambda *tensors: _Apart(module, sizes).run(*tensors)
 
 
 class _Apart(Located):
@@ -148,10 +136,20 @@ def _cut(value: Any, axis: int, start: int, size: int) -> Any:
         return ops.call(aten.slice.Tensor, (value, place, start, start + size), {})
     if value.axis != axis:
         return value.each(partial(_cut, axis=axis, start=start, size=size), value.place)
-    for part, (first, count) in zip(value.parts, value.bounds, strict=True):
-        if first <= start and start + size <= first + count:
-            return part if count == size else _cut(part, axis, start - first, size)
-    raise StaysWhole("a piece of several parts")
+    pieces = _pieces(value, start, start + size)
+    if len(pieces) > 1:
+        raise StaysWhole("a piece of several parts")
+    return pieces[0]
+
+
+def _pieces(value: Joined, start: int, stop: int) -> list[Any]:
+    """What the parts have of the places start:stop along their axis."""
+    found = []
+    for part, (first, size) in zip(value.parts, value.bounds, strict=True):
+        low, high = max(start - first, 0), min(stop - first, size)
+        if low < high:
+            found.append(part if high - low == size else _cut(part, value.axis, low, high - low))
+    return found
 
 
 def _pointwise(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -195,7 +193,7 @@ def _reduction(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     kept = rest[1] if len(rest) > 1 else kwargs.get("keepdim", False)
     if place not in axes:
         after = 0 if kept else sum(d < place for d in axes)
-        return value.each(lambda part: _apply(target, (part, *rest), kwargs), place - after)
+        return _on_each(target, value, rest, kwargs, place - after)
     if target in _MEANS:
         count = 1
         for d in axes:
@@ -207,35 +205,36 @@ def _reduction(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return _added([_apply(target, (part, *rest), kwargs) for part in value.parts], _SUMS[target])
 
 
+def _on_each(target: Any, value: Joined, rest: Sequence[Any], kwargs: Mapping[str, Any], place: int) -> Joined:
+    """An op on every part, whose axis is then at this place."""
+    return value.each(lambda part: _apply(target, (part, *rest), kwargs), place)
+
+
 def _normalize(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    value, axis, *rest = args
-    if axis % len(value.shape) == value.place:
+    value, *rest = args
+    if rest[0] % len(value.shape) == value.place:
         return None
-    return value.each(lambda part: _apply(target, (part, axis, *rest), kwargs), value.place)
+    return _on_each(target, value, rest, kwargs, value.place)
 
 
 def _view(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     value, *rest = args
-    rank, place = len(value.shape), value.place
-
-    def same(part: Any) -> Any:
-        return _apply(target, (part, *rest), kwargs)
-
-    if target in _SAME:
-        return value.each(same, place)
-    if target is aten.permute.default:
-        return value.each(same, [d % rank for d in rest[0]].index(place))
-    if target in (aten.t.default, aten.transpose.int):
-        pair = [d % rank for d in rest] or [0, rank - 1]
-        return value.each(same, pair[1 - pair.index(place)] if place in pair else place)
-    if target is aten.unsqueeze.default:
-        return value.each(same, place + (rest[0] % (rank + 1) <= place))
-    if target in (aten.squeeze.dim, aten.squeeze.dims):
-        dims = [d % rank for d in ([rest[0]] if isinstance(rest[0], int) else rest[0])]
-        return value.each(same, place - sum(d < place and same_size(value.shape[d], 1) for d in dims))
     if target is aten.expand.default or target in _VIEWS:
         return _shaped(target, value, rest[0])
-    return None
+    rank, place = len(value.shape), value.place
+    if target is aten.permute.default:
+        place = [d % rank for d in rest[0]].index(place)
+    elif target in (aten.t.default, aten.transpose.int):
+        pair = [d % rank for d in rest] or [0, rank - 1]
+        place = pair[1 - pair.index(place)] if place in pair else place
+    elif target is aten.unsqueeze.default:
+        place += rest[0] % (rank + 1) <= place
+    elif target in (aten.squeeze.dim, aten.squeeze.dims):
+        dims = [d % rank for d in ([rest[0]] if isinstance(rest[0], int) else rest[0])]
+        place -= sum(d < place and same_size(value.shape[d], 1) for d in dims)
+    elif target not in _SAME:
+        return None
+    return _on_each(target, value, rest, kwargs, place)
 
 
 def _shaped(target: Any, value: Joined, shape: Sequence[Any]) -> Joined | None:
@@ -267,27 +266,20 @@ def _move(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if target is aten.slice.Tensor:
         axis = (rest[0] if rest else 0) % rank
         if axis != place:
-            return value.each(lambda part: _apply(target, (part, *rest), kwargs), place)
+            return _on_each(target, value, rest, kwargs, place)
         start, stop, step = slice(*rest[1:4]).indices(int(value.shape[place]))
-        return _sliced(value, start, stop) if step == 1 and start < stop else None
+        if step != 1 or start >= stop:
+            return None
+        found = _pieces(value, start, stop)
+        return found[0] if len(found) == 1 else Joined(tuple(found), value.axis)
     if target is aten.select.int:
         axis, index = rest[0] % rank, rest[1]
         if axis != place:
-            return value.each(lambda part: _apply(target, (part, *rest), kwargs), place - (axis < place))
+            return _on_each(target, value, rest, kwargs, place - (axis < place))
         index += value.shape[place] * (index < 0)
         chosen = _cut(value, value.axis, index, 1)
         return _apply(target, (chosen, axis, 0), {})
     return None
-
-
-def _sliced(value: Joined, start: int, stop: int) -> Any:
-    """The places start:stop along the axis."""
-    found = []
-    for first, size in value.bounds:
-        low, high = max(start, first), min(stop, first + size)
-        if low < high:
-            found.append(_cut(value, value.axis, low, high - low))
-    return found[0] if len(found) == 1 else Joined(tuple(found), value.axis)
 
 
 def _from_last(values: Sequence[Any], axis: int = 0) -> int:
@@ -308,7 +300,7 @@ def _cat(values: Sequence[Any], axis: int = 0) -> Joined:
 def _create(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     value, *rest = args
     if target._schema.name.split("::")[-1] in _LIKE:
-        return value.each(lambda part: _apply(target, (part, *rest), kwargs), value.place)
+        return _on_each(target, value, rest, kwargs, value.place)
     return _apply(target, (value.parts[0], *rest), kwargs)  # for its dtype alone
 
 

@@ -120,12 +120,10 @@ def plans(loop: type[nl.Loop], d: int) -> dict[str, TritonPlan | str]:
     sizes = trial_sizes(spec, {**dict.fromkeys(("d", "dk", "dv", "dx", "dy"), d), "H": HEADS})
     tokens = sizes["N"] if spec.grid else None
     sizes = {name: size for name, size in sizes.items() if name not in ("B", "N", "n")}
-    spec, made = in_parts(spec, sizes, tokens), dict[str, Any]()
+    spec, parts = in_parts(spec, sizes, tokens), ["loop"]
     if spec.streams:
-        for part in ("update", "read") if isinstance(spec.schedule, Program) else ("scan",):
-            made[part] = pipeline.stream_stages(spec, sizes, None, losses=False, part=part, triton=True)
-    else:
-        made["loop"] = pipeline.stages(spec, sizes, tokens, losses=False, carried=False, triton=True)
+        parts = ["update", "read"] if isinstance(spec.schedule, Program) else ["scan"]
+    made = {part: pipeline.any_stages(spec, sizes, tokens, part, triton=True) for part in parts}
     return {part: lowered.triton or lowered.not_triton for part, lowered in made.items()}
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering import pipeline
 from nestloop.lowering.differentiate import Piece
-from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.lower import plan_for
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling
@@ -83,28 +82,19 @@ def candidates(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> 
         CompileError: a body cannot be compiled.
     """
     sizes, part = dict(sizes), "scan" if spec.streams else ""
-
-    def lower(one: LoopSpec) -> pipeline.AnyLowered:
-        if one.streams:
-            return pipeline.stream_stages(one, sizes, tokens, False, part, triton=True)
-        return pipeline.stages(one, sizes, tokens, False, False, triton=True)
-
-    first = lower(spec)
-    whole = pipeline.plan_of(first)
-    if whole.form == "attention":
-        return [Candidate("PyTorch's attention", whole, first.pieces)]
-    parted = in_parts(spec, sizes, tokens)
-    own = first if parted is spec else lower(parted)
-    plan = pipeline.plan_of(own)
-    whole = replace(whole, triton=plan.triton, not_triton=plan.not_triton)
-    found = [Candidate("generated PyTorch", whole, first.pieces)]
+    lowered, own = pipeline.stages_with_triton(spec, sizes, tokens, part)
+    first = pipeline.plan_of(lowered)
+    if first.form == "attention":
+        return [Candidate("PyTorch's attention", first, lowered.pieces)]
+    found = [Candidate("generated PyTorch", first, lowered.pieces)]
+    plan = first if own is lowered else pipeline.plan_of(own)
     if plan.triton is None:
         return [*found, Candidate("Triton", None, {}, reason=plan.not_triton)]
     texts = []
     what = "chunks" if spec.streams else "tiles"
     for rows, levels in product(ROWS, (1, 2) if spec.streams else (None,)):
         tiling = Tiling(rows=rows, levels=levels)
-        made = plan_for(parted, sizes, tokens, False, False, part=part, triton=True, tiling=tiling)
+        made = plan_for(own.spec, sizes, tokens, False, False, part=part, triton=True, tiling=tiling)
         name = f"Triton, {what} of {rows}{', at once' if levels == 2 else ''}"
         if made.triton is None:
             found.append(Candidate(name, None, {}, tiling, made.not_triton))

@@ -9,13 +9,15 @@ from __future__ import annotations
 import ast
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from nestloop.errors import CoefficientError, NestloopError, UnresolvedDimError
 from nestloop.lang import coefficient
-from nestloop.lang.declare import Fast
+from nestloop.lang.declare import Declaration, Fast
 from nestloop.lang.dims import DimExpr, parse
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.optim import GlobalClip
@@ -24,7 +26,7 @@ from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.fingerprint import fingerprint
 
 _MOST_TIMES = 4  # a term of a dim is taken for so many parts
-_CHOSEN: dict[str, int] = {}
+_CHOSEN: dict[str | None, int] = {}
 
 
 def in_parts(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> LoopSpec:
@@ -35,27 +37,32 @@ def in_parts(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> Lo
         sizes: every dim but N and n.
         tokens: one sequence length, or None for any.
     """
-    tried = list(_ways(spec, sizes))
+    tried = _ways(spec, sizes)
     if not tried:
         return spec
     key = fingerprint(spec, "in parts", sorted(sizes.items()), tokens)
-    found = None if key is None else _CHOSEN.get(key, _kept(key))
-    if found is None or found >= len(tried):
-        found = next((i for i, one in enumerate(tried) if _comes_apart(one, spec, sizes, tokens)), -1)
+    found = _CHOSEN.get(key)
+    if found is None:
+        found = _kept(key)
+        if found is None or found >= len(tried):
+            found = next((i for i, one in enumerate(tried) if _comes_apart(one, spec, sizes, tokens)), -1)
+            if key is not None:
+                cache.put(_path(key), str(found))
         if key is not None:
-            cache.put(cache.cache_dir() / f"{key}.parts", str(found))
-    if key is not None:
-        _CHOSEN[key] = found
+            _CHOSEN[key] = found
     return spec if found < 0 else tried[found]
 
 
 def told(parted: LoopSpec, spec: LoopSpec) -> str:
     """In words, which fast weights of a loop lie in which parts."""
-    left = {name: fast for name, fast in parted.fast.items() if name not in spec.fast}
-    found = []
-    for name, fast in spec.fast.items():
-        own = [part for other, part in left.items() if other.startswith(f"{name}_part")]
-        found += [f"{_shown(fast, name)} in parts {', '.join(_shown(part, part.name) for part in own)}"] if own else []
+    within = {parts.whole: parts.names for parts in parted.parts}
+
+    def of(name: str) -> str:
+        if name in within:
+            return ", ".join(map(of, within[name]))
+        return _shown(parted.fast[name], name)
+
+    found = [f"{_shown(fast, name)} in parts {of(name)}" for name, fast in spec.fast.items() if name in within]
     return f"tiles of generated Triton are smaller with {'; '.join(found)}"
 
 
@@ -63,10 +70,14 @@ def _shown(fast: Fast, name: str) -> str:
     return f"{name} [{', '.join(map(str, fast.dims))}]"
 
 
-def _kept(key: str) -> int | None:
+def _path(key: str) -> Path:
+    return cache.cache_dir() / f"{key}.parts"
+
+
+def _kept(key: str | None) -> int | None:
     """Which way an earlier process found."""
     try:
-        return int((cache.cache_dir() / f"{key}.parts").read_text())
+        return None if key is None else int(_path(key).read_text())
     except (OSError, ValueError):
         return None
 
@@ -88,32 +99,33 @@ def _comes_apart(parted: LoopSpec, spec: LoopSpec, sizes: Mapping[str, int], tok
         return False
 
 
-def _ways(spec: LoopSpec, sizes: Mapping[str, int]) -> Iterator[LoopSpec]:
+def _ways(spec: LoopSpec, sizes: Mapping[str, int]) -> list[LoopSpec]:
     """The loop with fast weights in parts, as far as that makes their tiles smaller: the parts as they are written in
-    the declaration, then the other way around."""
+    the declaration, and the other way around."""
     transforms = (spec.optimizer.transform, spec.optimizer.gradient_transform, spec.optimizer.restore)
     if spec.is_kernel_estimator or any(t is not None and not isinstance(t, GlobalClip) for t in transforms):
-        return  # what may see a weight as a whole
-    given: list[LoopSpec] = []
+        return []  # what may see a weight as a whole
+    found: dict[tuple[Parts, ...], LoopSpec] = {}
     for turned in (False, True):
         made = spec
         for name, fast in spec.fast.items():
             made = _apart(made, name, fast, sizes, turned)
-        if made is not spec and all(made.parts != other.parts for other in given):
-            given.append(made)
-            yield made
+        found.setdefault(made.parts, made)
+    return [made for parts, made in found.items() if parts]
 
 
 def _apart(spec: LoopSpec, name: str, fast: Fast, sizes: Mapping[str, int], turned: bool) -> LoopSpec:
     """The loop with one of its weights in parts, along each axis where that makes tiles smaller."""
     for axis, expr in enumerate(fast.dims):
         terms = terms_of(expr)[:: -1 if turned else 1]
+        if len(terms) < 2:
+            continue
         whole = [e.size(sizes) for e in fast.dims]
         try:
             parts = [[*whole[:axis], term.size(sizes), *whole[axis + 1 :]] for term in terms]
         except UnresolvedDimError:  # of d/2 + d/2, for an odd d
             continue
-        if len(terms) < 2 or sum(map(_elements, parts)) >= _elements(whole):
+        if sum(map(_elements, parts)) >= _elements(whole):
             continue
         made = [_part(fast, name, axis, term, index) for index, term in enumerate(terms, 1)]
         changed = _with_parts(spec, name, axis - len(fast.dims), made, [p[axis] for p in parts])
@@ -158,21 +170,17 @@ def _part(fast: Fast, name: str, axis: int, term: DimExpr, index: int) -> Fast:
 
 def _with_parts(spec: LoopSpec, name: str, axis: int, made: list[Fast], sizes: list[int]) -> LoopSpec | None:
     """The loop with these in the place of a fast weight; None where a coefficient runs along their axis."""
-    declared = {*spec.fast, *spec.slow, *spec.inputs}
-    whole = spec.fast[name]
-    optimizer = copy.copy(spec.optimizer)
-    for field in ("lr", "scale", "decay", "log_decay", "momentum"):
-        value = getattr(optimizer, field)
-        for one in coefficient.parts(coefficient.of(value, name) if isinstance(value, Mapping) else value):
-            if not isinstance(one, (DimExpr, tuple, float, int)) and not _runs_alike(one, whole, made):
-                return None
-        object.__setattr__(optimizer, field, _for_parts(value, name, made))
+    declared, whole = {*spec.fast, *spec.slow, *spec.inputs}, spec.fast[name]
     if any(part.name in declared for part in made):
+        return None
+    along = [one for one in spec.optimizer.coefficients(name) if isinstance(one, Declaration)]
+    if not all(_runs_alike(one, whole, made) for one in along):
         return None
     fast: dict[str, Fast] = {}
     for other, weight in spec.fast.items():
         fast |= {part.name: part for part in made} if other == name else {other: weight}
     parts = Parts(name, axis, tuple(part.name for part in made), tuple(sizes))
+    optimizer = spec.optimizer.with_each(partial(_for_parts, name=name, made=made))
     return replace(spec, fast=fast, optimizer=optimizer, parts=(*spec.parts, parts))
 
 

@@ -64,9 +64,7 @@ def safe(spec: LoopSpec, triton: bool = False) -> LoopSpec:
             return tuple(map(renamed, coefficient))
         return declared.get(id(coefficient), coefficient)
 
-    optimizer = copy.copy(spec.optimizer)
-    for field in ("lr", "scale", "decay", "log_decay", "momentum"):
-        object.__setattr__(optimizer, field, renamed(getattr(optimizer, field)))
+    optimizer = spec.optimizer.with_each(renamed)
     return replace(spec, optimizer=optimizer, called={b: a for a, b in new.items()}, **groups)
 
 

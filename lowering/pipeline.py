@@ -27,6 +27,7 @@ from nestloop.lowering.emit.triton_loop import TritonLoop
 from nestloop.lowering.emit.triton_piece import TritonPiece
 from nestloop.lowering.emit.triton_pieces import HEIGHTS
 from nestloop.lowering.emit.triton_shared import TritonShared
+from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.ops import NoSpelling
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites
 from nestloop.lowering.rows import check_rows, decides
@@ -343,6 +344,28 @@ def plan(lowered: Lowered) -> Plan:
 
 
 AnyLowered = Lowered | LoweredStream
+
+
+def any_stages(
+    spec: LoopSpec, sizes: dict[str, int], tokens: int | None, part: str = "scan", triton: bool = False
+) -> AnyLowered:
+    """`stages` of a loop, or `stream_stages` of a part of a stream, without inner losses and from no state."""
+    if spec.streams:
+        return stream_stages(spec, sizes, tokens, False, part, triton=triton)
+    return stages(spec, sizes, tokens, False, False, triton=triton)
+
+
+def stages_with_triton(
+    spec: LoopSpec, sizes: dict[str, int], tokens: int | None, part: str = "scan"
+) -> tuple[AnyLowered, AnyLowered]:
+    """The same of a loop, but for its Triton, which has fast weights in parts where they come apart; and what that is
+    of. Arguments as for `any_stages`."""
+    parted = in_parts(spec, sizes, tokens)
+    lowered = any_stages(spec, sizes, tokens, part, triton=parted is spec)
+    if parted is spec:
+        return lowered, lowered
+    own = any_stages(parted, sizes, tokens, part, triton=True)
+    return replace(lowered, triton=own.triton, not_triton=own.not_triton), own
 
 
 def plan_of(lowered: AnyLowered) -> Plan:

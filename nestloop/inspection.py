@@ -17,7 +17,7 @@ from nestloop.lang.schedule import Chunked, Program
 from nestloop.lang.state import counts_tokens, state_size
 from nestloop.layer import Branch
 from nestloop.lowering import names, pipeline
-from nestloop.lowering.in_parts import in_parts, told
+from nestloop.lowering.in_parts import told
 from nestloop.lowering.pipeline import Lowered, LoweredStream
 from nestloop.lowering.rewrites import Rewrite
 from nestloop.lowering.rewrites.gram import NAME as GRAM_FORM
@@ -124,22 +124,15 @@ def trial_sizes(spec: LoopSpec, dims: Mapping[str, int]) -> dict[str, int]:
 
 
 def _lower(spec: LoopSpec, sizes: dict[str, int], triton: bool = False) -> AnyLowered:
-    """A loop's stages; its Triton with fast weights in parts, where they come apart."""
     plain = {name: size for name, size in sizes.items() if name not in ("B", "N", "n")}
     tokens = sizes["N"] if spec.grid else None
-
-    def lower(one: LoopSpec, triton: bool) -> AnyLowered:
-        if one.streams:
-            part = "update" if isinstance(one.schedule, Program) else "scan"
-            return pipeline.stream_stages(one, plain, None, losses=False, part=part, triton=triton)
-        return pipeline.stages(one, plain, tokens, losses=False, carried=False, triton=triton)
-
-    parted = in_parts(spec, plain, tokens) if triton else spec
-    lowered = lower(spec, triton and parted is spec)
-    if parted is spec:
+    part = "update" if isinstance(spec.schedule, Program) else "scan"
+    if not triton:
+        return pipeline.any_stages(spec, plain, tokens, part)
+    lowered, own = pipeline.stages_with_triton(spec, plain, tokens, part)
+    if own is lowered:
         return lowered
-    own, rule = lower(parted, True), Rewrite("parts", True, told(parted, spec))
-    return replace(lowered, triton=own.triton, not_triton=own.not_triton, rewrites=[*lowered.rewrites, rule])
+    return replace(lowered, rewrites=[*lowered.rewrites, Rewrite("parts", True, told(own.spec, spec))])
 
 
 def _explain(lowered: AnyLowered, sizes: Mapping[str, int], op: CompiledLoop | None) -> list[str]:

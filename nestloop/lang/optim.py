@@ -6,6 +6,7 @@ file and nothing else.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -20,6 +21,8 @@ from nestloop.lang.declare import Gate, Slow, caller
 from nestloop.lang.dims import DimExpr, parse
 
 Transform = Callable[[Tensor], Tensor]
+
+_COEFFICIENTS = ("lr", "scale", "decay", "log_decay", "momentum")
 
 
 @dataclass(frozen=True)
@@ -144,9 +147,19 @@ class SGD:
         """The coefficient of the decay, whichever way it is given."""
         return self.decay if self.log_decay is None else self.log_decay
 
-    def coefficients(self) -> list[Any]:
-        """Every single coefficient: the rate's, the scale's, the decay's and the momenta's."""
-        return coefficient.parts([self.lr, self.scale, self.decay, self.log_decay, self.momentum])
+    def coefficients(self, weight: str | None = None) -> list[Any]:
+        """Every single coefficient: the rate's, the scale's, the decay's and the momenta's; of a fast weight, those
+        that may be its."""
+        every = [getattr(self, name) for name in _COEFFICIENTS]
+        return coefficient.parts(every if weight is None else [coefficient.of(one, weight) for one in every])
+
+    def with_each(self, change: Callable[[Any], Any]) -> SGD:
+        """The same with another rate, scale, decay and momenta: what `change` makes of each as it is written, dicts by
+        fast weight and tuples of orders among them."""
+        made = copy.copy(self)
+        for name in _COEFFICIENTS:
+            object.__setattr__(made, name, change(getattr(self, name)))
+        return made
 
     def rate_of(self, weight: str) -> Any:
         """The learning rate of one fast weight."""

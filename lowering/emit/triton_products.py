@@ -70,20 +70,15 @@ class TritonProducts(TritonTiles):
     def _product(self, value: Value) -> list[str]:
         a, b = self._factors(value)
         if self.is_dot(value):
-            (left, clean_a), (right, clean_b) = self._tile(a, a.shape), self._tile(b, b.shape)
-            left, right = self._full(left, clean_a, a.shape), self._full(right, clean_b, b.shape)
-            inner = a.shape[-1]
-            if not self.whole(inner):
-                left = left if clean_a[1] else f"tl.where({self._mask(1, 2, inner)}, {left}, 0)"
-                right = right if clean_b[0] else f"tl.where({self._mask(0, 2, inner)}, {right}, 0)"
-            self._set_clean(value, [clean_a[0], clean_b[1]])
+            left, right = self._as_factors(value)
             if self.is_low(value):
                 return [f"tiles.dot({left}, {right}, S, PRODUCT)"]
             whole = self.whole_factor(value)
             exact = f'dot_of_whole({left}, {right}, S, "{whole}")' if whole else f"exact_dot({left}, {right}, S)"
             return [f"tiles.{exact}"]
         if self._is_of_a_factor(value):
-            return [self._of_a_column(value)]
+            left, right = self._as_factors(value)
+            return [f"tiles.dot_of_column({left}, {right}, S, PRODUCT)"]
         space = a.shape
         axes = [size for size in space if not size.is_one]
         elements = math.prod(map(self.padded, axes))
@@ -105,23 +100,27 @@ class TritonProducts(TritonTiles):
         self._set_clean(value, clean)
         return [text]
 
+    def _as_factors(self, value: Value) -> tuple[str, str]:
+        """The factors of a product of tiles, or of a tile and a column, zero beyond the axis that it sums over."""
+        a, b = value.factors
+        inner, clean = a.shape[-1], []
+        texts = []
+        for view, axis in ((a, 1), (b, 0)):
+            text, own = self._tile(view, view.shape)
+            text = self._full(text, own, view.shape)
+            if not self.whole(inner) and not own[axis]:
+                text = f"tl.where({self._mask(axis, len(own), inner)}, {text}, 0)"
+            texts.append(text)
+            clean += [*own[:axis], *own[axis + 1 :]]
+        self._set_clean(value, clean)
+        return texts[0], texts[1]
+
     def _is_of_a_factor(self, value: Value) -> bool:
-        """Whether a product is of many rows that are computed as another's factor, with one column."""
+        """Whether a product is of many rows that are computed as another's factor, with one column: it is one of tiles
+        then, for which the rows are there. For a sum over them Triton may compute them anew, where others lie."""
         left, right = value.factors
         if left.base.kind != "element" or not right.shape[-1].is_one or not self.is_low(value):
             return False
         if left.shape[-1].is_one or len(left.shape) != 2 or self.padded(left.shape[0]) < MANY_ROWS:
             return False
         return any(user.kind == "product" and self.is_dot(user) for user in readers(left.base))
-
-    def _of_a_column(self, value: Value) -> str:
-        """Such a product in the other's way, for which the rows are there: for a sum over them Triton may compute them
-        anew, elsewhere than they are."""
-        a, b = value.factors
-        (left, clean_a), (right, clean_b) = self._tile(a, a.shape), self._tile(b, b.shape)
-        inner = a.shape[-1]
-        if not self.whole(inner):
-            left = left if clean_a[1] else f"tl.where({self._mask(1, 2, inner)}, {left}, 0)"
-            right = right if clean_b[0] else f"tl.where({self._mask(0, 1, inner)}, {right}, 0)"
-        self._set_clean(value, [clean_a[0]])
-        return f"tiles.dot_of_column({self._full(left, clean_a, a.shape)}, {right}, S, PRODUCT)"

@@ -243,6 +243,8 @@ def test_names_of_parts_that_are_taken():
 
     loop = declared(Taken, nl.FullBatch(1), small())
     assert in_parts_of(loop) == ["w", "w_part1_part1", "w_part1_part2"]
+    said = nl.explain(nl.compile(loop, backend="triton"), d=16)
+    assert "smaller with w_part1 [d, d + 1] in parts w_part1_part1 [d, d], w_part1_part2 [d, 1]" in said
     inputs = random_inputs(loop.spec, {"d": 16}, tokens=8)
     found, wanted = (run(nl.compile(loop, backend=b), inputs) for b in ("triton", "reference"))
     assert_equal(differences(found, wanted), 1e-10)

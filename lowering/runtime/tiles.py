@@ -14,6 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from nestloop import products
 from nestloop.lang.schedule import even
 
 
@@ -33,7 +34,7 @@ def product(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
         a, b = a.to(low), b if _is_side_by_side(a, b) else b.to(low)
     if _is_side_by_side(a, b):
         heads, m = b.shape[0], b.shape[3]
-        wide = a[0].flatten(0, 1) @ _dense(b[:, 0].transpose(0, 1), a.dtype).flatten(1)
+        wide = products.product(a[0].flatten(0, 1), _dense(b[:, 0].transpose(0, 1), a.dtype).flatten(1))
         return wide.reshape(a.shape[1], a.shape[2], heads, m).permute(2, 0, 1, 3)
     if b.shape[1] == 1 and a.shape[1] > 1:
         return torch.matmul(a.flatten(1, 2), b[:, 0]).unflatten(1, a.shape[1:3])
@@ -61,11 +62,12 @@ def product_like(a: Tensor, b: Tensor, like: Tensor, low: torch.dtype | None) ->
     if like.shape[0] == 1 and a.shape[0] > 1 and a.shape[0] == b.shape[0] and b.shape[1] == 1 < like.shape[1]:
         a = a if low is None else a.to(low)
         rows = a.permute(1, 2, 0, 3).flatten(0, 1).flatten(1, 2)  # the sum over heads is part of the product
-        return (rows @ _dense(b[:, 0], a.dtype).flatten(0, 1)).unflatten(0, a.shape[1:3]).unsqueeze(0)
+        wide = products.product(rows, _dense(b[:, 0], a.dtype).flatten(0, 1))
+        return wide.unflatten(0, a.shape[1:3]).unsqueeze(0)
     if like.shape[1] == 1 and a.shape[1] > 1 and b.shape[1] > 1:
         a, b = (a, b) if low is None else (a.to(low), b.to(low))
         if a.shape[0] == 1 < b.shape[0]:  # heads side by side
-            wide = a[0].mT.flatten(0, 1).mT @ b.permute(1, 2, 0, 3).flatten(0, 1).flatten(1, 2)
+            wide = products.product(a[0].mT.flatten(0, 1).mT, b.permute(1, 2, 0, 3).flatten(0, 1).flatten(1, 2))
             return like_lead(wide.unflatten(1, (b.shape[0], b.shape[3])).transpose(0, 1).unsqueeze(1), like)
         return like_lead(torch.matmul(a.mT.flatten(1, 2).mT, b.flatten(1, 2)).unsqueeze(1), like)
     made = product(a, b, low)

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nestloop.errors import ViewError
 from nestloop.lang.declaration import Declaration
+from nestloop.products import linear
 
 Shape = tuple[list[int], str, bool]  # sizes, initialiser, whether the first axis is the heads
 
@@ -125,8 +125,8 @@ class Project(Map):
     def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
         x = x.flatten(2)  # [B, N, D]
         if self.rank is not None:
-            x = F.linear(x, own["down"])
-        return F.linear(x, own["weight"], own.get("bias"))[:, :, None]
+            x = linear(x, own["down"])
+        return linear(x, own["weight"], own.get("bias"))[:, :, None]
 
 
 class PerPosition(Map):

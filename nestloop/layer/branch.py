@@ -17,6 +17,7 @@ from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.maps import Call, Place, Project, is_source
 from nestloop.layer.making import Making, Shared, pool, walk
+from nestloop.products import Linear
 
 State = dict[str, Any]
 
@@ -126,7 +127,7 @@ class Branch(nn.Module):
             place = replace(self._place, groups=self._groups(view), features=features)
             return Making(view.maps, place, self._place, shared)
         gain = view.maps[0].gain
-        linear = nn.Linear(self.sizes["D"], self._groups(view) * features, bias=view.bias)
+        linear = Linear(self.sizes["D"], self._groups(view) * features, bias=view.bias)
         nn.init.normal_(linear.weight, std=gain / math.sqrt(self.sizes["D"]))
         if view.bias:
             nn.init.zeros_(linear.bias)

@@ -14,6 +14,7 @@ from nestloop.lang import packed
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.layer.branch import Branch, Passing
+from nestloop.products import Linear
 
 
 class Layer(Branch):
@@ -79,7 +80,7 @@ class Layer(Branch):
             if bias is None:
                 own = [part.projection for part in self.parts if part.projection is not None]
                 bias = own[0].bias if own else True
-            self.out: Any = nn.Linear(total, width, bias=bias)
+            self.out: Any = Linear(total, width, bias=bias)
             nn.init.xavier_uniform_(self.out.weight)
             if bias:
                 nn.init.zeros_(self.out.bias)

@@ -154,7 +154,7 @@ def lower(
     if double and plan.reads_dtype:
         plan = plan_for(spec, sizes, tokens, losses, carried, double, part, triton, tiling)
     if spec.streams:
-        return build_stream(spec, plan, sizes["H"], inductor, settled(plan, backend, gpu), double)
+        return build_stream(spec, plan, sizes["H"], inductor, backend, double, gpu)
 
     def wide() -> Plan:
         return plan_for(spec, sizes, tokens, losses, carried, double and plan.reads_dtype, "wide", triton)

@@ -73,8 +73,10 @@ class CompiledLoop:
 
     @property
     def ran(self) -> list[str]:
-        """What the last call of each op that has two forms took: "the Gram form" or "the wide form"."""
-        called = [OPS[name].ran for name in self._names.values() if name in OPS]
+        """What the last call of each op took, where that is not said before: "the Gram form" or "the wide form", or
+        generated PyTorch in the place of kernels that a device has no room for."""
+        streams = {name: one.op for name, one in lower.STREAM_OPS.items()}
+        called = [op.ran for name in self._names.values() if (op := (OPS | streams).get(name)) is not None]
         return sorted({form for form in called if form})
 
     @property

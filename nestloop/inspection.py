@@ -343,16 +343,20 @@ def _kernels(triton: TritonPlan) -> list[str]:
     ]
 
 
-def _gram(op: CompiledLoop | None) -> list[str]:
+def _gram() -> list[str]:
     """Which of its two forms a loop with a Gram form runs in."""
-    lines = [
+    return [
         "  the Gram form where the decoder is well conditioned: correlations of its rows (and its bias) with no",
         f"  eigenvalue below 2^{LOST_BITS} eps. Else the wide form; the weights of each call decide",
     ]
-    return [*lines, f"  the last call: {', '.join(op.ran)}"] if op is not None and op.ran else lines
 
 
 def _what_runs(lowered: AnyLowered, op: CompiledLoop | None, sizes: Mapping[str, int]) -> list[str]:
+    lines = _what_is_to_run(lowered, op, sizes)
+    return [*lines, f"  the last call: {', '.join(op.ran)}"] if op is not None and op.ran else lines
+
+
+def _what_is_to_run(lowered: AnyLowered, op: CompiledLoop | None, sizes: Mapping[str, int]) -> list[str]:
     fired = [rule for rule in lowered.rewrites if rule.fired]
     if op is not None and op.backend == "reference":
         return ["runs: the reference, brute force, because backend='reference' was asked for"]
@@ -365,7 +369,7 @@ def _what_runs(lowered: AnyLowered, op: CompiledLoop | None, sizes: Mapping[str,
     lines += [f"  {_tiles(lowered)}"] if native else []
     lines += chosen
     lines += [f"  rewritten: {rule.name}, because {rule.why}" for rule in fired]
-    lines += _gram(op) if any(rule.name == GRAM_FORM for rule in fired) else []
+    lines += _gram() if any(rule.name == GRAM_FORM for rule in fired) else []
     if lowered.typing is not None and lowered.typing.mixing:
         lines.append(f"  the learner mixes tokens ({lowered.typing.mixing[0]}): only whole sequences are legal batches")
     return lines

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
 from nestloop.lang.binding import grouped_heads
 from nestloop.lang.loop import LoopSpec
@@ -68,8 +69,8 @@ def build(
     native = plan.triton if backend == "triton" else plan.native if backend != "torch" and not reason else None
     path = cache.write(plan.name, plan.source)
     name = f"{path.stem}_inductor" if inductor else path.stem
-    if native is not None:
-        name = f"{path.stem}_{backend}_{cache.digest(native.text)}"  # a module of PyTorch goes with several of C++
+    if native is not None:  # a module of PyTorch goes with several of C++
+        name = f"{path.stem}_{named_backend(asked, backend)}_{cache.digest(native.text)}"
     if name not in _BY_CODE:
         low = plan.low if backend == "triton" else ()
         signature = _signature(spec, plan, heads, losses, wide is not None, low)
@@ -80,7 +81,13 @@ def build(
             found = wide()
             return _code(spec, found, signature, inductor, settled(found, asked, gpu), double)
 
-        _BY_CODE[name] = NestedLoopOp(name, code, signature, flops(spec, plan, heads), spec, wide and other)
+        def instead() -> NestedLoopOp:
+            return OPS[build(spec, plan, heads, losses, inductor, "torch", double, wide)]
+
+        work, falls_back = flops(spec, plan, heads), backend == "triton" != asked
+        _BY_CODE[name] = NestedLoopOp(
+            name, code, signature, work, spec, wide and other, instead if falls_back else None
+        )
     made = f"{name}_{_layout(spec)}"
     if made not in EXECUTABLES:
         OPS[made], EXECUTABLES[made] = _BY_CODE[name], _loop(_BY_CODE[name], spec)
@@ -117,6 +124,11 @@ def settled(plan: Plan, backend: str, gpu: bool) -> str:
         return "torch"
     alive = [function["alive"] for function in plan.triton.work["functions"].values()]
     return "triton" if max(alive, default=0) <= MOST_ALIVE else "torch"
+
+
+def named_backend(asked: str, settled: str) -> str:
+    """Of an op, in its name: what was asked for and what that is, which only "auto" tells apart."""
+    return settled if asked == settled else f"{asked}_{settled}"
 
 
 def no_native_reason(plan: Plan, inductor: bool, backend: str, double: bool) -> str:
@@ -182,6 +194,19 @@ def _library(
 
 
 _ATTENDING = ("q", "k", "v")
+
+
+def _count_attention_on_cpu() -> None:
+    """FLOPs of PyTorch's CPU attention, which its own counter takes for free; a kernel estimator may run on it."""
+    packet = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if packet not in flop_registry:
+        register_flop_formula(packet)(lambda q, k, v, *_, out_shape=None, **__: sdpa_flop(q, k, v))
+    packet = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    if packet not in flop_registry:
+        register_flop_formula(packet)(lambda d, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop(d, q, k, v))
+
+
+_count_attention_on_cpu()
 
 
 def _attention(spec: LoopSpec, scale: float | None, heads: int) -> Executable:

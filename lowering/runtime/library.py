@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import register_flop_formula
 
 from nestloop.errors import NoPlanError
 from nestloop.lang.loop import LoopSpec
@@ -24,6 +24,7 @@ from nestloop.lowering.runtime.batches import LOW, autocast_dtype, compute_dtype
 from nestloop.lowering.runtime.batching import batching_rule
 from nestloop.lowering.runtime.decision import Decision, known
 from nestloop.lowering.runtime.groups import in_groups
+from nestloop.lowering.runtime.instead import Instead
 from nestloop.lowering.runtime.launching import TritonCode
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
@@ -35,19 +36,6 @@ from nestloop.lowering.runtime.tiles import Singular, like_lead, or_zero
 from nestloop.lowering.runtime.triton import TritonBatches, TritonStream
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
-
-
-def _count_attention_on_cpu() -> None:
-    """FLOPs of PyTorch's CPU attention, which its own counter takes for free; a kernel estimator may run on it."""
-    packet = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    if packet not in flop_registry:
-        register_flop_formula(packet)(lambda q, k, v, *_, out_shape=None, **__: sdpa_flop(q, k, v))
-    packet = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    if packet not in flop_registry:
-        register_flop_formula(packet)(lambda d, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop(d, q, k, v))
-
-
-_count_attention_on_cpu()
 
 
 @dataclass(frozen=True)
@@ -93,6 +81,8 @@ class NestedLoopOp:
         spec: the loop, for its errors.
         wide: makes the code for weights that `code` is not precise with. The weights of a call decide, inside the op:
             to `torch.compile` and the like it is one op all the same.
+        instead: makes the op of generated PyTorch, which runs where a device has no room for kernels; None where these
+            were asked for by name.
 
     Attributes:
         names: of the tensors that forward and backward take, the order aside.
@@ -106,10 +96,11 @@ class NestedLoopOp:
         flops: Callable[[int, int], tuple[int, int]],
         spec: LoopSpec,
         wide: Callable[[], Code] | None = None,
+        instead: Callable[[], NestedLoopOp] | None = None,
     ) -> None:
         self.name, self.signature, self.code = name, signature, code
         self._took: tuple[Tensor, torch.device] | bool | None = None
-        self.spec, self._make_wide = spec, wide
+        self.spec, self._make_wide, self._instead = spec, wide, Instead(self, instead)
         inputs = [f"Tensor {n}" for n in signature.inputs]
         order = ["Tensor order"] if signature.ordered else []
         results = signature.results
@@ -152,7 +143,10 @@ class NestedLoopOp:
 
     @property
     def ran(self) -> str:
-        """Which of the two the last call took, if there are two: GRAM or WIDE. It waits for a device that decides."""
+        """Which of the two the last call took, if there are two: GRAM or WIDE. It waits for a device that decides. That
+        PyTorch ran, where there was no room for a kernel."""
+        if self._instead.refused is not None:
+            return f"generated PyTorch, for there is no room: {self._instead.refused.given}"
         took = known(*self._took) if isinstance(self._took, tuple) else self._took
         return "" if took is None else GRAM if took else WIDE
 
@@ -190,14 +184,14 @@ class NestedLoopOp:
     def _forward_kernel(self) -> Callable[..., Any]:
         def kernel(*tensors: Tensor) -> Any:
             inputs, order = self._split(tensors)
-            made = self._made("forward", inputs, order)
+            made = self._instead.made("forward", inputs, order)
             results = owned(made, *self.signature.layout(inputs), inputs)
             return tuple(results) if len(results) > 1 else results[0]
 
         return kernel
 
-    def _made(self, name: str, tensors: list[Tensor], order: Tensor | None) -> list[Tensor]:
-        """The results of `forward` or `backward`. Raises `SingularSystemError`."""
+    def made(self, name: str, tensors: list[Tensor], order: Tensor | None) -> list[Tensor]:
+        """The results of `forward` or `backward`, in any layout, from what these take. Raises `SingularSystemError`."""
         own, tokens = tensors[: len(self.signature.inputs)], len(self.signature.tokens)
         if isinstance(self.code.native, TritonStream):  # which does all itself
             with _as_it_says(own[0].device.type), self._in_words():
@@ -282,7 +276,7 @@ class NestedLoopOp:
         def kernel(*tensors: Tensor) -> Any:
             given, order = self._split(tensors)
             own = given[:count]
-            made = self._made("backward", given, order)
+            made = self._instead.made("backward", given, order)
             # where no step was taken, the cotangent of an initial fast weight is the end's, one per sequence
             made = [like_lead(g, t) for g, t in zip(made, own, strict=True)]
             # tokens' as `empty_like` lays them out, which the fake kernel promises

@@ -21,7 +21,7 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Chunked, Program
 from nestloop.lang.state import Entry, State, counts_tokens
 from nestloop.lowering.runtime import cache
-from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, no_native_reason
+from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, named_backend, no_native_reason, settled
 from nestloop.lowering.runtime.library import Code, NestedLoopOp
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan
@@ -118,9 +118,16 @@ STREAM_OPS: dict[str, StreamOp] = {}
 
 
 def build_stream(
-    spec: LoopSpec, plan: Plan, heads: int, inductor: bool, backend: str = "torch", double: bool = False
+    spec: LoopSpec,
+    plan: Plan,
+    heads: int,
+    inductor: bool,
+    backend: str = "torch",
+    double: bool = False,
+    gpu: bool = False,
 ) -> str:
     """Make one op of a stream runnable; its name in `STREAM_OPS`. Arguments, and what it raises, as for `build`."""
+    asked, backend = backend, settled(plan, backend, gpu)
     if backend == "triton":
         check_triton(spec, plan)
     reason = no_native_reason(plan, inductor, backend, double)
@@ -133,7 +140,7 @@ def build_stream(
         name = f"{path.stem}_{backend}_{cache.digest(native.text)}"
     triton = plan.triton if backend == "triton" else None
     if triton is not None:
-        name = f"{path.stem}_triton_{cache.digest(''.join(one.text for one in triton.forms))}"
+        name = f"{path.stem}_{named_backend(asked, backend)}_{cache.digest(''.join(one.text for one in triton.forms))}"
     if name not in STREAM_OPS:
         module = cache.load(path)
         halo = (spec.optimizer.window or 1) - 1
@@ -163,7 +170,12 @@ def build_stream(
         # C++ with chunks of its own keeps other states than PyTorch: neither can go back from the other's.
         alike = native is not None and native.rows == plan.chunk
         code = Code(module, plan.rows, (), library, pays(spec, plan) if backend == "auto" and alike else None)
-        op = NestedLoopOp(name, code, signature, flops(spec, plan, heads), spec)
+
+        def instead() -> NestedLoopOp:
+            return STREAM_OPS[build_stream(spec, plan, heads, inductor, "torch", double)].op
+
+        work, falls_back = flops(spec, plan, heads), backend == "triton" != asked
+        op = NestedLoopOp(name, code, signature, work, spec, instead=instead if falls_back else None)
         STREAM_OPS[name] = StreamOp(op, signature)
     return name
 

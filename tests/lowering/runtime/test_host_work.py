@@ -57,13 +57,13 @@ class Watching(TorchDispatchMode):
 @pytest.fixture
 def watching(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watching]:
     """Ops inside the ops of nestloop and outside; kernels are not run."""
-    mode, made = Watching(), NestedLoopOp._made
+    mode, made = Watching(), NestedLoopOp.made
 
     def watched(self: NestedLoopOp, *given: Any) -> list[Tensor]:
         with mode:
             return made(self, *given)
 
-    monkeypatch.setattr(NestedLoopOp, "_made", watched)
+    monkeypatch.setattr(NestedLoopOp, "made", watched)
     monkeypatch.setattr(TritonCode, "launch", lambda *given: None)
     yield mode
 

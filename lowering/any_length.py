@@ -156,7 +156,7 @@ class _United:
             return {key: self._joint([value[key] for value in values]) for key in first}
         if isinstance(first, slice):
             return slice(*(self._joint([getattr(v, part) for v in values]) for part in ("start", "stop", "step")))
-        if all(value == first for value in values):
+        if all(value == first for value in values) or all(value != value for value in values):  # NaN is one number
             return first
         if type(first) is not int:
             raise NotAlikeError

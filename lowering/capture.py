@@ -15,14 +15,12 @@ from torch import Tensor, fx
 
 from nestloop import reference
 from nestloop.errors import (
-    KernelShapeError,
     Location,
-    LossNotPerTokenError,
     NestloopError,
-    ReadoutShapeError,
     UnusedFastWeightError,
 )
 from nestloop.lang.loop import LoopSpec, body_line
+from nestloop.lang.returned import described, kernel_error, loss_error, readout_error
 from nestloop.lowering import ops
 from nestloop.lowering.joins import taken_apart
 from nestloop.lowering.mismatch import OpFailed, shape_mismatch, trial_sizes
@@ -193,8 +191,7 @@ def _written(spec: LoopSpec, what: str, module: fx.GraphModule) -> tuple[str, li
     body = getattr(spec.cls, what)
     where, code = body_line(body, spec.where), body.__code__
     if not isinstance(result, fx.Node):
-        kind = type(result).__name__
-        return "None: the body returns nothing" if result is None else f"a {kind}", None, where
+        return described(result), None, where
     last, lines = result.meta.get("where"), [line for *_, line in code.co_lines() if line is not None]
     if last is not None and last.file == code.co_filename and min(lines) <= last.line <= max(lines):
         where = last
@@ -205,13 +202,7 @@ def _written(spec: LoopSpec, what: str, module: fx.GraphModule) -> tuple[str, li
 def _check_loss(spec: LoopSpec, module: fx.GraphModule) -> None:
     given, shape, where = _written(spec, "loss", module)
     if shape is None or len(shape) != 1 or not _runs_over_tokens(spec, module, shape[0]):
-        raise LossNotPerTokenError(
-            f"The loss of {spec.name} is not one number per token.",
-            where=where,
-            given=given,
-            need="[n]: the loss of each of the tile's n tokens; the schedule's reduction adds them up",
-            fix="reduce over the last axis only: .mean(-1) or .sum(-1)",
-        )
+        raise loss_error(spec, given, where)
 
 
 def _runs_over_tokens(spec: LoopSpec, module: fx.GraphModule, size: Any) -> bool:
@@ -223,13 +214,7 @@ def _runs_over_tokens(spec: LoopSpec, module: fx.GraphModule, size: Any) -> bool
 def _check_kernel(spec: LoopSpec, module: fx.GraphModule) -> None:
     given, shape, where = _written(spec, "kernel", module)
     if shape is None or len(shape) != 2 or not all(_runs_over_tokens(spec, module, size) for size in shape):
-        raise KernelShapeError(
-            f"The kernel of {spec.name} is not one number per query and key.",
-            where=where,
-            given=given,
-            need="[n, m]: how much each of the m keys counts at each of the n queries",
-            fix="return torch.exp(q @ k.T), or another positive function of the two",
-        )
+        raise kernel_error(spec, given, where)
 
 
 def _check_used(spec: LoopSpec, module: fx.GraphModule) -> None:
@@ -249,11 +234,5 @@ def _check_used(spec: LoopSpec, module: fx.GraphModule) -> None:
 def _check_readout(spec: LoopSpec, module: fx.GraphModule) -> tuple[int, ...]:
     given, shape, where = _written(spec, "readout", module)
     if shape is None or not shape or not _runs_over_tokens(spec, module, shape[0]):
-        raise ReadoutShapeError(
-            f"The read-out of {spec.name} is not one row per token.",
-            where=where,
-            given=given,
-            need="[n, *]: the output of each token",
-            fix="return f(t.q), one row per token",
-        )
+        raise readout_error(spec, given, where)
     return tuple(int(size) for size in shape[1:])

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from nestloop.lang.loop import LoopSpec, user_files
 from nestloop.lowering import ops
 from nestloop.lowering.mismatch import OpFailed, about_shapes, operands
 from nestloop.lowering.recorder import Mode, noting
+from nestloop.reference import composites
 
 _LOOKS_AT_VALUES = {
     *("_local_scalar_dense", "item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__"),
@@ -70,6 +72,7 @@ class WatchedCalls(TorchFunctionMode):
     def __init__(self, spec: LoopSpec) -> None:
         super().__init__()
         self.spec, self.reads_dtype = spec, False
+        self._counted: list[Tensor] = []  # 0, 1, 2, ..
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -100,9 +103,9 @@ class WatchedCalls(TorchFunctionMode):
             self.reads_dtype = True  # infinities become its largest numbers
         if name == "cosine_similarity":
             return ops.cosine_similarity(*args, **kwargs)
-        if name in ("tensor", "new_tensor", "as_tensor") and args and isinstance(args[-1], (int, float)):
-            dtype = kwargs.get("dtype") or (args[0].dtype if name == "new_tensor" else None)
-            return torch.full((), args[-1], dtype=dtype)  # a number, whatever it is called
+        made = self._instead(func, name, args, kwargs)
+        if made is not NotImplemented:
+            return made
         if name == "detach":
             return ops.detached(*args)
         if name == "_set_grad_enabled":
@@ -133,6 +136,33 @@ class WatchedCalls(TorchFunctionMode):
                 raise
             frame = user_frame(self.spec)
             raise OpFailed(name, operands(frame, args, kwargs), message, user_line(self.spec)) from error
+
+    def _instead(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function makes that PyTorch takes apart by looking at values or with tensors that hold some;
+        NotImplemented for all else."""
+        if name in ("tensor", "new_tensor", "as_tensor"):
+            given, dtype = kwargs.get("data", args[-1] if args else None), kwargs.get("dtype")
+            if name == "new_tensor" and dtype is None:
+                self.reads_dtype, dtype = True, args[0].dtype
+            return ops.literal(given, dtype)
+        if name == "arange":
+            made = func(*args, **kwargs)
+            self._counted += [made] if len(args) == 1 and not {"start", "step", "end"} & {*kwargs} else []
+            return made
+        if name in composites.FUNCTIONS:
+            with self:
+                return composites.FUNCTIONS[name](*args, **kwargs)
+        if name in ("take_along_dim", "quantile"):
+            return (ops.take_along if name == "take_along_dim" else ops.quantile)(*args, **kwargs)
+        if name == "__getitem__":
+            x, places = args
+            places = places if isinstance(places, tuple) else (places,)
+            if any(isinstance(place, Tensor) and place.dtype == torch.bool for place in places):
+                raise _data_dependent(self.spec, "a mask in x[...]", user_line(self.spec))
+            if len(places) == 2 and any(places[0] is counted for counted in self._counted):
+                return ops.one_of_each_row(x, places[1]) if isinstance(places[1], Tensor) else x[:, places[1]]
+            return ops.at_written_places(x, places)
+        return NotImplemented
 
     def _read(self, attribute: str, frame: FrameType) -> None:
         """An attribute of a tensor is read, in a frame."""

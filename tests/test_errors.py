@@ -31,7 +31,7 @@ from nestloop.errors import (
     UnresolvedDimError,
     UnusedFastWeightError,
 )
-from tests.refusals import refused
+from tests.refusals import marked, refused
 
 OUTER = torch.ones(8)
 LOG: list[object] = []
@@ -65,9 +65,9 @@ class Ordered(Good):
     schedule = nl.Shuffled(2)
 
 
-def layer_of(body, part="loss", **declared):
+def layer_of(body, part="loss", backend="auto", **declared):
     """A layer of the loop with one body (or another part) changed."""
-    return nl.Layer(type("Loop", (Squares,), {"learner": Linear, part: body, **declared}), 16, 2)
+    return nl.Layer(type("Loop", (Squares,), {"learner": Linear, part: body, **declared}), 16, 2, backend=backend)
 
 
 MISMATCH = "In the {} of Loop, {} got axes that do not fit."
@@ -268,6 +268,39 @@ def test_a_loss_is_one_number_per_token():
         refused(step, LossNotPerTokenError, what, given=given, need=PER_TOKEN, fix=PER_TOKEN_FIX)
 
 
+def test_the_reference_refuses_what_bodies_return_too():
+    def whole(self, f, t):  # HERE
+        return f(t.k).sum()
+
+    def turned(self, f, t):  # HERE
+        return f(t.q).T
+
+    def distances(self, q, k):  # HERE
+        return (q - k).square().sum(-1)
+
+    x = torch.randn(1, 3, 16)
+    for schedule in (nl.FullBatch(), nl.Causal(2), nl.Chunked(2, "apply-update")):
+        layer = layer_of(whole, backend="reference", schedule=schedule)
+        with pytest.raises(LossNotPerTokenError) as of_loss:
+            layer(x)
+        assert_message(of_loss.value, whole, "The loss of Loop is not one number per token.", "[]", PER_TOKEN)
+    with pytest.raises(ReadoutShapeError) as of_readout:
+        layer_of(turned, "readout", backend="reference")
+    need = "[n, *]: the output of each token"
+    assert_message(of_readout.value, turned, "The read-out of Loop is not one row per token.", "[8, 4]", need)
+    with pytest.raises(KernelShapeError) as of_kernel:
+        layer_of(distances, "kernel", learner=nl.KernelEstimator, backend="reference")
+    need = "[n, m]: how much each of the m keys counts at each of the n queries"
+    assert_message(of_kernel.value, distances, "The kernel of Loop is not one number per query and key.", "[n]", need)
+
+
+def assert_message(error, body, what, given, need):
+    lines = str(error).splitlines()
+    assert lines[0] == what
+    assert lines[1].startswith(f"  at:    {__file__}:{marked(body)}")
+    assert lines[2:4] == [f"  given: {given}", f"  need:  {need}"]
+
+
 def test_a_readout_is_one_row_per_token():
     def turned():
         def readout(self, f, t):
@@ -431,13 +464,13 @@ def fft(self, f, t):
     return torch.fft.fft(f(t.k)).real.sum(-1)  # HERE
 
 
-def sort(self, f, t):
-    return torch.sort(f(t.k))[0].sum(-1)  # HERE
+def cummax(self, f, t):
+    return torch.cummax(f(t.k), -1)[0].sum(-1)  # HERE
 
 
 @pytest.mark.parametrize(
     "loss, name, op",
-    [(fft, "_fft_r2c", "aten._fft_r2c.default"), (sort, "sort", "aten.sort.default")],
+    [(fft, "_fft_r2c", "aten._fft_r2c.default"), (cummax, "cummax", "aten.cummax.default")],
 )
 def test_ops_outside_the_admitted_set(loss, name, op):
     with pytest.raises(UnadmittedOpError) as caught:
@@ -494,10 +527,10 @@ def captured_numbers(self, f, t):
 
 
 def constant(self, f, t):
-    return (f(t.k) * torch.tensor([2.0] * 8)).sum(-1)  # HERE
+    return f(t.k).sum(-1) * torch.tensor([2.0] * 300).sum()  # HERE
 
 
-@pytest.mark.parametrize("loss, given", [(captured, "[8]"), (captured_numbers, "[8]"), (constant, "[8]")])
+@pytest.mark.parametrize("loss, given", [(captured, "[8]"), (captured_numbers, "[8]"), (constant, "[300]")])
 def test_tensors_from_outside(loss, given):
     refused(
         steps_into(loss),

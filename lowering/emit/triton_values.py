@@ -165,13 +165,14 @@ class TritonValues(TritonProducts):
             text = self._spelled(value.node, texts, index, numeric)
             if text.startswith("tiles.gelu_tanh(") and self._is_beside_tanh(value):
                 text = text.replace("gelu_tanh", "gelu_beside_tanh", 1)
+        kind = "tl.int1" if value.is_bool else "S"
         covered = [any(c[d] is not None for c in cleans) or self._at_all(index, d, text) for d in range(rank)]
         if not all(covered):
             shape = f"({', '.join(str(self.padded(size)) for size in domain)}{',' if rank == 1 else ''})"
             tile = any(covered) or any(isinstance(o, Strided) and held(o.base) for o in value.operands)
-            text = f"tl.broadcast_to({text}, {shape})" if tile else f"tl.full({shape}, {text}, S)"
+            text = f"tl.broadcast_to({text}, {shape})" if tile else f"tl.full({shape}, {text}, {kind})"
         elif not rank and all(numeric):
-            text = f"tl.full((), {text}, {'tl.int1' if value.is_bool else 'S'})"
+            text = f"tl.full((), {text}, {kind})"
         self._set_clean(value, [stays_zero(value, [clean[d] for clean in cleans]) for d in range(rank)])
         return [f"tiles.settled({text})" if self._is_taken_back(value) else text]
 

@@ -11,6 +11,9 @@ from nestloop.lowering.ops.calling import ONLY_TENSORS, call
 from nestloop.lowering.ops.decompose import cosine_similarity, decompositions, fused_rms_norm
 from nestloop.lowering.ops.detached import OP as DETACHED
 from nestloop.lowering.ops.detached import detached
+from nestloop.lowering.ops.literals import literal
+from nestloop.lowering.ops.orders import quantile
+from nestloop.lowering.ops.places import at_written_places, one_of_each_row, take_along
 from nestloop.lowering.ops.row import Kind, Op, Operands
 from nestloop.lowering.ops.solve import OP as SOLVE
 from nestloop.lowering.ops.strided import NoSpelling
@@ -46,8 +49,9 @@ def admitted(target: Any) -> bool:
 
 def nearest(target: Any) -> list[str]:
     """Admitted ops whose name is like that of `target`."""
-    names = sorted({row.name.split(".")[0] for row in ROWS.values() if not row.name.startswith("_")})
-    return difflib.get_close_matches(target._schema.name.split("::")[-1], names, 3, 0.5)
+    names = {row.target._schema.name.split("::")[-1] for row in ROWS.values()}
+    written = sorted(name for name in names if not name.startswith("_"))
+    return difflib.get_close_matches(target._schema.name.split("::")[-1], written, 3, 0.5)
 
 
 def named_shape(shape: Iterable[Any]) -> str:
@@ -65,14 +69,19 @@ __all__ = [
     "Op",
     "Operands",
     "admitted",
+    "at_written_places",
     "call",
     "cosine_similarity",
     "decompositions",
     "detached",
     "fused_rms_norm",
     "is_size_op",
+    "literal",
     "named_shape",
     "nearest",
+    "one_of_each_row",
+    "quantile",
     "result_like",
     "row",
+    "take_along",
 ]

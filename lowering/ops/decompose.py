@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import _core_aten_decompositions_post_autograd, get_decompositions
 
-from nestloop.lowering.ops import places, solve
+from nestloop.lowering.ops import orders, places, solve
 from nestloop.lowering.ops.detached import detached
 from nestloop.lowering.ops.results import END
 
@@ -275,6 +275,36 @@ def product(x: Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtype | 
     return first.unsqueeze(dim) if keepdim else first
 
 
+def running_product(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """The product of the elements of an axis so far, factor by factor."""
+    if not x.ndim or not isinstance(x.shape[dim], int) or x.shape[dim] == 0:
+        return NotImplemented
+    factors = (x if dtype is None else x.to(dtype)).unbind(dim)
+    made = [factors[0]]
+    for factor in factors[1:]:
+        made.append(made[-1] * factor)
+    return stack(made, dim % x.ndim)
+
+
+def running_logsumexp(x: Tensor, dim: int) -> Tensor:
+    """The logarithm of the sum of exponentials of the elements of an axis so far, none of which is lost in the sum."""
+    if not x.ndim:
+        return NotImplemented
+    dim = dim % x.ndim
+    at = torch.arange(x.shape[dim], device=x.device)
+    later, sofar = (at.reshape([-1 if d == axis else 1 for d in range(x.ndim + 1)]) for axis in (dim + 1, dim))
+    return torch.where(later <= sofar, x.unsqueeze(dim), -math.inf).logsumexp(dim + 1)
+
+
+def unfold(x: Tensor, dim: int, size: int, step: int) -> Tensor:
+    """Windows of an axis, on an axis of their own at the end: a slice for each of their places."""
+    dim = dim % max(x.ndim, 1)
+    if not x.ndim or not isinstance(x.shape[dim], int):
+        return NotImplemented
+    reach = (x.shape[dim] - size) // step * step + 1
+    return stack([aten.slice.Tensor(x, dim, start, start + reach, step) for start in range(size)], x.ndim)
+
+
 def inverse(x: Tensor, *, check_errors: bool = False) -> tuple[Tensor, Tensor]:
     """The inverse, as the solution of a linear system; a matrix that has none is refused when it is solved."""
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand(x.shape)
@@ -332,6 +362,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table.update(dict.fromkeys((aten.any.default, aten.any.dim, aten.any.dims), any_of))
     table.update(dict.fromkeys((aten.all.default, aten.all.dim, aten.all.dims), all_of))
     table[aten.prod.dim_int] = product
+    table[aten.cumprod.default], table[aten.logcumsumexp.default] = running_product, running_logsumexp
+    table[aten.unfold.default] = unfold
     table[aten.copy.default] = lambda x, source, *_: source.to(x.dtype).expand(x.shape)
     table[aten.linalg_inv_ex.default] = inverse
     table[aten.trunc.default], table[aten.round.default] = rounded_down, rounded
@@ -349,4 +381,5 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.sgn.default] = aten.sign.default  # PyTorch's own would import all of Dynamo; so for all below
     table.update(solve.DECOMPOSITIONS)
     table.update(places.DECOMPOSITIONS)
+    table.update(orders.DECOMPOSITIONS)
     return table

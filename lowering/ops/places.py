@@ -61,6 +61,62 @@ def rows_of(table: Tensor, index: Tensor) -> Tensor:
     return torch.where(there, chosen.reshape([*index.shape, table.shape[1]]), math.nan)
 
 
+def take_along(x: Tensor, index: Tensor, dim: int | None = None) -> Tensor:
+    """Elements at places along an axis, whose other axes are those of both."""
+    if dim is None:
+        return gather(x.reshape(-1), 0, index.reshape(-1))
+    dim = dim % max(x.ndim, 1)
+    if not x.ndim or x.ndim != index.ndim:
+        return NotImplemented
+    lead = torch.broadcast_shapes(*[[1 if d == dim else s for d, s in enumerate(t.shape)] for t in (x, index)])
+    x, index = (t.expand([t.shape[d] if d == dim else s for d, s in enumerate(lead)]) for t in (x, index))
+    return gather(x, dim, index)
+
+
+def one_of_each_row(x: Tensor, index: Tensor) -> Tensor:
+    """x[arange(n), index] of rows [n, m, *] and places [n]."""
+    if index.ndim != 1 or x.ndim < 2 or not same_size(x.shape[0], index.shape[0]):
+        return NotImplemented
+    places = torch.where(index < 0, index + x.shape[1], index).reshape([-1] + [1] * (x.ndim - 1))
+    made = gather(x, 1, places.expand([-1, 1, *x.shape[2:]]))
+    return made if made is NotImplemented else made.squeeze(1)
+
+
+def at_written_places(x: Tensor, places: tuple[Any, ...]) -> Tensor:
+    """x[.., [0, 2, 1]], or x[.., [True, False]]: places along one axis that a list names, as slices side by side;
+    NotImplemented without one.
+
+    Raises:
+        IndexError: there is no such place.
+    """
+    lists = [i for i, place in enumerate(places) if isinstance(place, list)]
+    if len(lists) != 1 or not places[lists[0]] or any(isinstance(place, Tensor) for place in places):
+        return NotImplemented
+    (at,) = lists
+    written = places[at]
+    if any(not isinstance(place, int) for place in written) or len({isinstance(p, bool) for p in written}) > 1:
+        return NotImplemented
+    after = [place for place in places[at + 1 :] if place is not None]
+    before = [place for place in places[:at] if place is not None]
+    dim = x.ndim - 1 - len(after) if Ellipsis in before else len(before)
+    size = x.shape[dim]
+    if not isinstance(size, int):
+        return NotImplemented
+    if isinstance(written[0], bool):
+        if len(written) != size:
+            raise IndexError(f"a mask of {len(written)} at dimension {dim} with size {size}")
+        written = [place for place, there in enumerate(written) if there]
+    parts = []
+    for place in written:
+        if not -size <= place < size:
+            raise IndexError(f"index {place} is out of bounds for dimension {dim} with size {size}")
+        parts.append(x[(*places[:at], slice(place, place + 1 or None), *places[at + 1 :])])
+    if not parts:
+        return NotImplemented
+    kept_before, kept_after = (sum(not isinstance(p, int) for p in some) for some in (places[:at], places[at + 1 :]))
+    return torch.cat(parts, -1 - kept_after if Ellipsis in before else kept_before)
+
+
 def embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *_: Any) -> Tensor:
     if weight.ndim != 2 or padding_idx != -1 or not weight.is_floating_point():
         return NotImplemented

@@ -12,7 +12,7 @@ from nestloop.lang.binding import Binding
 from nestloop.lang.declare import Gate
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import BatchSchedule
-from nestloop.reference.bodies import Tensors, token_loss, token_readout
+from nestloop.reference.bodies import Tensors, checked_loss, checked_readout
 
 
 def batch_gradient(
@@ -62,14 +62,14 @@ def one_sequence(
         inside = {**dims, "n": stop - start}
         batch = {name: _take(t, order, start, stop) for name, t in tokens.items()}
         rate = spec.optimizer.rate(index, {**binding.sizes, "n": stop - start}, slow)
-        gradient = batch_gradient(spec, token_loss(spec, inside))
+        gradient = batch_gradient(spec, checked_loss(spec, inside))
         gradients, total = gradient(fast, slow, batch, schedule.weight(stop - start))
         fast = update(spec, fast, gradients, rate)
         losses.append(total / (stop - start))
     whole = {**dims, "n": binding.tokens}
     if return_losses:
-        losses.append(token_loss(spec, whole)(fast, slow, tokens).mean())
-    z = token_readout(spec, whole)(fast, slow, tokens)
+        losses.append(checked_loss(spec, whole)(fast, slow, tokens).mean())
+    z = checked_readout(spec, whole)(fast, slow, tokens)
     return z, fast, torch.stack(losses) if losses else z.new_zeros(0)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nestloop.lang.binding import Binding
-from nestloop.lang.loop import LoopSpec
+from nestloop.lang.loop import LoopSpec, body_line
+from nestloop.lang.returned import kernel_error, loss_error, readout_error, seen
 
 Tensors = dict[str, Tensor]
 
@@ -44,11 +45,46 @@ def token_readout(spec: LoopSpec, dims: dict[str, Any]) -> Callable[[Tensors, Te
     return readout
 
 
+def checked_loss(spec: LoopSpec, dims: dict[str, Any]) -> Callable[..., Tensor]:
+    """`token_loss` of a call. Raises `LossNotPerTokenError`."""
+    body = token_loss(spec, dims)
+
+    def loss(fast: Tensors, slow: Tensors, tokens: Tensors, held: Tensors | None = None) -> Tensor:
+        made, n = body(fast, slow, tokens, held), len(next(iter(tokens.values())))
+        if not isinstance(made, Tensor) or made.shape != (n,):
+            raise loss_error(spec, seen(made, n), body_line(spec.cls.loss, spec.where))
+        return made
+
+    return loss
+
+
+def checked_readout(spec: LoopSpec, dims: dict[str, Any]) -> Callable[[Tensors, Tensors, Tensors], Tensor]:
+    """`token_readout` of a call. Raises `ReadoutShapeError`."""
+    body = token_readout(spec, dims)
+
+    def readout(fast: Tensors, slow: Tensors, tokens: Tensors) -> Tensor:
+        made, n = body(fast, slow, tokens), len(next(iter(tokens.values())))
+        if not isinstance(made, Tensor) or made.shape[:1] != (n,):
+            raise readout_error(spec, seen(made, n), body_line(spec.cls.readout, spec.where))
+        return made
+
+    return readout
+
+
+def kernel_weights(spec: LoopSpec, slow: Tensors, dims: dict[str, Any], q: Tensor, k: Tensor) -> Tensor:
+    """The kernel of queries [n, *] and keys [m, *], as the user's body computes it: [n, m]. Raises
+    `KernelShapeError`."""
+    made = spec.body_with(slow, dims).kernel(q, k)
+    if not isinstance(made, Tensor) or made.shape != (len(q), len(k)):
+        raise kernel_error(spec, seen(made, len(q), len(k)), body_line(spec.cls.kernel, spec.where))
+    return made
+
+
 def kernel_fit(spec: LoopSpec, dims: dict[str, Any]) -> Callable[[Tensors, Tensors], Tensor]:
     """(slow, tokens) of one head -> the locally constant fit at every query [n, *] (2310.13807 eq. 12)."""
 
     def fit(slow: Tensors, tokens: Tensors) -> Tensor:
-        weight = spec.body_with(slow, dims).kernel(tokens["q"], tokens["k"])  # [n, m]
+        weight = kernel_weights(spec, slow, dims, tokens["q"], tokens["k"])  # [n, m]
         return weight @ tokens["v"] / weight.sum(-1, keepdim=True)
 
     return fit
@@ -70,7 +106,7 @@ def token_output(spec: LoopSpec, sizes: dict[str, int]) -> tuple[int, ...]:
     made = (
         kernel_fit(spec, dims)(slow, views)
         if spec.is_kernel_estimator
-        else token_readout(spec, dims)(fast, slow, views)
+        else checked_readout(spec, dims)(fast, slow, views)
     )
     return tuple(made.shape[1:])
 

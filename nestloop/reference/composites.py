@@ -2,10 +2,12 @@
 
 In PyTorch 2.11 to 2.13 the third derivative of `layer_norm` is another one, and under `vmap`, with a weight for every
 sequence, the second too; losses of elements fail where only one side has the axis; in 2.11 `aminmax` has no derivative.
+`one_hot` and `gaussian_nll_loss` look at values, which no transform lets them; `cdist` has one derivative, not two.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,9 +42,44 @@ def _aminmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Any
     return torch.return_types.aminmax((x.amin(over, keepdim), x.amax(over, keepdim)))
 
 
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+
+
+def _bilinear(x1: Tensor, x2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    made = torch.einsum("...i,oij,...j->...o", x1, weight, x2)
+    return made if bias is None else made + bias
+
+
+def _gaussian_nll_loss(
+    x: Tensor, target: Tensor, var: Any, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
+    """PyTorch's own looks at the values of `var`, whose gradient knows nothing of its being at least `eps`."""
+    var = torch.full_like(x, var) if isinstance(var, float) else var
+    if var.ndim == x.ndim - 1:
+        var = var.unsqueeze(-1)
+    var = var + (var.clamp_min(eps) - var).detach()
+    loss = 0.5 * (var.log() + (x - target).square() / var) + (0.5 * math.log(2 * math.pi) if full else 0.0)
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
+def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes < 0:
+        return F.one_hot(x)
+    return (x.unsqueeze(-1) == torch.arange(num_classes, device=x.device)).to(torch.int64)
+
+
+# Those that the compiler takes apart so, too.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "bilinear": _bilinear,
+    "cdist": _cdist,
+    "gaussian_nll_loss": _gaussian_nll_loss,
+}
 _INSTEAD: dict[str, Callable[..., Any]] = {
+    **FUNCTIONS,
     "aminmax": _aminmax,
     "layer_norm": _layer_norm,
+    "one_hot": _one_hot,
     "mse_loss": _of_elements(F.mse_loss),
     "huber_loss": _of_elements(F.huber_loss),
     "smooth_l1_loss": _of_elements(F.smooth_l1_loss),

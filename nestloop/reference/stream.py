@@ -20,7 +20,7 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.optim import momentum_name
 from nestloop.lang.schedule import Causal, Chunked, Program
 from nestloop.lang.state import Entry, averaged_gates
-from nestloop.reference.bodies import Tensors, token_loss, token_readout
+from nestloop.reference.bodies import Tensors, checked_loss, checked_readout
 
 
 def one_stream(
@@ -69,7 +69,7 @@ class _Walk:
 
     def results(self) -> tuple[Tensor, Tensors, Tensor]:
         if not self.z:
-            shape = token_readout(self.spec, {**self.dims, "n": 1})
+            shape = checked_readout(self.spec, {**self.dims, "n": 1})
             blank = {n: t.new_zeros(1, *t.shape[1:]) for n, t in self.read_tokens.items()}
             empty = shape(self.weights, self.slow, blank)[:0]
             return empty, self.carry, empty.new_zeros(0)
@@ -85,7 +85,7 @@ class _Walk:
     def read(self, start: int, stop: int, weights: Tensors) -> None:
         tile = {n: t[start:stop] for n, t in self.read_tokens.items()}
         dims = {**self.dims, "n": self.spec.schedule.seen(stop - start)}
-        self.z[start] = token_readout(self.spec, dims)(weights, self.slow, tile)
+        self.z[start] = checked_readout(self.spec, dims)(weights, self.slow, tile)
 
     def gradients(
         self, at: Tensors, held: Tensors, tile: Tensors, weigh: bool = True, n: int = 1
@@ -94,7 +94,7 @@ class _Walk:
 
         A gate that is a weight's learning rate weighs its tokens' losses, or their gradients' channels.
         """
-        loss = token_loss(self.spec, {**self.dims, "n": self.spec.schedule.seen(n)})
+        loss = checked_loss(self.spec, {**self.dims, "n": self.spec.schedule.seen(n)})
         losses = loss(at, self.slow, tile, held)
         found = {}
         for name, weight in at.items():

@@ -159,6 +159,15 @@ REDUCTIONS: dict[str, Function] = {
     "norm": lambda x, y: (x + 0.3).norm(dim=-1, keepdim=True),
     "norm p": lambda x, y: x * torch.linalg.norm(y + 0.3, 3, -1, keepdim=True),
     "prod": lambda x, y: x.tanh().prod(-1)[:, None] + y,
+    "quantile": lambda x, y: x.quantile(0.3, -1, keepdim=True) + y,
+    "running product": lambda x, y: x.tanh().cumprod(-1) + y,
+    "running logsumexp": lambda x, y: x.tanh().logcumsumexp(-1) * y,
+    "median": lambda x, y: x - torch.cat([x, y], -1).median(-1, keepdim=True).values,
+    "kth value": lambda x, y: x * torch.kthvalue(y, 1 + y.shape[-1] // 2, -1).values[:, None],
+    "sort": lambda x, y: x.sort(-1).values * y,
+    "sort downwards": lambda x, y: x * torch.argsort(y, -1, descending=True),
+    "topk": lambda x, y: torch.cat([x.topk(1, -1).values, x * y.topk(min(2, y.shape[-1]), -1).indices[:, -1:]], -1),
+    "smallest k": lambda x, y: torch.topk(x, max(1, x.shape[-1] - 1), -1, largest=False).values,
     "sum": lambda x, y: x.sum(-1)[:, None] * y,
     "sum of both": lambda x, y: torch.einsum("nc,nc->n", x, y).unsqueeze(1) + x,
 }
@@ -168,6 +177,8 @@ PRODUCTS: dict[str, Function] = {
     "attention": lambda x, y: F.scaled_dot_product_attention(
         *(even(t).unflatten(-1, (2, -1)) for t in (x, y, x - y))
     ).flatten(1),
+    "bilinear": lambda x, y: F.bilinear(x, y, torch.full((2, x.shape[-1], y.shape[-1]), 0.2, dtype=x.dtype)),
+    "cdist": lambda x, y: torch.cdist(x + 0.1, torch.eye(x.shape[-1], dtype=x.dtype)) * y,
     "bmm": lambda x, y: torch.bmm(x[:, None, :], y[:, :, None] * x[:, None, :]).squeeze(1),
     "cross": lambda x, y: torch.linalg.cross(fitted(x, 3), fitted(y, 3)),
     "dot of rows": lambda x, y: (x * y).sum(-1, keepdim=True).expand(-1, x.shape[-1]),
@@ -195,6 +206,7 @@ MOVEMENTS: dict[str, Function] = {
     "conv1d of channels": lambda x, y: F.conv1d(
         torch.stack([x, y], 1), torch.ones(2, 1, 2, dtype=x.dtype) * 0.4, groups=2, padding=1
     ).flatten(1),
+    "conv1d": lambda x, y: F.conv1d(x[:, None], torch.tensor([[[0.2, -0.5, 0.4]]], dtype=x.dtype), padding=1)[:, 0],
     "diagonal": lambda x, y: torch.diagonal(x[:, :, None] * y[:, None, :], dim1=1, dim2=2),
     "diag embed": lambda x, y: torch.diag_embed(x).sum(1) * y,
     "expand": lambda x, y: x[:, None].expand(-1, 2, -1).reshape(x.shape[0], -1),
@@ -204,6 +216,16 @@ MOVEMENTS: dict[str, Function] = {
     "index select": lambda x, y: x.index_select(-1, torch.arange(x.shape[-1] - 1, -1, -1, device=x.device)) * y,
     "index": lambda x, y: x[:, torch.arange(x.shape[-1], device=x.device).flip(0)] * y,
     "assigned": _assigned,
+    "one of each row": lambda x, y: x * y[torch.arange(len(y)), labels(x, y.shape[-1])][:, None],
+    "part of each row": lambda x, y: torch.stack([x, y], 1)[torch.arange(x.shape[0]), labels(y, 2)],
+    "a mask as a list": lambda x, y: fitted(x, 3)[:, [True, False, True]] * y[:, :1],
+    "places as a list": lambda x, y: x[:, [0, -1]] + torch.stack([x, y, x], 1)[:, [2, 1]].sum(1)[..., [-1]],
+    "taken along": lambda x, y: torch.take_along_dim(x, y.argsort(-1), -1) * y,
+    "one hot": lambda x, y: F.one_hot(labels(y, 3), 3) * x[:, :1],
+    "numbers as lists": lambda x, y: (
+        x[:, :1] * torch.tensor([0.1, 0.2]) + y[:, :1] * x.new_tensor([[0.3, -1]]) + torch.as_tensor([1, 0])
+    ),
+    "unfold": lambda x, y: fitted(x, 3).unfold(-1, 2, 1).mean(-1),
     "one of several": lambda x, y: x * (labels(y, 3)[:, None] == torch.arange(x.shape[-1], device=x.device)),
     "interleave": lambda x, y: x.repeat_interleave(2, dim=-1),
     "meshed": lambda x, y: (x.unsqueeze(-1) - y.unsqueeze(-2)).abs().mean(-1),
@@ -267,6 +289,10 @@ LOSSES: dict[str, Function] = {
     "soft margin": lambda y, v: F.soft_margin_loss(y, v.sign().detach(), reduction="none").mean(-1),
     "margin": lambda y, v: F.margin_ranking_loss(y, v, torch.ones_like(y), margin=0.2, reduction="none").sum(-1),
     "triplet": lambda y, v: F.triplet_margin_loss(y, v, v.flip(-1) + 0.3, reduction="none"),
+    "gaussian": lambda y, v: F.gaussian_nll_loss(y, v, torch.full_like(y, 0.7), reduction="none").mean(-1),
+    "learned gaussian": lambda y, v: F.gaussian_nll_loss(
+        v, y.tanh(), y.square() + 0.2, full=True, eps=0.3, reduction="none"
+    ).mean(-1),
     "norm of the error": lambda y, v: torch.linalg.vector_norm(y - v + 0.01, dim=-1),
     "pairwise": lambda y, v: F.pairwise_distance(y, v),
     "two heads": lambda y, v: F.mse_loss(y, v, reduction="none").mean(-1) - 0.3 * torch.linalg.vecdot(y, v),
@@ -278,21 +304,9 @@ REFUSED: dict[str, Function] = {
     "copysign": lambda x, y: torch.copysign(x, y),
     "rrelu": lambda x, y: F.rrelu(x),
     "cummax": lambda x, y: x.cummax(-1).values,
-    "cumprod": lambda x, y: x.tanh().cumprod(-1),
-    "logcumsumexp": lambda x, y: x.logcumsumexp(-1),
-    "median": lambda x, y: x - x.median(-1, keepdim=True).values,
-    "sort": lambda x, y: x.sort(-1).values,
-    "topk": lambda x, y: x.topk(1, -1).values * y,
-    "cdist": lambda x, y: torch.cdist(x[:, None] + 2, y[:, None]).flatten(1),
-    "bilinear": lambda x, y: F.bilinear(
-        x, y, torch.ones(2, x.shape[-1], y.shape[-1], dtype=x.dtype, device=x.device) * 0.2
-    ),
-    "conv1d": lambda x, y: F.conv1d(x[:, None], torch.tensor([[[0.2, -0.5, 0.4]]], dtype=x.dtype), padding=1)[:, 0],
     "avg pool": lambda x, y: F.avg_pool1d(fitted(x, 4)[:, None], 2)[:, 0],
-    "places as a list": lambda x, y: x[:, [0, -1]],
-    "unfold": lambda x, y: fitted(x, 3).unfold(-1, 2, 1).mean(-1),
-    "gaussian": lambda y, v: F.gaussian_nll_loss(y, v, torch.full_like(y, 0.7), reduction="none").mean(-1),
-    "learned gaussian": lambda y, v: F.gaussian_nll_loss(y, v, 0.3 + v.square(), reduction="none").mean(-1),
+    "a mask": lambda x, y: torch.where(y > 0, x, x[y > 0].mean()),
+    "two places at once": lambda x, y: x[labels(y, 1)[:, None], labels(x, 1)],
     "cosine embedding": lambda y, v: F.cosine_embedding_loss(
         y, v, torch.ones_like(y[:, 0]), reduction="none", margin=0.1
     ),

@@ -6,22 +6,20 @@ make their states again, each from the one kept; a walk of the state's cotangent
 state that each chunk leaves; then every chunk's program pulls that back to its tokens. What all chunks give a weight is
 added up in their order. Each walk comes after a kernel that computes, for all chunks at once, what it does not wait
 for, where that is much: `triton_prepare`.
-
-What a walk leaves is as exact as what it carries, but for parts that others take as factors of products alone: those
-are rounded as the products would round them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import fx
 
 from nestloop.lowering.emit.scan import ROWWISE, TITLES
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_fitting import ALIVE
+from nestloop.lowering.emit.triton_handed import TritonHanded
 from nestloop.lowering.emit.triton_kernels import indented
-from nestloop.lowering.emit.triton_prepare import PREPARES, WALKS, TritonPrepare
+from nestloop.lowering.emit.triton_prepare import PREPARES, WALKS
 from nestloop.lowering.emit.triton_strips import strips_of
 from nestloop.lowering.emit.triton_tiles import BARRIER, walk
 from nestloop.lowering.emit.triton_work import is_of_products
@@ -32,10 +30,9 @@ from nestloop.lowering.schedule.roofline import PACKED_REGISTERS, SHARED_REGISTE
 from nestloop.lowering.streams.step import VALID
 
 WALKED = ("forward_states", "backward_states", "backward_cotangents")  # kernels that walk the state, or its cotangent
-_PREFIX = {"states": "", "cotangents": "d_"}  # of what is walked, in registers
 
 
-class TritonSplitScan(TritonPrepare):
+class TritonSplitScan(TritonHanded):
     """Writes the module of a scan whose chunks run at once, but for the state.
 
     Raises:
@@ -43,7 +40,6 @@ class TritonSplitScan(TritonPrepare):
     """
 
     spread = "the state in one program a head and sequence, all else in one a chunk"
-    slots_over = "chunks"  # what has a state of its own in memory
     after = "part"  # the one that a program's chunk leaves
 
     def _add_functions(self) -> None:
@@ -72,7 +68,7 @@ class TritonSplitScan(TritonPrepare):
             self.add_part(*self._pulled_walk(name), doc, [*tokens, *self.carry])
         self.add_part(*self._advanced, f"{TITLES['advance']}.", [*tokens, *self.held])
         self.add_prepares()
-        self.low = {handed: self._factors(handed) for handed in [*_PREFIX, *WALKS.values()]}
+        self.choose_low()
 
     @property
     def _advanced(self) -> tuple[str, fx.GraphModule, list[str | None]]:
@@ -116,34 +112,6 @@ class TritonSplitScan(TritonPrepare):
         if sum(map(self.tile_elements, self.walked)) > ALIVE // 2:
             raise NoSpelling("its state is more than half of what registers hold")
         self.strip = None
-
-    def _factors(self, handed: str) -> list[str]:
-        """What of it functions take from memory as factors of products alone."""
-        names = {n: f"d_{n}_new" if handed == "cotangents" else n for n in self._parts_of(handed)}
-        functions = self.functions.values()
-        return [n for n, read in names.items() if all(f.is_factor(read) for f in functions if read in f.rows)]
-
-    def _parts_of(self, handed: str) -> Sequence[str]:
-        """What kernels leave for one another: parts of the state or of its cotangent, or what is prepared of a walk."""
-        walk = next((walk for walk, memory in WALKS.items() if memory == handed), None)
-        if walk is None:
-            return self.walked
-        return self.prepared[walk].handed if walk in self.prepared else []
-
-    def _slots(self, handed: str, names: Sequence[str], index: str = "index") -> dict[str, str]:
-        low = self.low.get(handed, [])
-        exact = super()._slots(handed, [n for n in names if n not in low], index)
-        return exact | super()._slots(f"{handed}_low", [n for n in names if n in low], index)
-
-    def _handed_on(self, handed: str) -> list[Handed]:
-        """The memory in which kernels leave what others read of it."""
-        low, over = self.low[handed], "chunks" if handed in WALKS.values() else self.slots_over
-        parts = {f"{handed}_handed": [n for n in self._parts_of(handed) if n not in low], f"{handed}_low_handed": low}
-        return [Handed(name, over, self.room_for(names), low=names is low) for name, names in parts.items() if names]
-
-    def _left_in_memory(self, name: str) -> list[str]:
-        """What the last chunk leaves, of which a piece writes its part itself."""
-        return []
 
     # ---- Kernels ---------------------------------------------------------------------------------------------------
 
@@ -219,29 +187,6 @@ class TritonSplitScan(TritonPrepare):
         of_chunk = kernel in ("forward_outputs", "backward_tokens", *PREPARES)
         chunks = [] if of_chunk else [f"chunks = {self.parts['chunks']}"]
         return doc, [*chunks, *lines()]
-
-    # ---- Memory ----------------------------------------------------------------------------------------------------
-
-    def _take(self, handed: str, places: Mapping[str, str], index: str) -> list[str]:
-        """Lines with which a walk begins: the state, or its cotangent, from places.
-
-        Args:
-            handed: "states" or "cotangents".
-            index: the chunk that it lies at, where it lies in memory.
-        """
-        return [self.load(f"{_PREFIX[handed]}{n}", place) for n, place in places.items()]
-
-    def _give(self, handed: str, places: Mapping[str, str], index: str) -> list[str]:
-        """Lines that write it to places."""
-        return [self.store(n, place, f"{_PREFIX[handed]}{n}") for n, place in places.items()]
-
-    def _last(self, handed: str, places: Mapping[str, str], index: str) -> list[str]:
-        """The same, behind the walk."""
-        return self._give(handed, places, index)
-
-    def _hand(self, handed: str, index: str = "index") -> list[str]:
-        """Lines that leave it, as it is at a chunk, for other kernels."""
-        return self._give(handed, self._slots(handed, self.walked, index), index)
 
     def _walk(self, kernel: str, index: str, bounds: str) -> str:
         """The head of a walk: of one that writes no memory that it reads, each turn is read ahead."""

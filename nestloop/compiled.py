@@ -50,6 +50,8 @@ class CompiledLoop:
     def __init__(self, loop: type[Loop], backend: str = "auto", inductor: bool = False, **dims: int) -> None:
         self.loop, self.spec = loop, spec_of(loop)
         self.renamed = names.safe(self.spec, triton=backend in ("auto", "triton"))
+        for spec in (self.spec, self.renamed):  # found now: Python 3.11 takes a lock, which PyTorch 2.11 does not trace
+            _ = spec.inputs, spec.weights, spec.entries, spec.dim_names, spec.default_dims
         if backend not in BACKENDS:
             raise UnknownBackendError(
                 "There is no such backend.",

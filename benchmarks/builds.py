@@ -58,7 +58,7 @@ def main() -> None:
                 def build() -> None:
                     made = plan()
                     if made.native is not None:
-                        compiler.load(compiler.build(made.name, made.native.text, "float"))
+                        compiler.loaded(made.name, made.native.text, "float")
 
                 times = [timed(plan), timed(build), timed(build)]
             texts = [f"{wall:.2f} ({cpu:.2f})" for wall, cpu in times[:2]]

@@ -214,7 +214,7 @@ class _Rebuild(ProductRules):
         if arithmetic and all(n is not None for n in numbers):
             try:
                 return Fill(float(arithmetic(*numbers)))
-            except (ZeroDivisionError, OverflowError):
+            except (ZeroDivisionError, OverflowError, TypeError):  # a root may be complex
                 return None  # computed on tensors, which give an infinity or NaN
         fills = [isinstance(a, (Fill, int, float)) for a in args]
         if arithmetic and all(fills):  # scalars times numbers stay scalars
@@ -228,7 +228,7 @@ class _Rebuild(ProductRules):
         identity = self._identity(node.target, args, numbers)
         if isinstance(identity, Fill):
             return identity
-        if identity is not None:
+        if identity is not None and identity.meta["val"].dtype == node.meta["val"].dtype:  # of whole numbers it is not
             shape = node.meta["val"].shape
             if same_shape(identity.meta["val"].shape, shape):
                 return identity
@@ -270,10 +270,14 @@ class _Rebuild(ProductRules):
             return None
         if not isinstance(source, fx.Node) or not same_shape(source.meta["val"].shape, node.meta["val"].shape):
             return None
-        if source.target is aten.neg.default:
-            factor, source = -factor, source.args[0]
-        elif source.target in _MUL and isinstance(source.args[1], (int, float)):
-            factor, source = factor * source.args[1], source.args[0]
+        dtype, inner = node.meta["val"].dtype, source.args[0] if source.args else None
+        if isinstance(inner, fx.Node) and inner.meta["val"].dtype == dtype:
+            if source.target is aten.neg.default:
+                factor, source = -factor, inner
+            elif source.target in _MUL and isinstance(source.args[1], (int, float)):
+                factor, source = factor * source.args[1], inner
+        if source.meta["val"].dtype != dtype:
+            return None
         if factor == 1:
             return source
         if factor == -1:

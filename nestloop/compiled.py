@@ -150,6 +150,7 @@ class CompiledLoop:
                 need="an order of each sequence's own tokens",
                 fix="run each sequence alone, with its order",
             )
+        self._bind(views, weights, None, None, {**self.dims, **dims})  # of all tokens together
         axis = {name: 1 if view.shared else 2 for name, view in self.spec.inputs.items()}
         first = next(iter(self.spec.inputs))
         bounds = packed.bounds_of(cu_seqlens, views[first].shape[0], views[first].shape[axis[first]])

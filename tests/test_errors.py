@@ -31,6 +31,7 @@ from nestloop.errors import (
     UnresolvedDimError,
     UnusedFastWeightError,
 )
+from nestloop.lang import binding
 from tests.refusals import marked, refused
 
 OUTER = torch.ones(8)
@@ -1156,6 +1157,37 @@ def test_orders_that_do_not_fit(backend, order, given):
         f"  at:    {where}   {where.text}",
         f"  given: {given}",
         "  need:  int64 [H, N] = [2, 3], or [B, H, N]: each row a permutation of the tokens",
+        "  fix:   order = torch.rand(H, N).argsort(-1)",
+    ]
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
+@pytest.mark.parametrize("second", [[1, 2, 3], [0, 1, -1], [2, 0, 2]])
+def test_orders_that_are_no_permutations(backend, second):
+    where = Ordered.spec.where
+    with pytest.raises(OrderError) as caught:
+        views, weights = inputs()
+        nl.compile(Ordered, backend=backend)(views, weights, order=torch.tensor([[2, 0, 1], second]))
+    assert str(caught.value).splitlines() == [
+        "An order of Ordered is no permutation of its tokens.",
+        f"  at:    {where}   {where.text}",
+        f"  given: {second}",
+        "  need:  each of 0 to 2 once",
+        "  fix:   order = torch.rand(H, N).argsort(-1)",
+    ]
+
+
+@pytest.mark.parametrize("place", [3, -1, 10**9])
+def test_cpp_reads_no_place_that_is_not_there(place, monkeypatch):
+    monkeypatch.setattr(binding, "_check_permutations", lambda *given: None)  # as in a compiled graph
+    with pytest.raises(OrderError) as caught:
+        views, weights = inputs()
+        nl.compile(Ordered, backend="cpp")(views, weights, order=torch.tensor([[2, 0, 1], [0, 1, place]]))
+    low, high = min(place, 0), max(place, 2)
+    assert str(caught.value).splitlines() == [
+        "An order is no permutation of the tokens.",
+        f"  given: places from {low} to {high}",
+        "  need:  each of 0 to 2 once",
         "  fix:   order = torch.rand(H, N).argsort(-1)",
     ]
 

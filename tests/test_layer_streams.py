@@ -14,6 +14,7 @@ import nestloop as nl
 from nestloop import zoo
 from nestloop.errors import InputError, OrderError, StateError
 from nestloop.zoo.lact import Window
+from tests.drawn import draw
 from tests.refusals import refused
 
 B, N, D, H = 2, 11, 8, 2
@@ -281,3 +282,48 @@ def test_window_attention_is_softmax_over_the_last_keys(x):
     place = torch.arange(N)
     seen = (place[:, None] >= place) & (place[:, None] - place < 3)
     close(z, F.scaled_dot_product_attention(views["q"], views["k"], views["v"], attn_mask=seen))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize(
+    "schedule", [nl.Causal(2, reset=4), nl.Online(reset=4), nl.Chunked(2, reset=4)], ids=lambda s: type(s).__name__
+)
+def test_a_state_given_for_a_sequence_is_its_start(schedule, backend):
+    """Not thrown away at its first token, which is no reset; at the others the initial weights are taken again."""
+    base = zoo.CausalLinearAttention if isinstance(schedule, nl.Chunked) else zoo.DeltaNet
+    loop: Any = type("Warm", (base,), {"schedule": schedule})
+    views, weights = draw(loop.spec, 10)
+    _, end = nl.compile(loop, backend="reference")(views, weights)
+    warm: Any = {name: 0 if name == "position" else torch.randn_like(value) for name, value in end.items()}
+    exact, _ = nl.compile(loop, backend="reference")(views, weights, warm)
+    cold, _ = nl.compile(loop, backend="reference")(views, weights)
+    found, _ = nl.compile(loop, backend=backend)(views, weights, warm)
+    close(found, exact)
+    assert (exact[:, :, :4] - cold[:, :, :4]).abs().max() > 0.1
+    close(exact[:, :, 4:], cold[:, :, 4:])
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
+def test_a_state_is_no_view_of_the_weights(backend, tokens):
+    views, weights = draw(zoo.NeuralMemory.spec, tokens)
+    _, end = nl.compile(zoo.NeuralMemory, backend=backend)(views, weights)
+    memory = {w.untyped_storage().data_ptr() for w in weights.values()}
+    assert not memory & {t.untyped_storage().data_ptr() for t in end.values() if isinstance(t, torch.Tensor)}
+
+
+def test_packed_views_that_do_not_fit():
+    views, weights = draw(zoo.DeltaNet.spec, 9, sequences=1)
+    op = nl.compile(zoo.DeltaNet)
+    for given, error in (
+        ({**views, "v": torch.cat([views["v"], views["v"]], 2)}, InputError),
+        ({**views, "v": views["v"][:, :, :5]}, InputError),
+        ({n: v for n, v in views.items() if n != "k"}, InputError),
+    ):
+        with pytest.raises(error) as whole:
+            op(given, weights)
+        with pytest.raises(error) as packed:
+            op(given, weights, cu_seqlens=[0, 4, 9])
+        assert str(packed.value) == str(whole.value)
+    with pytest.raises(InputError, match="cu_seqlens does not cut the tokens into sequences"):
+        op(views, weights, cu_seqlens=9)  # type: ignore[arg-type]

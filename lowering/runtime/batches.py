@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nestloop.lang.kept import Kept
+from nestloop.lowering.runtime.tiles import like_lead
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -130,7 +131,7 @@ class BatchCode:
         made = {name: self.memory(call, name, row, values[name]) for name, row in rows.items()}
         self.run("backward", call, [(n, values[n]) for n in self.plan.backward], made)
         made |= self.totals(call, {n: rows[n] for n in made})
-        return [summed(made[n], values[n]) if n in made else None for n in self._names]
+        return [like_lead(made[n], values[n]) if n in made else None for n in self._names]
 
     def numbers(self, length: int, sequences: int) -> tuple[Sequence[int], Sequence[float], Sequence[float]]:
         """Bounds, weights and rates of the steps of a call: see `Call`."""
@@ -180,7 +181,7 @@ def of_heads(
         rows = [values[n].shape[2:] if n in values else shapes[n] for n in like]
         made = [tensors[0].new_empty(heads, 1, *row) for row in rows]
         run(values, made, low)
-        return tuple(summed(r, values[n]) if n in values else r for n, r in zip(like, made, strict=True))
+        return tuple(like_lead(r, values[n]) if n in values else r for n, r in zip(like, made, strict=True))
 
     return piece
 
@@ -260,12 +261,6 @@ def output_dtype(views: Sequence[Tensor], inputs: Sequence[Tensor]) -> torch.dty
     """Of z: the views' dtype; the compute dtype where they have several."""
     dtypes = {t.dtype for t in views}
     return dtypes.pop() if len(dtypes) == 1 else compute_dtype(inputs)
-
-
-def summed(partial: Tensor, like: Tensor) -> Tensor:
-    """A cotangent with what sequences (or groups of them) and heads share added up."""
-    shared = [axis for axis in (0, 1) if like.shape[axis] == 1 and partial.shape[axis] != 1]
-    return partial.sum(shared, keepdim=True) if shared else partial
 
 
 def is_token(shared: str) -> bool:

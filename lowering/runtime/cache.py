@@ -7,6 +7,9 @@ import importlib.util
 import os
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -82,15 +85,35 @@ def write(name: str, text: str) -> Path:
 def load(path: Path) -> ModuleType:
     """Import a cached source from its file, so that tracebacks and debuggers show it."""
     name = f"nestloop_generated.{path.stem}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    with one_thread():
+        if name in sys.modules:
+            return sys.modules[name]
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        return module
+
+
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """While what all threads of a process share is looked up or made: modules, ops. Nothing is traced in here."""
+    with _LOCK:
+        yield
+
+
+def _after_fork() -> None:
+    global _LOCK
+    _LOCK = threading.RLock()  # whoever held it stays in the parent
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

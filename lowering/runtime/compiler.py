@@ -127,3 +127,17 @@ def load(path: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"a built library does not load: {error}") from error
+
+
+def loaded(name: str, source: str, scalar: str) -> ctypes.CDLL:
+    """The library of a generated source: built now where there is none, or where that in the cache is damaged.
+
+    Raises:
+        BuildError: there is no compiler, it fails, or the system cannot load what it makes.
+    """
+    path = build(name, source, scalar)
+    try:
+        return load(path)
+    except BuildError:
+        path.unlink(missing_ok=True)
+        return load(build(name, source, scalar))

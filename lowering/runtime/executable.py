@@ -35,6 +35,7 @@ OPS: dict[str, NestedLoopOp] = {}  # what those of them call that are no attenti
 _BY_CODE: dict[str, NestedLoopOp] = {}  # the same by what they run, which does not say how views come
 
 
+@cache.one_thread()
 def build(
     spec: LoopSpec,
     plan: Plan,
@@ -151,7 +152,7 @@ def not_native(plan: Plan, double: bool = False, build_now: bool = True) -> str:
         return _FAILED[key]
     try:
         if build_now:
-            compiler.load(compiler.build(plan.name, plan.native.text, scalar))
+            compiler.loaded(plan.name, plan.native.text, scalar)
         else:
             compiler.find()
     except compiler.BuildError as error:

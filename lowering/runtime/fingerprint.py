@@ -12,12 +12,13 @@ import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
 
 from nestloop.lang.declare import Declaration
 from nestloop.lang.dims import DimExpr
@@ -68,7 +69,7 @@ def own_files() -> str:
 class _Digest:
     def __init__(self) -> None:
         self.hash = hashlib.sha256()
-        self.seen: set[int] = set()
+        self.seen: dict[int, int] = {}  # which one it was, by what it is
 
     def text(self) -> str:
         return self.hash.hexdigest()[:24]
@@ -76,6 +77,12 @@ class _Digest:
     def add(self, *texts: str) -> None:
         for text in texts:
             self.hash.update(text.encode() + b"\0")
+
+    def is_seen(self, value: Any) -> bool:
+        """Whether it is in the digest already; which one of these it is, then, is added."""
+        found = id(value) in self.seen
+        self.add(str(self.seen.setdefault(id(value), len(self.seen))))
+        return found
 
     def add_bodies(self, spec: LoopSpec) -> None:
         """All that the bodies of a loop reach."""
@@ -86,9 +93,8 @@ class _Digest:
     def add_class(self, cls: type) -> None:
         """A class of the user's: every base that is theirs, every function and declaration in it."""
         for base in cls.__mro__:
-            if id(base) in self.seen or base.__module__.split(".")[0] == "builtins":
+            if base.__module__.split(".")[0] == "builtins" or self.is_seen(base):
                 continue
-            self.seen.add(id(base))
             self.add(base.__module__, base.__qualname__)
             if base.__module__.startswith("nestloop.lang"):
                 continue
@@ -117,8 +123,14 @@ class _Digest:
             self.add_value({k: v for k, v in vars(value).items() if k not in ("activation", "where", "dims")})
         elif isinstance(value, DimExpr):
             self.add(str(value))
-        elif isinstance(value, (staticmethod, classmethod, MethodType)):
+        elif isinstance(value, (staticmethod, classmethod)):
             self.add_value(value.__func__)
+        elif isinstance(value, MethodType):
+            self.add_value(value.__func__)
+            self.add_value(value.__self__)
+        elif isinstance(value, partial):
+            self.add("partial")
+            self.add_value((value.func, value.args, value.keywords))
         elif isinstance(value, ModuleType):
             self.add_known(value.__name__)
         elif isinstance(value, FunctionType):
@@ -128,8 +140,11 @@ class _Digest:
                 self.add(value.__module__, value.__qualname__)
             else:
                 self.add_class(value)
-        elif isinstance(value, BuiltinFunctionType) or _root(type(value).__module__) == "torch":
-            self.add(type(value).__module__, repr(getattr(value, "__name__", type(value))))
+        elif isinstance(value, BuiltinFunctionType):
+            self.add(value.__module__ or "", value.__name__)
+            self.add_value(value.__self__)
+        elif _root(type(value).__module__) == "torch":
+            self.add_of_torch(value)
         elif type(value).__module__.startswith("nestloop."):
             self.add(type(value).__qualname__)
             self.add_value(vars(value))
@@ -141,6 +156,21 @@ class _Digest:
         else:
             self.refuse(repr(value))
 
+    def add_of_torch(self, value: Any) -> None:
+        """An object of PyTorch's: an operator, what describes a dtype or a layout, a module that holds no tensors."""
+        self.add(type(value).__module__, type(value).__qualname__)
+        if isinstance(value, torch.nn.Module):
+            if value._parameters or value._buffers or value._forward_hooks or value._forward_pre_hooks:
+                self.refuse(repr(value))
+            self.add_value({k: v for k, v in vars(value).items() if not k.startswith("_")})
+            self.add_value(value._modules)
+        elif isinstance(value, (torch.finfo, torch.iinfo, torch.layout, torch.memory_format)):
+            self.add(repr(value))
+        elif isinstance(value, (OpOverload, OpOverloadPacket)):
+            self.add(str(value))
+        else:
+            self.refuse(repr(type(value)))
+
     def refuse(self, what: str) -> None:
         """Something whose content is not known."""
         raise _Unknown(what)
@@ -151,9 +181,8 @@ class _Digest:
         self.add(name)
 
     def add_function(self, function: FunctionType) -> None:
-        if id(function) in self.seen:
+        if self.is_seen(function):
             return
-        self.seen.add(id(function))
         self.add(function.__qualname__)
         module = function.__module__ or ""
         if _root(module) in _KNOWN and not module.startswith("nestloop.zoo"):

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nestloop.errors import NoPlanError
 from nestloop.lang.loop import LoopSpec
-from nestloop.lowering.runtime.batches import LOW, autocast_dtype, compute_dtype, summed
+from nestloop.lowering.runtime.batches import LOW, autocast_dtype, compute_dtype
 from nestloop.lowering.runtime.batching import batching_rule
 from nestloop.lowering.runtime.decision import Decision, known
 from nestloop.lowering.runtime.groups import in_groups
@@ -390,4 +390,4 @@ def _add(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor | None:
     """Two cotangents together, None being zero; neither need have been added up over what shares `like`."""
     if a is None or b is None:
         return b if a is None else a
-    return summed(a, like) + summed(b, like)
+    return like_lead(a, like) + like_lead(b, like)

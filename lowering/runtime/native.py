@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestloop.errors import OrderError
 from nestloop.lowering.runtime import compiler
 from nestloop.lowering.runtime.batches import (
     BatchCode,
@@ -76,11 +77,11 @@ class NativeLibrary:
 
     @cached_property
     def _float(self) -> ctypes.CDLL:
-        return compiler.load(compiler.build(self.name, self.plan.text, "float"))
+        return compiler.loaded(self.name, self.plan.text, "float")
 
     @cached_property
     def _double(self) -> ctypes.CDLL:
-        return compiler.load(compiler.build(self.name, self.plan.text, "double"))
+        return compiler.loaded(self.name, self.plan.text, "double")
 
     def library(self, dtype: torch.dtype) -> ctypes.CDLL:
         """The library for a compute type, built at first use.
@@ -193,6 +194,7 @@ class NativeModule(BatchCode, NativeLibrary):
         order, head, sequence = None, 0, 0
         if call.order is not None:
             order = call.order
+            _check_places(order, call.length)
             head = order.stride(0) if order.shape[0] > 1 else 0
             sequence = order.stride(1) if order.shape[1] > 1 else 0
         before = (
@@ -209,6 +211,20 @@ class NativeModule(BatchCode, NativeLibrary):
         place = ctypes.c_void_p(None if order is None else order.data_ptr())
         after = (place, ctypes.c_long(head), ctypes.c_long(sequence))
         self.call(function, (call.heads, call.sequences), call.dtype, before, given, after, list(made.items()))
+
+
+def _check_places(order: Tensor, tokens: int) -> None:
+    """C++ reads and writes where an order says: refuse one that says elsewhere (a call that nothing has checked, as one
+    in a compiled graph)."""
+    if order.numel():
+        low, high = order.aminmax()
+        if int(low) < 0 or int(high) >= tokens:
+            raise OrderError(
+                "An order is no permutation of the tokens.",
+                given=f"places from {int(low)} to {int(high)}",
+                need=f"each of 0 to {tokens - 1} once",
+                fix="order = torch.rand(H, N).argsort(-1)",
+            )
 
 
 def readable(tensor: Tensor, walked: bool) -> Tensor:

@@ -117,6 +117,7 @@ class StreamOp:
 STREAM_OPS: dict[str, StreamOp] = {}
 
 
+@cache.one_thread()
 def build_stream(
     spec: LoopSpec,
     plan: Plan,

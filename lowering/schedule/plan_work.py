@@ -264,7 +264,7 @@ def _kernel_work(
         passes = sum((count * tokens for count, tokens in batches(spec)), sympy.Integer(0)) / N
     return Work(
         flops=B * H * flops,
-        traffic=passes * _traffic(spec, plan, triton, kernel, direction, dtype, kept) + B * H * often * left,
+        traffic=passes * _traffic(spec, triton, kernel, direction, dtype, kept) + B * H * often * left,
         launches=often,
         programs=B * H * parts[launch.over] * launch.strips,
         products=products,
@@ -279,7 +279,6 @@ def _kernel_work(
 
 def _traffic(
     spec: LoopSpec,
-    plan: Plan,
     triton: TritonPlan,
     kernel: Mapping[str, Any],
     direction: str,

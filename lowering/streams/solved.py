@@ -71,7 +71,7 @@ def respond(step: Step) -> Response:
     assert loss is not None
     axes = type_axes(spec, loss).axes
     tapped = weight_users(loss, spec)
-    held = _held_users(step, loss)
+    held = _held_users(loss)
     tracer = step.tracer
     keys = list(spec.inputs)
     names, examples = [], []
@@ -139,7 +139,7 @@ def _vectors(step: Step) -> list[str]:
     return [name for name in step.spec.fast if not is_matrix(step.spec, name)]
 
 
-def _held_users(step: Step, loss: fx.GraphModule) -> list[fx.Node]:
+def _held_users(loss: fx.GraphModule) -> list[fx.Node]:
     """Products with a held weight, in order."""
     reached = {
         n for n in loss.graph.find_nodes(op="placeholder") if str(n.meta.get("declared", n.name)).endswith("__held")

@@ -133,10 +133,15 @@ class Bindings:
     ) -> Binding:
         """Arguments, and what it raises, as for `bind`."""
         given = (views, weights, state, {"order": order})
-        key = None if torch.compiler.is_compiling() else _key(given, dims)
+        traced = torch.compiler.is_compiling()
+        key = None if traced else _key(given, dims)
         if state is not None and key in self._known:
             check_position(self.spec, state)
-        return self._known.of(key, lambda: bind(self.spec, views, weights, state, order, dims))
+        found = self._known.of(key, lambda: bind(self.spec, views, weights, state, order, dims))
+        seen = not traced and not torch._C._are_functorch_transforms_active()
+        if seen and order is not None and order.device.type == "cpu":
+            _check_permutations(self.spec, order)
+        return found
 
 
 def _key(given: Sequence[Mapping[str, Any] | None], dims: Mapping[str, int]) -> Any:
@@ -324,6 +329,22 @@ def _resolve_grid(spec: LoopSpec, sizes: dict[str, int]) -> None:
             given=f"N = {tokens}",
             need=f"{rows} * {columns} = N; without sizes a square",
             fix=f"pass {rows}=..., {columns}=... with the call",
+        )
+
+
+def _check_permutations(spec: LoopSpec, order: Tensor) -> None:
+    """Raise `OrderError` for rows that do not name every token once; on a GPU nothing waits for that."""
+    tokens = order.shape[-1]
+    wrong = (order.sort(-1).values != torch.arange(tokens)).any(-1)
+    if bool(wrong.any()):
+        row = order.reshape(-1, tokens)[int(wrong.reshape(-1).to(torch.uint8).argmax())].tolist()
+        shown = ", ".join(map(str, row[:8])) + (", ..." if tokens > 8 else "")
+        raise OrderError(
+            f"An order of {spec.name} is no permutation of its tokens.",
+            where=spec.where,
+            given=f"[{shown}]",
+            need=f"each of 0 to {tokens - 1} once",
+            fix="order = torch.rand(H, N).argsort(-1)",
         )
 
 

@@ -24,7 +24,8 @@ def bounds_of(cu_seqlens: Any, sequences: int, tokens: int) -> Bounds:
     Raises:
         InputError: `cu_seqlens` is not [0, ..., tokens], never falling; or more than one row of tokens.
     """
-    cuts = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+    cuts = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    cuts = list(cuts) if isinstance(cuts, (list, tuple)) else [cuts]
     whole = all(isinstance(cut, int) and not isinstance(cut, bool) for cut in cuts)
     if not whole or len(cuts) < 2 or cuts[0] != 0 or cuts[-1] != tokens or cuts != sorted(cuts):
         raise InputError(

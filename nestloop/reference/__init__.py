@@ -93,7 +93,7 @@ def run(
             z, end, losses = sequences(initial, carry, slow, cast)
         counted: dict[str, Any] = {"position": position + binding.tokens} if counts_tokens(spec) else {}
         wanted = return_losses and not spec.is_kernel_estimator
-        return z.to(out_dtype), {**end, **counted}, losses if wanted else None
+        return z.to(out_dtype), {**_own(end), **counted}, losses if wanted else None
     fast = initial_fast(spec, binding, weights, carried or None, dtype, device)
     dims = {**binding.dims, "H": binding.heads, "N": binding.tokens}
 
@@ -116,7 +116,12 @@ def run(
     )
     with Composites():
         z, end, losses = per_sequence(fast, slow, cast, order)
-    return z.to(out_dtype), end, None if spec.is_kernel_estimator or not return_losses else losses
+    return z.to(out_dtype), _own(end), None if spec.is_kernel_estimator or not return_losses else losses
+
+
+def _own(end: Tensors) -> Tensors:
+    """Fast weights with memory of their own: without a step they are those of the call."""
+    return {name: weight.clone() for name, weight in end.items()}
 
 
 def initial_state(

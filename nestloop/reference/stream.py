@@ -121,6 +121,11 @@ class _Walk:
             if f"{name}.update" in self.carry:
                 self.carry[f"{name}.update"] = torch.zeros_like(self.carry[name])
 
+    @staticmethod
+    def resets(every: int | None, at: int) -> bool:
+        """Whether a walk starts again at a place: not at the first of a sequence, where a given state is its start."""
+        return bool(every and at and at % every == 0)
+
     def reset(self) -> None:
         for entry in self.spec.entries.values():
             if entry.part != "tail":
@@ -130,7 +135,7 @@ class _Walk:
     def token_by_token(self, schedule: Causal, position: int) -> None:
         for index in range(self.binding.tokens):
             at = position + index
-            if schedule.reset and at % schedule.reset == 0:
+            if self.resets(schedule.reset, at):
                 self.reset()
             if at % schedule.chunk == 0:
                 self.begin()
@@ -139,7 +144,7 @@ class _Walk:
             for micro in range(schedule.micro):
                 if schedule.chunk == 1:
                     self.begin()  # every micro-step's gradient is taken at weights of its own
-                self._one_step(schedule, index, micro, at)
+                self._one_step(index, micro, at)
             if schedule.read == "after":
                 self.read(index, index + 1, self.weights)
 
@@ -148,7 +153,7 @@ class _Walk:
         tile = {n: t[index : index + 1] for n, t in self.tokens.items()}
         return {n: t[:, micro] if self.spec.inputs[n].micro else t for n, t in tile.items()}
 
-    def _one_step(self, schedule: Causal, index: int, micro: int, at: int) -> None:
+    def _one_step(self, index: int, micro: int, at: int) -> None:
         """Micro-step `micro` of token `index`, whose place in the sequence is `at`."""
         tile = self._tile(index, micro)
         factor = self.factor(lambda gate: tile[gate.name][0])
@@ -200,7 +205,7 @@ class _Walk:
         start, tokens = 0, self.binding.tokens
         while start < tokens:
             at = position + start
-            if schedule.reset and at % schedule.reset == 0:
+            if self.resets(schedule.reset, at):
                 self.reset()
             stop = min(tokens, start + schedule.size - at % schedule.size)
             complete = (position + stop) % schedule.size == 0

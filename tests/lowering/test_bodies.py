@@ -38,6 +38,10 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "numbers as tensors": lambda x, y: (
         x * torch.tensor(0.5) - y.new_tensor(3) + torch.where(x > y, torch.as_tensor(2), torch.tensor(0.25))
     ),
+    "whole numbers in arithmetic": lambda x, y: (
+        x * (torch.arange(x.shape[-1]) * 1.0 + 0.0) + y @ torch.diag((torch.arange(y.shape[-1]) * 2) * 0.5).to(y.dtype)
+    ),
+    "a root of a negative number": lambda x, y: x + (torch.full_like(y, -8.0) ** 0.5).nan_to_num(),
     "nan_to_num": lambda x, y: torch.nan_to_num(x) * y,
     "nan_to_num of infinities": lambda x, y: x + 1e-300 * torch.nan_to_num(torch.where(y > 0, float("inf"), y)),
     "clamped by NaN": lambda x, y: x.clamp(torch.where(y > 0, float("nan"), y), y.abs()).nan_to_num(),

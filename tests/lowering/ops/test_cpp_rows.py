@@ -141,7 +141,7 @@ def results() -> Call:
             f"    static S scratch[1 << 16];\n    {f.name}(0, 0{given}, y, scratch);\n}}"
         )
     source = "\n\n".join(parts) + "\n"
-    libraries = {s: compiler.load(compiler.build("rows", source, s)) for s in ("float", "double")}
+    libraries = {s: compiler.loaded("rows", source, s) for s in ("float", "double")}
 
     def call(name: str, scalar: str) -> tuple[Tensor, Tensor]:
         target, arguments, more = made(name)
@@ -185,7 +185,7 @@ def elementary() -> ctypes.CDLL:
         f"    for (long i = 0; i < n; i++) {{\n        const S x = from[i];\n        to[i] = {text};\n    }}\n}}"
         for name, (text, _, _) in FUNCTIONS.items()
     ]
-    return compiler.load(compiler.build("elementary", "\n\n".join(['#include "tiles.h"', *loops]) + "\n", "float"))
+    return compiler.loaded("elementary", "\n\n".join(['#include "tiles.h"', *loops]) + "\n", "float")
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -6,11 +6,15 @@ import os
 import stat
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
-from nestloop import NestloopError
+import nestloop as nl
+from nestloop import NestloopError, zoo
 from nestloop.lowering.runtime import cache
 
 SOURCE = "def forward():\n    return 7\n"
@@ -176,3 +180,23 @@ def test_eight_processes_lower_the_same_loop_at_once(folder: Path):
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
     (source,) = folder.glob("*.py")
     assert source.stem.endswith(cache.digest(source.read_text()))
+
+
+def test_threads_that_call_a_loop_at_once_lower_it_once():
+    """Each op is registered with PyTorch under its name, which it takes once."""
+
+    class Threaded(zoo.TTTLinear):
+        """One that no other test calls."""
+
+    class ThreadedBatches(zoo.MTTTLinear):
+        """One that no other test calls."""
+
+    for loop in (Threaded, ThreadedBatches):
+        start = threading.Barrier(4)
+
+        def run(loop: type[nl.Loop] = loop, start: threading.Barrier = start) -> tuple[int, ...]:
+            start.wait()
+            return tuple(nl.Layer(loop, 8, 2)(torch.ones(1, 5, 8)).shape)
+
+        with ThreadPoolExecutor(4) as pool:
+            assert [made.result() for made in [pool.submit(run) for _ in range(4)]] == [(1, 5, 8)] * 4

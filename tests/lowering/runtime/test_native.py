@@ -364,3 +364,11 @@ def test_no_memory_is_touched_that_is_not_its_own(root: Path, tmp_path: Path):
     command = [sys.executable, "-c", _SCRIPT + _STREAMS]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_damaged_library_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path / "cache"))
+    source = 'extern "C" int answer() { return 42; }\n'
+    path = compiler.build("answering", source, "float")
+    path.write_bytes(path.read_bytes()[:100])
+    assert compiler.loaded("answering", source, "float").answer() == 42

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
 import random
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from nestloop.models.errors import CheckpointError
@@ -29,7 +30,10 @@ def atomically(path: Path) -> Iterator[Path]:
     """Yields a path to write to; afterwards the whole of it is on disk under `path`, or nothing is."""
     partial = path.with_name(f"{path.name}.partial")
     try:
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)
         yield partial
+        partial.chmod(mode)  # as files of yours are; safetensors closes its own to others
         _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)  # the new name itself
@@ -75,14 +79,23 @@ def save(folder: Path, state: dict[str, Any], models: dict[str, nn.Module], keep
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{state['step']:08d}.pt"
-    for suffix, model in models.items():
-        with atomically(path.with_suffix(f"{suffix}.safetensors")) as partial:
-            save_safetensors(model, partial)
-    with atomically(path) as partial:
-        torch.save(state, partial)
-    for old in all_checkpoints(folder)[:-keep]:
-        for file in folder.glob(f"{old.stem}.*"):
-            file.unlink()
+    try:
+        for suffix, model in models.items():
+            with atomically(path.with_suffix(f"{suffix}.safetensors")) as partial:
+                save_safetensors(model, partial)
+        with atomically(path) as partial:
+            torch.save(state, partial)
+    except (RuntimeError, SafetensorError) as problem:  # what PyTorch makes of a full disk
+        raise CheckpointError(
+            f"{path} cannot be written",
+            given=str(problem).splitlines()[0],
+            need="room on the disk",
+            fix=f"make room, and go on with --resume: the checkpoints in {folder} are whole",
+        ) from problem
+    kept = {file.stem for file in all_checkpoints(folder)[-keep:]}
+    for file in folder.glob("step_*"):
+        if file.name.partition(".")[0] not in kept:  # also of a checkpoint that was cut short
+            file.unlink(missing_ok=True)
     return path
 
 
@@ -119,14 +132,14 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as problem:
+    except Exception as problem:  # of damaged bytes PyTorch makes errors of many kinds
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint",
             given=str(problem).splitlines()[0] if str(problem) else type(problem).__name__,
             need="a file step_*.pt written by nestloop train",
-            fix="remove it to continue from the checkpoint before it",
+            fix="remove it, and what comes before it is the last",
         ) from problem
-    if not isinstance(state, dict) or "recipe" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("recipe"), dict) or "step" not in state:
         raise CheckpointError(
             f"{path} is no checkpoint of a run",
             given=type(state).__name__,
@@ -136,15 +149,62 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def recipe_of(state: dict[str, Any], **changes: Any) -> Recipe:
-    """The recipe a checkpoint was trained with, with changes."""
+    """The recipe a checkpoint was trained with, with changes.
+
+    Raises:
+        CheckpointError: another version of nestloop wrote it, with other settings.
+    """
     stored = {name: tuple(value) if isinstance(value, list) else value for name, value in state["recipe"].items()}
+    unknown = sorted(stored.keys() - {field.name for field in dataclasses.fields(Recipe)})
+    if unknown or not {"data", "model"} <= stored.keys():
+        raise CheckpointError(
+            "the recipe of this run is of another version of nestloop",
+            given=f"settings {', '.join(unknown)}" if unknown else "no data or model",
+            need=f"settings of this version: {', '.join(field.name for field in dataclasses.fields(Recipe))}",
+        )
     return Recipe(**{**stored, **changes})
+
+
+def check_same_data(state: dict[str, Any], classes: Sequence[str], images: int, path: Path) -> None:
+    """Raises CheckpointError where a run would go on with other classes, or with epochs of other images."""
+    kept = list(state["classes"])
+    if kept != list(classes):
+        raise CheckpointError(
+            f"the run of {path} has other classes",
+            given=_some(classes),
+            need=_some(kept),
+            fix="--data PATH of the data set that the run began with",
+        )
+    if state.get("images", images) != images:
+        raise CheckpointError(
+            f"the run of {path} has another number of images",
+            given=f"{images} images in the train split",
+            need=f"{state['images']}: the schedule and the order of images are theirs",
+            fix="--data PATH of the data set that the run began with",
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} classes: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any], path: Path) -> None:
+    """A checkpoint's weights into the model that its recipe makes. Raises CheckpointError where they are another's."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as problem:
+        raise CheckpointError(
+            f"the weights of {path} are not those of its recipe's model",
+            given=" ".join(str(problem).split())[:300],
+            need="the weights that the run has trained",
+        ) from problem
 
 
 def check_same_run(state: dict[str, Any], recipe: Recipe, path: Path) -> None:
     """Raises CheckpointError where the recipe would continue the checkpoint's run with other numbers."""
     stored, asked = dataclasses.asdict(recipe_of(state)), dataclasses.asdict(recipe)
-    changed = [name for name in asked if name not in CARRIED_OUT and stored[name] != asked[name]]
+    free = set(CARRIED_OUT) - ({"accumulate"} if recipe.mixup else set())
+    changed = [name for name in asked if name not in free and stored[name] != asked[name]]
     if changed:
         raise CheckpointError(
             f"the run of {path} has other settings",

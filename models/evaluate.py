@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 import tyro
 from torch import nn
 
-from nestloop.models import checkpoint
+from nestloop.models import checkpoint, settings
 from nestloop.models.data import Batch, EvalOrder, ImageDataset, UnreadableImages, batch_loader, open_source
 from nestloop.models.distributed import Ranks, join
 from nestloop.models.errors import CheckpointError
@@ -74,27 +75,30 @@ def run(options: EvalOptions) -> dict[str, float]:
     path = checkpoint.find(options.checkpoint)
     state = checkpoint.load(path)
     recipe = checkpoint.recipe_of(state)
+    for name in ("eval_batch", "workers"):
+        settings.check({name: getattr(options, name)})
     if options.weights == "ema" and state["ema"] is None:
         raise CheckpointError(f"{path} holds no average of the weights", given="--weights ema", need="a run with --ema")
     with join(options.device) as ranks:
         source = open_source(options.data or recipe.data, "val", recipe.holdout)
-        if len(source.classes) > len(state["classes"]):
+        unknown = [name for name in source.classes if name not in state["classes"]]
+        if unknown:
             raise CheckpointError(
                 f"{path} was trained on other classes",
-                given=f"a data set of {len(source.classes)} classes",
-                need=f"{len(state['classes'])} classes",
+                given=f"classes that it does not know: {', '.join(unknown[:8])}",
+                need=f"some of its {len(state['classes'])}, by name: {', '.join(state['classes'][:8])}",
                 fix="--data PATH",
             )
+        numbers = torch.tensor([state["classes"].index(name) for name in source.classes])
         model = recipe.create_model(len(state["classes"])).to(ranks.device)
         weights = state["model"]
         if state["ema"] is not None and options.weights != "trained":
             prefix = "module."
             weights = {name[len(prefix) :]: w for name, w in state["ema"].items() if name.startswith(prefix)}
-        model.load_state_dict(weights)
+        checkpoint.load_weights(model, weights, path)
         order = EvalOrder(len(source), options.eval_batch, rank=ranks.rank, world=ranks.world)
-        batches = batch_loader(
-            ImageDataset(source, recipe.eval_transform()), order, recipe.image_shape, options.workers
-        )
+        images = ImageDataset(source, recipe.eval_transform(), numbers=numbers.tolist())
+        batches = batch_loader(images, order, recipe.image_shape, options.workers)
         unreadable = UnreadableImages("val", len(source), recipe.max_unreadable)
         return evaluate(model, batches, ranks, unreadable, bf16=recipe.bf16)
 
@@ -103,6 +107,8 @@ def main(argv: list[str]) -> int:
     """`nestloop eval ARGV`; returns 0."""
     options = tyro.cli(EvalOptions, args=argv, prog="nestloop eval")
     figures = run(options)
+    if int(os.environ.get("RANK", "0")):  # every process has them
+        return 0
     if options.as_json:
         print(json.dumps(figures))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nestloop.models import settings
 from nestloop.models.data.transforms import Crop, EvalTransform, TrainTransform
 from nestloop.models.errors import RecipeError
 from nestloop.models.registry import create
@@ -81,7 +82,7 @@ class Recipe:
     workers: int = 8
     """Decoding processes of each process; 0 decodes in the training process."""
     backend: str = "auto"
-    """How the mixers are compiled: auto, cpp, torch or reference."""
+    """How the mixers are compiled: auto, cpp, torch, triton or reference."""
     inductor: bool = False
     """torch.compile the mixers' generated code."""
     recompute: bool = False
@@ -101,11 +102,15 @@ class Recipe:
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 is once an epoch."""
     keep: int = 3
-    """Number of checkpoints kept."""
+    """Number of checkpoints kept, the last ones."""
     log_every: int = 50
     """Steps between lines of the log."""
     tensorboard: bool = False
     """Also write the log for TensorBoard."""
+
+    def __post_init__(self) -> None:
+        """Raises `RecipeError` for a setting that is out of its range."""
+        settings.check(vars(self))
 
     def create_model(self, num_classes: int) -> ViT:
         """The model, freshly initialised from torch's global random numbers."""
@@ -146,7 +151,8 @@ class Recipe:
 
 
 # Settings that may differ between a run and its continuation: the recipe's numbers do not depend on them.
-# (Another number of processes or micro-batches, device or compilation changes the last bits.)
+# (Another number of processes or micro-batches, device or compilation changes the last bits. With mixup, which blends
+# images of one micro-batch, it changes more: `checkpoint.check_same_run` refuses other micro-batches then.)
 CARRIED_OUT = (
     *(
         "data",

@@ -33,6 +33,7 @@ from nestloop.models.data import (
     TrainOrder,
     UnreadableImages,
     batch_loader,
+    check_classes,
     open_source,
 )
 from nestloop.models.data.mixup import Targets, mixup
@@ -75,6 +76,7 @@ def train_on(ranks: Ranks, recipe: Recipe, run_dir: Path, console: Console | Non
     with contextlib.ExitStack() as stack:
         # Data: the order and every random choice depend on (seed, epoch, step, image) alone.
         sources = {split: open_source(recipe.data, split, recipe.holdout) for split in SPLITS}
+        check_classes(sources["train"], sources["val"])
         unreadable = {s: UnreadableImages(s, len(sources[s]), recipe.max_unreadable) for s in SPLITS}
         order = TrainOrder(len(sources["train"]), recipe.batch, ranks.rank, ranks.world, recipe.accumulate, recipe.seed)
         eval_order = EvalOrder(len(sources["val"]), recipe.eval_batch, ranks.rank, ranks.world)
@@ -99,7 +101,9 @@ def train_on(ranks: Ranks, recipe: Recipe, run_dir: Path, console: Console | Non
         step = 0
         state = continued_state(run_dir, recipe) if recipe.resume else None
         if state is not None:
-            model.load_state_dict(state["model"])
+            train_images = sources["train"]
+            checkpoint.check_same_data(state, train_images.classes, len(train_images), run_dir)
+            checkpoint.load_weights(model, state["model"], run_dir)
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])
             if ema is not None:
@@ -126,6 +130,7 @@ def train_on(ranks: Ranks, recipe: Recipe, run_dir: Path, console: Console | Non
                 "step": step,
                 "recipe": dataclasses.asdict(recipe),
                 "classes": list(sources["train"].classes),
+                "images": len(sources["train"]),
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
@@ -351,7 +356,15 @@ def continued_state(run_dir: Path, recipe: Recipe) -> dict[str, Any] | None:
             need="the folder of a run that was stopped",
             fix="--run-dir FOLDER, or leave out --resume to start one here",
         )
-    checkpoint.check_same_run(json.loads(config.read_text()), recipe, run_dir)
+    try:
+        written = json.loads(config.read_text())
+    except ValueError:
+        written = None
+    if not isinstance(written, dict) or not isinstance(written.get("recipe"), dict):
+        raise checkpoint.CheckpointError(
+            f"{config} is damaged", need="the settings that the run began with", fix="start a new run: --run-dir FOLDER"
+        )
+    checkpoint.check_same_run(written, recipe, run_dir)
     return checkpoint.load(checkpoint.find(run_dir)) if checkpoint.all_checkpoints(run_dir / "checkpoints") else None
 
 

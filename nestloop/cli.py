@@ -50,8 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(f"nestloop: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # the reader of a pipe had enough, as in `nestloop inspect ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe had enough, as in `nestloop inspect ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        elif trace:
+            traceback.print_exc()
+        else:
+            print(f"nestloop: the system refuses: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -109,6 +109,8 @@ def build(name: str, source: str, scalar: str) -> Path:
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
             raise BuildError(f"{compiler.command} failed: {said[0].strip()}")
+        with open(temporary, "rb") as made:
+            os.fsync(made.fileno())
         os.replace(temporary, library)
     except (OSError, subprocess.SubprocessError) as error:
         raise BuildError(f"{compiler.command} did not finish: {error}") from error
@@ -137,7 +139,23 @@ def loaded(name: str, source: str, scalar: str) -> ctypes.CDLL:
     """
     path = build(name, source, scalar)
     try:
-        return load(path)
+        if _is_whole(path):
+            return load(path)
     except BuildError:
-        path.unlink(missing_ok=True)
-        return load(build(name, source, scalar))
+        pass
+    path.unlink(missing_ok=True)
+    return load(build(name, source, scalar))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library has all that its header (ELF, 64 bits) says it has: to load one that was cut short may end the
+    process. Other kinds are for the system to judge."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[:5] != b"\x7fELF\x02" or len(head) < 64:
+        return True
+    start, size, count = (
+        int.from_bytes(head[at : at + width], "little" if head[5] == 1 else "big")
+        for at, width in ((40, 8), (58, 2), (60, 2))
+    )
+    return path.stat().st_size >= start + size * count

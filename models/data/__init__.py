@@ -2,7 +2,7 @@
 
 from nestloop.models.data.batches import Batch, ImageDataset, UnreadableImages, batch_loader
 from nestloop.models.data.order import EvalOrder, TrainOrder
-from nestloop.models.data.sources import ClassFolders, Digits, Parquet, Source, open_source
+from nestloop.models.data.sources import ClassFolders, Digits, Parquet, Source, check_classes, open_source
 from nestloop.models.data.transforms import EvalTransform, TrainTransform
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "TrainTransform",
     "UnreadableImages",
     "batch_loader",
+    "check_classes",
     "open_source",
 ]

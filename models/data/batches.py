@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,10 +47,15 @@ class Sample(NamedTuple):
 
 
 class ImageDataset(Dataset):
-    """Reads and transforms one image; its random choices are seeded by (seed, epoch, index) alone."""
+    """Reads and transforms one image; its random choices are seeded by (seed, epoch, index) alone.
 
-    def __init__(self, source: Source, transform: Transform, seed: int = 0) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    numbers: what the source's classes are numbered in the model, if not as in the source.
+    """
+
+    def __init__(
+        self, source: Source, transform: Transform, seed: int = 0, numbers: Sequence[int] | None = None
+    ) -> None:
+        self.source, self.transform, self.seed, self.numbers = source, transform, seed, numbers
 
     def __getitem__(self, place: Place) -> Sample:
         epoch, index = place
@@ -60,7 +65,7 @@ class ImageDataset(Dataset):
             return Sample(None, 0, (index, self.source.name(index), f"{type(error).__name__}: {error}"))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(self.seed, Purpose.AUGMENT, epoch, index))
-            return Sample(self.transform(image), label, None)
+            return Sample(self.transform(image), label if self.numbers is None else self.numbers[label], None)
 
 
 class Collate:

@@ -64,6 +64,25 @@ def open_source(path: str, split: Split, holdout: float = 0.2) -> Source:
     )
 
 
+def check_classes(train: Source, val: Source) -> None:
+    """Raises DatasetLayoutError where the val split has classes that the train split has not."""
+    unknown = [name for name in val.classes if name not in train.classes]
+    if unknown:
+        raise DatasetLayoutError(
+            "the val split has classes that the train split has not",
+            given=f"{', '.join(unknown[:8])}",
+            need=f"some of the {len(train.classes)} classes of the train split",
+            fix="leave these images out, or train on them too",
+        )
+
+
+def in_colour(image: Image.Image) -> Image.Image:
+    """Three channels of 8 bits; of 16 bits, which Pillow would cut at white, the upper 8."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def _folders(root: Path) -> list[str]:
     """Sorted names of the folders in a folder."""
     with os.scandir(root) as entries:
@@ -128,7 +147,7 @@ class ClassFolders:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         with Image.open(self.root / self.name(index)) as image:
-            return image.convert("RGB"), int(self._labels[index])
+            return in_colour(image), int(self._labels[index])
 
 
 PARQUET_NAMES: dict[Split, tuple[str, ...]] = {
@@ -162,8 +181,18 @@ class Parquet:
         table = self._rows()
         if not table.num_rows:
             raise DatasetLayoutError(f"the {split} split of {folder} has no images", given=f"{files[0].name}: no rows")
-        self._labels = table["label"].to_numpy().astype(np.int64)
-        self.classes = _class_names(table.schema) or tuple(str(n) for n in range(int(self._labels.max()) + 1))
+        labels = table["label"]
+        numbers = labels.drop_null().to_numpy()
+        ends = (int(numbers.min()), int(numbers.max())) if len(numbers) else (0, 0)
+        self.classes = _class_names(table.schema) or tuple(str(n) for n in range(ends[1] + 1))
+        if labels.null_count or ends[0] < 0 or ends[1] >= len(self.classes):
+            missing = f"{labels.null_count} rows without one"
+            raise DatasetLayoutError(
+                f"the {split} split of {folder} has labels that are no classes",
+                given=missing if labels.null_count else f"labels from {ends[0]} to {ends[1]}",
+                need=f"0 to {len(self.classes) - 1}, in every row",
+            )
+        self._labels = numbers.astype(np.int64)
         self._stem = files[0].name if len(files) == 1 else f"{folder.name} {split}"
 
     def _rows(self) -> Any:
@@ -187,7 +216,7 @@ class Parquet:
     def read(self, index: int) -> tuple[Image.Image, int]:
         encoded = self._rows()["image"][index]["bytes"].as_py()
         with Image.open(io.BytesIO(encoded)) as image:
-            return image.convert("RGB"), int(self._labels[index])
+            return in_colour(image), int(self._labels[index])
 
 
 def arrow_copy(files: list[Path]) -> Path:

@@ -4,19 +4,22 @@ import dataclasses
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from nestloop.models import checkpoint
+from nestloop.models import checkpoint, evaluate
 from nestloop.models.errors import CheckpointError, RunFolderError
 from nestloop.models.logbook import read_log
 from nestloop.models.recipe import Recipe
@@ -229,3 +232,83 @@ def test_settings_that_carry_a_run_out_exist():
     from nestloop.models.recipe import CARRIED_OUT
 
     assert set(CARRIED_OUT) < {field.name for field in dataclasses.fields(Recipe)}
+
+
+def classes_of(folder: Path, *names: str, images: int = 8) -> str:
+    """A class folder for each name, of one shade."""
+    for shade, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for index in range(images):
+            Image.new("L", (8, 8), 40 * shade + index).save(folder / name / f"{index}.png")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def shades(tmp_path_factory) -> tuple[Path, Recipe]:
+    """A run on three classes of shades."""
+    root = tmp_path_factory.mktemp("shades")
+    data = classes_of(root / "data", "a", "b", "c")
+    small: Any = {"mixer": None, "ema": 0.0, "mixup": 0.0, "batch": 8, "checkpoint_every": 0, "epochs": 30, "lr": 0.01}
+    recipe = dataclasses.replace(TINY, data=data, channels=1, holdout=0.25, workers=0, crop="none", flip=False, **small)
+    train(recipe, root / "run")
+    return root / "run", recipe
+
+
+def test_classes_are_told_by_name(shades, tmp_path):
+    run_dir, _ = shades
+
+    def top1(data: str) -> float:
+        return evaluate.run(evaluate.EvalOptions(str(run_dir), data=data, workers=0, device="cpu"))["top1"]
+
+    some = tmp_path / "some"
+    for name in ("a", "c"):
+        shutil.copytree(Path(shades[1].data) / name, some / name)
+    assert top1(shades[1].data) == top1(str(some)) == 1.0  # c is the second class there, the third of the run
+    with pytest.raises(CheckpointError, match="given: classes that it does not know: x, y"):
+        top1(classes_of(tmp_path / "renamed", "a", "x", "y"))
+
+
+def test_a_run_goes_on_with_its_own_data_alone(shades, tmp_path):
+    run_dir, recipe = shades
+    again = dataclasses.replace(recipe, resume=True)
+    for data, message in (
+        (classes_of(tmp_path / "renamed", "a", "b", "x"), "has other classes\n  given: 3 classes: a, b, x\n"),
+        (classes_of(tmp_path / "more", "a", "b", "c", images=16), "has another number of images\n  given: 36 images"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train(dataclasses.replace(again, data=data), run_dir)
+
+
+def test_with_mixup_a_run_keeps_its_micro_batches(uninterrupted):
+    with pytest.raises(CheckpointError, match="given: accumulate=359"):
+        train(dataclasses.replace(TINY, resume=True, accumulate=359), uninterrupted)
+
+
+def test_damaged_bytes_and_other_versions_are_refused(tmp_path):
+    path = checkpoint.save(tmp_path, {"step": 1, "recipe": dataclasses.asdict(TINY)}, {"": nn.Linear(2, 2)}, keep=1)
+    for content in (b"\x80" + bytes(range(256)) * 4, b"", b"nonsense"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+            checkpoint.load(path)
+    for state in ({"recipe": dataclasses.asdict(TINY)}, {"recipe": 3, "step": 1}, [1]):
+        torch.save(state, path)
+        with pytest.raises(CheckpointError, match="is no checkpoint of a run"):
+            checkpoint.load(path)
+    with pytest.raises(CheckpointError, match="another version of nestloop\n  given: settings depth_of_field"):
+        checkpoint.recipe_of({"recipe": {**dataclasses.asdict(TINY), "depth_of_field": 3}})
+    with pytest.raises(CheckpointError, match="are not those of its recipe's model"):
+        checkpoint.load_weights(nn.Linear(2, 2), nn.Linear(3, 2).state_dict(), path)
+
+
+def test_weights_are_as_open_as_other_files_and_none_is_left_over(tmp_path):
+    before = os.umask(0o022)
+    try:
+        (tmp_path / "step_00000001.safetensors").write_bytes(b"of a save that was cut short")
+        state = {"step": 5, "recipe": dataclasses.asdict(TINY)}
+        checkpoint.save(tmp_path, state, {"": nn.Linear(2, 2)}, keep=1)
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {
+        "step_00000005.pt": 0o644,
+        "step_00000005.safetensors": 0o644,
+    }

@@ -20,6 +20,7 @@ from nestloop.models.data import (
     TrainTransform,
     UnreadableImages,
     batch_loader,
+    check_classes,
     open_source,
 )
 from nestloop.models.data.mixup import mixup
@@ -47,12 +48,14 @@ def class_folders(root: Path, files_per_class: int = 5) -> Path:
     return root
 
 
-def parquet(folder: Path, split: str, rows: int = 6, image: str = "image") -> None:
+def parquet(
+    folder: Path, split: str, rows: int = 6, image: str = "image", labels: list[int | None] | None = None
+) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
     images = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(rows)]
-    table = pa.table({image: images, "label": [i % 3 for i in range(rows)]})
+    table = pa.table({image: images, "label": labels or [i % 3 for i in range(rows)]})
     pq.write_table(table, folder / f"{split}-00000-of-00001.parquet", row_group_size=2)
 
 
@@ -107,6 +110,40 @@ class TestSources:
         image, label = train.read(4)
         assert label == 1 and image.tobytes() == Image.open(io.BytesIO(jpeg(4))).convert("RGB").tobytes()
         assert train.name(4) == "train-00000-of-00001.parquet row 4 (4.jpg)"
+
+    @pytest.mark.parametrize(
+        ("labels", "given"),
+        [([0, 1, -1, 2, 1, 0], "labels from -1 to 2"), ([0, None, 1, 2, 1, 0], "1 rows without one")],
+    )
+    def test_labels_that_are_no_classes_are_refused(self, tmp_path, labels, given):
+        parquet(tmp_path, "train", labels=labels)
+        with pytest.raises(DatasetLayoutError) as error:
+            open_source(str(tmp_path), "train")
+        assert str(error.value) == (
+            f"the train split of {tmp_path} has labels that are no classes\n"
+            f"  given: {given}\n"
+            "  need:  0 to 2, in every row"
+        )
+
+    def test_classes_of_the_val_split_alone_are_refused(self, tmp_path):
+        parquet(tmp_path, "train")
+        parquet(tmp_path, "test", labels=[0, 1, 2, 3, 4, 1])
+        with pytest.raises(DatasetLayoutError) as error:
+            check_classes(*[open_source(str(tmp_path), split) for split in ("train", "val")])
+        assert str(error.value) == (
+            "the val split has classes that the train split has not\n"
+            "  given: 3, 4\n"
+            "  need:  some of the 3 classes of the train split\n"
+            "  fix:   leave these images out, or train on them too"
+        )
+
+    def test_sixteen_bits_are_cut_to_the_upper_eight(self, tmp_path):
+        (tmp_path / "a").mkdir()
+        shades = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+        for index in range(2):
+            Image.fromarray(shades).save(tmp_path / "a" / f"{index}.png")
+        image, _ = open_source(str(tmp_path), "train", 0.5).read(0)
+        assert image.mode == "RGB" and np.array_equal(np.asarray(image)[..., 1], shades >> 8)
 
     def test_parquet_of_another_layout_is_refused(self, tmp_path):
         pa = pytest.importorskip("pyarrow")

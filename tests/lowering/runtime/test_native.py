@@ -369,6 +369,13 @@ def test_no_memory_is_touched_that_is_not_its_own(root: Path, tmp_path: Path):
 def test_a_damaged_library_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path / "cache"))
     source = 'extern "C" int answer() { return 42; }\n'
-    path = compiler.build("answering", source, "float")
-    path.write_bytes(path.read_bytes()[:100])
-    assert compiler.loaded("answering", source, "float").answer() == 42
+    whole = compiler.build("answering", source, "float").read_bytes()
+    for name, left in (
+        ("cut", whole[: len(whole) // 2]),
+        ("short", whole[:100]),
+        ("empty", b""),
+        ("other", b"nonsense"),
+    ):
+        path = compiler.build(name, source, "float")
+        path.write_bytes(left)  # half of one would end the process where it is loaded
+        assert compiler.loaded(name, source, "float").answer() == 42

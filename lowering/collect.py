@@ -74,7 +74,9 @@ def _collect_one(root: fx.Node, order: dict[fx.Node, int]) -> fx.Node | None:
 
 def _terms(node: fx.Node, positive: bool) -> list[_Term]:
     """The products in a sum that nothing else reads."""
-    found = []
+    found: list[_Term] = []
+    if node.args[0] is node.args[1]:  # one product, which is there twice
+        return found
     for place, operand in enumerate(node.args[:2]):
         sign = positive if place == 0 or node.target is aten.add.Tensor else not positive
         if not isinstance(operand, fx.Node) or len(operand.users) > 1:

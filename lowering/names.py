@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from keyword import iskeyword
 from typing import Any
 
 from nestloop.lang.loop import LoopSpec
@@ -47,7 +48,7 @@ def safe(spec: LoopSpec, triton: bool = False) -> LoopSpec:
         return spec
     new: dict[str, str] = {}
     for name in names:
-        candidate = f"its_{re.sub('_+', '_', name).strip('_')}_value" if name in unsafe else name
+        candidate = f"its_{re.sub('_+', '_', _in_ascii(name)).strip('_')}_value" if name in unsafe else name
         while candidate in new.values() or (candidate != name and candidate in names):
             candidate += "_too"
         new[name] = candidate
@@ -69,7 +70,12 @@ def safe(spec: LoopSpec, triton: bool = False) -> LoopSpec:
 
 
 def _unsafe(name: str) -> bool:
-    return name in _TAKEN or _DERIVED.search(name) is not None
+    return name in _TAKEN or _DERIVED.search(name) is not None or not name.isascii() or iskeyword(name)
+
+
+def _in_ascii(name: str) -> str:
+    """A name with the numbers of letters that compilers, and PyTorch's graphs, have no room for."""
+    return "".join(letter if letter.isascii() else f"u{ord(letter):x}" for letter in name)
 
 
 def _called(declaration: Any, name: str) -> Any:

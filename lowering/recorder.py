@@ -126,7 +126,11 @@ class Recorder(Mode):
         functional = _functional(func)
         if functional is not None and self._is_unshared(args[0]):
             with self:
-                return self._overwrite(args[0], functional(*args, **kwargs))
+                value = functional(*args, **kwargs)
+            if _is_view(self._one(value)):  # `squeeze_` and its like write no values: the tensor has other axes
+                self._one(args[0]).meta["val"] = args[0].detach()
+                args[0].data = value
+            return self._overwrite(args[0], value)
         settings = {name: value for name, value in kwargs.items() if name not in _PLACES}
         node = self.graph.create_node(
             "call_function", func, self._written(args), self._written(settings), name=func.overloadpacket.__name__

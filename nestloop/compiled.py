@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nestloop import reference
@@ -114,7 +115,8 @@ class CompiledLoop:
             return_losses: also return the inner losses.
             cu_seqlens: [S + 1] whole numbers, for S sequences packed one after another in views [1, H, N, *dims]:
                 sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1], run as if it were alone. State is then a list,
-                one for each; losses of a batch schedule are [S, H, steps + 1].
+                one for each; losses of a batch schedule are [S, H, steps + 1], NaN for steps that a sequence of few
+                tokens does not take.
             dims: sizes that no tensor gives (`nl.dim`, `nl.grid`).
 
         Returns:
@@ -162,6 +164,9 @@ class CompiledLoop:
 
         made = packed.each(bounds, states, run)
         losses = [own for _, own, _ in made if own is not None]
+        if losses and not self.spec.streams:  # a short sequence takes fewer steps
+            most = max(own.shape[-1] for own in losses)
+            losses = [F.pad(own, (0, most - own.shape[-1]), value=torch.nan) for own in losses]
         joined = torch.cat(losses, 2 if self.spec.streams else 0) if losses else None
         return torch.cat([z for z, _, _ in made], 2), [end for _, _, end in made], joined
 

@@ -136,8 +136,9 @@ def log1p(x):
 
 @triton.jit
 def sinh(x):
-    up = expm1(x)
-    return tl.where(up == float("inf"), up, 0.5 * (up + up / (up + 1)))
+    up = expm1(tl.abs(x))  # far below zero it is -1, and the quotient infinite
+    far = tl.where(up == float("inf"), up, 0.5 * (up + up / (up + 1)))
+    return tl.where(x < 0, -far, far)
 
 
 @triton.jit

@@ -101,7 +101,7 @@ class _Digest:
             for name, value in vars(base).items():
                 if name.startswith("__") and not _is_written(value):
                     continue
-                if name in ("fast", "slow", "dims", "spec", "where"):
+                if name in ("fast", "slow", "dims", "spec", "declared_at"):
                     continue
                 self.add(name)
                 self.add_value(value)

@@ -14,7 +14,7 @@ from nestloop.lang.purity import check_body
 class Body:
     """Attribute access inside a traced body: weights and dims by name, writes refused."""
 
-    where: Location
+    declared_at: Location
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # Python's own protocols ask for these
@@ -69,14 +69,14 @@ class Learner(Body):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.where = caller()
+        cls.declared_at = caller()
         cls.fast, cls.slow, cls.dims = collect(cls, Fast), collect(cls, Slow), collect(cls, Dim)
         for value in vars(cls).values():
             check_body(value)
         if cls.fast and cls.forward is Learner.forward:
             raise MissingPartError(
                 f"The learner {cls.__name__} has no forward.",
-                where=cls.where,
+                where=cls.declared_at,
                 given=f"fast weights {', '.join(cls.fast)}",
                 need="f(W; x) as a method",
                 fix="add def forward(self, x): return ...",

@@ -199,7 +199,7 @@ class Loop(Body):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.where = caller()
+        cls.declared_at = caller()
         for value in vars(cls).values():
             check_body(value)
         if "learner" in {name for base in cls.__mro__ for name in vars(base)}:
@@ -239,11 +239,11 @@ def _specify(cls: type[Loop]) -> LoopSpec:
         views=views,
         gates=gates,
         dims=dims,
-        heads=parse(cls.heads, cls.where) if isinstance(cls.heads, str) else cls.heads,
-        output=None if cls.output is None else check_output(cls.output, cls.where),
+        heads=parse(cls.heads, cls.declared_at) if isinstance(cls.heads, str) else cls.heads,
+        output=None if cls.output is None else check_output(cls.output, cls.declared_at),
         beside=cls.beside,
         holds=not estimator and _reads_held(cls),
-        where=cls.where,
+        where=cls.declared_at,
     )
     _check_dims(spec)
     bodies = {"kernel": ("q", "k")} if estimator else {"loss": ("f", "t"), "readout": ("f", "t")}
@@ -304,7 +304,7 @@ def _check_signature(spec: LoopSpec, body: str, arguments: tuple[str, ...]) -> N
 def _missing(cls: type, what: str, given: str, fix: str) -> MissingPartError:
     return MissingPartError(
         f"The loop {cls.__name__}: {what}.",
-        where=cls.where,  # type: ignore[attr-defined]
+        where=cls.declared_at,  # type: ignore[attr-defined]
         given=given,
         need="a learner, views, a schedule, an optimizer, and the bodies they call for",
         fix=fix,

@@ -240,8 +240,23 @@ class SGD:
                 scaled = factor(name, coefficient.of(self.scale, name)) * scaled
             made[name] = self.decayed(weight, name, factor) - scaled
             if self.restore is not None:
-                made[name] = self.restore(made[name], initial[name])
+                made[name] = self._restored(made[name], initial[name])
         return made, kept
+
+    def _restored(self, weight: Tensor, initial: Tensor) -> Tensor:
+        """What `restore` makes of a fast weight. Raises `TransformError` if its shape is another."""
+        assert self.restore is not None
+        made = self.restore(weight, initial)
+        if not isinstance(made, Tensor) or made.shape != weight.shape:
+            given = f"[{', '.join(map(str, made.shape))}]" if isinstance(made, Tensor) else f"a {type(made).__name__}"
+            raise TransformError(
+                "The restore of SGD changes the shape of a fast weight.",
+                where=self.where,
+                given=given,
+                need=f"[{', '.join(map(str, weight.shape))}], the shape of the fast weight",
+                fix="return one number for every element; reduce with keepdim=True inside",
+            )
+        return made
 
     def decayed(self, weight: Tensor, name: str, factor: Callable[[str, Any], Any]) -> Tensor:
         """A fast weight after the decay of one step."""

@@ -30,8 +30,12 @@ def check_body(function: Callable[..., object]) -> None:
     except (OSError, TypeError, SyntaxError, IndentationError):
         return  # no source to read (typed at a prompt): tracing still refuses writes into tensors
     file = function.__code__.co_filename
-    local = set(function.__code__.co_varnames) - {"self"}
+    code = function.__code__
+    local = {*code.co_varnames, *code.co_cellvars} - {"self"}  # what inner functions and comprehensions read is its own
+    unused = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and id(node) not in unused and getattr(node.func, "attr", "") == "add":
+            continue  # a sum, as of tensors: that of a set returns nothing
         found = _effect(node, local, function.__globals__)
         if found is not None:
             raise SideEffectError(

@@ -35,7 +35,7 @@ def input_error(loop, views, declaration, what, *, given, need, fix, state=None,
     """A call is refused at the line of a declaration."""
     with pytest.raises(error) as caught:
         nl.compile(loop, backend="reference")(views, {}, state)
-    where = declaration.where
+    where = declaration.spec.where if isinstance(declaration, type) else declaration.where  # type: ignore[attr-defined]
     assert str(caught.value) == "\n".join(
         [what, f"  at:    {where}   {where.text}", f"  given: {given}", f"  need:  {need}", f"  fix:   {fix}"]
     )

@@ -117,7 +117,7 @@ def declared(learner: type[nl.Learner], schedule: Schedule, optimizer: nl.SGD, f
                 return y
             return y[:, 1:] / (y[:, :1].square() + 1) if first else y[:, :-1] / (y[:, -1:].square() + 1)
 
-    body = {name: value for name, value in vars(Declared).items() if name not in ("spec", "where")}
+    body = {name: value for name, value in vars(Declared).items() if name not in ("spec", "declared_at")}
     return type("Declared", (nl.Loop,), {**body, "learner": learner, "schedule": schedule, "optimizer": optimizer})
 
 

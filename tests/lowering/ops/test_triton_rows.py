@@ -280,3 +280,8 @@ def test_a_factor_of_whole_numbers_takes_three_terms(side: str, dtype: torch.dty
     other[3, 3], ones = -torch.inf, torch.ones_like(whole)
     found, wanted = made(ones, other), ones @ other if side == "left" else other @ ones
     assert torch.equal(found.isinf(), wanted.isinf()) and not found.isnan().any()
+
+
+def test_sinh_far_from_zero() -> None:
+    x = torch.tensor([-700.0, -40.0, -17.0, -1e-9, 0.0, 1e-9, 40.0, 700.0], dtype=torch.float64)
+    torch.testing.assert_close(run(torch.ops.aten.sinh.default, (x,), {}), torch.sinh(x), rtol=1e-12, atol=0)

@@ -1,0 +1,136 @@
+"""Bodies as people write them without a thought, which have been wrong once: each equals the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import nestloop as nl
+from nestloop.errors import TransformError
+from tests.lowering.comparison import assert_equal, differences, random_inputs, run
+
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
+
+def _of_vectors(self: Any, x: Tensor) -> Tensor:
+    r = self.u @ self.w  # a vector [d], though PyTorch makes it of a matrix
+    first, *_ = r.unbind()
+    return (
+        x @ self.w * (r @ self.w.mT @ self.u) / len(r)
+        + r.roll(1, 0) * r.std()
+        + self.w @ r
+        + first
+        + r.chunk(2)[0].sum()
+    )
+
+
+def _of_each_other(self: Any, x: Tensor) -> Tensor:
+    return x @ self.w + torch.outer(self.u, self.u @ self.w)[0] * sum(value for value in (self.u @ self.w))
+
+
+def _times_itself(self: Any, x: Tensor) -> Tensor:
+    h = x @ self.w
+    return (h * h) @ self.v
+
+
+def _plus_itself(self: Any, x: Tensor) -> Tensor:
+    h = x @ self.w
+    return (h + h) @ self.v + x @ self.w @ self.v - torch.relu(h) * torch.relu(h)
+
+
+def _in_a_list(self: Any, x: Tensor) -> Tensor:
+    made = []
+    for index in range(2):
+        made.append(torch.tanh(x @ self.w) * (index + 1))
+    made[1] = made[1] @ self.v
+    return torch.stack([made[index] for index in range(2)]).sum(0) + x @ self.v.add(0.1)
+
+
+BODIES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "vectors made of weights": _of_vectors,
+    "vectors of one another": _of_each_other,
+    "a product times itself": _times_itself,
+    "a product plus itself": _plus_itself,
+    "a list of its own": _in_a_list,
+}
+SCHEDULES = {"batch": nl.FullBatch(), "causal": nl.Causal(3), "online": nl.Online(), "chunked": nl.Chunked(3)}
+
+
+def declared(forward: Callable[[Any, Tensor], Tensor], schedule: Any, **more: Any) -> Any:
+    weights = {"w": nl.fast("d", "d"), "v": nl.fast("d", "d"), "u": nl.slow("d")}
+    learner = type("Natural", (nl.Learner,), {**weights, "forward": forward})
+
+    def loss(self: Any, f: Any, t: Any) -> Tensor:
+        return (f(t.k) - t.t).square().mean(-1) + 0.1 * (f(t.k) @ f.v).square().sum(-1)
+
+    def readout(self: Any, f: Any, t: Any) -> Tensor:
+        return f(t.k)
+
+    body = {"learner": learner, "loss": loss, "readout": readout, "k": nl.view("d"), "t": nl.view("d")}
+    body |= {"schedule": schedule, "optimizer": nl.SGD(lr=0.002)}
+    return type("NaturalLoop", (nl.Loop,), {**body, **more})
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("body", BODIES)
+def test_it_is_what_the_reference_computes(body: str, schedule: str):
+    loop = declared(BODIES[body], SCHEDULES[schedule])
+    inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=7)
+    wanted = run(nl.compile(loop, backend="reference"), inputs)
+    for backend in ("torch", "cpp"):
+        assert_equal(differences(run(nl.compile(loop, backend=backend), inputs), wanted), 1e-9)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_and_what_triton_computes(body: str):
+    pytest.importorskip("triton")
+    loop = declared(BODIES[body], nl.Causal(3))
+    inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=7)
+    wanted = run(nl.compile(loop, backend="reference"), inputs)
+    assert_equal(differences(run(nl.compile(loop, backend="triton"), inputs), wanted), 1e-9)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
+def test_names_of_all_letters_and_of_the_language(backend: str):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    rate = nl.gate()
+    more = {"η": rate, "clé": nl.view("d"), "where": nl.view("d"), "in": nl.view("d"), "optimizer": nl.SGD(lr=rate)}
+
+    def readout(self: Any, f: Any, t: Any) -> Tensor:
+        return f(t.clé) * t.where + getattr(t, "in")
+
+    loop = declared(BODIES["a product times itself"], nl.Causal(3), **more, readout=readout)
+    inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=7, scale={"η": 0.05})
+    wanted = run(nl.compile(loop, backend="reference"), inputs)
+    assert_equal(differences(run(nl.compile(loop, backend=backend), inputs), wanted), 1e-9)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(
+    ("restored", "given"), [(lambda w, _: w.mean(-1, True), "[4, 1]"), (lambda w, _: None, "a NoneType")]
+)
+def test_a_restore_keeps_the_shape(restored: Any, given: str, backend: str):
+    optimizer = nl.SGD(lr=0.05, restore=restored)
+    loop = declared(BODIES["a product times itself"], nl.Chunked(3), optimizer=optimizer)
+    inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=7)
+    with pytest.raises(TransformError) as refusal:
+        nl.compile(loop, backend=backend)(inputs.views, inputs.weights)
+    assert str(refusal.value).splitlines()[0] == "The restore of SGD changes the shape of a fast weight."
+    assert str(refusal.value).splitlines()[2:] == [
+        f"  given: {given}",
+        "  need:  [4, 4], the shape of the fast weight",
+        "  fix:   return one number for every element; reduce with keepdim=True inside",
+    ]
+
+
+def test_losses_of_packed_sequences_of_few_tokens():
+    loop = declared(BODIES["a product times itself"], nl.FullBatch(2))
+    inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=7, sequences=1)
+    losses = nl.compile(loop)(inputs.views, inputs.weights, cu_seqlens=[0, 4, 4, 7], return_losses=True)[2]
+    assert losses.shape == (3, 2, 3)
+    assert losses[1].isnan().any() and losses[[0, 2]].isfinite().all()

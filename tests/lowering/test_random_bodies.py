@@ -14,7 +14,7 @@ from hypothesis import given, reject
 import nestloop as nl
 from nestloop.errors import CapturedTensorError, DataDependentError, NoPlanError, UnadmittedOpError
 from tests.lowering.body_functions import LOSSES, REFUSED
-from tests.lowering.comparison import assert_equal, differences, run
+from tests.lowering.comparison import assert_exact, run
 from tests.lowering.random_bodies import RandomBody, random_bodies
 from tests.lowering.random_cases import drawn
 
@@ -34,7 +34,7 @@ def check(case: RandomBody, *backends: str) -> int:
             found = run(nl.compile(loop, backend=backend), inputs)
         except NoPlanError:  # of one backend, which says why; a body that no backend takes is in `REFUSED`
             continue
-        assert_equal(differences(found, wanted), 1e-9)
+        assert_exact(found, wanted, loop, inputs)
         planned += 1
     return planned
 

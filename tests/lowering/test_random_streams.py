@@ -19,7 +19,7 @@ from torch import Tensor
 
 import nestloop as nl
 from nestloop.errors import NestloopError, NoPlanError
-from tests.lowering.comparison import Inputs, assert_equal, differences, run, run_in_parts, with_gradients
+from tests.lowering.comparison import Inputs, assert_equal, assert_exact, differences, run, run_in_parts, with_gradients
 from tests.lowering.random_cases import drawn
 from tests.lowering.random_streams import FAMILIES, LENGTHS, LONG, RandomStream, random_streams
 
@@ -74,7 +74,7 @@ def compared(loop: type[nl.Loop], inputs: Inputs, *found: nl.CompiledLoop, losse
         except NoPlanError as refused:
             assert "too many tensors" in str(refused)  # for one op of PyTorch: the one refusal of a legal stream
             reject()
-        assert_equal(differences(made, wanted), 1e-9)
+        assert_exact(made, wanted, loop, inputs, losses)
 
 
 def check(case: RandomStream, calls: random.Random) -> None:

@@ -20,7 +20,7 @@ from nestloop.errors import (
     UnusedFastWeightError,
 )
 from nestloop.lang.loop import LoopSpec, body_line
-from nestloop.lang.returned import described, kernel_error, loss_error, readout_error
+from nestloop.lang.returned import described, misshapen
 from nestloop.lowering import ops
 from nestloop.lowering.joins import taken_apart
 from nestloop.lowering.mismatch import OpFailed, shape_mismatch, trial_sizes
@@ -202,7 +202,7 @@ def _written(spec: LoopSpec, what: str, module: fx.GraphModule) -> tuple[str, li
 def _check_loss(spec: LoopSpec, module: fx.GraphModule) -> None:
     given, shape, where = _written(spec, "loss", module)
     if shape is None or len(shape) != 1 or not _runs_over_tokens(spec, module, shape[0]):
-        raise loss_error(spec, given, where)
+        raise misshapen(spec, "loss", given, where)
 
 
 def _runs_over_tokens(spec: LoopSpec, module: fx.GraphModule, size: Any) -> bool:
@@ -214,7 +214,7 @@ def _runs_over_tokens(spec: LoopSpec, module: fx.GraphModule, size: Any) -> bool
 def _check_kernel(spec: LoopSpec, module: fx.GraphModule) -> None:
     given, shape, where = _written(spec, "kernel", module)
     if shape is None or len(shape) != 2 or not all(_runs_over_tokens(spec, module, size) for size in shape):
-        raise kernel_error(spec, given, where)
+        raise misshapen(spec, "kernel", given, where)
 
 
 def _check_used(spec: LoopSpec, module: fx.GraphModule) -> None:
@@ -234,5 +234,5 @@ def _check_used(spec: LoopSpec, module: fx.GraphModule) -> None:
 def _check_readout(spec: LoopSpec, module: fx.GraphModule) -> tuple[int, ...]:
     given, shape, where = _written(spec, "readout", module)
     if shape is None or not shape or not _runs_over_tokens(spec, module, shape[0]):
-        raise readout_error(spec, given, where)
+        raise misshapen(spec, "readout", given, where)
     return tuple(int(size) for size in shape[1:])

@@ -32,6 +32,11 @@ _LOOKS_AT_VALUES = {
     *("nonzero", "is_nonzero", "equal", "allclose", "masked_select", "unique"),
 }
 _OF_A_CALL = {"requires_grad", "is_leaf", "grad", "grad_fn", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"}
+_TAKEN_APART = {
+    "cosine_similarity": ops.cosine_similarity,
+    "quantile": ops.quantile,
+    "take_along_dim": ops.take_along,
+}
 _OURS = ("nestloop.lang", "nestloop.reference", "nestloop.lowering")
 _RANDOM = {"dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "bernoulli", "multinomial", "rrelu"}
 
@@ -101,8 +106,6 @@ class WatchedCalls(TorchFunctionMode):
             return ops.fused_rms_norm(x, shape, given.get("weight"), given.get("eps"))[0]
         if name == "nan_to_num":
             self.reads_dtype = True  # infinities become its largest numbers
-        if name == "cosine_similarity":
-            return ops.cosine_similarity(*args, **kwargs)
         made = self._instead(func, name, args, kwargs)
         if made is not NotImplemented:
             return made
@@ -152,8 +155,8 @@ class WatchedCalls(TorchFunctionMode):
         if name in composites.FUNCTIONS:
             with self:
                 return composites.FUNCTIONS[name](*args, **kwargs)
-        if name in ("take_along_dim", "quantile"):
-            return (ops.take_along if name == "take_along_dim" else ops.quantile)(*args, **kwargs)
+        if name in _TAKEN_APART:
+            return _TAKEN_APART[name](*args, **kwargs)
         if name == "__getitem__":
             x, places = args
             places = places if isinstance(places, tuple) else (places,)

@@ -155,12 +155,13 @@ def recipe_of(state: dict[str, Any], **changes: Any) -> Recipe:
         CheckpointError: another version of nestloop wrote it, with other settings.
     """
     stored = {name: tuple(value) if isinstance(value, list) else value for name, value in state["recipe"].items()}
-    unknown = sorted(stored.keys() - {field.name for field in dataclasses.fields(Recipe)})
+    known = [field.name for field in dataclasses.fields(Recipe)]
+    unknown = sorted(stored.keys() - {*known})
     if unknown or not {"data", "model"} <= stored.keys():
         raise CheckpointError(
             "the recipe of this run is of another version of nestloop",
             given=f"settings {', '.join(unknown)}" if unknown else "no data or model",
-            need=f"settings of this version: {', '.join(field.name for field in dataclasses.fields(Recipe))}",
+            need=f"settings of this version: {', '.join(known)}",
         )
     return Recipe(**{**stored, **changes})
 

@@ -57,6 +57,11 @@ class Ranks:
             dist.barrier()
 
 
+def own_rank() -> int:
+    """The number of this process among those that torchrun started, 0 where it is alone; without joining them."""
+    return int(os.environ.get("RANK", "0"))
+
+
 @contextmanager
 def join(device: str) -> Iterator[Ranks]:
     """Joins the processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or runs alone.
@@ -72,7 +77,7 @@ def join(device: str) -> Iterator[Ranks]:
             fix="--device cpu",
         )
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     chosen = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(chosen)
@@ -81,7 +86,7 @@ def join(device: str) -> Iterator[Ranks]:
         importlib.import_module("torch._dynamo")
         dist.init_process_group("nccl" if use_cuda else "gloo")
     try:
-        yield Ranks(rank, world, chosen)
+        yield Ranks(own_rank(), world, chosen)
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -15,7 +14,7 @@ from torch import nn
 
 from nestloop.models import checkpoint, settings
 from nestloop.models.data import Batch, EvalOrder, ImageDataset, UnreadableImages, batch_loader, open_source
-from nestloop.models.distributed import Ranks, join
+from nestloop.models.distributed import Ranks, join, own_rank
 from nestloop.models.errors import CheckpointError
 
 
@@ -75,8 +74,7 @@ def run(options: EvalOptions) -> dict[str, float]:
     path = checkpoint.find(options.checkpoint)
     state = checkpoint.load(path)
     recipe = checkpoint.recipe_of(state)
-    for name in ("eval_batch", "workers"):
-        settings.check({name: getattr(options, name)})
+    settings.check({"eval_batch": options.eval_batch, "workers": options.workers})
     if options.weights == "ema" and state["ema"] is None:
         raise CheckpointError(f"{path} holds no average of the weights", given="--weights ema", need="a run with --ema")
     with join(options.device) as ranks:
@@ -89,7 +87,7 @@ def run(options: EvalOptions) -> dict[str, float]:
                 need=f"some of its {len(state['classes'])}, by name: {', '.join(state['classes'][:8])}",
                 fix="--data PATH",
             )
-        numbers = torch.tensor([state["classes"].index(name) for name in source.classes])
+        numbers = [state["classes"].index(name) for name in source.classes]
         model = recipe.create_model(len(state["classes"])).to(ranks.device)
         weights = state["model"]
         if state["ema"] is not None and options.weights != "trained":
@@ -97,7 +95,7 @@ def run(options: EvalOptions) -> dict[str, float]:
             weights = {name[len(prefix) :]: w for name, w in state["ema"].items() if name.startswith(prefix)}
         checkpoint.load_weights(model, weights, path)
         order = EvalOrder(len(source), options.eval_batch, rank=ranks.rank, world=ranks.world)
-        images = ImageDataset(source, recipe.eval_transform(), numbers=numbers.tolist())
+        images = ImageDataset(source, recipe.eval_transform(), numbers=numbers)
         batches = batch_loader(images, order, recipe.image_shape, options.workers)
         unreadable = UnreadableImages("val", len(source), recipe.max_unreadable)
         return evaluate(model, batches, ranks, unreadable, bf16=recipe.bf16)
@@ -107,7 +105,7 @@ def main(argv: list[str]) -> int:
     """`nestloop eval ARGV`; returns 0."""
     options = tyro.cli(EvalOptions, args=argv, prog="nestloop eval")
     figures = run(options)
-    if int(os.environ.get("RANK", "0")):  # every process has them
+    if own_rank():  # every process has them, the main one alone speaks
         return 0
     if options.as_json:
         print(json.dumps(figures))

@@ -44,19 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.pop("run")(**arguments)
     except UsageError as error:
         parser.exit(2, f"nestloop: {error}\n")
-    except NestloopError as error:
+    except BrokenPipeError:  # the reader of a pipe had enough, as in `nestloop inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (NestloopError, OSError) as error:
         if trace:
             traceback.print_exc()
         else:
-            print(f"nestloop: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader of a pipe had enough, as in `nestloop inspect ... | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        elif trace:
-            traceback.print_exc()
-        else:
-            print(f"nestloop: the system refuses: {error}", file=sys.stderr)
+            who = "nestloop: the system refuses" if isinstance(error, OSError) else "nestloop"
+            print(f"{who}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

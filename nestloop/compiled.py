@@ -78,9 +78,10 @@ class CompiledLoop:
     def ran(self) -> list[str]:
         """What the last call of each op took, where that is not said before: "the Gram form" or "the wide form", or
         generated PyTorch in the place of kernels that a device has no room for."""
-        streams = {name: one.op for name, one in lower.STREAM_OPS.items()}
-        called = [op.ran for name in self._names.values() if (op := (OPS | streams).get(name)) is not None]
-        return sorted({form for form in called if form})
+        names = self._names.values()
+        called = [OPS[name] for name in names if name in OPS]
+        called += [lower.STREAM_OPS[name].op for name in names if name in lower.STREAM_OPS]
+        return sorted({op.ran for op in called if op.ran})
 
     @property
     def _walks(self) -> bool:

@@ -325,5 +325,6 @@ def test_packed_views_that_do_not_fit():
         with pytest.raises(error) as packed:
             op(given, weights, cu_seqlens=[0, 4, 9])
         assert str(packed.value) == str(whole.value)
+    assert op(views, weights, cu_seqlens=range(10))[0].shape == (1, 2, 9, 3)
     with pytest.raises(InputError, match="cu_seqlens does not cut the tokens into sequences"):
         op(views, weights, cu_seqlens=9)  # type: ignore[arg-type]

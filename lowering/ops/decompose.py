@@ -292,7 +292,7 @@ def running_logsumexp(x: Tensor, dim: int) -> Tensor:
         return NotImplemented
     dim = dim % x.ndim
     at = torch.arange(x.shape[dim], device=x.device)
-    later, sofar = (at.reshape([-1 if d == axis else 1 for d in range(x.ndim + 1)]) for axis in (dim + 1, dim))
+    later, sofar = (places.along(axis, x.ndim + 1, at) for axis in (dim + 1, dim))
     return torch.where(later <= sofar, x.unsqueeze(dim), -math.inf).logsumexp(dim + 1)
 
 

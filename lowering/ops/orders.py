@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestloop.lowering.ops.places import along
+
 aten = torch.ops.aten
 
 
@@ -21,21 +23,18 @@ def at_places(x: Tensor, dim: int, descending: bool, places: Tensor) -> tuple[Te
     if not x.is_floating_point() or not x.ndim:
         return NotImplemented
     dim, size = dim % x.ndim, x.shape[dim]
-
-    def along(axis: int, counted: Tensor) -> Tensor:
-        return counted.reshape([-1 if d == axis else 1 for d in range(x.ndim + 1)])
-
     one, other = x.unsqueeze(dim + 1), x.unsqueeze(dim)
     if descending:
         first = (other > one) | (torch.isnan(other) & ~torch.isnan(one))
     else:
         first = (other < one) | (torch.isnan(one) & ~torch.isnan(other))
     same = (other == one) | (torch.isnan(other) & torch.isnan(one))
-    at = torch.arange(size, device=x.device)
-    earlier = along(dim + 1, at) < along(dim, at)
+    count = torch.arange(size, device=x.device)
+    at = along(dim + 1, x.ndim + 1, count)
+    earlier = at < along(dim, x.ndim + 1, count)
     rank = (first | (same & earlier)).sum(dim + 1)
-    chosen = rank.unsqueeze(dim) == along(dim, places)
-    return torch.where(chosen, other, 0.0).sum(dim + 1), torch.where(chosen, along(dim + 1, at), 0).sum(dim + 1)
+    chosen = rank.unsqueeze(dim) == along(dim, x.ndim + 1, places)
+    return torch.where(chosen, other, 0.0).sum(dim + 1), torch.where(chosen, at, 0).sum(dim + 1)
 
 
 def sort(x: Tensor, dim: int = -1, descending: bool = False, *, stable: bool | None = None) -> tuple[Tensor, Tensor]:
@@ -63,7 +62,7 @@ def median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     made = kthvalue(x, (x.shape[dim] + 1) // 2, dim, keepdim)
     if made is NotImplemented:
         return made
-    return torch.where(torch.isnan(x).sum(dim, keepdim) > 0, math.nan, made[0]), made[1]
+    return _of_numbers(x, dim, keepdim, made[0]), made[1]
 
 
 def quantile(
@@ -77,7 +76,11 @@ def quantile(
         return NotImplemented
     below = math.floor(q * (size - 1))
     low, high = (kthvalue(x, min(place, size - 1) + 1, dim, keepdim)[0] for place in (below, below + 1))
-    made = torch.lerp(low, high, q * (size - 1) - below)
+    return _of_numbers(x, dim, keepdim, torch.lerp(low, high, q * (size - 1) - below))
+
+
+def _of_numbers(x: Tensor, dim: int, keepdim: bool, made: Tensor) -> Tensor:
+    """What was made of an axis; NaN where that has one."""
     return torch.where(torch.isnan(x).sum(dim, keepdim) > 0, math.nan, made)
 
 

@@ -18,6 +18,11 @@ from nestloop.lowering.ops.results import same_size
 aten = torch.ops.aten
 
 
+def along(axis: int, rank: int, counted: Tensor) -> Tensor:
+    """A row of values [m] on one of so many axes, the others of size 1."""
+    return counted.reshape([-1 if d == axis else 1 for d in range(rank)])
+
+
 def extreme(by: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """The largest (or smallest) values along an axis and where they are; of equal ones the first is meant."""
 
@@ -38,7 +43,7 @@ def gather(x: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> 
     if not all(d == dim or same_size(x.shape[d], index.shape[d]) for d in range(x.ndim)):
         return NotImplemented
     size = x.shape[dim]
-    at = torch.arange(size, device=x.device).reshape([-1 if d == dim + 1 else 1 for d in range(x.ndim + 1)])
+    at = along(dim + 1, x.ndim + 1, torch.arange(size, device=x.device))
     kept = torch.where(index.unsqueeze(dim + 1) == at, x.unsqueeze(dim), 0.0).sum(dim + 1)
     return torch.where((index >= 0) & (index < size), kept, math.nan)
 
@@ -49,7 +54,7 @@ def index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
     if not x.ndim or index.ndim != 1:
         return NotImplemented
     shape = [index.shape[0] if d == dim else size for d, size in enumerate(x.shape)]
-    return gather(x, dim, index.reshape([-1 if d == dim else 1 for d in range(x.ndim)]).expand(shape))
+    return gather(x, dim, along(dim, x.ndim, index).expand(shape))
 
 
 def rows_of(table: Tensor, index: Tensor) -> Tensor:
@@ -77,7 +82,7 @@ def one_of_each_row(x: Tensor, index: Tensor) -> Tensor:
     """x[arange(n), index] of rows [n, m, *] and places [n]."""
     if index.ndim != 1 or x.ndim < 2 or not same_size(x.shape[0], index.shape[0]):
         return NotImplemented
-    places = torch.where(index < 0, index + x.shape[1], index).reshape([-1] + [1] * (x.ndim - 1))
+    places = along(0, x.ndim, torch.where(index < 0, index + x.shape[1], index))
     made = gather(x, 1, places.expand([-1, 1, *x.shape[2:]]))
     return made if made is NotImplemented else made.squeeze(1)
 

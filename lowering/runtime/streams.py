@@ -18,7 +18,7 @@ from nestloop.errors import NoPlanError
 from nestloop.lang.binding import Binding
 from nestloop.lang.kept import Kept
 from nestloop.lang.loop import LoopSpec
-from nestloop.lang.schedule import Causal, Chunked, Program
+from nestloop.lang.schedule import Causal, Chunked, Program, resets_at
 from nestloop.lang.state import Entry, State, counts_tokens
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, named_backend, no_native_reason, settled
@@ -314,7 +314,7 @@ class _Call:
         reset = schedule.reset
         while start < tokens:
             at = self.position + start
-            if reset and at % reset == 0 and at:
+            if resets_at(schedule, at):
                 tails = {n: t for n, t in self.carry.items() if self.entries[n].part == "tail"}
                 self.carry = {**self._fresh(), **tails}  # what a window sees is not learned
             stop = tokens if not reset else min(tokens, start + reset - at % reset)

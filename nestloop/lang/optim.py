@@ -189,17 +189,20 @@ class SGD:
     def _apply(self, transform: Any, gradient: Tensor) -> Tensor:
         if transform is None:
             return gradient
-        step = transform(gradient)
-        if not isinstance(step, Tensor) or step.shape != gradient.shape:
-            given = f"[{', '.join(map(str, step.shape))}]" if isinstance(step, Tensor) else f"a {type(step).__name__}"
+        return self._shaped_as(gradient, transform(gradient), "transform", "a gradient")
+
+    def _shaped_as(self, like: Tensor, made: Any, part: str, what: str) -> Tensor:
+        """What a part of the optimizer has made of a fast weight or its gradient. Raises `TransformError`."""
+        if not isinstance(made, Tensor) or made.shape != like.shape:
+            given = f"[{', '.join(map(str, made.shape))}]" if isinstance(made, Tensor) else f"a {type(made).__name__}"
             raise TransformError(
-                "The transform of SGD changes the shape of a gradient.",
+                f"The {part} of SGD changes the shape of {what}.",
                 where=self.where,
                 given=given,
-                need=f"[{', '.join(map(str, gradient.shape))}], the shape of the fast weight",
+                need=f"[{', '.join(map(str, like.shape))}], the shape of the fast weight",
                 fix="return one number for every element; reduce with keepdim=True inside",
             )
-        return step
+        return made
 
     def _each(self, transform: Any, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         if isinstance(transform, GlobalClip):
@@ -240,23 +243,9 @@ class SGD:
                 scaled = factor(name, coefficient.of(self.scale, name)) * scaled
             made[name] = self.decayed(weight, name, factor) - scaled
             if self.restore is not None:
-                made[name] = self._restored(made[name], initial[name])
+                restored = self.restore(made[name], initial[name])
+                made[name] = self._shaped_as(made[name], restored, "restore", "a fast weight")
         return made, kept
-
-    def _restored(self, weight: Tensor, initial: Tensor) -> Tensor:
-        """What `restore` makes of a fast weight. Raises `TransformError` if its shape is another."""
-        assert self.restore is not None
-        made = self.restore(weight, initial)
-        if not isinstance(made, Tensor) or made.shape != weight.shape:
-            given = f"[{', '.join(map(str, made.shape))}]" if isinstance(made, Tensor) else f"a {type(made).__name__}"
-            raise TransformError(
-                "The restore of SGD changes the shape of a fast weight.",
-                where=self.where,
-                given=given,
-                need=f"[{', '.join(map(str, weight.shape))}], the shape of the fast weight",
-                fix="return one number for every element; reduce with keepdim=True inside",
-            )
-        return made
 
     def decayed(self, weight: Tensor, name: str, factor: Callable[[str, Any], Any]) -> Tensor:
         """A fast weight after the decay of one step."""

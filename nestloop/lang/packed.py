@@ -5,7 +5,7 @@ Each is run as if it were alone; those of equal length, and in equal places of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -25,7 +25,7 @@ def bounds_of(cu_seqlens: Any, sequences: int, tokens: int) -> Bounds:
         InputError: `cu_seqlens` is not [0, ..., tokens], never falling; or more than one row of tokens.
     """
     cuts = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
-    cuts = list(cuts) if isinstance(cuts, (list, tuple)) else [cuts]
+    cuts = list(cuts) if isinstance(cuts, Iterable) else [cuts]
     whole = all(isinstance(cut, int) and not isinstance(cut, bool) for cut in cuts)
     if not whole or len(cuts) < 2 or cuts[0] != 0 or cuts[-1] != tokens or cuts != sorted(cuts):
         raise InputError(

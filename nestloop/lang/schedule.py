@@ -290,6 +290,11 @@ class Chunked(Stream):
             )
 
 
+def resets_at(schedule: Causal | Chunked, position: int) -> bool:
+    """Whether a sequence starts again at a place: not at its first, where a given state is its start."""
+    return bool(schedule.reset and position and position % schedule.reset == 0)
+
+
 @dataclass(frozen=True)
 class Program(Stream):
     """A list of operations on token ranges, carried out in order: LaCT's explicit schedule.

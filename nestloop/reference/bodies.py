@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nestloop.lang.binding import Binding
 from nestloop.lang.loop import LoopSpec, body_line
-from nestloop.lang.returned import kernel_error, loss_error, readout_error, seen
+from nestloop.lang.returned import misshapen, seen
 
 Tensors = dict[str, Tensor]
 
@@ -47,36 +47,38 @@ def token_readout(spec: LoopSpec, dims: dict[str, Any]) -> Callable[[Tensors, Te
 
 def checked_loss(spec: LoopSpec, dims: dict[str, Any]) -> Callable[..., Tensor]:
     """`token_loss` of a call. Raises `LossNotPerTokenError`."""
-    body = token_loss(spec, dims)
+    loss = token_loss(spec, dims)
 
-    def loss(fast: Tensors, slow: Tensors, tokens: Tensors, held: Tensors | None = None) -> Tensor:
-        made, n = body(fast, slow, tokens, held), len(next(iter(tokens.values())))
-        if not isinstance(made, Tensor) or made.shape != (n,):
-            raise loss_error(spec, seen(made, n), body_line(spec.cls.loss, spec.where))
-        return made
+    def checked(fast: Tensors, slow: Tensors, tokens: Tensors, held: Tensors | None = None) -> Tensor:
+        return _shaped(spec, "loss", loss(fast, slow, tokens, held), (_rows(tokens),))
 
-    return loss
+    return checked
 
 
 def checked_readout(spec: LoopSpec, dims: dict[str, Any]) -> Callable[[Tensors, Tensors, Tensors], Tensor]:
     """`token_readout` of a call. Raises `ReadoutShapeError`."""
-    body = token_readout(spec, dims)
+    readout = token_readout(spec, dims)
 
-    def readout(fast: Tensors, slow: Tensors, tokens: Tensors) -> Tensor:
-        made, n = body(fast, slow, tokens), len(next(iter(tokens.values())))
-        if not isinstance(made, Tensor) or made.shape[:1] != (n,):
-            raise readout_error(spec, seen(made, n), body_line(spec.cls.readout, spec.where))
-        return made
+    def checked(fast: Tensors, slow: Tensors, tokens: Tensors) -> Tensor:
+        return _shaped(spec, "readout", readout(fast, slow, tokens), (_rows(tokens),))
 
-    return readout
+    return checked
 
 
 def kernel_weights(spec: LoopSpec, slow: Tensors, dims: dict[str, Any], q: Tensor, k: Tensor) -> Tensor:
     """The kernel of queries [n, *] and keys [m, *], as the user's body computes it: [n, m]. Raises
     `KernelShapeError`."""
-    made = spec.body_with(slow, dims).kernel(q, k)
-    if not isinstance(made, Tensor) or made.shape != (len(q), len(k)):
-        raise kernel_error(spec, seen(made, len(q), len(k)), body_line(spec.cls.kernel, spec.where))
+    return _shaped(spec, "kernel", spec.body_with(slow, dims).kernel(q, k), (len(q), len(k)))
+
+
+def _rows(tokens: Tensors) -> int:
+    return len(next(iter(tokens.values())))
+
+
+def _shaped(spec: LoopSpec, body: str, made: Any, tokens: tuple[int, ...]) -> Tensor:
+    """What a body has returned, where its sizes are these numbers of tokens; a read-out's rows have any."""
+    if not isinstance(made, Tensor) or (made.shape[:1] if body == "readout" else made.shape) != tokens:
+        raise misshapen(spec, body, seen(made, tokens), body_line(getattr(spec.cls, body), spec.where))
     return made
 
 

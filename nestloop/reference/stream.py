@@ -18,7 +18,7 @@ from nestloop.lang.binding import Binding
 from nestloop.lang.declare import Gate
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.optim import momentum_name
-from nestloop.lang.schedule import Causal, Chunked, Program
+from nestloop.lang.schedule import Causal, Chunked, Program, resets_at
 from nestloop.lang.state import Entry, averaged_gates
 from nestloop.reference.bodies import Tensors, checked_loss, checked_readout
 
@@ -121,11 +121,6 @@ class _Walk:
             if f"{name}.update" in self.carry:
                 self.carry[f"{name}.update"] = torch.zeros_like(self.carry[name])
 
-    @staticmethod
-    def resets(every: int | None, at: int) -> bool:
-        """Whether a walk starts again at a place: not at the first of a sequence, where a given state is its start."""
-        return bool(every and at and at % every == 0)
-
     def reset(self) -> None:
         for entry in self.spec.entries.values():
             if entry.part != "tail":
@@ -135,7 +130,7 @@ class _Walk:
     def token_by_token(self, schedule: Causal, position: int) -> None:
         for index in range(self.binding.tokens):
             at = position + index
-            if self.resets(schedule.reset, at):
+            if resets_at(schedule, at):
                 self.reset()
             if at % schedule.chunk == 0:
                 self.begin()
@@ -205,7 +200,7 @@ class _Walk:
         start, tokens = 0, self.binding.tokens
         while start < tokens:
             at = position + start
-            if self.resets(schedule.reset, at):
+            if resets_at(schedule, at):
                 self.reset()
             stop = min(tokens, start + schedule.size - at % schedule.size)
             complete = (position + stop) % schedule.size == 0

@@ -7,6 +7,7 @@ token axis.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from nestloop.lang.schedule import Program
 from nestloop.lowering import ops
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.ops import Kind
+from nestloop.lowering.ops.results import same_size
 
 aten = torch.ops.aten
 
@@ -55,7 +57,7 @@ class Typing:
 
 def is_token(axis: str) -> bool:
     """Whether an axis runs over tokens, whole or in part."""
-    return axis == "n" or axis.startswith(("n.", "n*"))
+    return any(factor == "n" or factor.startswith("n.") for factor in axis.split("*"))
 
 
 def declared_axes(spec: LoopSpec, name: str) -> Axes:
@@ -75,6 +77,7 @@ def type_axes(spec: LoopSpec, module: fx.GraphModule, output: Axes = ()) -> Typi
     """Type every value of a tile graph. `output`: the axes of a read-out's cotangent."""
     axes: dict[fx.Node, Axes] = {}
     mixing: list[Mixing] = []
+    read = _read(module)
     for node in module.graph.nodes:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
@@ -87,12 +90,24 @@ def type_axes(spec: LoopSpec, module: fx.GraphModule, output: Axes = ()) -> Typi
             axes[node] = seeded if len(seeded) == value.ndim else _by_size(value)
         else:
             axes[node], mixes = _rule(node, axes)
-            if mixes:
+            if mixes and node in read:
                 source = next((axes[a] for a in node.all_input_nodes if a in axes), ())
                 mixing.append(Mixing(_called(node), source, node.meta.get("where")))
     counts = _counting(module)
     counting = None if counts is None else Mixing(_called(counts), axes.get(counts, ()), counts.meta.get("where"))
     return Typing(axes, tuple(mixing), counting)
+
+
+def _read(module: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose elements reach a result; of the others, as what a derivative starts from, some read the shape."""
+    found: set[fx.Node] = set()
+    for node in reversed(module.graph.nodes):
+        created = (
+            node.op == "call_function" and not ops.is_size_op(node.target) and ops.row(node.target).kind is Kind.CREATE
+        )
+        if node.op == "output" or (node in found and not created):
+            found.update(node.all_input_nodes)
+    return found
 
 
 def _called(node: fx.Node) -> str:
@@ -263,54 +278,68 @@ def _view(node: fx.Node, source: Axes, value: torch.Tensor) -> Axes:
 
 
 def regroup(source: Axes, before: list[Any], after: list[Any]) -> Axes:
-    """Axes after a reshape: runs of axes with equal products correspond; within a run they split or join."""
+    """Axes after a reshape: what an axis is joined of, or split into, found from the last axis on.
+
+    An axis joined of tokens and others is named by its factors: [n, 2, 4] as [2n, 4] is ["n*2", "4"], and split as it
+    was joined, each of its parts is what it had been. Of sizes that no split explains, all are tokens if any is.
+    """
+    olds = [one for axis, size in zip(source, before, strict=True) for one in _factors(axis, size)]
+    single = [axis for axis, size in zip(source, before, strict=True) if is_token(axis) and same_size(size, 1)]
     result: list[str] = []
-    i = j = 0
-    while i < len(before) or j < len(after):
-        olds, news = [i] if i < len(before) else [], [j] if j < len(after) else []
-        old = before[i] if olds else 1
-        new = after[j] if news else 1
-        i, j = i + len(olds), j + len(news)
-        while not _equal(old, new) and (i < len(before) or j < len(after)):
-            if j < len(after) and (i >= len(before) or _smaller(new, old)):
-                new, news, j = new * after[j], [*news, j], j + 1
+    for position, size in reversed(list(enumerate(after))):
+        found: list[tuple[str, Any]] = []
+        rest = size
+        while olds and not same_size(rest, 1):
+            axis, whole = olds.pop()
+            if (more := _quotient(rest, whole)) is not None:
+                found, rest = [(axis, whole), *found], more
+            elif (left := _quotient(whole, rest)) is not None:
+                token = "n." if is_token(axis) else ""
+                olds.append((f"{token}{left}", left))
+                found, rest = [(f"{token}{rest}", rest), *found], 1
             else:
-                old, olds, i = old * before[i], [*olds, i], i + 1
-        while i < len(before) and _equal(before[i], 1) and j >= len(after):
-            olds, i = [*olds, i], i + 1
-        wide = [k for k in news if not _equal(after[k], 1)]
-        names = [source[k] for k in olds if source[k] != "1" and not _equal(before[k], 1)]
-        single = [source[k] for k in olds if is_token(source[k]) and _equal(before[k], 1)]  # the axis of one token
-        for k in news:
-            if k not in wide:
-                result.append(single.pop(0) if single else "1")
-            elif len(names) == 1 and len(wide) == 1:
-                result.append(names[0])
-            elif any(is_token(n) for n in names):
-                result.append("n*" + "*".join(names) if len(wide) == 1 else f"n.{after[k]}")
-            else:
-                result.append("*".join(names) if len(wide) == 1 and names else str(after[k]))
+                mixed = any(is_token(name) for name, _ in [(axis, whole), *olds, *found])
+                return (*[f"n.{s}" if mixed else str(s) for s in after[: position + 1]], *result)
+        result = [_joined(found), *result]
+    for position, size in enumerate(after):
+        if single and same_size(size, 1):  # the axis of one token
+            result[position] = single.pop(0)
     return tuple(result)
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    return str(a) == str(b)
+def _factors(axis: str, size: Any) -> list[tuple[str, Any]]:
+    """What an axis is joined of, each with its size; itself, where that is not known. None of them of size 1."""
+    names = axis.split("*") if is_token(axis) else [axis]
+    numbers = [int(name) for name in names if name.isdigit()]
+    tokens = _quotient(size, math.prod(numbers))
+    if len(numbers) != len(names) - 1 or tokens is None:
+        names, tokens = [axis], size
+    found = [(name, int(name) if name.isdigit() and len(names) > 1 else tokens) for name in names]
+    return [(name, one) for name, one in found if not same_size(one, 1)]
 
 
-def _smaller(a: Any, b: Any) -> bool:
-    """Whether a run's product so far is behind the other's; a traced n is larger than any number."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a < b
-    return isinstance(a, int) or not isinstance(b, int)
+def _joined(found: list[tuple[str, Any]]) -> str:
+    """The name of an axis joined of these."""
+    token = any(is_token(name) for name, _ in found)
+    names = [name if is_token(name) or len(found) == 1 or not token else str(size) for name, size in found]
+    return "*".join(names) or "1"
+
+
+def _quotient(whole: Any, part: Any) -> Any:
+    """`whole` / `part` where that is a whole number for every n, else None."""
+    if isinstance(whole, int) and isinstance(part, int):
+        return whole // part if part and whole % part == 0 else None
+    many = (whole if not isinstance(whole, int) else part).node
+    wholes, parts = (many.wrap_int(s).values if isinstance(s, int) else s.node.values for s in (whole, part))
+    divides = all(p and w % p == 0 for w, p in zip(wholes, parts, strict=True))
+    return whole // part if divides else None
 
 
 def _move(node: fx.Node, source: Axes, value: torch.Tensor, axes: Mapping[fx.Node, Axes]) -> tuple[Axes, bool]:
     dim: Any
     if node.target is aten.slice.Tensor:
         dim = (node.args[1] if len(node.args) > 1 else 0) % len(source)
-        size, whole = value.shape[dim], _equal(value.shape[dim], node.args[0].meta["val"].shape[dim])
+        size, whole = value.shape[dim], same_size(value.shape[dim], node.args[0].meta["val"].shape[dim])
         name = source[dim] if whole or is_token(source[dim]) else str(size) if isinstance(size, int) else "n"
         return (*source[:dim], name, *source[dim + 1 :]), is_token(source[dim]) and not whole
     if node.target is aten.select.int:

@@ -22,6 +22,7 @@ from nestloop.errors import (
 from nestloop.lang.loop import LoopSpec, body_line
 from nestloop.lang.returned import described, misshapen
 from nestloop.lowering import ops
+from nestloop.lowering.groups import by_groups
 from nestloop.lowering.joins import taken_apart
 from nestloop.lowering.mismatch import OpFailed, shape_mismatch, trial_sizes
 from nestloop.lowering.recorder import placeholders
@@ -102,12 +103,24 @@ def capture_with(tracer: Tracer) -> Captured:
     inputs = [name for name in inputs if name not in spec.inputs or not spec.inputs[name].micro]
     readout = _trace(tracer, lambda dims: _flat(reference.token_readout(spec, dims), spec), inputs, "readout")
     output = _check_readout(spec, readout)
+    loss, readout = by_groups(loss, tracer), by_groups(readout, tracer)
     if spec.parts:
         loss, readout = (_in_parts(graph, tracer) for graph in (loss, readout))
-    if callable(spec.optimizer.transform):
-        for name in spec.fast:
-            _trace(tracer, lambda dims: spec.optimizer.transformed, [name], "transform")
+    _check_functions(tracer)
     return Captured(spec, loss, readout, sizes, output, tracer.fixed_tokens())
+
+
+def _check_functions(tracer: Tracer) -> None:
+    """Refuse functions of the optimizer that cannot be compiled, as bodies are refused. Their graphs are parts of a
+    step's."""
+    optimizer = tracer.spec.optimizer
+    for name in tracer.spec.fast:
+        if callable(optimizer.transform):
+            _trace(tracer, lambda dims: optimizer.transformed, [name], "transform")
+        if callable(optimizer.gradient_transform):
+            _trace(tracer, lambda dims: optimizer.gradient_transformed, [name], "gradient transform")
+        if optimizer.restore is not None:
+            _trace(tracer, lambda dims: optimizer.restored, [name, f"{name}__held"], "restore")
 
 
 def _in_parts(module: fx.GraphModule, tracer: Tracer) -> fx.GraphModule:

@@ -111,11 +111,11 @@ class WatchedCalls(TorchFunctionMode):
             return made
         if name == "detach":
             return ops.detached(*args)
-        if name == "_set_grad_enabled":
+        if name == "_set_grad_enabled" and not (args[0] and torch.is_grad_enabled()):  # torch.func.grad turns them on
             raise UnadmittedOpError(
                 f"{self.spec.name} turns gradients off.",
                 where=user_line(self.spec),
-                given="torch.no_grad, torch.enable_grad or torch.set_grad_enabled",
+                given="torch.no_grad or torch.set_grad_enabled(False)",
                 need="values that say themselves whether gradients flow through them",
                 fix="write x.detach() where nothing is to flow back, f.held(x) for the learner's weights",
             )

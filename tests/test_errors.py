@@ -513,7 +513,7 @@ def test_bodies_do_not_turn_gradients_off():
         steps_into(without_gradients),
         UnadmittedOpError,
         "Loop turns gradients off.",
-        given="torch.no_grad, torch.enable_grad or torch.set_grad_enabled",
+        given="torch.no_grad or torch.set_grad_enabled(False)",
         need="values that say themselves whether gradients flow through them",
         fix="write x.detach() where nothing is to flow back, f.held(x) for the learner's weights",
     )
@@ -879,18 +879,29 @@ def test_a_forward_called_with_too_much():
     )
 
 
-def test_transforms_keep_shapes_and_are_bodies_too():
+OF_THE_OPTIMIZER = {
+    "transform": ("transform", "a gradient", lambda body: body),
+    "gradient_transform": ("gradient transform", "a gradient", lambda body: body),
+    "restore": ("restore", "a fast weight", lambda body: lambda w, initial: body(w)),
+}
+
+
+@pytest.mark.parametrize("part", OF_THE_OPTIMIZER)
+def test_functions_of_the_optimizer_keep_shapes_and_are_bodies_too(part):
+    called, what, taking = OF_THE_OPTIMIZER[part]
+    chunked = {"schedule": nl.Chunked(4, "apply-update")}
+
     def shape():
-        optimizer = nl.SGD(transform=lambda g: g.sum(-1))  # HERE
-        layer_of(Squares.loss, optimizer=optimizer)
+        optimizer = nl.SGD(**{part: taking(lambda g: g.sum(-1))})  # HERE
+        layer_of(Squares.loss, optimizer=optimizer, **chunked)
 
     def written():
-        layer_of(Squares.loss, optimizer=nl.SGD(transform=lambda g: g.clamp_(-1, 1)))  # HERE
+        layer_of(Squares.loss, optimizer=nl.SGD(**{part: taking(lambda g: g.clamp_(-1, 1))}), **chunked)  # HERE
 
     refused(
         shape,
         TransformError,
-        "The transform of SGD changes the shape of a gradient.",
+        f"The {called} of SGD changes the shape of {what}.",
         given="[8]",
         need="[8, 8], the shape of the fast weight",
         fix="return one number for every element; reduce with keepdim=True inside",

@@ -241,10 +241,10 @@ class TritonFunction(TritonRepeats):
 
     def rows_each(self, name: str) -> int:
         size = next(iter(self.tiles[name]), ONE)
-        if name not in self.per_token or self.ordered:
-            return int(size.has_tokens)
         if size.has_tokens:
-            return size.per_token
+            return size.per_token if name in self.per_token else 1
+        if name not in self.per_token or self.ordered:
+            return 0
         # A graph may hold for one number of tokens.
         return 0 if self.tokens.has_tokens or size.is_one else size.constant // self.tokens.constant
 

@@ -130,17 +130,23 @@ class TritonTiles:
         for d, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
             index = self._index(d, rank, size)
             if each and not d:
-                row = self._vector("row", d, rank) if self.ordered else f"({index} - {first})" if first else index
-                within = product(sizes[1:])
-                places += (
-                    [f"{row} * {step}"] if each == 1 else [f"{row} // {each} * {step}", f"{row} % {each} * {within}"]
-                )
+                row = f"({index} - {first})" if first else index
+                token = row if each == 1 else f"{row} // {each}"
+                if self.ordered:
+                    token = self._vector("row", d, rank) if each == 1 else self._ordered(token, d, rank, size)
+                places.append(f"{token} * {step}")
+                places += [f"{row} % {each} * {product(sizes[1:])}"] if each > 1 else []
             else:
                 places.append(index if stride == ONE else f"{index} * {stride}")
         mask = self._masks(sizes)
         if first:
             mask += f" & ({self._index(0, rank, sizes[0])} >= {first})"
         return " + ".join(places) or "0", mask
+
+    def _ordered(self, token: str, axis: int, rank: int, size: Extent) -> str:
+        """Which token lies at a place of the order, for an axis of several rows a token."""
+        masked = "" if self.whole(size) else f", mask={self._mask(axis, rank, size)}, other=0"
+        return f"tl.load(order_at + {token}{masked})"
 
     def rows_each(self, name: str) -> int:
         """How many rows an input or a result has for each token of a tile; 0 where it has no axis of them."""

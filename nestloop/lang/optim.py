@@ -184,19 +184,30 @@ class SGD:
 
     def transformed(self, gradient: Tensor) -> Tensor:
         """The update of one fast weight before its learning rate. Raises `TransformError` if its shape is another."""
-        return self._apply(self.transform, gradient)
+        return self._apply("transform", gradient)
 
-    def _apply(self, transform: Any, gradient: Tensor) -> Tensor:
+    def gradient_transformed(self, gradient: Tensor) -> Tensor:
+        """The gradient of one fast weight before its momentum. Raises `TransformError` if its shape is another."""
+        return self._apply("gradient_transform", gradient)
+
+    def restored(self, weight: Tensor, initial: Tensor) -> Tensor:
+        """A fast weight after a step. Raises `TransformError` if its shape is another."""
+        if self.restore is None:
+            return weight
+        return self._shaped_as(weight, self.restore(weight, initial), "restore", "a fast weight")
+
+    def _apply(self, part: str, gradient: Tensor) -> Tensor:
+        transform = getattr(self, part)
         if transform is None:
             return gradient
-        return self._shaped_as(gradient, transform(gradient), "transform", "a gradient")
+        return self._shaped_as(gradient, transform(gradient), part, "a gradient")
 
     def _shaped_as(self, like: Tensor, made: Any, part: str, what: str) -> Tensor:
         """What a part of the optimizer has made of a fast weight or its gradient. Raises `TransformError`."""
         if not isinstance(made, Tensor) or made.shape != like.shape:
             given = f"[{', '.join(map(str, made.shape))}]" if isinstance(made, Tensor) else f"a {type(made).__name__}"
             raise TransformError(
-                f"The {part} of SGD changes the shape of {what}.",
+                f"The {part.replace('_', ' ')} of SGD changes the shape of {what}.",
                 where=self.where,
                 given=given,
                 need=f"[{', '.join(map(str, like.shape))}], the shape of the fast weight",
@@ -204,10 +215,11 @@ class SGD:
             )
         return made
 
-    def _each(self, transform: Any, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _each(self, part: str, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        transform = getattr(self, part)
         if isinstance(transform, GlobalClip):
             return transform.joint(gradients)
-        return {name: self._apply(transform, gradient) for name, gradient in gradients.items()}
+        return {name: self._apply(part, gradient) for name, gradient in gradients.items()}
 
     def step(
         self,
@@ -227,24 +239,21 @@ class SGD:
         Returns:
             The new weights and momenta.
         """
-        moved = self._each(self.gradient_transform, gradients)
+        moved = self._each("gradient_transform", gradients)
         kept: dict[str, Tensor] = {}
         for order, eta in enumerate(self.momentum or ()):
             for name in moved:
                 key = momentum_name(name, order)
                 kept[key] = factor(name, coefficient.of(eta, name)) * momenta[key] + moved[name]
             moved = {name: kept[momentum_name(name, order)] for name in moved}
-        moved = self._each(self.transform, moved)
+        moved = self._each("transform", moved)
         made = {}
         for name, weight in weights.items():
             rate = self.rate_of(name)
             scaled = moved[name] if isinstance(rate, Gate) else factor(name, rate) * moved[name]
             if self.scale is not None:
                 scaled = factor(name, coefficient.of(self.scale, name)) * scaled
-            made[name] = self.decayed(weight, name, factor) - scaled
-            if self.restore is not None:
-                restored = self.restore(made[name], initial[name])
-                made[name] = self._shaped_as(made[name], restored, "restore", "a fast weight")
+            made[name] = self.restored(self.decayed(weight, name, factor) - scaled, initial[name])
         return made, kept
 
     def decayed(self, weight: Tensor, name: str, factor: Callable[[str, Any], Any]) -> Tensor:

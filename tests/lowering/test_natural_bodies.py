@@ -50,12 +50,21 @@ def _in_a_list(self: Any, x: Tensor) -> Tensor:
     return torch.stack([made[index] for index in range(2)]).sum(0) + x @ self.v.add(0.1)
 
 
+def _downhill(self: Any, x: Tensor) -> Tensor:
+    def energy(y: Tensor) -> Tensor:
+        return 0.5 * y.square().sum() - torch.logsumexp(y @ self.w, -1).sum() + (self.u * y).tanh().sum()
+
+    found = torch.vmap(torch.func.grad(energy))(x) + torch.func.grad(energy)(x @ self.v)
+    return x - 0.1 * found - torch.func.jvp(lambda y: torch.tanh(y @ self.w), (x,), (found,))[1]
+
+
 BODIES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "vectors made of weights": _of_vectors,
     "vectors of one another": _of_each_other,
     "a product times itself": _times_itself,
     "a product plus itself": _plus_itself,
     "a list of its own": _in_a_list,
+    "a derivative of its own": _downhill,
 }
 SCHEDULES = {"batch": nl.FullBatch(), "causal": nl.Causal(3), "online": nl.Online(), "chunked": nl.Chunked(3)}
 

@@ -51,7 +51,7 @@ def _differing(tracer: Tracer, rows: int) -> str | None:
 def decides(spec: LoopSpec, given: str) -> NoPlanError:
     """That a body decides on its number of rows."""
     return NoPlanError(
-        f"The torch backend has no plan for {spec.name}: a body decides on how many tokens its tile has.",
+        f"No backend but the reference has a plan for {spec.name}: a body decides on how many tokens its tile has.",
         where=spec.where,
         given=given,
         need="the same computation for any number of tokens",

@@ -121,7 +121,9 @@ class TritonValues(TritonProducts):
             fits = size
             while elements * fits**count > MOST_ELEMENTS * size**count:
                 fits //= 2
-            found += f"; its axis {name} of {max(sizes, key=self.padded).at(self.longest)} may have {fits}"
+            longest = max(sizes, key=self.padded).at(self.longest)
+            padded = f"; its axes are padded to powers of two, {name} of {longest} to {size}"
+            found += padded if fits >= longest else f"; its axis {name} of {longest} may have {fits}"
         raise NoSpelling(found)
 
     def _longest_axis(self, value: Value) -> tuple[str, int, int]:

@@ -187,7 +187,7 @@ def _check_arguments(spec: LoopSpec, signature: StreamSignature) -> None:
     backward = len(signature.inputs) + results  # inputs, cotangents and what is kept
     if max(backward, results) > MOST_ARGUMENTS:
         raise NoPlanError(
-            f"The torch backend has no plan for {spec.name}: its state is too many tensors for one op.",
+            f"No backend but the reference has a plan for {spec.name}: its state is too many tensors for one op.",
             where=spec.where,
             given=f"{len(spec.entries)} tensors in the state, {backward} arguments of its backward",
             need=f"{MOST_ARGUMENTS} arguments at most",

@@ -192,8 +192,7 @@ class SGD:
 
     def restored(self, weight: Tensor, initial: Tensor) -> Tensor:
         """A fast weight after a step. Raises `TransformError` if its shape is another."""
-        if self.restore is None:
-            return weight
+        assert self.restore is not None
         return self._shaped_as(weight, self.restore(weight, initial), "restore", "a fast weight")
 
     def _apply(self, part: str, gradient: Tensor) -> Tensor:
@@ -253,7 +252,9 @@ class SGD:
             scaled = moved[name] if isinstance(rate, Gate) else factor(name, rate) * moved[name]
             if self.scale is not None:
                 scaled = factor(name, coefficient.of(self.scale, name)) * scaled
-            made[name] = self.restored(self.decayed(weight, name, factor) - scaled, initial[name])
+            made[name] = self.decayed(weight, name, factor) - scaled
+            if self.restore is not None:
+                made[name] = self.restored(made[name], initial[name])
         return made, kept
 
     def decayed(self, weight: Tensor, name: str, factor: Callable[[str, Any], Any]) -> Tensor:

@@ -272,6 +272,27 @@ def test_what_has_no_triton_is_refused(loop: type[nl.Loop]):
     )
 
 
+class Cubes(zoo.MTTTLinear):
+    """A learner whose tiles are long by padding alone."""
+
+    class learner(nl.Learner):
+        w = nl.fast("d", "d")
+
+        def forward(self, x):
+            x = x @ self.w
+            return (x[:, :, None, None] * x[:, None, :, None] * x[:, None, None, :]).cos().sum((2, 3))
+
+    schedule = nl.Chunked(3, "update-apply")
+
+
+def test_what_is_too_long_by_padding_is_not_told_to_be_shorter():
+    inputs = random_inputs(Cubes.spec, {"d": 9, "D": 18, "H": 2}, tokens=6)
+    with pytest.raises(NoPlanError) as caught:
+        run(nl.compile(Cubes, backend="triton"), inputs)
+    given = str(caught.value).splitlines()[2]
+    assert given.endswith("; its axes are padded to powers of two, n of 3 to 16"), given
+
+
 def test_nothing_is_written_that_was_not_asked_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pipeline, "TritonLoop", None)
     lowered = pipeline.stages(zoo.LinearAttention.spec, SIZES, None, losses=True, carried=False)

@@ -52,10 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         else:
             who = "nestloop: the system refuses" if isinstance(error, OSError) else "nestloop"
-            print(f"{who}: {error}", file=sys.stderr)
+            print(f"{who}: {_shown(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _shown(error: Exception) -> str:
+    """An error's text, without a line of this file: what was given in a command line has none."""
+    where: Any = getattr(error, "where", None)
+    here = where is not None and where.file == __file__
+    return str(error).replace(f"\n  at:    {where}   {where.text}", "", 1) if here else str(error)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,7 +114,7 @@ def run_inspect(target: str, stage: str | None, device: str, shape: str, trace: 
     loop, dims = load_target(target), parse_shape(shape)
     from nestloop import inspection
 
-    print(inspection.inspect_text(loop, stage, dims, device))
+    print(inspection.inspect(loop, stage, device, **dims))
     return 0
 
 
@@ -115,14 +122,15 @@ def run_explain(target: str, shape: str, trace: bool) -> int:
     loop, dims = load_target(target), parse_shape(shape)
     from nestloop import inspection
 
-    print(inspection.explain_text(loop, dims))
+    print(inspection.explain(loop, **dims))
     return 0
 
 
 def run_cost(target: str, device: str, dtype: str, shape: str, as_json: bool, trace: bool) -> int:
     loop, dims = load_target(target), parse_shape(shape)
-    from nestloop import cost_table, costs
+    from nestloop import cost_table, costs, inspection
 
+    inspection.check_dims(loop, dims)
     several = loop if isinstance(loop, (tuple, list)) else (loop,)
     found = [costs.costs_of(one, dims, device, dtype) for one in several]
     if as_json:
@@ -144,8 +152,9 @@ def run_tune(
     trace: bool,
 ) -> int:
     loop, dims = load_target(target), parse_shape(shape)
-    from nestloop import tuning
+    from nestloop import inspection, tuning
 
+    inspection.check_dims(loop, dims)
     several = loop if isinstance(loop, (tuple, list)) else (loop,)
     found = [tuning.tune(one, dims, device, dtype, budget / len(several), out) for one in several]
     if as_json:
@@ -227,8 +236,8 @@ def load_target(target: str) -> Any:
     """The object that FILE.py:Name or package.module:Name names.
 
     A file is run as Python would run it, with its own folder first on the import path, under its own stem as
-    the module's name. Raises `UsageError` where nothing of that name exists; whether it is a loop is for the
-    compiler to judge.
+    the module's name. Raises `UsageError` where nothing of that name exists, or the file is no Python; whether it
+    is a loop is for the compiler to judge.
     """
     place, separator, name = target.rpartition(":")
     if not separator or not place or not name:
@@ -249,7 +258,10 @@ def _run_file(file: Path) -> Any:
     assert spec is not None and spec.loader is not None  # a path that ends in .py always has a loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module  # bodies are traced and pickled by the module they live in
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UsageError("".join(traceback.format_exception_only(error)).strip()) from error
     return module
 
 

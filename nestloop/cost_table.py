@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nestloop.costs import DIRECTIONS, LONGEST, NOTE, Costs, Row, costs_of, roofline
-from nestloop.inspection import loops_of
+from nestloop.inspection import check_dims, loops_of
 from nestloop.lowering.schedule.roofline import ATTENTION, DTYPES
 
 _HEAD = ("plan", "warps", "GFLOP", "MB", "FLOP/B", "registers", "spills", "shared", "programs", "held", "waves", "us")
@@ -22,10 +22,11 @@ def cost(loop: Any, device: str = "h200", dtype: str = "bf16", **dims: int) -> s
         dims: sizes; those not given are small ones (d = 16, H = 2, B = 2, N = 16).
 
     Raises:
-        UnknownDeviceError, UnknownDtypeError: no such device or dtype.
+        UnknownDimError, UnknownDeviceError, UnknownDtypeError: no such dim, device or dtype.
         NoPlanError: the loop is a program of operations, or a window of keys, which no kernel of its own runs.
         CompileError: a body cannot be compiled.
     """
+    check_dims(loop, dims)
     return "\n\n".join(text(costs_of(spec.cls, {**sizes, **dims}, device, dtype)) for spec, sizes, _ in loops_of(loop))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nestloop.compiled import CompiledLoop, spec_of
-from nestloop.errors import UnknownStageError
+from nestloop.errors import UnknownDimError, UnknownStageError
 from nestloop.lang.declare import caller
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import LoopSpec
@@ -46,9 +46,11 @@ def inspect(loop: Any, stage: str | None = None, device: str = "sm_90", **dims: 
 
     Raises:
         UnknownStageError: no such stage.
+        UnknownDimError: the loop has no dim of such a name.
         NoPlanError: the loop has no Triton, or Triton is not installed, for a compiled stage.
         CompileError: a body cannot be compiled.
     """
+    check_dims(loop, dims)
     return "\n\n".join(inspect_text(spec.cls, stage, {**sizes, **dims}, device) for spec, sizes, _ in loops_of(loop))
 
 
@@ -58,7 +60,12 @@ def explain(loop: Any, **dims: int) -> str:
     Args:
         loop: a declared loop, `nl.compile(...)` of one, or a layer.
         dims: sizes; those not given are small ones.
+
+    Raises:
+        UnknownDimError: the loop has no dim of such a name.
+        CompileError: a body cannot be compiled.
     """
+    check_dims(loop, dims)
     parts = [explain_text(spec.cls, {**sizes, **dims}, op) for spec, sizes, op in loops_of(loop)]
     return "\n\n".join(parts)
 
@@ -72,6 +79,21 @@ def loops_of(loop: Any) -> list[tuple[LoopSpec, dict[str, int], CompiledLoop | N
         return [(part.spec, dict(part.sizes), part.op) for part in parts]
     several = loop if isinstance(loop, (tuple, list)) else (loop,)
     return [(spec_of(part), {}, None) for part in several]
+
+
+def check_dims(loop: Any, dims: Mapping[str, int]) -> None:
+    """Raise `UnknownDimError` for a size of a dim that whatever was given does not have."""
+    specs = [spec for spec, _, _ in loops_of(loop)]
+    known = sorted({name for spec in specs for name in spec.known_dims})
+    for name, size in dims.items():
+        if name not in known:
+            raise UnknownDimError(
+                f"{' and '.join(spec.name for spec in specs)} has no dim '{name}'.",
+                where=caller(),
+                given=f"{name}={size}",
+                need=f"sizes of {', '.join(known)}",
+                fix="leave it out: dims are those that views, weights and the grid are declared with",
+            )
 
 
 def inspect_text(loop: Any, stage: str | None, dims: Mapping[str, int], device: str = "sm_90") -> str:

@@ -197,6 +197,30 @@ def test_an_error_is_a_message_and_a_traceback_only_on_request(capsys, loops: Pa
     assert status == 1 and err.startswith("Traceback")
 
 
+@pytest.mark.parametrize("words", [["inspect"], ["explain"], ["cost"], ["tune", "--budget", "1"]], ids=lambda w: w[0])
+def test_a_size_of_a_dim_that_no_loop_has_fails(capsys, loops: Path, words: list[str]):
+    status, out, err = run(capsys, *words, f"{loops}:Recall", "--shape", "N=32,width=64")
+    assert (status, out) == (1, "")
+    assert err == (
+        "nestloop: Recall has no dim 'width'.\n"
+        "  given: width=64\n"
+        "  need:  sizes of B, D, H, N, d, n\n"
+        "  fix:   leave it out: dims are those that views, weights and the grid are declared with\n"
+    )
+
+
+def test_what_a_command_line_names_wrongly_is_told_without_a_line_of_nestloop(capsys, loops: Path):
+    status, _, err = run(capsys, "inspect", f"{loops}:Recall", "--stage", "kernel")
+    assert status == 1 and err.startswith("nestloop: There is no such stage.\n  given: 'kernel'\n")
+
+
+def test_a_file_that_is_no_python_exits_2(capsys, loops: Path):
+    loops.write_text("import nestloop as nl\n\nclass Recall(nl.Loop:\n    pass\n")
+    status, out, err = run(capsys, "inspect", f"{loops}:Recall")
+    assert (status, out) == (2, "")
+    assert err.startswith(f'nestloop: File "{loops}", line 3\n') and err.endswith("\nSyntaxError: invalid syntax\n")
+
+
 def test_help_imports_no_torch(root: Path):
     script = """
 import sys

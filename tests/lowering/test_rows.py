@@ -61,7 +61,9 @@ def refused(loop: type[nl.Loop], tokens: int) -> None:
     with pytest.raises(NoPlanError) as caught:
         nl.compile(loop, backend="torch")(inputs.views, inputs.weights, order=inputs.order)
     message = str(caught.value).splitlines()
-    assert message[0] == ("No backend but the reference has a plan for Deciding: a body decides on how many tokens its tile has.")
+    assert message[0] == (
+        "No backend but the reference has a plan for Deciding: a body decides on how many tokens its tile has."
+    )
     assert message[1].startswith(f"  at:    {__file__}:")
     assert message[2:] == [
         "  given: another computation of one token than of several, or of one number than of another",

@@ -115,14 +115,6 @@ class Recorder(Mode):
         kwargs = kwargs or {}
         if func is aten.size.default:  # some rules of vmap ask for it as for an op
             return args[0].shape
-        decomposition = self.decompositions.get(func)
-        if decomposition is None and func.has_kernel_for_dispatch_key(_COMPOSITE):
-            decomposition = func.decompose
-        if decomposition is not None:
-            with self:
-                made = decomposition(*args, **kwargs)
-            if made is not NotImplemented:
-                return made
         functional = _functional(func)
         if functional is not None and self._is_unshared(args[0]):
             with self:
@@ -131,6 +123,14 @@ class Recorder(Mode):
                 self._one(args[0]).meta["val"] = args[0].detach()
                 args[0].data = value
             return self._overwrite(args[0], value)
+        decomposition = self.decompositions.get(func)
+        if decomposition is None and func.has_kernel_for_dispatch_key(_COMPOSITE):
+            decomposition = func.decompose
+        if decomposition is not None:
+            with self:
+                made = decomposition(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
         settings = {name: value for name, value in kwargs.items() if name not in _PLACES}
         node = self.graph.create_node(
             "call_function", func, self._written(args), self._written(settings), name=func.overloadpacket.__name__
@@ -151,9 +151,13 @@ class Recorder(Mode):
         return value
 
     def _is_unshared(self, value: Tensor) -> bool:
-        """Whether no view shares a tensor's memory."""
+        """Whether nothing but the tensor has its memory: no view of it, nor another tensor that it is a view of."""
         node = self._one(value)
-        return not any(_is_view(n) for n in (node, *node.users))
+        if any(map(_is_view, node.users)):
+            return False
+        while node.target is aten.alias.default and len(node.args[0].users) == 1:  # what a rule of PyTorch's detaches
+            node = node.args[0]
+        return not _is_view(node)
 
     def _overwrite(self, written: Tensor, value: Tensor) -> Tensor:
         """From now on a tensor stands for the value that a composite function of PyTorch writes into it."""

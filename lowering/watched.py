@@ -34,6 +34,7 @@ _LOOKS_AT_VALUES = {
 _OF_A_CALL = {"requires_grad", "is_leaf", "grad", "grad_fn", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"}
 _TAKEN_APART = {
     "cosine_similarity": ops.cosine_similarity,
+    "pad": ops.pad,
     "quantile": ops.quantile,
     "take_along_dim": ops.take_along,
 }

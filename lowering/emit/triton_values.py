@@ -172,7 +172,12 @@ class TritonValues(TritonProducts):
         if not all(covered):
             shape = f"({', '.join(str(self.padded(size)) for size in domain)}{',' if rank == 1 else ''})"
             tile = any(covered) or any(isinstance(o, Strided) and held(o.base) for o in value.operands)
-            text = f"tl.broadcast_to({text}, {shape})" if tile else f"tl.full({shape}, {text}, {kind})"
+            if tile:
+                text = f"tl.broadcast_to({text}, {shape})"
+            elif value.is_bool:  # Triton's interpreter would make a float of a truth value
+                text = f"(tl.full({shape}, {text}, tl.int32) != 0)"
+            else:
+                text = f"tl.full({shape}, {text}, S)"
         elif not rank and all(numeric):
             text = f"tl.full((), {text}, {kind})"
         self._set_clean(value, [stays_zero(value, [clean[d] for clean in cleans]) for d in range(rank)])

@@ -17,6 +17,7 @@ from nestloop.lowering.ops.places import at_written_places, one_of_each_row, tak
 from nestloop.lowering.ops.row import Kind, Op, Operands
 from nestloop.lowering.ops.solve import OP as SOLVE
 from nestloop.lowering.ops.strided import NoSpelling
+from nestloop.lowering.ops.windows import pad
 
 ROWS: dict[Any, Op] = {row.target: row for module in (pointwise, products, reductions, movement) for row in module.ROWS}
 
@@ -80,6 +81,7 @@ __all__ = [
     "named_shape",
     "nearest",
     "one_of_each_row",
+    "pad",
     "quantile",
     "result_like",
     "row",

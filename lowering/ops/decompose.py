@@ -13,11 +13,10 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import _core_aten_decompositions_post_autograd, get_decompositions
 
-from nestloop.lowering.ops import orders, places, solve
+from nestloop.lowering.ops import orders, places, solve, windows
 from nestloop.lowering.ops.detached import detached
 from nestloop.lowering.ops.results import END
 
@@ -38,59 +37,8 @@ _ADDED = [
     aten.logit,
     aten.square.default,
     aten.native_group_norm.default,
+    aten._native_batch_norm_legit.no_stats,
 ]
-
-
-def convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-) -> Tensor:
-    """A convolution as a sum over the window's taps: a shifted view of the padded input times one weight slice.
-
-    [b, c, *space] with weight [m, c / groups, *window] -> [b, m, *space]. Depthwise windows become products of
-    elements, others matrix products.
-    """
-    if transposed:
-        return NotImplemented
-    spatial = x.ndim - 2
-    batch, channels = x.shape[:2]
-    per_group, out = weight.shape[1], weight.shape[0]
-    padded = F.pad(x, [p for size in reversed(padding) for p in (size, size)]) if any(padding) else x
-    space = [
-        (padded.shape[2 + i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in range(spatial)
-    ]
-    total = None
-    for tap in _taps(list(weight.shape[2:])):
-        view, kernel = padded, weight
-        for i, offset in enumerate(tap):
-            start = offset * dilation[i]
-            view = aten.slice.Tensor(view, 2 + i, start, start + (space[i] - 1) * stride[i] + 1, stride[i])
-        for offset in tap:
-            kernel = aten.select.int(kernel, 2, offset)  # [m, c / groups] in the end
-        if per_group == 1 and out == channels:
-            term = view * kernel.reshape(1, out, *[1] * spatial)
-        else:
-            rows = view.reshape(batch, groups, per_group, -1).movedim(1, 0)  # [g, b, c/g, s]
-            rows = rows.permute(0, 2, 1, 3).reshape(groups, per_group, -1)  # [g, c/g, b s]
-            mixed = aten.bmm.default(kernel.reshape(groups, out // groups, per_group), rows)  # [g, m/g, b s]
-            term = mixed.reshape(out, batch, *space).movedim(0, 1)
-        total = term if total is None else total + term
-    assert total is not None
-    return total if bias is None else total + bias.reshape(1, out, *[1] * spatial)
-
-
-def _taps(window: list[int]) -> list[tuple[int, ...]]:
-    taps: list[tuple[int, ...]] = [()]
-    for size in window:
-        taps = [(*tap, offset) for tap in taps for offset in range(size)]
-    return taps
 
 
 def var_mean(
@@ -286,6 +234,26 @@ def running_product(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) ->
     return stack(made, dim % x.ndim)
 
 
+def running_extreme(by: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The largest (or smallest) of the elements of an axis so far and where it is, the last of equal ones."""
+
+    def found(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        if not x.ndim or not isinstance(x.shape[dim], int) or x.shape[dim] == 0:
+            return NotImplemented
+        values: list[Tensor] = []
+        at: list[Tensor] = []
+        for place, value in enumerate(x.unbind(dim)):
+            here = torch.full_like(value, place, dtype=torch.int64)
+            if values:
+                more = by(value, values[-1]) | torch.isnan(value)
+                value, here = torch.where(more, value, values[-1]), torch.where(more, here, at[-1])
+            values.append(value)
+            at.append(here)
+        return stack(values, dim % x.ndim), stack(at, dim % x.ndim)
+
+    return found
+
+
 def running_logsumexp(x: Tensor, dim: int) -> Tensor:
     """The logarithm of the sum of exponentials of the elements of an axis so far, none of which is lost in the sum."""
     if not x.ndim:
@@ -334,6 +302,13 @@ def rounded(x: Tensor) -> Tensor:
     return low + torch.where(beyond > 0.5, 1.0, torch.where(down, 0.0, odd))
 
 
+def copysign(x: Tensor, y: Tensor | float) -> Tensor:
+    """The size of one number with the sign of another, that of a zero too."""
+    if not isinstance(y, Tensor):
+        return x.abs() * math.copysign(1.0, y)
+    return x.abs() * torch.where((y < 0) | (y.reciprocal() < 0), -1.0, 1.0)
+
+
 def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     """Softmax that is zero where everything is -inf."""
     hidden = x.amax(dim, True) == -float("inf")
@@ -347,7 +322,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table.update(get_decompositions(_ADDED))
     for kept in _KEPT:
         table.pop(kept, None)
-    table[aten.convolution.default] = convolution
     table[aten.var_mean.correction] = var_mean
     table[aten.var.correction] = var
     table[aten.std.correction], table[aten.std_mean.correction] = std, std_mean
@@ -363,6 +337,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table.update(dict.fromkeys((aten.all.default, aten.all.dim, aten.all.dims), all_of))
     table[aten.prod.dim_int] = product
     table[aten.cumprod.default], table[aten.logcumsumexp.default] = running_product, running_logsumexp
+    table[aten.cummax.default], table[aten.cummin.default] = running_extreme(torch.ge), running_extreme(torch.le)
     table[aten.unfold.default] = unfold
     table[aten.copy.default] = lambda x, source, *_: source.to(x.dtype).expand(x.shape)
     table[aten.linalg_inv_ex.default] = inverse
@@ -372,6 +347,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table.update(dict.fromkeys((aten.remainder.Scalar, aten.remainder.Tensor), lambda x, y: x - y * (x / y).floor()))
     table.update(dict.fromkeys((aten.div.Tensor_mode, aten.div.Scalar_mode), whole_quotient))
     table[aten.log10.default] = lambda x: x.log() / math.log(10)
+    table[aten.copysign.Tensor] = table[aten.copysign.Scalar] = copysign
     table[aten.hypot.default] = lambda x, y: (x * x + y * y).sqrt()
     table[aten._safe_softmax.default] = safe_softmax
     table[aten._fused_rms_norm.default] = fused_rms_norm
@@ -382,4 +358,5 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table.update(solve.DECOMPOSITIONS)
     table.update(places.DECOMPOSITIONS)
     table.update(orders.DECOMPOSITIONS)
+    table.update(windows.DECOMPOSITIONS)
     return table

@@ -139,6 +139,99 @@ def index(x: Tensor, indices: list[Tensor | None]) -> Tensor:
     return index_select(x, dim, torch.where(places < 0, places + x.shape[dim], places))
 
 
+def scatter_add(x: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
+    """Elements added at places along an axis, as sums over what masks leave; NaN where a place is not there."""
+    hit = _hits(x, dim, index)
+    if hit is NotImplemented or src.ndim != index.ndim:
+        return NotImplemented
+    return x + torch.where(hit, _beside(src, dim, index), 0.0).sum(dim % x.ndim) + _missing(x, dim, index)
+
+
+def scatter(x: Tensor, dim: int, index: Tensor, src: Tensor | float, *, reduce: str | None = None) -> Tensor:
+    """Elements put at places along an axis, the last of those for one place; NaN where a place is not there."""
+    hit = _hits(x, dim, index)
+    if hit is NotImplemented or reduce is not None:
+        return NotImplemented
+    dim = dim % x.ndim
+    order = along(dim, x.ndim + 1, torch.arange(1, index.shape[dim] + 1, device=x.device))
+    last = torch.where(hit, order, 0).amax(dim, True)
+    values = _beside(src, dim, index) if isinstance(src, Tensor) else src
+    made = torch.where(hit & (order == last), values, 0.0).sum(dim)
+    return torch.where(last.squeeze(dim) > 0, made, x) + _missing(x, dim, index)
+
+
+def _hits(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """[*, m, size, *] of places [*, m, *] along an axis: whether each is meant, the axis of a result's places last."""
+    dim = dim % max(x.ndim, 1)
+    if not x.is_floating_point() or not x.ndim or x.ndim != index.ndim:
+        return NotImplemented
+    if not all(d == dim or same_size(x.shape[d], index.shape[d]) for d in range(x.ndim)):
+        return NotImplemented
+    return index.unsqueeze(dim + 1) == along(dim + 1, x.ndim + 1, torch.arange(x.shape[dim], device=x.device))
+
+
+def _beside(src: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Of the elements to be put somewhere, those that have a place, beside the axis of a result's places."""
+    for axis, size in enumerate(index.shape):
+        src = src if same_size(src.shape[axis], size) else src.narrow(axis, 0, size)
+    return src.unsqueeze(dim % index.ndim + 1)
+
+
+def _missing(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """NaN in what has a place that is not there, else 0."""
+    there = (index >= 0) & (index < x.shape[dim])
+    return torch.where(there.all(dim, True), 0.0, math.nan).to(x.dtype)
+
+
+def index_add(x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
+    """Slices added at places along an axis, the same for every row."""
+    if not x.ndim or index.ndim != 1 or source.ndim != x.ndim:
+        return NotImplemented
+    return scatter_add(x, dim, along(dim % x.ndim, x.ndim, index).expand(source.shape), source * alpha)
+
+
+def index_copy(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """Slices put at places along an axis, the same for every row."""
+    if not x.ndim or index.ndim != 1 or source.ndim != x.ndim:
+        return NotImplemented
+    return scatter(x, dim, along(dim % x.ndim, x.ndim, index).expand(source.shape), source)
+
+
+def index_fill(x: Tensor, dim: int, index: Tensor, value: float) -> Tensor:
+    """A number put at places along an axis, the same for every row."""
+    if not x.ndim or index.ndim != 1:
+        return NotImplemented
+    shape = [index.shape[0] if d == dim % x.ndim else size for d, size in enumerate(x.shape)]
+    return scatter(x, dim, along(dim % x.ndim, x.ndim, index).expand(shape), value)
+
+
+def bucketize(x: Tensor, boundaries: Tensor, *, out_int32: bool = False, right: bool = False) -> Tensor:
+    """Between which of the boundaries [m], in order, each element lies: how many of them are before it."""
+    if boundaries.ndim != 1:
+        return NotImplemented
+    x = x.unsqueeze(-1)
+    return ((boundaries <= x) if right else (boundaries < x)).sum(-1)
+
+
+def searchsorted(
+    boundaries: Tensor,
+    x: Tensor,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Tensor | None = None,
+) -> Tensor:
+    """The same of boundaries [m], or [*, m] for each row of x [*, k]."""
+    if sorter is not None or boundaries.ndim not in (1, x.ndim):
+        return NotImplemented
+    right = right or side == "right"
+    if boundaries.ndim == 1:
+        return bucketize(x, boundaries, right=right)
+    boundaries, x = boundaries.unsqueeze(-2), x.unsqueeze(-1)
+    return ((boundaries <= x) if right else (boundaries < x)).sum(-1)
+
+
 def place_of(by: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Where the largest (or smallest) value along an axis is, the first of equal ones."""
 
@@ -167,6 +260,14 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.argmin.default: place_of(torch.amin),
     aten.gather.default: gather,
     aten.index_select.default: index_select,
+    aten.scatter.src: scatter,
+    aten.scatter.value: scatter,
+    aten.scatter_add.default: scatter_add,
+    aten.index_add.default: index_add,
+    aten.index_copy.default: index_copy,
+    aten.index_fill.int_Scalar: index_fill,
+    aten.bucketize.Tensor: bucketize,
+    aten.searchsorted.Tensor: searchsorted,
     aten.embedding.default: embedding,
     aten.index.Tensor: index,
     aten.diagonal.default: diagonal,

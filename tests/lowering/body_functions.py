@@ -61,6 +61,7 @@ POINTWISE: dict[str, Function] = {
     "clamp": lambda x, y: x.clamp(-0.5, 0.8),
     "clamp by tensors": lambda x, y: torch.clamp(x, -y.abs() - 0.1, y.abs() + 0.1),
     "clip": lambda x, y: torch.clip(x, max=0.4) + y.clamp_min(-0.2),
+    "copysign": lambda x, y: torch.copysign(x, y) + torch.copysign(y, -0.0),
     "cosh": lambda x, y: 0.3 * torch.cosh(x.tanh()),
     "dist": lambda x, y: (x - y).pow(2),
     "div": lambda x, y: x / (y.square() + 0.5),
@@ -119,6 +120,7 @@ POINTWISE: dict[str, Function] = {
 }
 NORMS: dict[str, Function] = {
     "cosine": lambda x, y: x * F.cosine_similarity(x, y + 0.1, dim=-1, eps=1e-3)[:, None],
+    "instance norm": lambda x, y: F.instance_norm(torch.stack([x, y], 1).repeat(1, 1, 2), eps=1e-2).flatten(1),
     "group norm": lambda x, y: F.group_norm(torch.cat([x, y], -1).repeat(1, 2), 2, eps=1e-2),
     "layer norm": lambda x, y: F.layer_norm(x, x.shape[-1:], eps=1e-2),
     "layer norm of two axes": lambda x, y: F.layer_norm(torch.stack([x, y], 1), (2, x.shape[-1]), eps=1e-2).flatten(1),
@@ -160,6 +162,7 @@ REDUCTIONS: dict[str, Function] = {
     "norm p": lambda x, y: x * torch.linalg.norm(y + 0.3, 3, -1, keepdim=True),
     "prod": lambda x, y: x.tanh().prod(-1)[:, None] + y,
     "quantile": lambda x, y: x.quantile(0.3, -1, keepdim=True) + y,
+    "running largest": lambda x, y: x.cummax(-1)[0] * y.cummin(-1)[1] + y.cummin(-1)[0],
     "running product": lambda x, y: x.tanh().cumprod(-1) + y,
     "running logsumexp": lambda x, y: x.tanh().logcumsumexp(-1) * y,
     "median": lambda x, y: x - torch.cat([x, y], -1).median(-1, keepdim=True).values,
@@ -216,6 +219,25 @@ MOVEMENTS: dict[str, Function] = {
     "index select": lambda x, y: x.index_select(-1, torch.arange(x.shape[-1] - 1, -1, -1, device=x.device)) * y,
     "index": lambda x, y: x[:, torch.arange(x.shape[-1], device=x.device).flip(0)] * y,
     "assigned": _assigned,
+    "put somewhere": lambda x, y: torch.zeros_like(x).scatter(-1, y.argsort(-1)[:, :2], x.topk(min(2, x.shape[-1]))[0]),
+    "put in one place": lambda x, y: y.scatter(-1, labels(y, 2)[:, None] % y.shape[-1], x[:, :1]).scatter(
+        1, labels(x, 1)[:, None], 0.3
+    ),
+    "added somewhere": lambda x, y: x.scatter_add(-1, labels(y, x.shape[-1])[:, None].expand(-1, 2), fitted(y, 2)),
+    "added at places": lambda x, y: x.index_add(1, torch.arange(2) // 2, fitted(y, 2), alpha=0.5),
+    "copied to places": lambda x, y: x.index_copy(1, torch.arange(1), y[:, :1]).index_fill(1, torch.arange(1), 0.5),
+    "buckets": lambda x, y: x * torch.bucketize(y, torch.tensor([-0.5, 0.1, 0.7])),
+    "sorted into": lambda x, y: x * torch.searchsorted(y.sort(-1)[0].contiguous(), x.contiguous(), right=True),
+    "avg pool": lambda x, y: F.avg_pool1d(fitted(x, 4)[:, None], 2)[:, 0],
+    "avg pool of a grid": lambda x, y: F.avg_pool2d(
+        fitted(x, 6).view(-1, 1, 2, 3), 2, 1, padding=1, count_include_pad=False
+    ).flatten(1),
+    "max pool": lambda x, y: F.max_pool2d(fitted(x, 6).view(-1, 1, 2, 3).relu(), 2, 1, padding=1).flatten(1),
+    "where the largest lie": lambda x, y: (
+        fitted(x, 2) * F.max_pool2d(fitted(y, 4).view(-1, 1, 2, 2), 2, return_indices=True)[1].flatten(1)
+    ),
+    "pool to a size": lambda x, y: F.adaptive_avg_pool1d(fitted(x, 4).view(-1, 1, 4), 2).flatten(1),
+    "pad around": lambda x, y: F.pad(x[:, None], (1, 1), mode="circular").flatten(1),
     "one of each row": lambda x, y: x * y[torch.arange(len(y)), labels(x, y.shape[-1])][:, None],
     "part of each row": lambda x, y: torch.stack([x, y], 1)[torch.arange(x.shape[0]), labels(y, 2)],
     "a mask as a list": lambda x, y: fitted(x, 3)[:, [True, False, True]] * y[:, :1],
@@ -295,20 +317,17 @@ LOSSES: dict[str, Function] = {
     ).mean(-1),
     "norm of the error": lambda y, v: torch.linalg.vector_norm(y - v + 0.01, dim=-1),
     "pairwise": lambda y, v: F.pairwise_distance(y, v),
+    "cosine embedding": lambda y, v: F.cosine_embedding_loss(y, v, v[:, 0].sign().detach(), 0.1, reduction="none"),
+    "embedding hinge": lambda y, v: F.hinge_embedding_loss(y, v.sign().detach(), reduction="none").sum(-1),
     "two heads": lambda y, v: F.mse_loss(y, v, reduction="none").mean(-1) - 0.3 * torch.linalg.vecdot(y, v),
     "entropy": lambda y, v: -(y.softmax(-1) * y.log_softmax(-1)).sum(-1) - (y * v).sum(-1),
 }
 
 # Of rows x and y: what no op stands for.
 REFUSED: dict[str, Function] = {
-    "copysign": lambda x, y: torch.copysign(x, y),
     "rrelu": lambda x, y: F.rrelu(x),
-    "cummax": lambda x, y: x.cummax(-1).values,
-    "avg pool": lambda x, y: F.avg_pool1d(fitted(x, 4)[:, None], 2)[:, 0],
+    "lgamma": lambda x, y: torch.lgamma(x.abs() + 1),
     "a mask": lambda x, y: torch.where(y > 0, x, x[y > 0].mean()),
     "two places at once": lambda x, y: x[labels(y, 1)[:, None], labels(x, 1)],
-    "cosine embedding": lambda y, v: F.cosine_embedding_loss(
-        y, v, torch.ones_like(y[:, 0]), reduction="none", margin=0.1
-    ),
-    "embedding hinge": lambda y, v: F.hinge_embedding_loss(y, torch.ones_like(v), reduction="none").sum(-1),
+    "a window over the edge": lambda x, y: F.avg_pool1d(fitted(x, 3)[:, None], 2, ceil_mode=True)[:, 0],
 }

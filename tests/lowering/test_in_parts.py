@@ -304,10 +304,10 @@ def test_heads_of_128_features_fit_a_device(loop: type[nl.Loop]):
 
 
 def test_it_is_told():
-    said = nl.explain(nl.compile(zoo.CosFormer, backend="triton"), d=16, dk=16, dv=16)
+    said = nl.explain(nl.compile(zoo.CosFormer, backend="triton"), dk=16, dv=16)
     assert "tiles of generated Triton are smaller with w [2 * dk, dv + 1] in parts w_part1 [2 * dk, dv], " in said
     assert "w [2 * dk, dv + 1] per head and sequence" in said
-    text = nl.inspect(zoo.CosFormer, "triton", d=16, dk=16, dv=16)
+    text = nl.inspect(zoo.CosFormer, "triton", dk=16, dv=16)
     assert "w is w_part1, w_part2 side by side." in text
     assert "w_part1" not in nl.inspect(zoo.CosFormer, "capture") + nl.inspect(zoo.CosFormer, "emit")
 

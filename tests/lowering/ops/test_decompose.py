@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nestloop.lowering.ops import decompose, places
+from nestloop.lowering.ops import decompose, places, windows
 
 aten = torch.ops.aten
 
@@ -72,12 +72,12 @@ def test_convolution(shape, kernel, bias, stride, padding, dilation, groups):
     def of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, w, b=None: function(x, w, b, *settings)
 
-    assert_same(of(decompose.convolution), of(aten.convolution.default), *tensors)
+    assert_same(of(windows.convolution), of(aten.convolution.default), *tensors)
 
 
 def test_a_transposed_convolution_is_left_to_be_refused():
     arguments = (normal(1, 2, 4), normal(2, 3, 3), None, [1], [0], [1], True, [0], 1)
-    assert decompose.convolution(*arguments) is NotImplemented
+    assert windows.convolution(*arguments) is NotImplemented
 
 
 @pytest.mark.parametrize("correction", [None, 0, 1, 2])
@@ -265,6 +265,6 @@ def test_softmax_where_everything_is_hidden():
 
 def test_the_table_holds_them_and_keeps_what_has_a_row():
     table = decompose.decompositions()
-    assert table[aten.convolution.default] is decompose.convolution
+    assert table[aten.convolution.default] is windows.convolution
     assert table[aten.slice_backward.default] is decompose.slice_backward
     assert aten.softplus_backward.default not in table and aten.tril.default not in table

@@ -129,8 +129,12 @@ class NestedLoopOp:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Inputs (and the order) -> results, differentiable."""
-        plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        results = (self.function if plain else self.eager).apply(*tensors)
+        compiling = torch.compiler.is_compiling()
+        if compiling and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+            results = self.forward_op(*tensors)  # Dynamo would give the function's `forward` one argument too many
+        else:
+            plain = compiling or torch._C._are_functorch_transforms_active()
+            results = (self.function if plain else self.eager).apply(*tensors)
         return results if isinstance(results, tuple) else (results,)
 
     def _split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:

@@ -76,7 +76,10 @@ class StreamSignature(Signature):
             else:
                 found.append([heads, sequences, *self.tiles[name.removeprefix("end_")]])
         if self.chunk:
-            states = -(-self._chunks(inputs) // self.spacing(inputs)) - 1
+            if isinstance(length, torch.SymInt):  # in a graph for any length: how many are kept shows when it runs
+                states = torch.library.get_ctx().new_dynamic_size()
+            else:
+                states = -(-self._chunks(inputs) // self.spacing(inputs)) - 1
             found += [[states, heads, sequences, *self.tiles[n]] for n in self.kept]
         return found
 

@@ -132,16 +132,21 @@ class Bindings:
         dims: Mapping[str, int],
     ) -> Binding:
         """Arguments, and what it raises, as for `bind`."""
-        given = (views, weights, state, {"order": order})
-        traced = torch.compiler.is_compiling()
-        key = None if traced else _key(given, dims)
+        if torch.compiler.is_compiling():  # what is kept would be a condition of the graph
+            return bind(self.spec, views, weights, state, order, dims)
+        key = _key((views, weights, state, {"order": order}), dims)
         if state is not None and key in self._known:
             check_position(self.spec, state)
         found = self._known.of(key, lambda: bind(self.spec, views, weights, state, order, dims))
-        seen = not traced and not torch._C._are_functorch_transforms_active()
-        if seen and order is not None and order.device.type == "cpu":
+        if order is not None and order.device.type == "cpu" and _has_values(order):
             _check_permutations(self.spec, order)
         return found
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether a tensor's values may be looked at: no transform or mode of PyTorch's traces with it."""
+    traced = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+    return type(tensor) is Tensor and not traced
 
 
 def _key(given: Sequence[Mapping[str, Any] | None], dims: Mapping[str, int]) -> Any:
@@ -349,7 +354,6 @@ def _check_permutations(spec: LoopSpec, order: Tensor) -> None:
 
 
 def _check_order(spec: LoopSpec, order: Tensor | None, sizes: Mapping[str, int]) -> None:
-    shapes = f"int64 [H, N] = [{sizes['H']}, {sizes['N']}], or [B, H, N]"
     if not spec.schedule.needs_order or spec.is_kernel_estimator:
         if order is not None:
             raise OrderError(
@@ -367,6 +371,6 @@ def _check_order(spec: LoopSpec, order: Tensor | None, sizes: Mapping[str, int])
             f"{spec.name} is Shuffled and needs the order of its tokens.",
             where=spec.where,
             given=given,
-            need=shapes + ": each row a permutation of the tokens",
+            need=f"int64 [H, N] = [{sizes['H']}, {sizes['N']}], or [B, H, N]: each row a permutation of the tokens",
             fix="order = torch.rand(H, N).argsort(-1)",
         )

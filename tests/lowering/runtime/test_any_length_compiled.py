@@ -1,0 +1,90 @@
+"""One graph of `torch.compile` and of `torch.export` serves sequences of any length, with gradients and without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+import nestloop as nl
+from nestloop import zoo
+
+pytestmark = pytest.mark.usefixtures("quick_builds")
+
+SIZES: dict[type[nl.Loop], dict[str, Any]] = {
+    zoo.MTTTMLP: {},
+    zoo.MTTTMLPSGD4: {},
+    zoo.TTTLinear: {},
+    zoo.DeltaNet: {"dk": 8, "dv": 8},
+}
+LENGTHS = (20, 37, 64, 9, 130)
+over_loops = pytest.mark.parametrize("loop", SIZES, ids=lambda loop: loop.__name__)
+
+
+def layer(loop: type[nl.Loop]) -> nl.Layer:
+    torch.manual_seed(0)
+    return nl.Layer(loop, 16, 2, **SIZES[loop]).eval()
+
+
+def tokens(length: int) -> Tensor:
+    return torch.randn(2, length, 16, generator=torch.Generator().manual_seed(length))
+
+
+@pytest.fixture
+def graphs() -> Any:
+    torch._dynamo.reset()
+    counters.clear()
+    yield lambda: counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@over_loops
+def test_one_graph_for_every_length(loop: type[nl.Loop], graphs: Any):
+    model = layer(loop)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in LENGTHS:
+        a, b = tokens(length).requires_grad_(), tokens(length).requires_grad_()
+        made, wanted = compiled(a), model(b)  # eager calls in between change nothing
+        torch.testing.assert_close(made, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(z.square().sum(), x)[0] for z, x in ((made, a), (wanted, b))))
+    assert graphs() == 1
+
+
+@over_loops
+def test_and_one_where_no_gradient_is_taken(loop: type[nl.Loop], graphs: Any):
+    model = layer(loop)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for length in LENGTHS:
+            torch.testing.assert_close(compiled(tokens(length)), model(tokens(length)))
+    assert graphs() == 1
+    frozen = layer(loop).requires_grad_(False)
+    torch.testing.assert_close(torch.compile(frozen, fullgraph=True, backend="aot_eager")(tokens(9)), frozen(tokens(9)))
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(tokens(20)), model(tokens(20)))
+
+
+def test_tokens_one_at_a_time(graphs: Any):
+    model = layer(zoo.DeltaNet)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = tokens(12)
+    state: Any = None
+    made = []
+    with torch.no_grad():
+        for token in x.split(1, 1):
+            z, state = compiled(token, state=state, return_state=True)
+            made.append(z)
+        torch.testing.assert_close(torch.cat(made, 1), model(x), rtol=1e-4, atol=1e-5)
+    assert graphs() <= 3
+
+
+@over_loops
+def test_an_exported_program_takes_every_length(loop: type[nl.Loop]):
+    model = layer(loop)
+    several = torch.export.Dim("N", min=8, max=4096)
+    program = torch.export.export(model, (tokens(20),), dynamic_shapes=({1: several},)).module()
+    for length in LENGTHS:
+        torch.testing.assert_close(program(tokens(length)), model(tokens(length)))

@@ -278,18 +278,23 @@ class _Call:
         return [*rows, *[e.size(self.sizes) for e in entry.like.dims]]
 
     def _prepend(self) -> None:
-        """The tail of the state before the call's tokens, and which of these rows hold one; the tail becomes theirs."""
+        """The tail of the state before the call's tokens, and which of these rows hold one; the tail becomes theirs.
+
+        Rows before a sequence's first token count for nothing, but bodies see them: they hold the call's first token,
+        since of zeros a body may have no value, or no derivative.
+        """
+        absent = max(0, self.halo - self.position)
+        rows = self.halo + self.binding.tokens
         for name, view in self.tokens.items():
             tail = self.carry[f"{name}.tail"]  # of a view that heads share too, each head has one of its own
             heads, sequences = max(len(tail), len(view)), view.shape[1]
             tail = tail.expand(heads, sequences, *tail.shape[2:]).to(view.dtype)
-            self.tokens[name] = torch.cat([tail, view.expand(heads, *view.shape[1:])], 2)
-        absent = max(0, self.halo - self.position)
-        rows = self.halo + self.binding.tokens
+            view = view.expand(heads, *view.shape[1:])
+            self.carry[f"{name}.tail"] = torch.cat([tail, view], 2)[:, :, rows - self.halo :].to(self.like.dtype)
+            nobody = view[:, :, :1].expand(heads, sequences, absent, *view.shape[3:]) if rows > self.halo else tail
+            self.tokens[name] = torch.cat([nobody[:, :, :absent], tail[:, :, absent:], view], 2)
         dtype = next(iter(self.tokens.values())).dtype  # as a view's: z is in the dtype of all tokens
         valid = (torch.arange(rows, device=self.like.device) >= absent).to(dtype)
-        for name, view in self.tokens.items():
-            self.carry[f"{name}.tail"] = view[:, :, rows - self.halo :].to(self.like.dtype)
         self.tokens[VALID] = valid[None, None]
 
     def _inputs(self, start: int, stop: int) -> Tensors:

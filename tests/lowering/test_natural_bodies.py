@@ -11,7 +11,7 @@ from torch import Tensor
 
 import nestloop as nl
 from nestloop.errors import TransformError
-from tests.lowering.comparison import assert_equal, differences, random_inputs, run
+from tests.lowering.comparison import assert_equal, differences, random_inputs, run, run_in_parts
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
 
@@ -143,3 +143,22 @@ def test_losses_of_packed_sequences_of_few_tokens():
     losses = nl.compile(loop)(inputs.views, inputs.weights, cu_seqlens=[0, 4, 4, 7], return_losses=True)[2]
     assert losses.shape == (3, 2, 3)
     assert losses[1].isnan().any() and losses[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
+def test_a_window_sees_no_zeros_before_the_first_token(backend: str):
+    if backend == "triton":
+        pytest.importorskip("triton")
+
+    def forward(self: Any, x: Tensor) -> Tensor:  # of zeros it has no value, and its loss no derivative
+        return x / x.norm(dim=-1, keepdim=True) @ self.w
+
+    def loss(self: Any, f: Any, t: Any) -> Tensor:
+        return 1 - torch.cosine_similarity(f(t.k), t.t, dim=-1)
+
+    loop = declared(forward, nl.Causal(4), loss=loss, optimizer=nl.SGD(lr=0.1, window=3))
+    inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=7)
+    wanted = run(nl.compile(loop, backend="reference"), inputs)
+    op = nl.compile(loop, backend=backend)
+    assert_equal(differences(run(op, inputs), wanted), 1e-9)
+    assert_equal(differences(run_in_parts(op, inputs, (1, 2, 5)), wanted), 1e-9)

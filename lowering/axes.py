@@ -331,7 +331,7 @@ def _quotient(whole: Any, part: Any) -> Any:
         return whole // part if part and whole % part == 0 else None
     many = (whole if not isinstance(whole, int) else part).node
     wholes, parts = (many.wrap_int(s).values if isinstance(s, int) else s.node.values for s in (whole, part))
-    divides = all(p and w % p == 0 for w, p in zip(wholes, parts, strict=True))
+    divides = all(w is not None and p and w % p == 0 for w, p in zip(wholes, parts, strict=True))
     return whole // part if divides else None
 
 

@@ -152,7 +152,7 @@ def _apply(operation: Callable[..., Any], operands: list[tuple[Any, ...]]) -> tu
     """An operation at every length; None at those where it has no value (1 / (n - 2) at 2)."""
     try:
         return tuple(map(operation, *operands))
-    except (ArithmeticError, TypeError, ValueError):
+    except (ArithmeticError, AssertionError, TypeError, ValueError):  # AssertionError: of sym_max, for a None
         return tuple(_one(operation, given) for given in zip(*operands, strict=True))
 
 

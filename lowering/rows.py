@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from nestloop.errors import NoPlanError
+from nestloop.errors import CompileError, NoPlanError
 from nestloop.lang.loop import LoopSpec, body_line
 from nestloop.lang.schedule import Causal
 from nestloop.lowering.axes import counting
-from nestloop.lowering.capture import capture_with
+from nestloop.lowering.capture import Captured, capture_with
 from nestloop.lowering.recorder import call, placeholders
 from nestloop.lowering.tracer import Tracer
 
 _BODIES = ("loss", "readout")
 _ROWS = 3  # any number tells: the graph is the same for all
-_TOLERANCE = 1e-6  # of the largest value: what counts its rows is off by a factor
 
 
 def check_rows(tracer: Tracer) -> None:
@@ -42,10 +41,20 @@ def check_rows(tracer: Tracer) -> None:
 def _differing(tracer: Tracer, rows: int) -> str | None:
     """The first body that does not make of so many rows what it makes of each."""
     if tracer.fixed_tokens() is not None:
-        return _BODIES[0]
-    # In float64, in which they differ by what they compute, and not by how it is rounded.
-    of_many, of_one = (capture_with(Tracer(tracer.spec, tracer.sizes, n, torch.float64)) for n in (None, 1))
-    return next((b for b in _BODIES if not _same(tracer, getattr(of_many, b), getattr(of_one, b), rows)), None)
+        return tracer.decided or _BODIES[0]
+    try:  # in float64, in which they differ by what they compute, and not by how it is rounded
+        of_many, of_one = _captured(tracer, torch.float64)
+        tolerance = 1e-6
+    except (CompileError, RuntimeError):  # with constants of their own dtype, say
+        of_many, of_one = _captured(tracer, tracer.dtype)
+        tolerance = 1e-3
+    bodies = ((b, getattr(of_many, b), getattr(of_one, b)) for b in _BODIES)
+    return next((b for b, many, one in bodies if not _same(tracer, many, one, rows, tolerance)), None)
+
+
+def _captured(tracer: Tracer, dtype: torch.dtype) -> list[Captured]:
+    """The bodies for any number of rows, and for one."""
+    return [capture_with(Tracer(tracer.spec, tracer.sizes, n, dtype)) for n in (None, 1)]
 
 
 def decides(spec: LoopSpec, given: str) -> NoPlanError:
@@ -59,17 +68,19 @@ def decides(spec: LoopSpec, given: str) -> NoPlanError:
     )
 
 
-def _same(tracer: Tracer, together: fx.GraphModule, single: fx.GraphModule, rows: int) -> bool:
-    """Whether a body has the same values for rows together, drawn at random, as for each of them alone."""
+def _same(tracer: Tracer, together: fx.GraphModule, single: fx.GraphModule, rows: int, tolerance: float) -> bool:
+    """Whether a body has the same values for rows together, drawn at random, as for each of them alone. `tolerance`: of
+    the largest value; what counts its rows is off by a factor."""
     spec, given, drawn = tracer.spec, {}, torch.Generator().manual_seed(0)
+    dtype = torch.float64 if tolerance < 1e-3 else tracer.dtype
     for name in placeholders(together):
         lead = [rows] if name in spec.inputs else []
         shape = [*lead, *tracer.tile(name, tokens=False).shape]
-        given[name] = torch.rand(shape, generator=drawn, dtype=torch.float64)
+        given[name] = torch.rand(shape, generator=drawn, dtype=dtype)
     found = call(together, given)
     alone = [
         call(single, {n: t[row : row + 1] if n in spec.inputs else t for n, t in given.items()}) for row in range(rows)
     ]
     wanted = torch.cat(alone)
     largest = wanted.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item() if wanted.numel() else 0.0
-    return torch.allclose(found, wanted, rtol=0.0, atol=_TOLERANCE * largest, equal_nan=True)
+    return torch.allclose(found, wanted, rtol=0.0, atol=tolerance * largest, equal_nan=True)

@@ -21,12 +21,18 @@ _KEPT = (torch.float32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.
 
 
 class Tracer:
-    """Traces functions of one loop's tensors over tiles without memory, all with the same symbol for n."""
+    """Traces functions of one loop's tensors over tiles without memory, all with the same symbol for n.
+
+    Attributes:
+        reads_dtype: whether a body depends on the compute dtype.
+        decided: the first body whose graph holds for one number of tokens alone, if any.
+    """
 
     def __init__(
         self, spec: LoopSpec, sizes: dict[str, int], tokens: int | None, dtype: torch.dtype = torch.float32
     ) -> None:
         self.dtype, self.reads_dtype = dtype, False
+        self.decided: str | None = None
         self.spec, self.sizes = spec, {n: s for n, s in sizes.items() if n not in ("N", "n")}
         self.tokens = tokens
         self.n = Length({*whole_numbers(spec), *self.sizes.values()})
@@ -91,6 +97,8 @@ class Tracer:
         lengths = [n for n in (self.n.lengths if user_body else (2, 3, 5, 29, 64, 1024)) if n >= self._least]
         with as_compile_error(self.spec, user_body):
             graph = record_for_any_length(self.n, lengths, watched, examples, names)
+        if user_body and self.decided is None and not self.n.is_free(self._least):
+            self.decided = user_body
         _check_admitted(self.spec, graph, self.dtype)  # of derivatives too, which may take other ops
         return graph
 

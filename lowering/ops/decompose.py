@@ -18,7 +18,7 @@ from torch._decomp import _core_aten_decompositions_post_autograd, get_decomposi
 
 from nestloop.lowering.ops import orders, places, solve, windows
 from nestloop.lowering.ops.detached import detached
-from nestloop.lowering.ops.results import END
+from nestloop.lowering.ops.results import END, same_size
 
 aten = torch.ops.aten
 
@@ -128,10 +128,16 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -
 
 
 def repeat(x: Tensor, repeats: list[int]) -> Tensor:
-    """Copies side by side, as joins."""
-    x = x.reshape([1] * (len(repeats) - x.ndim) + list(x.shape))
-    for axis, count in enumerate(repeats):
-        x = torch.cat([x] * count, axis) if count != 1 else x
+    """Copies side by side, as joins; those of one element as a view."""
+    sizes = [1] * (len(repeats) - x.ndim) + list(x.shape)
+    x = x.reshape(sizes)
+    for axis, (size, count) in enumerate(zip(sizes, repeats, strict=True)):
+        if same_size(size, 1):
+            x = x.expand([count if d == axis else -1 for d in range(x.ndim)])
+        elif not isinstance(count, int):
+            x = x.unsqueeze(axis).expand([-1] * axis + [count] + [-1] * (x.ndim - axis)).flatten(axis, axis + 1)
+        elif count != 1:
+            x = torch.cat([x] * count, axis)
     return x
 
 
@@ -346,6 +352,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table.update(dict.fromkeys((aten.fmod.Scalar, aten.fmod.Tensor), lambda x, y: x - y * rounded_down(x / y)))
     table.update(dict.fromkeys((aten.remainder.Scalar, aten.remainder.Tensor), lambda x, y: x - y * (x / y).floor()))
     table.update(dict.fromkeys((aten.div.Tensor_mode, aten.div.Scalar_mode), whole_quotient))
+    table[aten.logspace.default] = lambda start, end, steps, base=10.0, *, dtype=None, **_: (
+        torch.linspace(start, end, steps, dtype=dtype) * math.log(base)
+    ).exp()
     table[aten.log10.default] = lambda x: x.log() / math.log(10)
     table[aten.copysign.Tensor] = table[aten.copysign.Scalar] = copysign
     table[aten.hypot.default] = lambda x, y: (x * x + y * y).sqrt()

@@ -107,6 +107,8 @@ def extent(size: Any) -> Extent:
 @cache
 def _polynomial(expr: sympy.Expr) -> Extent:
     """The same sizes come again with every value of a graph."""
+    if expr.is_Integer:  # whatever n, though for some it may be no number
+        return Extent(0, int(expr))
     (symbol,) = expr.free_symbols
     powers = expr.as_poly(symbol)
     if powers is None:  # (n**2) // n, say, from a size that a reshape worked out: the cubic through four places

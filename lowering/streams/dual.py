@@ -209,6 +209,9 @@ def mixed(x: Tensor, u: Tensor, delta: Tensor, mix: Tensor | Halves) -> Tensor:
 
 def scores(x: Tensor, u: Tensor, mix: Tensor | Halves) -> Tensor:
     """[m, r] of x_t . u_s, weighed by mix: [m, r] or, along the contracted axis, [m, r, a, 1]."""
+    *_, columns = mix.tail.shape if isinstance(mix, Halves) else mix.shape[2:] or (1,)
+    if columns != 1:
+        raise NotAffine("scores of their own for every column")
     if isinstance(mix, Halves):
         return mix.scores(x, u)
     if mix.ndim == 2:

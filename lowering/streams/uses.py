@@ -68,7 +68,10 @@ class Uses(Located):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":
-            return super().run_node(n)
+            made = super().run_node(n)
+            if n.op == "output" and isinstance(made, Vector):  # of one token, whose axis is one of several of size 1
+                return self._at_tokens(made, n.args[0].meta["val"].ndim)
+            return made
         args, _ = self.fetch_args_kwargs_from_env(n)
         flat = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else [arg])]
         matrix = next((a for a in flat if isinstance(a, Matrix)), None)

@@ -22,7 +22,7 @@ LEARNERS = ("linear", "biased", "MLP", "SwiGLU", "layer norm", "gain", "scalar",
 NOT_AFFINE = ("normalised weights", "product of weights")
 LOSSES = ("dot", "L2", "squares", "Huber", "Huber at a gate", "decoder", "held key")
 READOUTS = ("plain", "residual", "normed", "ratio", "skip", "twice", "reads a weight")
-COEFFICIENTS = ("number", "text", "slow", "gate", "channel gate", "channel slow", "by weight")
+COEFFICIENTS = ("number", "text", "slow", "gate", "channel gate", "channel slow", "column gate", "by weight")
 LENGTHS = (1, 7, 15, 16, 17)
 LONG = (63, 65, 196)
 
@@ -258,12 +258,13 @@ def _loop_body(case: RandomStream, fast: dict[str, Any]) -> dict[str, Any]:
             return body.setdefault(f"{role}_slow", nl.slow())
         if kind == "gate":
             return body.setdefault(f"{role}_gate", nl.gate(micro=several and role == "lr"))
-        if kind in ("channel gate", "channel slow"):
-            value: Any = nl.gate(dims=("a",)) if kind == "channel gate" else nl.slow("a")
+        if kind in ("channel gate", "channel slow", "column gate"):
+            axis = out if kind == "column gate" else "a"
+            value: Any = nl.slow(axis) if kind == "channel slow" else nl.gate(dims=(axis,))
             rest = None if role == "decay" else 0.5 * number
             body[f"{role}_channel"] = value
-            return {name: value if any(str(d) == "a" for d in f.dims) else rest for name, f in fast.items()
-                    if rest is not None or any(str(d) == "a" for d in f.dims)}  # fmt: skip
+            return {name: value if any(str(d) == axis for d in f.dims) else rest for name, f in fast.items()
+                    if rest is not None or any(str(d) == axis for d in f.dims)}  # fmt: skip
         body[f"{role}_gate"], body[f"{role}_slow"] = nl.gate(), nl.slow()
         kinds = [body[f"{role}_gate"], number, body[f"{role}_slow"], 0.5 * number]
         return dict(zip(fast, kinds, strict=False))

@@ -145,13 +145,60 @@ def test_losses_of_packed_sequences_of_few_tokens():
     assert losses[1].isnan().any() and losses[[0, 2]].isfinite().all()
 
 
+class Offset(nl.Learner):
+    """A matrix, and an offset that read-outs read."""
+
+    w, y, s = nl.fast("d", "d"), nl.fast("d"), nl.fast()
+
+    def forward(self, x):
+        return x @ self.w + self.y + self.s
+
+
+# Of a learner and a tile.
+READOUTS: dict[str, Callable[[Any, Any], Tensor]] = {
+    "an offset": lambda f, t: f.y.expand(len(t.k), -1),
+    "an offset as a row": lambda f, t: f.y[None].expand(len(t.k), -1),
+    "a number": lambda f, t: f.s.expand(len(t.k), 3),
+    "a matrix as rows": lambda f, t: f.w.flatten()[None].repeat(len(t.k), 1),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", READOUTS)
+def test_a_weight_is_read_for_every_token(name: str, schedule: str):
+    readout = READOUTS[name]
+    loop = declared(
+        lambda self, x: x,
+        SCHEDULES[schedule],
+        learner=Offset,
+        loss=lambda self, f, t: (f(t.k) - t.t).square().sum(-1),
+        readout=lambda self, f, t: readout(f, t),
+    )
+    inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=7)
+    wanted = run(nl.compile(loop, backend="reference"), inputs)
+    for backend in ("torch", "cpp"):
+        assert_equal(differences(run(nl.compile(loop, backend=backend), inputs), wanted), 1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_a_constant_has_a_dtype_of_its_own(backend: str, schedule: str):
+    def readout(self: Any, f: Any, t: Any) -> Tensor:
+        return t.k @ f(torch.eye(self.d)) + torch.logspace(0, 1, self.d)
+
+    loop = declared(BODIES["a product times itself"], SCHEDULES[schedule], readout=readout)
+    inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=7, dtype=torch.float32)
+    found, wanted = (run(nl.compile(loop, backend=b), inputs) for b in (backend, "reference"))
+    assert_equal(differences(found, wanted), 5e-6)
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
 def test_a_window_sees_no_zeros_before_the_first_token(backend: str):
     if backend == "triton":
         pytest.importorskip("triton")
 
     def forward(self: Any, x: Tensor) -> Tensor:  # of zeros it has no value, and its loss no derivative
-        return x / x.norm(dim=-1, keepdim=True) @ self.w
+        return x / x.norm(dim=-1, keepdim=True) @ self.w + x @ self.v
 
     def loss(self: Any, f: Any, t: Any) -> Tensor:
         return 1 - torch.cosine_similarity(f(t.k), t.t, dim=-1)

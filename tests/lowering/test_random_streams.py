@@ -257,6 +257,15 @@ FOUND = {  # by hunting; each failed once
     "the last token's query, joined from a chunk's rows": RandomStream(
         "linear", "L2", "plain", nl.Chunked(2, "apply-update", inclusive=True), "number"
     ),
+    "columns that decay each at its own rate": RandomStream(
+        "linear", "L2", "plain", nl.Online(), "gate", decay="column gate"
+    ),
+    "columns with momenta of their own": RandomStream(
+        "linear", "L2", "plain", nl.Online(), "gate", momentum=("column gate",)
+    ),
+    "a window longer than what some lengths have": RandomStream(
+        "normalised weights", "L2", "normed", nl.Causal(4), "gate", decay="slow", window=6
+    ),
     "a number that meets a value without axes": RandomStream("linear", "L2", "reads a weight", nl.Causal(5), "number"),
 }
 

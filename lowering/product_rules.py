@@ -75,6 +75,17 @@ class ProductRules:
             return total
         return self._emit(aten.expand.default, (total, [self._size(s, node) for s in wanted]), node)
 
+    def _triangle_of_one(self, node: fx.Node, args: list[Any]) -> Any:
+        """A triangle of one row, which the system of one token is, leaves a division."""
+        matrix, right = args[:2]
+        if not all(same_size(size, 1) for size in node.args[0].meta["val"].shape[-2:]):
+            return None
+        if node.kwargs.get("unitriangular", False):
+            return right
+        if not isinstance(matrix, fx.Node) or not isinstance(right, fx.Node):
+            return None
+        return self._emit(aten.div.Tensor, (right, matrix), node)
+
     def _row_scaled(self, node: fx.Node, args: list[Any]) -> Any:
         """(r a) b = r (a b) for a number r per row, where a b is there already."""
         left, right = args

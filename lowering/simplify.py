@@ -149,6 +149,8 @@ class _Rebuild(ProductRules):
             simple = self._product_of_fill(node, args)
         elif node.target is aten.mm.default:
             simple = self._row_scaled(node, args)
+        elif node.target is aten.linalg_solve_triangular.default:
+            simple = self._triangle_of_one(node, args)
         elif row.kind is Kind.REDUCTION:
             simple = self._reduction(node, args)
         elif row.kind is Kind.MOVE and isinstance(args[0], Fill):

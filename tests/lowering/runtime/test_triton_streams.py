@@ -60,6 +60,12 @@ def test_every_loop_of_the_zoo_is_what_generated_pytorch_gives(loop: type[nl.Loo
     assert_equal(differences(run(op, inputs, losses), run(nl.compile(loop, backend="torch"), inputs, losses)), 1e-9)
 
 
+@pytest.mark.parametrize("loop", [*SOLVED, zoo.TTTLinear], ids=lambda loop: loop.__name__)
+def test_one_token_is_enough(loop: type[nl.Loop]):
+    inputs = drawn(loop, 1)
+    assert_equal(differences(*(run(nl.compile(loop, backend=b), inputs) for b in ("triton", "torch"))), 1e-9)
+
+
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The state of every scan lies in memory, and hidden axes are walked in blocks."""

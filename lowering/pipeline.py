@@ -29,6 +29,7 @@ from nestloop.lowering.emit.triton_pieces import HEIGHTS
 from nestloop.lowering.emit.triton_shared import TritonShared
 from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.ops import NoSpelling
+from nestloop.lowering.recorder import of_single_precision
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites
 from nestloop.lowering.rows import check_rows, decides
 from nestloop.lowering.runtime.native import NativePlan
@@ -72,6 +73,7 @@ class Lowered:
         return self.captured.spec
 
 
+@of_single_precision()
 def stages(
     spec: LoopSpec,
     sizes: dict[str, int],
@@ -203,6 +205,7 @@ class LoweredStream:
         return self.captured.spec
 
 
+@of_single_precision()
 def stream_stages(
     spec: LoopSpec,
     sizes: dict[str, int],

@@ -145,6 +145,23 @@ def test_losses_of_packed_sequences_of_few_tokens():
     assert losses[1].isnan().any() and losses[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_loop_is_the_same_whatever_the_default_dtype(schedule: str, dtype: torch.dtype):
+    def readout(self: Any, f: Any, t: Any) -> Tensor:
+        return f(t.k) * torch.arange(self.d).div(self.d) + len(str(dtype))  # never lowered before
+
+    loop = declared(BODIES["a product times itself"], SCHEDULES[schedule], readout=readout)
+    inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=7, dtype=torch.float32)
+    wanted = run(nl.compile(loop, backend="reference"), inputs)
+    torch.set_default_dtype(dtype)
+    try:
+        for backend in ("torch", "cpp"):
+            assert_equal(differences(run(nl.compile(loop, backend=backend), inputs), wanted), 5e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 class Offset(nl.Learner):
     """A matrix, and an offset that read-outs read."""
 

@@ -17,7 +17,7 @@ from torch import fx
 
 from nestloop.errors import Location, TokenMixingError
 from nestloop.lang.loop import LoopSpec
-from nestloop.lang.schedule import Program
+from nestloop.lang.schedule import Chunked, sees_later
 from nestloop.lowering import ops
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.ops import Kind
@@ -161,19 +161,19 @@ def check_tokens(spec: LoopSpec, loss: Typing, readout: Typing) -> None:
             "a loss whose every token is on its own: the tokens of a shuffled batch are not neighbours, nor all",
             f"schedule = nl.FullBatch(steps={schedule.steps}), or a learner that keeps tokens apart",
         )
-    whole = isinstance(schedule, Program) or getattr(schedule, "order", "") == "update-apply"
+    whole = sees_later(schedule)
     for name, typing in (("loss", loss), ("readout", readout)):
-        if spec.streams and not whole and typing.mixing:
+        if not whole and typing.mixing:
+            need = "tokens that are on their own: a later one must not reach an earlier one's output"
+            if name == "loss" and isinstance(schedule, Chunked):
+                need = (
+                    "tokens that are on their own: a chunk may come in several calls, each of which adds its gradient"
+                )
             size = max(getattr(schedule, "chunk", 0), getattr(schedule, "size", 0), 16)
-            raise _mixes(
-                spec,
-                name,
-                typing.mixing[0],
-                "tokens that are on their own: a later one must not reach an earlier one's output",
-                f'schedule = nl.Chunked({size}, "update-apply"), whose tokens see one another within a chunk',
-            )
+            fix = f'schedule = nl.Chunked({size}, "update-apply"), whose tokens see one another within a chunk'
+            raise _mixes(spec, name, typing.mixing[0], need, fix)
 
-        if spec.streams and not whole and typing.counting is not None:
+        if not whole and typing.counting is not None:
             counts = typing.counting
             raise counting(spec, name, counts.where, f"{counts.op}, of a number of rows or of their places")
 

@@ -42,8 +42,8 @@ def record(function: Callable[..., Any], examples: Sequence[Tensor], names: Sequ
 
 @contextmanager
 def of_single_precision() -> Iterator[None]:
-    """Numbers that have no dtype of their own are float32 in here, as graphs have them, whatever PyTorch's default (which
-    is the process's, not a thread's)."""
+    """Numbers without a dtype of their own are float32 in here, as graphs have them, whatever PyTorch's default, which
+    is the process's, not a thread's."""
     before = torch.get_default_dtype()
     if before != torch.float32:
         torch.set_default_dtype(torch.float32)

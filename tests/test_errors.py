@@ -565,12 +565,15 @@ def mixes(self, f, t):
 @pytest.mark.parametrize("schedule", [nl.Causal(4), nl.Online(), nl.Chunked(4, "apply-update")])
 def test_tokens_of_a_stream_do_not_see_one_another(schedule):
     size = max(getattr(schedule, "chunk", 0), 16)
+    why = "a later one must not reach an earlier one's output"
+    if isinstance(schedule, nl.Chunked):
+        why = "a chunk may come in several calls, each of which adds its gradient"
     refused(
         steps_into(mixes, schedule=schedule),
         TokenMixingError,
         f"Loop is {type(schedule).__name__}, but its loss mixes tokens.",
         given="mean over the token axis of [n, d]",
-        need="tokens that are on their own: a later one must not reach an earlier one's output",
+        need=f"tokens that are on their own: {why}",
         fix=f'schedule = nl.Chunked({size}, "update-apply"), whose tokens see one another within a chunk',
     )
 
@@ -913,6 +916,36 @@ def test_functions_of_the_optimizer_keep_shapes_and_are_bodies_too(part):
         given="clamp_ on [8, 8]",
         need="values that are computed, not overwritten: the graph has no memory",
         fix="write y = x + z instead of x += z, torch.where or torch.cat instead of an assignment to x[...]",
+    )
+
+
+def test_masks_of_attention():
+    layer, x = layer_of(Squares.loss), torch.randn(2, 5, 16)
+    causal = layer_of(Squares.loss, schedule=nl.Causal(4))
+    torch.testing.assert_close(layer(x, attn_mask=None, is_causal=False), layer(x), rtol=0, atol=0)
+    torch.testing.assert_close(causal(x, attn_mask=None, is_causal=True), causal(x), rtol=0, atol=0)
+
+    def masked():
+        causal(x, attn_mask=torch.ones(5, 5))  # HERE
+
+    def ordered():
+        layer(x, is_causal=True)  # HERE
+
+    refused(
+        masked,
+        InputError,
+        "A nested loop takes no mask of attention.",
+        given="attn_mask=[5, 5]",
+        need="None",
+        fix="leave it out: what a token sees, the loop's schedule says",
+    )
+    refused(
+        ordered,
+        InputError,
+        "Loop is not causal: its tokens see later ones.",
+        given="is_causal=True, schedule FullBatch",
+        need="a loop whose tokens see those before them alone",
+        fix="declare schedule = nl.Causal(16) in the loop",
     )
 
 

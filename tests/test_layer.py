@@ -352,3 +352,13 @@ def test_views_start_at_unit_scale():
         assert state[f"views.{name}.weight"].std().item() == pytest.approx(1 / math.sqrt(192), rel=0.05)
         assert not state[f"views.{name}.bias"].any()
     assert not state["out.bias"].any()
+
+
+def test_a_layer_is_made_where_and_in_what_it_is_asked_for():
+    torch.manual_seed(0)
+    made = nl.Layer(zoo.MTTTMLP, 16, 2, dtype=torch.float64)
+    torch.manual_seed(0)
+    like = nl.Layer(zoo.MTTTMLP, 16, 2).double()
+    for (name, a), b in zip(made.named_parameters(), like.parameters(), strict=True):
+        assert a.dtype == torch.float64 and torch.equal(a, b), name
+    assert all(p.is_meta for p in nl.Layer(zoo.MTTTMLP, 16, 2, device="meta").parameters())

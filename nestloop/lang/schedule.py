@@ -295,6 +295,13 @@ def resets_at(schedule: Causal | Chunked, position: int) -> bool:
     return bool(schedule.reset and position and position % schedule.reset == 0)
 
 
+def sees_later(schedule: Schedule) -> bool:
+    """Whether a token is read with weights that later tokens have changed."""
+    if isinstance(schedule, Chunked):
+        return schedule.order == "update-apply"
+    return isinstance(schedule, Program) or not isinstance(schedule, Stream)
+
+
 @dataclass(frozen=True)
 class Program(Stream):
     """A list of operations on token ranges, carried out in order: LaCT's explicit schedule.

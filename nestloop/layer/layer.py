@@ -13,6 +13,7 @@ from nestloop.errors import InputError, OrderError, StateError
 from nestloop.lang import packed
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
+from nestloop.lang.schedule import sees_later
 from nestloop.layer.branch import Branch, Passing
 from nestloop.products import Linear
 
@@ -27,6 +28,7 @@ class Layer(Branch):
         heads: H. The dim `d` is width / heads unless given.
         backend, inductor: as in `nl.compile`.
         bias: whether the output projection has a bias; None for what the loop declares (`output = [...]`), or True.
+        device, dtype: of the parameters, as of PyTorch's modules; fast weights and sums are in float32 at least.
         dims: sizes of the loop's other dims.
 
     Raises:
@@ -45,6 +47,8 @@ class Layer(Branch):
         backend: str = "auto",
         inductor: bool = False,
         bias: bool | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **dims: int,
     ) -> None:
         for name, size in (("width", width), ("heads", heads)):
@@ -94,6 +98,8 @@ class Layer(Branch):
                 need=f"{width} features",
                 fix="write output = [..., nl.project()] in the loop",
             )
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
 
     @staticmethod
     def _check_dims(specs: Sequence[LoopSpec], dims: dict[str, int]) -> None:
@@ -122,6 +128,8 @@ class Layer(Branch):
         state: Any = None,
         return_state: bool = False,
         cu_seqlens: Tensor | Sequence[int] | None = None,
+        attn_mask: None = None,
+        is_causal: bool = False,
         **dims: int,
     ) -> Any:
         """Mix the tokens.
@@ -136,17 +144,21 @@ class Layer(Branch):
             cu_seqlens: [S + 1] whole numbers, for S sequences packed one after another in x [1, N, D]: sequence i is
                 tokens cu_seqlens[i] to cu_seqlens[i + 1], run as if it were alone. State is then a list, one for each,
                 and losses are those of each, in a list.
+            attn_mask, is_causal: what timm's blocks hand to attention. No mask; what a token sees, its loop's schedule
+                says, which must be a causal one where that is asked for.
             dims: sizes of this call (`h=14, w=14` for a token grid).
 
         Returns:
             y [B, N, D]; with `return_losses` or `return_state` a tuple of it, the losses and the state, in this order.
 
         Raises:
-            InputError: x is not [B, N, D] of a floating type; a size of an unknown dim.
+            InputError: x is not [B, N, D] of a floating type; a mask; a size of an unknown dim.
             StateError: a state of another layer, or one that cannot be gone on from.
             OrderError, UnresolvedDimError: the order or the sizes do not fit the loop.
         """
         self._check_input(x)
+        if attn_mask is not None or is_causal:
+            self._check_mask(attn_mask, is_causal)
         if cu_seqlens is not None:
             return self._packed(x, order, return_losses, state, return_state, cu_seqlens, dims)
         if dims:
@@ -209,6 +221,25 @@ class Layer(Branch):
                 given=str(x.dtype),
                 need="float64, float32, bfloat16 or float16",
                 fix="pass x.float()",
+            )
+
+    def _check_mask(self, mask: Any, is_causal: bool) -> None:
+        later = next((part.spec for part in self.parts if sees_later(part.spec.schedule)), None)
+        if mask is not None:
+            raise InputError(
+                "A nested loop takes no mask of attention.",
+                where=caller(),
+                given=f"attn_mask={list(mask.shape) if isinstance(mask, Tensor) else mask!r}",
+                need="None",
+                fix="leave it out: what a token sees, the loop's schedule says",
+            )
+        if later is not None:
+            raise InputError(
+                f"{later.name} is not causal: its tokens see later ones.",
+                where=caller(),
+                given=f"is_causal=True, schedule {type(later.schedule).__name__}",
+                need="a loop whose tokens see those before them alone",
+                fix="declare schedule = nl.Causal(16) in the loop",
             )
 
     def _states(self, state: Any, wanted: bool) -> list[Any]:

@@ -171,6 +171,19 @@ def test_the_mixin_is_huggingface_hubs():
 
 
 @needs_timm
+def test_a_layer_is_the_attention_of_timms_blocks():
+    models.register_with_timm()  # timm needs torchvision's ops, which may be of another build
+    from timm.models.vision_transformer import Block
+
+    torch.manual_seed(0)
+    block, x = Block(16, 2), torch.randn(2, 9, 16)
+    block.attn = nl.Layer(nl.zoo.MTTTMLP, 16, 2)
+    y = block(x)
+    y.square().mean().backward()
+    assert y.shape == x.shape and all(p.grad is not None for p in block.attn.parameters())
+
+
+@needs_timm
 def test_timm_creates_every_model():
     registered = models.register_with_timm()
     assert models.register_with_timm() == registered  # a second call changes nothing

@@ -185,7 +185,10 @@ class CompiledLoop:
         if self._walks or binding.tokens == 0:  # no tokens, no step
             start = None if state is None else dict(state)
             try:
-                return reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
+                made = reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
+                return (
+                    (made[0] + _nothing_of(views, weights).to(made[0].dtype), *made[1:]) if not binding.tokens else made
+                )
             except torch.linalg.LinAlgError as error:
                 from nestloop.lowering.watched import line_in_traceback  # all of tracing, which a call may do without
 
@@ -310,6 +313,11 @@ class CompiledLoop:
         output = lower.plan_for(self.renamed, sizes, tokens or None, False, False).output
         self._lowered(False, False, tokens, tuple(sorted(sizes.items())), torch.get_default_dtype() == torch.float64)
         return output
+
+
+def _nothing_of(*given: Mapping[str, Tensor]) -> Tensor:
+    """Zero, which depends on every tensor: what no token reaches has a gradient of zeros, as DDP waits for, not none."""
+    return torch.stack([t.sum().float() for tensors in given for t in tensors.values()]).sum() * 0
 
 
 def _on_a_gpu(view: Tensor) -> bool:

@@ -743,6 +743,17 @@ def test_bodies_have_no_side_effects(loss, effect, given):
     assert LOG == [] and COUNT == 0
 
 
+def test_what_stands_beside_a_lambda_is_none_of_its_effects():
+    def made(loss=lambda self, f, t: (f(t.k) - t.v).square().sum(-1), **more):
+        body = {"loss": loss}
+        body.update(more)
+        return type("Loop", (Squares,), {"learner": Linear, **body})
+
+    assert nl.Layer(made(readout=lambda self, f, t: f(t.q)), 16, 2)(torch.randn(1, 3, 16)).shape == (1, 3, 16)
+    with pytest.raises(SideEffectError, match="it calls print"):
+        made(loss=lambda self, f, t: print(t) or f(t.k).sum(-1))
+
+
 def test_a_list_of_its_own_is_no_side_effect():
     def loss(self, f, t):
         terms = {}

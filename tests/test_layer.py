@@ -362,3 +362,14 @@ def test_a_layer_is_made_where_and_in_what_it_is_asked_for():
     for (name, a), b in zip(made.named_parameters(), like.parameters(), strict=True):
         assert a.dtype == torch.float64 and torch.equal(a, b), name
     assert all(p.is_meta for p in nl.Layer(zoo.MTTTMLP, 16, 2, device="meta").parameters())
+
+
+@pytest.mark.parametrize("loop", [zoo.MTTTMLP, zoo.TTTLinear], ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_no_tokens_give_every_parameter_a_gradient_of_zeros(loop, backend):
+    layer = nl.Layer(loop, 16, 2, backend=backend)
+    x = torch.randn(2, 0, 16, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    for name, parameter in layer.named_parameters():
+        assert not parameter.requires_grad or (parameter.grad is not None and not parameter.grad.any()), name

@@ -6,6 +6,7 @@ import io
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -326,5 +327,7 @@ def test_packed_views_that_do_not_fit():
             op(given, weights, cu_seqlens=[0, 4, 9])
         assert str(packed.value) == str(whole.value)
     assert op(views, weights, cu_seqlens=range(10))[0].shape == (1, 2, 9, 3)
+    assert op(views, weights, cu_seqlens=np.arange(10))[0].shape == (1, 2, 9, 3)  # type: ignore[arg-type]
+    assert op(views, weights, cu_seqlens=list(np.arange(10)))[0].shape == (1, 2, 9, 3)
     with pytest.raises(InputError, match="cu_seqlens does not cut the tokens into sequences"):
         op(views, weights, cu_seqlens=9)  # type: ignore[arg-type]

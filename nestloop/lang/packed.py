@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ def bounds_of(cu_seqlens: Any, sequences: int, tokens: int) -> Bounds:
     Raises:
         InputError: `cu_seqlens` is not [0, ..., tokens], never falling; or more than one row of tokens.
     """
-    cuts = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    cuts: Any = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens  # a tensor, or an array of numpy's
     cuts = list(cuts) if isinstance(cuts, Iterable) else [cuts]
-    whole = all(isinstance(cut, int) and not isinstance(cut, bool) for cut in cuts)
+    whole = all(isinstance(cut, Integral) and not isinstance(cut, bool) for cut in cuts)
     if not whole or len(cuts) < 2 or cuts[0] != 0 or cuts[-1] != tokens or cuts != sorted(cuts):
         raise InputError(
             "cu_seqlens does not cut the tokens into sequences.",

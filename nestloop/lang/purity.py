@@ -33,7 +33,11 @@ def check_body(function: Callable[..., object]) -> None:
     code = function.__code__
     local = {*code.co_varnames, *code.co_cellvars} - {"self"}  # what inner functions and comprehensions read is its own
     unused = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    for node in ast.walk(tree):
+    roots: list[ast.AST] = [tree]
+    if function.__name__ == "<lambda>":  # whose source is the statement that it is a part of
+        here = code.co_firstlineno - first + 1
+        roots = [node for node in ast.walk(tree) if isinstance(node, ast.Lambda) and node.lineno == here]
+    for node in (node for root in roots for node in ast.walk(root)):
         if isinstance(node, ast.Call) and id(node) not in unused and getattr(node.func, "attr", "") == "add":
             continue  # a sum, as of tensors: that of a set returns nothing
         found = _effect(node, local, function.__globals__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Layer(Branch):
         **dims: int,
     ) -> None:
         for name, size in (("width", width), ("heads", heads)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
                 raise InputError(
                     f"The {name} of a layer is not a positive whole number.",
                     where=caller(),
@@ -60,6 +61,7 @@ class Layer(Branch):
                     need="1 or more",
                     fix="write nl.Layer(..., width=384, heads=6)",
                 )
+        width, heads = int(width), int(heads)
         loops = list(loop) if isinstance(loop, Sequence) and loop else [loop]
         self._check_dims([spec_of(part) for part in loops], dims)
         if "d" not in dims and width % heads:

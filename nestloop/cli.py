@@ -13,14 +13,15 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from nestloop.errors import NestloopError
+from nestloop.errors import Location, NestloopError
 
 TARGET = "FILE.py:Name or package.module:Name of a declared loop, for example nestloop.zoo:MTTTMLP"
 
@@ -236,8 +237,8 @@ def load_target(target: str) -> Any:
     """The object that FILE.py:Name or package.module:Name names.
 
     A file is run as Python would run it, with its own folder first on the import path, under its own stem as
-    the module's name. Raises `UsageError` where nothing of that name exists, or the file is no Python; whether it
-    is a loop is for the compiler to judge.
+    the module's name. Raises `UsageError` where nothing of that name exists, and `NestloopError` where the file cannot
+    be run; whether it is a loop is for the compiler to judge.
     """
     place, separator, name = target.rpartition(":")
     if not separator or not place or not name:
@@ -258,21 +259,45 @@ def _run_file(file: Path) -> Any:
     assert spec is not None and spec.loader is not None  # a path that ends in .py always has a loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module  # bodies are traced and pickled by the module they live in
-    try:
+    with _running(str(file)):
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UsageError("".join(traceback.format_exception_only(error)).strip()) from error
     return module
+
+
+@contextmanager
+def _running(target: str) -> Iterator[None]:
+    """While a user's own file runs: whatever it raises is an error of that file, told with its line."""
+    try:
+        yield
+    except NestloopError:
+        raise
+    except Exception as error:
+        where = None
+        if isinstance(error, SyntaxError) and error.filename is not None:
+            where = Location(error.filename, error.lineno or 1)
+        elif frames := traceback.extract_tb(error.__traceback__)[1:]:
+            theirs = [frame for frame in frames if not frame.filename.startswith(("<frozen", __file__))]
+            where = Location(theirs[-1].filename, theirs[-1].lineno or 1) if theirs else None
+        raise NestloopError(
+            f"{target} cannot be run: {type(error).__name__}.",
+            where=where,
+            given=str(error) or type(error).__name__,
+            need="a file that Python runs",
+            fix="mend that line; --trace shows the traceback",
+        ) from error
 
 
 def _import(name: str) -> Any:
     sys.path.insert(0, os.getcwd())
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module exists; something that it imports does not
-        raise UsageError(f"there is no module {name!r}; for a file write its path, as in loops.py:Name") from None
+        with _running(name):
+            return importlib.import_module(name)
+    except NestloopError as error:
+        missing = error.__cause__
+        if isinstance(missing, ModuleNotFoundError) and f"{name}.".startswith(f"{missing.name}."):
+            told = f"there is no module {name!r}; for a file write its path, as in loops.py:Name"
+            raise UsageError(told) from None
+        raise  # the module exists; something that it imports does not
 
 
 def parse_shape(text: str) -> dict[str, int]:

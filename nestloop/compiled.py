@@ -316,7 +316,7 @@ class CompiledLoop:
 
 
 def _nothing_of(*given: Mapping[str, Tensor]) -> Tensor:
-    """Zero, which depends on every tensor: what no token reaches has a gradient of zeros, as DDP waits for, not none."""
+    """Zero, which depends on every tensor: what no token reaches has a gradient of zeros, as DDP waits for."""
     return torch.stack([t.sum().float() for tensors in given for t in tensors.values()]).sum() * 0
 
 

@@ -214,11 +214,35 @@ def test_what_a_command_line_names_wrongly_is_told_without_a_line_of_nestloop(ca
     assert status == 1 and err.startswith("nestloop: There is no such stage.\n  given: 'kernel'\n")
 
 
-def test_a_file_that_is_no_python_exits_2(capsys, loops: Path):
-    loops.write_text("import nestloop as nl\n\nclass Recall(nl.Loop:\n    pass\n")
+@pytest.mark.parametrize(
+    ("source", "what", "line", "given"),
+    [
+        (
+            "import nestloop as nl\n\nclass Recall(nl.Loop:\n    pass\n",
+            "SyntaxError",
+            3,
+            "invalid syntax (loops.py, line 3)",
+        ),
+        ("import nestloop as nl\n\nd = 1 / 0\n", "ZeroDivisionError", 3, "division by zero"),
+        ("import no_such_package\n", "ModuleNotFoundError", 1, "No module named 'no_such_package'"),
+    ],
+    ids=["no Python", "raises", "imports what is not there"],
+)
+def test_a_file_that_cannot_be_run_is_told_with_its_line(
+    capsys, loops: Path, source: str, what: str, line: int, given: str
+):
+    loops.write_text(source)
     status, out, err = run(capsys, "inspect", f"{loops}:Recall")
-    assert (status, out) == (2, "")
-    assert err.startswith(f'nestloop: File "{loops}", line 3\n') and err.endswith("\nSyntaxError: invalid syntax\n")
+    assert (status, out) == (1, "")
+    assert err == (
+        f"nestloop: {loops} cannot be run: {what}.\n"
+        f"  at:    {loops}:{line}   {source.splitlines()[line - 1].strip()}\n"
+        f"  given: {given}\n"
+        "  need:  a file that Python runs\n"
+        "  fix:   mend that line; --trace shows the traceback\n"
+    )
+    status, _, err = run(capsys, "inspect", f"{loops}:Recall", "--trace")
+    assert status == 1 and err.startswith("Traceback")
 
 
 def test_help_imports_no_torch(root: Path):

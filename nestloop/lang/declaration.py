@@ -14,6 +14,9 @@ _OWN_MODULES = (
     "nestloop.layer",
     "nestloop.inspection",
     "nestloop.stages",
+    "nestloop.cost",
+    "nestloop.tuning",
+    "nestloop.models.",
     "torch.nn.modules.",
 )
 

@@ -39,7 +39,10 @@ _TAKEN_APART = {
     "take_along_dim": ops.take_along,
 }
 _OURS = ("nestloop.lang", "nestloop.reference", "nestloop.lowering")
-_RANDOM = {"dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "bernoulli", "multinomial", "rrelu"}
+_RANDOM = {
+    *("dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "bernoulli", "multinomial", "rrelu"),
+    *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal", "gumbel_softmax"),
+}
 
 
 class WatchedOps(Mode):

@@ -133,11 +133,13 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # of damaged bytes PyTorch makes errors of many kinds
+        said = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        ours = path.name.startswith("step_")
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint",
-            given=str(problem).splitlines()[0] if str(problem) else type(problem).__name__,
+            given="bytes that are none of tensors and plain values" if "weights_only" in said else said,
             need="a file step_*.pt written by nestloop train",
-            fix="remove it, and what comes before it is the last",
+            fix="remove it, and what comes before it is the last" if ours else "name such a file, or a run's folder",
         ) from problem
     if not isinstance(state, dict) or not isinstance(state.get("recipe"), dict) or "step" not in state:
         raise CheckpointError(

@@ -14,6 +14,7 @@ from nestloop.lowering.recorder import call, placeholders
 from nestloop.lowering.tracer import Tracer
 
 _BODIES = ("loss", "readout")
+_TOLERANCE = 1e-6  # of the largest value: what counts its rows is off by a factor
 _ROWS = 3  # any number tells: the graph is the same for all
 
 
@@ -42,14 +43,14 @@ def _differing(tracer: Tracer, rows: int) -> str | None:
     """The first body that does not make of so many rows what it makes of each."""
     if tracer.fixed_tokens() is not None:
         return tracer.decided or _BODIES[0]
-    try:  # in float64, in which they differ by what they compute, and not by how it is rounded
-        of_many, of_one = _captured(tracer, torch.float64)
-        tolerance = 1e-6
-    except (CompileError, RuntimeError):  # with constants of their own dtype, say
-        of_many, of_one = _captured(tracer, tracer.dtype)
-        tolerance = 1e-3
+    dtype = torch.float64  # in which they differ by what they compute, and not by how it is rounded
+    try:
+        of_many, of_one = _captured(tracer, dtype)
+    except (CompileError, RuntimeError):  # with constants of a dtype of their own, say
+        dtype = tracer.dtype
+        of_many, of_one = _captured(tracer, dtype)
     bodies = ((b, getattr(of_many, b), getattr(of_one, b)) for b in _BODIES)
-    return next((b for b, many, one in bodies if not _same(tracer, many, one, rows, tolerance)), None)
+    return next((b for b, many, one in bodies if not _same(tracer, many, one, rows, dtype)), None)
 
 
 def _captured(tracer: Tracer, dtype: torch.dtype) -> list[Captured]:
@@ -68,11 +69,10 @@ def decides(spec: LoopSpec, given: str) -> NoPlanError:
     )
 
 
-def _same(tracer: Tracer, together: fx.GraphModule, single: fx.GraphModule, rows: int, tolerance: float) -> bool:
-    """Whether a body has the same values for rows together, drawn at random, as for each of them alone. `tolerance`: of
-    the largest value; what counts its rows is off by a factor."""
+def _same(tracer: Tracer, together: fx.GraphModule, single: fx.GraphModule, rows: int, dtype: torch.dtype) -> bool:
+    """Whether a body has the same values for rows together, drawn at random, as for each of them alone."""
     spec, given, drawn = tracer.spec, {}, torch.Generator().manual_seed(0)
-    dtype = torch.float64 if tolerance < 1e-3 else tracer.dtype
+    tolerance = _TOLERANCE if dtype == torch.float64 else 1e3 * _TOLERANCE
     for name in placeholders(together):
         lead = [rows] if name in spec.inputs else []
         shape = [*lead, *tracer.tile(name, tokens=False).shape]

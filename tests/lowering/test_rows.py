@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nestloop as nl
-from nestloop.errors import NoPlanError
+from nestloop.errors import NoPlanError, TokenMixingError
 from nestloop.lang.schedule import Schedule
 from nestloop.lowering import pipeline
 from nestloop.lowering.runtime.fingerprint import whole_numbers
@@ -54,6 +54,16 @@ def test_a_chunk_may_be_of_one_token(tokens: int):
         assert_equal(compare(loop, random_inputs(loop.spec, SIZES, tokens=1)), 1e-12)
     else:
         refused(loop, tokens)
+
+
+def test_the_body_that_decides_is_named():
+    def readout(self: Any, f: Any, t: Any) -> torch.Tensor:
+        return f(t.q) * FACTORS["of more than two"](len(t.q))
+
+    loop = type("Deciding", (Recall,), {"readout": readout, "schedule": nl.Causal(4)})
+    inputs = random_inputs(loop.spec, SIZES, tokens=5)
+    with pytest.raises(TokenMixingError, match="Deciding is Causal, but its readout counts its tokens"):
+        nl.compile(loop, backend="torch")(inputs.views, inputs.weights)
 
 
 def refused(loop: type[nl.Loop], tokens: int) -> None:

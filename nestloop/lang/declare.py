@@ -182,7 +182,8 @@ def gate(
     A layer makes it as `scale * activation(x @ w_h + c_h)`; a functional op takes it ready made, among the views.
 
     Args:
-        dims: for one number per channel: the dims of the fast weight's axes that it runs along, ("d",) say.
+        dims: for one number per channel: the dims of the fast weight's axes that it runs along, ("d",) say. Of two axes
+            of one name the first is meant; in a fast weight [dk, dv] they can be told apart.
         micro: one gate for each micro-step of a token, [B, H, N, m, *dims].
         rank: of the projection, as a product of two.
         of, make: maps before and after the projection, as for a view. `of=nl.per_position()` makes a gate from the

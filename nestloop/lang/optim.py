@@ -35,7 +35,8 @@ class SGD:
         W <- restore(W, the initial W)
 
     G is summed over a step's tokens. Where a schedule steps once a chunk, gates among the coefficients are averaged
-    over the chunk's tokens, the learning rate aside, which weighs each token's loss.
+    over the chunk's tokens, the learning rate aside, which weighs each token's loss. Token by token (`Causal`, `Online`),
+    where rates may differ from one token to the next, S sums lr * G, and the state has that.
 
     Args:
         lr: one of
@@ -51,7 +52,7 @@ class SGD:
         scale: a coefficient on what is taken from W since the last anchor, the weights that gradients are taken at:
             under `Causal`, W_t = anchor - scale_t * sum_{s <= t} lr_s G_s, a rate of both positions (TTT-LM's
             tau_t * lr_s, arXiv 2407.04620). Not together with decay or momentum under `Causal`.
-        decay: the factor on W of one step, in [0, 1].
+        decay: the factor on W of one step; in [0, 1] it forgets.
         log_decay: its logarithm instead, at most 0 (GLA, Mamba-2).
         decay_order: "after" takes the gradient at W and then decays W (Titans); "before" takes it at the decayed W
             (gated delta rule). Only `Online` can tell them apart.

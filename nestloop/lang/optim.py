@@ -35,8 +35,8 @@ class SGD:
         W <- restore(W, the initial W)
 
     G is summed over a step's tokens. Where a schedule steps once a chunk, gates among the coefficients are averaged
-    over the chunk's tokens, the learning rate aside, which weighs each token's loss. Token by token (`Causal`, `Online`),
-    where rates may differ from one token to the next, S sums lr * G, and the state has that.
+    over the chunk's tokens, the learning rate aside, which weighs each token's loss. Token by token (`Causal`,
+    `Online`), where rates may differ from one token to the next, S sums lr * G, and the state has that.
 
     Args:
         lr: one of

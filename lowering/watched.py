@@ -165,7 +165,10 @@ class WatchedCalls(TorchFunctionMode):
             x, places = args
             places = places if isinstance(places, tuple) else (places,)
             if any(isinstance(place, Tensor) and place.dtype == torch.bool for place in places):
-                raise _data_dependent(self.spec, "a mask in x[...]", user_line(self.spec))
+                where = user_line(self.spec)
+                raise _data_dependent(
+                    self.spec, "a mask in x[...]", where, ", or a mask as a list: x[:, [True, False]]"
+                )
             if len(places) == 2 and any(places[0] is counted for counted in self._counted):
                 return ops.one_of_each_row(x, places[1]) if isinstance(places[1], Tensor) else x[:, places[1]]
             return ops.at_written_places(x, places)
@@ -194,13 +197,13 @@ def _captured(spec: LoopSpec, value: Tensor, where: Location | None) -> Captured
     )
 
 
-def _data_dependent(spec: LoopSpec, name: str, where: Location | None) -> DataDependentError:
+def _data_dependent(spec: LoopSpec, name: str, where: Location | None, more: str = "") -> DataDependentError:
     return DataDependentError(
         f"A body of {spec.name} looks at the values of a tensor.",
         where=where,
         given=f"{name}, which needs them, as an if, int(), float(), .item() and .tolist() on a tensor do",
         need="control flow that depends on shapes and numbers only: the body is traced once for all values",
-        fix="choose between values with torch.where(condition, a, b)",
+        fix=f"choose between values with torch.where(condition, a, b){more}",
     )
 
 

@@ -60,7 +60,7 @@ def test_the_body_that_decides_is_named():
     def readout(self: Any, f: Any, t: Any) -> torch.Tensor:
         return f(t.q) * FACTORS["of more than two"](len(t.q))
 
-    loop = type("Deciding", (Recall,), {"readout": readout, "schedule": nl.Causal(4)})
+    loop: type[nl.Loop] = type("Deciding", (Recall,), {"readout": readout, "schedule": nl.Causal(4)})
     inputs = random_inputs(loop.spec, SIZES, tokens=5)
     with pytest.raises(TokenMixingError, match="Deciding is Causal, but its readout counts its tokens"):
         nl.compile(loop, backend="torch")(inputs.views, inputs.weights)

@@ -48,13 +48,17 @@ class Expected:
     def why(self) -> str:
         """What decided, in words."""
         if self.is_native:
-            return f"C++ is expected to be {self.torch / self.native:.2g} times as fast as generated PyTorch"
+            return f"C++ is expected to be {_times(self.torch / self.native)} as fast as generated PyTorch"
         reasons = [f"products are most of the work, {self.intensity:.0f} FLOP for each value written"]
         reasons += [f"C++ would leave {self.idle} threads idle"] if self.idle else []
         return (
-            f"generated PyTorch is expected to be {self.native / self.torch:.2g} times as fast as C++: "
+            f"generated PyTorch is expected to be {_times(self.native / self.torch)} as fast as C++: "
             f"{', and '.join(reasons)}"
         )
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2g} times" if ratio < 100 else f"{ratio:.0f} times"
 
 
 def runs(spec: LoopSpec, plan: Plan, length: int) -> Counter[tuple[str, int]]:

@@ -97,7 +97,8 @@ class Measured(nl.Loop):
 def test_a_long_axis_in_blocks(loop: type[nl.Loop]):
     inputs = random_inputs(loop.spec, {**SIZES, "d": 8, "D": 40}, tokens=19, scale={"eta": 0.5}, sequences=1)
     assert_equal(both(loop, inputs), 1e-9)
-    text = nl.inspect(loop, "triton", "sm_90", **{**SIZES, "d": 8, "D": 40})
+    sizes = {name: size for name, size in {**SIZES, "d": 8, "D": 40}.items() if name in loop.spec.known_dims}
+    text = nl.inspect(loop, "triton", "sm_90", **sizes)
     assert "for block in tl.range(0, 32, 16" in text
 
 

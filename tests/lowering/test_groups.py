@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -109,6 +110,62 @@ def test_groups_that_hold_several_tokens_are_refused():
 
     with pytest.raises(TokenMixingError):
         nl.compile(Loop)(inputs(Loop).views, inputs(Loop).weights)
+
+
+def split(x: Tensor, axis: int) -> Tensor:
+    size = x.shape[axis]  # of 7 tokens, in chunks of 3, none is so long
+    return x.unflatten(axis, (2, size // 2)) if isinstance(size, int) and size in (2, 4, 8, 16) and x.ndim < 5 else x
+
+
+# Of rows and one of their axes.
+MOVES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "split": split,
+    "joined": lambda x, axis: x.flatten(axis, axis + 1) if axis + 1 < x.ndim else x,
+    "turned": lambda x, axis: x.transpose(axis, -1),
+    "as rows": lambda x, axis: x.reshape(-1, 8),
+    "as groups": lambda x, axis: x.reshape(-1, 2, 4),
+    "groups first": lambda x, axis: x.reshape(2, -1, 4),
+    "summed up": lambda x, axis: 0.5 * x.cumsum(axis),
+    "backwards": lambda x, axis: x.flip(axis),
+    "centred": lambda x, axis: x - x.mean(axis, keepdim=True),
+    "shares": lambda x, axis: x.softmax(axis),
+    "bent": lambda x, axis: torch.tanh(x),
+}
+
+
+def moved(moves: list[tuple[str, int]], schedule: Any) -> type[nl.Loop]:
+    """A loop whose learner reads what such moves make of its rows."""
+
+    class Moved(nl.Learner):
+        w, p = nl.fast(8, 8), nl.slow(4, 4)
+
+        def forward(self, x):
+            for name, axis in moves:
+                x = MOVES[name](x, axis % x.ndim)
+            return (x.reshape(-1, 2, 4) @ self.p).reshape(-1, 8) @ self.w
+
+    class Loop(grouped("of a view", "causal", nl.slow)):  # type: ignore[misc]
+        learner = Moved
+
+    Loop.schedule = schedule
+    return Loop
+
+
+def test_what_moves_tokens_is_the_reference_or_refused():
+    drawn, admitted = random.Random(0), 0
+    for _ in range(150):
+        moves = [(drawn.choice(list(MOVES)), drawn.randrange(4)) for _ in range(drawn.randint(1, 4))]
+        schedule = drawn.choice([nl.Causal(3), nl.Online(), nl.Shuffled(batches=2), nl.Chunked(3, "apply-update")])
+        loop = moved(moves, schedule)
+        given = inputs(loop)
+        try:
+            found = run(nl.compile(loop, backend="torch"), given)
+        except TokenMixingError:
+            continue
+        admitted += 1
+        errors = differences(found, run(nl.compile(loop, backend="reference"), given))
+        assert max(errors.values()) < 1e-9, (moves, schedule, errors)
+    assert admitted > 40
 
 
 RESHAPES: dict[str, tuple[list[str], list[Any], list[Any], list[str]]] = {

@@ -126,9 +126,8 @@ def _check_functions(tracer: Tracer) -> None:
 def _in_parts(module: fx.GraphModule, tracer: Tracer) -> fx.GraphModule:
     """A body's graph whose fast weights lie in parts, without their joins. Raises `StaysWhole` where it takes one
     whole."""
-    names = placeholders(module)
     function = taken_apart(module, {parts.sizes for parts in tracer.spec.parts})
-    return tracer.trace_on(function, [tracer.tile(name) for name in names], names)
+    return tracer.trace(function, placeholders(module))
 
 
 def _trace(

@@ -259,5 +259,5 @@ def _fit(captured: Captured, tracer: Tracer) -> Piece:
         weight = kernel(*[given[n] for n in spec.slow], given["q"], given["k"])
         return weight @ given["v"] / weight.sum(-1, keepdim=True)
 
-    forward = tracer.trace_on(fit, [tracer.tile(n) for n in names], names)
+    forward = tracer.trace(fit, names)
     return make_piece("fit", forward, names, ["z"], tracer, captured, True, {})

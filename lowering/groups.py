@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from nestloop.lowering.length import Size
-from nestloop.lowering.recorder import Located
+from nestloop.lowering.recorder import Located, placeholders
 from nestloop.lowering.tracer import Tracer
 
 aten = torch.ops.aten
@@ -21,9 +21,7 @@ def by_groups(module: fx.GraphModule, tracer: Tracer) -> fx.GraphModule:
     """A body's graph, every product with rows of one token at most; the same graph where they are."""
     if not any(_groups(node) for node in module.graph.nodes):
         return module
-    names = [node.name for node in module.graph.find_nodes(op="placeholder")]
-    examples = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
-    return tracer.trace_on(_ByGroups(module).run, examples, names)
+    return tracer.trace(_ByGroups(module).run, placeholders(module))
 
 
 def _groups(node: fx.Node) -> int:

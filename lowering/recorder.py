@@ -45,13 +45,11 @@ def of_single_precision() -> Iterator[None]:
     """Numbers without a dtype of their own are float32 in here, as graphs have them, whatever PyTorch's default, which
     is the process's, not a thread's."""
     before = torch.get_default_dtype()
-    if before != torch.float32:
-        torch.set_default_dtype(torch.float32)
+    torch.set_default_dtype(torch.float32)
     try:
         yield
     finally:
-        if before != torch.float32:
-            torch.set_default_dtype(before)
+        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -76,9 +76,9 @@ class Tracer:
         """Rows of a tile of two tokens."""
         return 2 + (self.spec.optimizer.window or 1) - 1
 
-    def trace(self, body: Callable[..., Any], names: list[str], what: str) -> fx.GraphModule:
+    def trace(self, body: Callable[..., Any], names: list[str], user_body: str | None = None) -> fx.GraphModule:
         """The graph of `body` over tiles of the named tensors."""
-        return self.trace_on(body, [self.tile(name) for name in names], names, user_body=what)
+        return self.trace_on(body, [self.tile(name) for name in names], names, user_body)
 
     def trace_on(
         self, body: Callable[..., Any], examples: list[Tensor], names: list[str], user_body: str | None = None

@@ -272,15 +272,13 @@ def _running(target: str) -> Iterator[None]:
     except NestloopError:
         raise
     except Exception as error:
-        where = None
+        frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
         if isinstance(error, SyntaxError) and error.filename is not None:
-            where = Location(error.filename, error.lineno or 1)
-        elif frames := traceback.extract_tb(error.__traceback__)[1:]:
-            theirs = [frame for frame in frames if not frame.filename.startswith(("<frozen", __file__))]
-            where = Location(theirs[-1].filename, theirs[-1].lineno or 1) if theirs else None
+            frames.append((error.filename, error.lineno))
+        theirs = [frame for frame in frames if not frame[0].startswith(("<frozen", __file__))]
         raise NestloopError(
             f"{target} cannot be run: {type(error).__name__}.",
-            where=where,
+            where=Location(theirs[-1][0], theirs[-1][1] or 1) if theirs else None,
             given=str(error) or type(error).__name__,
             need="a file that Python runs",
             fix="mend that line; --trace shows the traceback",

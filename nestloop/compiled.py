@@ -185,14 +185,14 @@ class CompiledLoop:
         if self._walks or binding.tokens == 0:  # no tokens, no step
             start = None if state is None else dict(state)
             try:
-                made = reference.run(self.spec, binding, dict(views), dict(weights), start, order, return_losses)
-                return (
-                    (made[0] + _nothing_of(views, weights).to(made[0].dtype), *made[1:]) if not binding.tokens else made
+                z, end, losses = reference.run(
+                    self.spec, binding, dict(views), dict(weights), start, order, return_losses
                 )
             except torch.linalg.LinAlgError as error:
                 from nestloop.lowering.watched import line_in_traceback  # all of tracing, which a call may do without
 
                 raise singular_system(self.spec, line_in_traceback(self.spec, error)) from None
+            return z if binding.tokens else z + _nothing_of(views, weights).to(z.dtype), end, losses
         views, weights = names.inward(self.renamed, views), names.inward(self.renamed, weights)
         state = None if state is None else names.inward(self.renamed, state)
         if self.spec.streams:

@@ -12,7 +12,7 @@ from nestloop.compiled import CompiledLoop, spec_of
 from nestloop.errors import UnknownDimError, UnknownStageError
 from nestloop.lang.declare import caller
 from nestloop.lang.dims import DimExpr
-from nestloop.lang.loop import LoopSpec
+from nestloop.lang.loop import BUILT_IN_DIMS, LoopSpec
 from nestloop.lang.schedule import Chunked, Program
 from nestloop.lang.state import counts_tokens, state_size
 from nestloop.layer import Branch
@@ -84,7 +84,7 @@ def loops_of(loop: Any) -> list[tuple[LoopSpec, dict[str, int], CompiledLoop | N
 def check_dims(loop: Any, dims: Mapping[str, int]) -> None:
     """Raise `UnknownDimError` for a size of a dim that whatever was given does not have."""
     specs = [spec for spec, _, _ in loops_of(loop)]
-    known = sorted({name for spec in specs for name in spec.known_dims})
+    known = sorted({*BUILT_IN_DIMS}.union(*(spec.dim_names for spec in specs)))
     for name, size in dims.items():
         if name not in known:
             raise UnknownDimError(

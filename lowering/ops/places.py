@@ -37,24 +37,35 @@ def extreme(by: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def gather(x: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
     """Elements at places along an axis, as sums over it of what masks leave; NaN at a place that is not there."""
-    if not x.is_floating_point() or not x.ndim or x.ndim != index.ndim:
+    hit = _hits(x, dim, index)
+    if hit is NotImplemented:
         return NotImplemented
     dim = dim % x.ndim
+    kept = torch.where(hit, x.unsqueeze(dim), 0.0).sum(dim + 1)
+    return torch.where((index >= 0) & (index < x.shape[dim]), kept, math.nan)
+
+
+def _hits(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Of places [*, m, *] along an axis of x: whether each is meant, [*, m, size, *] for every place there is."""
+    dim = dim % max(x.ndim, 1)
+    if not x.is_floating_point() or not x.ndim or x.ndim != index.ndim:
+        return NotImplemented
     if not all(d == dim or same_size(x.shape[d], index.shape[d]) for d in range(x.ndim)):
         return NotImplemented
-    size = x.shape[dim]
-    at = along(dim + 1, x.ndim + 1, torch.arange(size, device=x.device))
-    kept = torch.where(index.unsqueeze(dim + 1) == at, x.unsqueeze(dim), 0.0).sum(dim + 1)
-    return torch.where((index >= 0) & (index < size), kept, math.nan)
+    return index.unsqueeze(dim + 1) == along(dim + 1, x.ndim + 1, torch.arange(x.shape[dim], device=x.device))
 
 
 def index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
     """The same places of every row."""
-    dim = dim % max(x.ndim, 1)
     if not x.ndim or index.ndim != 1:
         return NotImplemented
-    shape = [index.shape[0] if d == dim else size for d, size in enumerate(x.shape)]
-    return gather(x, dim, along(dim, x.ndim, index).expand(shape))
+    return gather(x, dim, _of_every_row(x, dim, index))
+
+
+def _of_every_row(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Places [m] along an axis, the same for every row of x."""
+    dim = dim % x.ndim
+    return along(dim, x.ndim, index).expand([-1 if d == dim else size for d, size in enumerate(x.shape)])
 
 
 def rows_of(table: Tensor, index: Tensor) -> Tensor:
@@ -160,16 +171,6 @@ def scatter(x: Tensor, dim: int, index: Tensor, src: Tensor | float, *, reduce: 
     return torch.where(last.squeeze(dim) > 0, made, x) + _missing(x, dim, index)
 
 
-def _hits(x: Tensor, dim: int, index: Tensor) -> Tensor:
-    """[*, m, size, *] of places [*, m, *] along an axis: whether each is meant, the axis of a result's places last."""
-    dim = dim % max(x.ndim, 1)
-    if not x.is_floating_point() or not x.ndim or x.ndim != index.ndim:
-        return NotImplemented
-    if not all(d == dim or same_size(x.shape[d], index.shape[d]) for d in range(x.ndim)):
-        return NotImplemented
-    return index.unsqueeze(dim + 1) == along(dim + 1, x.ndim + 1, torch.arange(x.shape[dim], device=x.device))
-
-
 def _beside(src: Tensor, dim: int, index: Tensor) -> Tensor:
     """Of the elements to be put somewhere, those that have a place, beside the axis of a result's places."""
     for axis, size in enumerate(index.shape):
@@ -201,16 +202,7 @@ def index_fill(x: Tensor, dim: int, index: Tensor, value: float) -> Tensor:
     """A number put at places along an axis, the same for every row."""
     if not x.ndim or index.ndim != 1:
         return NotImplemented
-    shape = [index.shape[0] if d == dim % x.ndim else size for d, size in enumerate(x.shape)]
-    return scatter(x, dim, along(dim % x.ndim, x.ndim, index).expand(shape), value)
-
-
-def bucketize(x: Tensor, boundaries: Tensor, *, out_int32: bool = False, right: bool = False) -> Tensor:
-    """Between which of the boundaries [m], in order, each element lies: how many of them are before it."""
-    if boundaries.ndim != 1:
-        return NotImplemented
-    x = x.unsqueeze(-1)
-    return ((boundaries <= x) if right else (boundaries < x)).sum(-1)
+    return scatter(x, dim, _of_every_row(x, dim, index), value)
 
 
 def searchsorted(
@@ -222,14 +214,17 @@ def searchsorted(
     side: str | None = None,
     sorter: Tensor | None = None,
 ) -> Tensor:
-    """The same of boundaries [m], or [*, m] for each row of x [*, k]."""
+    """Between which of the boundaries each element lies, how many of them are before it: of [m], in order, or [*, m]
+    for each row of x [*, k]."""
     if sorter is not None or boundaries.ndim not in (1, x.ndim):
         return NotImplemented
-    right = right or side == "right"
-    if boundaries.ndim == 1:
-        return bucketize(x, boundaries, right=right)
-    boundaries, x = boundaries.unsqueeze(-2), x.unsqueeze(-1)
-    return ((boundaries <= x) if right else (boundaries < x)).sum(-1)
+    x, boundaries = x.unsqueeze(-1), boundaries if boundaries.ndim == 1 else boundaries.unsqueeze(-2)
+    return ((boundaries <= x) if right or side == "right" else (boundaries < x)).sum(-1)
+
+
+def bucketize(x: Tensor, boundaries: Tensor, *, out_int32: bool = False, right: bool = False) -> Tensor:
+    """The same, of boundaries [m] alone."""
+    return searchsorted(boundaries, x, right=right) if boundaries.ndim == 1 else NotImplemented
 
 
 def place_of(by: Callable[..., Tensor]) -> Callable[..., Tensor]:

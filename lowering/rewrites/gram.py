@@ -86,7 +86,7 @@ def gram_form(captured: Captured, tracer: Tracer, allowed: bool = True) -> tuple
     width, wide = (int(s) for s in decoders[0].args[1].meta["val"].shape)
     names = [node.name for node in loss.graph.find_nodes(op="placeholder")]
     try:
-        narrow = tracer.trace_on(_Narrow(captured, loss, wide).run, [tracer.tile(n) for n in names], names)
+        narrow = tracer.trace(_Narrow(captured, loss, wide).run, names)
     except _NotThisLoss as reason:
         return captured, Rewrite(NAME, False, f"the axis of {wide} stays: {reason}")
     rows, squares = _decoders(captured, loss, wide, tracer)
@@ -114,7 +114,7 @@ def _decoders(
         narrow.run(*tensors)
         return tuple(rows for square in narrow.squares for rows in square)
 
-    traced = tracer.trace_on(squares, [tracer.tile(n) for n in names], names)
+    traced = tracer.trace(squares, names)
     (results,) = next(n for n in traced.graph.nodes if n.op == "output").args
     needed = set().union(*[ancestors(result) for result in results])
     slow = list(captured.spec.slow)
@@ -123,7 +123,7 @@ def _decoders(
         env = evaluate(traced, dict(zip(slow, weights, strict=True)), {}, needed)
         return tuple(env[result] for result in results)
 
-    rows = simplify(tracer.trace_on(of_weights, [tracer.tile(n) for n in slow], slow))
+    rows = simplify(tracer.trace(of_weights, slow))
     return rows, tuple(map(len, narrow.squares))
 
 

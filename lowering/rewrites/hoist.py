@@ -50,7 +50,7 @@ def hoist(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
         return env[result]
 
     slow_names = list(captured.spec.slow)
-    prepared = tracer.trace_on(prepare, [tracer.tile(n) for n in slow_names], slow_names)
+    prepared = tracer.trace(prepare, slow_names)
     hoisted = {name: n.meta["val"] for n, name in names.items()}
     extended = replace(captured, prepare=prepared, hoisted=hoisted)
     tiles = [tracer.like(hoisted[n]) if n in hoisted else tracer.tile(n) for n in inputs]

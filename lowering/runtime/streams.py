@@ -289,10 +289,12 @@ class _Call:
             tail = self.carry[f"{name}.tail"]  # of a view that heads share too, each head has one of its own
             heads, sequences = max(len(tail), len(view)), view.shape[1]
             tail = tail.expand(heads, sequences, *tail.shape[2:]).to(view.dtype)
-            view = view.expand(heads, *view.shape[1:])
-            self.carry[f"{name}.tail"] = torch.cat([tail, view], 2)[:, :, rows - self.halo :].to(self.like.dtype)
-            nobody = view[:, :, :1].expand(heads, sequences, absent, *view.shape[3:]) if rows > self.halo else tail
-            self.tokens[name] = torch.cat([nobody[:, :, :absent], tail[:, :, absent:], view], 2)
+            whole = torch.cat([tail, view.expand(heads, *view.shape[1:])], 2)
+            self.carry[f"{name}.tail"] = whole[:, :, rows - self.halo :].to(self.like.dtype)
+            if absent and rows > self.halo:
+                first = whole[:, :, self.halo : self.halo + 1].expand(-1, -1, absent, *whole.shape[3:])
+                whole = torch.cat([first, whole[:, :, absent:]], 2)
+            self.tokens[name] = whole
         dtype = next(iter(self.tokens.values())).dtype  # as a view's: z is in the dtype of all tokens
         valid = (torch.arange(rows, device=self.like.device) >= absent).to(dtype)
         self.tokens[VALID] = valid[None, None]

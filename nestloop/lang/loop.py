@@ -82,11 +82,6 @@ class LoopSpec:
         return issubclass(self.learner, KernelEstimator)
 
     @cached_property
-    def known_dims(self) -> set[str]:
-        """The names of dims that a declaration may use: those of every loop, those declared, and those of views."""
-        return {*BUILT_IN_DIMS, *self.dims, *[n for view in self.views.values() for e in view.dims for n in e.names]}
-
-    @cached_property
     def inputs(self) -> dict[str, View | Gate]:
         """Everything that comes per token: views, then gates."""
         return {**self.views, **self.gates}
@@ -372,7 +367,8 @@ def _check_names(cls: type[Loop], learner: type[Learner], groups: list[dict[str,
 
 
 def _check_dims(spec: LoopSpec) -> None:
-    known = spec.known_dims
+    known = {*BUILT_IN_DIMS, *spec.dims}
+    known.update(name for view in spec.views.values() for expr in view.dims for name in expr.names)
     for name, weight in {**spec.fast, **spec.slow}.items():
         if name in known:
             raise DuplicateNameError(

@@ -226,7 +226,6 @@ class Layer(Branch):
             )
 
     def _check_mask(self, mask: Any, is_causal: bool) -> None:
-        later = next((part.spec for part in self.parts if sees_later(part.spec.schedule)), None)
         if mask is not None:
             raise InputError(
                 "A nested loop takes no mask of attention.",
@@ -235,6 +234,7 @@ class Layer(Branch):
                 need="None",
                 fix="leave it out: what a token sees, the loop's schedule says",
             )
+        later = next((part.spec for part in self.parts if sees_later(part.spec.schedule)), None)
         if later is not None:
             raise InputError(
                 f"{later.name} is not causal: its tokens see later ones.",

@@ -13,6 +13,7 @@ from torch import Tensor
 import nestloop as nl
 from nestloop import compiled, zoo
 from nestloop.errors import SharedMemoryError
+from nestloop.lang.loop import BUILT_IN_DIMS
 from nestloop.lowering import lower
 from nestloop.lowering.runtime import executable
 from nestloop.lowering.runtime.launching import TritonCode
@@ -131,7 +132,9 @@ def test_it_becomes_pytorch_where_a_kernel_has_no_room(loop: Any, refused: str, 
     assert all("_auto_triton_" in name for name in op._names.values())
     assert op.ran == ["generated PyTorch, for there is no room: 98,304 bytes"]
     sizes = {"d": 4, "dk": 4, "dv": 4, "H": 2, "B": 2, "N": 21, "D": 4}
-    explained = nl.explain(op, **{name: size for name, size in sizes.items() if name in loop.spec.known_dims})
+    explained = nl.explain(
+        op, **{name: size for name, size in sizes.items() if name in {*BUILT_IN_DIMS, *loop.spec.dim_names}}
+    )
     assert "  the last call: generated PyTorch, for there is no room: 98,304 bytes" in explained.splitlines()
     _, wanted, exact = results(loop, 21, "torch")
     torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)

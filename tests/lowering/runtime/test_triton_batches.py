@@ -12,6 +12,7 @@ import nestloop as nl
 from benchmarks import static
 from nestloop import zoo
 from nestloop.errors import NoPlanError
+from nestloop.lang.loop import BUILT_IN_DIMS
 from nestloop.lowering import pipeline
 from nestloop.lowering.emit import triton_fitting, triton_pieces
 from nestloop.lowering.runtime import offline
@@ -97,7 +98,11 @@ class Measured(nl.Loop):
 def test_a_long_axis_in_blocks(loop: type[nl.Loop]):
     inputs = random_inputs(loop.spec, {**SIZES, "d": 8, "D": 40}, tokens=19, scale={"eta": 0.5}, sequences=1)
     assert_equal(both(loop, inputs), 1e-9)
-    sizes = {name: size for name, size in {**SIZES, "d": 8, "D": 40}.items() if name in loop.spec.known_dims}
+    sizes = {
+        name: size
+        for name, size in {**SIZES, "d": 8, "D": 40}.items()
+        if name in {*BUILT_IN_DIMS, *loop.spec.dim_names}
+    }
     text = nl.inspect(loop, "triton", "sm_90", **sizes)
     assert "for block in tl.range(0, 32, 16" in text
 

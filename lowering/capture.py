@@ -21,6 +21,7 @@ from nestloop.errors import (
 )
 from nestloop.lang.loop import LoopSpec, body_line
 from nestloop.lang.returned import described, misshapen
+from nestloop.lang.state import Entry, identifier, steps_with
 from nestloop.lowering import ops
 from nestloop.lowering.groups import by_groups
 from nestloop.lowering.joins import taken_apart
@@ -68,6 +69,16 @@ class Captured:
         """Inputs of the loss, in order."""
         held = [f"{name}__held" for name in self.spec.fast] if self.spec.holds else []
         return [*self.spec.fast, *self.spec.slow, *self.hoisted, *self.tokens_read, *held]
+
+    @property
+    def states(self) -> dict[str, Entry]:
+        """What a step of a batch schedule starts with and leaves, by its name in generated code, fast weights first."""
+        return {identifier(name): entry for name, entry in {**self.spec.entries, **steps_with(self.spec)}.items()}
+
+    def starts(self, carried: bool) -> list[str]:
+        """Those of `states` that a call gives; `carried` as in `nestloop.lowering.lower`."""
+        frozen = {} if carried else {name for name, fast in self.spec.fast.items() if fast.frozen_zero}
+        return [name for name in self.states if name not in frozen]
 
     @property
     def tokens_read(self) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from nestloop import reference
-from nestloop.lang.declare import Gate, Slow
+from nestloop.lang.declare import Slow
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.derivative import grad
 from nestloop.lowering.derivative import vjp as pulled
@@ -51,11 +51,6 @@ def _call(module: fx.GraphModule) -> Callable[..., Any]:
     return Located(module).run
 
 
-def needs_rate(captured: Captured) -> bool:
-    """Whether a step takes its learning rate as a number from outside."""
-    return not isinstance(captured.spec.optimizer.lr, (Slow, Gate))
-
-
 def pieces(captured: Captured, tracer: Tracer, losses: bool) -> dict[str, Piece]:
     """Every piece of a loop, differentiated and simplified.
 
@@ -70,7 +65,7 @@ def pieces(captured: Captured, tracer: Tracer, losses: bool) -> dict[str, Piece]
     gradient, names = _gradient(captured, tracer)
     results = [*[f"gradient_{name}" for name in spec.fast], "loss_sum"]
     update, update_names = _update(captured, tracer)
-    updated = [f"{name}_new" for name in spec.fast]
+    updated = [f"{name}_new" for name in captured.states]
     for prefix, start in (("", {}), ("first_", zeros)):
         if start or not prefix:
             parts = (tracer, captured)
@@ -175,17 +170,20 @@ def _gradient(captured: Captured, tracer: Tracer) -> tuple[fx.GraphModule, list[
 
 
 def _update(captured: Captured, tracer: Tracer) -> tuple[fx.GraphModule, list[str]]:
-    """Fast weights, their gradients, the rate (a number from outside, or a slow weight) -> new fast weights."""
-    spec = captured.spec
-    lr = spec.optimizer.lr
-    rate = ["rate"] if needs_rate(captured) else [lr.name] if isinstance(lr, Slow) else []
-    names = [*spec.fast, *[f"gradient_{name}" for name in spec.fast], *rate]
+    """Fast weights and what a step has beside them, their gradients, the rate (a number from outside) and the slow
+    weights that are coefficients -> what the step leaves."""
+    spec, optimizer = captured.spec, captured.spec.optimizer
+    rate = ["rate"] if optimizer.steps_by_number else []
+    rate += sorted({part.name for part in optimizer.coefficients() if isinstance(part, Slow)})
+    names = [*captured.states, *[f"gradient_{name}" for name in spec.fast], *rate]
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(names, tensors, strict=True))
+        before = {entry.name: given[name] for name, entry in captured.states.items()}
         gradients = {name: given[f"gradient_{name}"] for name in spec.fast}
-        factor = given["rate"] if "rate" in given else spec.optimizer.rate(0, {}, given)
-        return tuple(reference.update(spec, {name: given[name] for name in spec.fast}, gradients, factor).values())
+        factor = reference.step_factors(spec, captured.sizes, given, given.get("rate"))
+        left = reference.batch_step(spec, before, gradients, factor)
+        return tuple(left[name] for name in before)
 
     return tracer.trace_on(flat, _examples(captured, tracer, names), names), names
 
@@ -199,6 +197,8 @@ def _examples(captured: Captured, tracer: Tracer, names: list[str]) -> list[Tens
         shared = {**captured.hoisted, **captured.projected}
         if tile in shared:
             found.append(tracer.like(shared[tile]))
+        elif tile in captured.states:
+            found.append(tracer.tile(captured.states[tile].like.name))
         else:
             found.append(tracer.tile(tile) if tile in declared else tracer.example([]))
     return found

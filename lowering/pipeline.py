@@ -14,6 +14,7 @@ import torch
 
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Program
+from nestloop.lang.state import identifier
 from nestloop.lowering.axes import Typing, check_tokens, type_axes
 from nestloop.lowering.capture import Captured, capture_with
 from nestloop.lowering.differentiate import Piece, pieces, shared_pieces
@@ -38,7 +39,6 @@ from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling, TritonPlan
 from nestloop.lowering.schedule.cost import cost, rows_in_cache, tile_rows
 from nestloop.lowering.streams.affine import is_affine
 from nestloop.lowering.streams.forms import Form, choose, in_turn, pieces_of
-from nestloop.lowering.streams.step import identifier
 from nestloop.lowering.tracer import Tracer
 
 
@@ -323,7 +323,7 @@ def plan(lowered: Lowered) -> Plan:
     """What is kept of a lowering, and all that running it takes."""
     spec, captured, source = lowered.spec, lowered.captured, lowered.source
     heads = captured.sizes["H"]
-    tiles = {name: tuple(e.size(captured.sizes) for e in fast.dims) for name, fast in spec.fast.items()}
+    tiles = {n: tuple(e.size(captured.sizes) for e in entry.like.dims) for n, entry in captured.states.items()}
     form = "attention" if source is None else "fit" if captured.loss is None else "loop"
     return Plan(
         form=form,

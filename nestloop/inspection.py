@@ -250,6 +250,8 @@ def _inner_loop(spec: LoopSpec) -> list[str]:
     lines.append("  at the weights the step before left")
     if isinstance(spec.optimizer.lr, DimExpr):
         lines.append(f"  learning rate {spec.optimizer.lr}: N tokens of the sequence, n of the step's batch")
+    if spec.optimizer.orders:
+        lines.append("  momenta are zero before the first step of a call, and no part of the state")
     lines.append("  read-out: every token with the weights after the last step")
     return lines
 

@@ -22,7 +22,8 @@ class Batches:
 
     Attributes:
         fast, slow, hoisted, tokens: names, in generated code, of what `forward` takes or makes.
-        starts: fast weights that it takes.
+        states: fast weights, and what a step has beside them.
+        starts: those that it takes.
         low: of `tokens`, those that are left in the low precision of products, and so are their cotangents.
         prepare, project: what makes `hoisted`, and what of `tokens` is no view, if there is any.
         variants: prefixes of the pieces of the first step and the others, or of all.
@@ -40,11 +41,12 @@ class Batches:
         self.captured, self.spec, self.losses = captured, captured.spec, losses
         spec = self.spec
         self.identifier = identifier
-        self.declared = {identifier(n): n for n in [*spec.fast, *spec.slow, *spec.inputs]}
+        self.declared = {identifier(n): n for n in [*captured.states, *spec.slow, *spec.inputs]}
         self.fast, self.slow = ([identifier(n) for n in names] for names in (spec.fast, spec.slow))
         self.hoisted = list(captured.hoisted)
         self.tokens = [*[identifier(n) for n in spec.inputs], *captured.projected]
-        self.starts = [identifier(n) for n in spec.fast if carried or not spec.fast[n].frozen_zero]
+        self.states = [identifier(n) for n in captured.states]
+        self.starts = [identifier(n) for n in captured.starts(carried)]
         self.pieces = {
             name: piece
             for name, piece in pieces.items()
@@ -90,8 +92,8 @@ class Batches:
         """Names of the tensors that `forward` or `backward` takes."""
         names = [*self.tokens, *self.starts, *self.slow, *self.hoisted]
         if which == "backward":
-            names += [f"end_{n}" for n in self.fast] + [f"between_{n}" for n in self.fast]
-            names += ["d_z", *[f"d_{n}" for n in self.fast], *(["d_losses"] if self.losses else [])]
+            names += [f"end_{n}" for n in self.states] + [f"between_{n}" for n in self.states]
+            names += ["d_z", *[f"d_{n}" for n in self.states], *(["d_losses"] if self.losses else [])]
         return names
 
     def reached(self, piece: str) -> list[str]:

@@ -101,7 +101,7 @@ class CppCalls(CppPieces):
     def _unit(self, which: str, doc: str, more: str, item: int, part: int, lines: list[str]) -> str:
         """A function of the library. `item`, `part`: elements that a head and sequence, and a range of one, have to
         themselves where tokens are shared out."""
-        kept = {*self.tokens, "d_z", "d_losses", *[f"{p}_{n}" for n in self.fast for p in ("end", "between")]}
+        kept = {*self.tokens, "d_z", "d_losses", *[f"{p}_{n}" for n in self.states for p in ("end", "between")]}
         buffers, size = shared_out(self._layout(which))
         declared = [
             *tensors({n: n not in kept for n in self.given(which)}),
@@ -124,13 +124,17 @@ class CppCalls(CppPieces):
 
     @property
     def _state(self) -> Extent:
-        """Elements of the fast weights of one head and sequence."""
+        """Elements of the state of one head and sequence: fast weights, and what a step has beside them."""
+        return shared_out([(n, Extent(0, self.widths[n])) for n in self.states])[1]
+
+    @property
+    def _gradients(self) -> Extent:
+        """Elements of the gradients of the fast weights of one head and sequence."""
         return shared_out([(n, Extent(0, self.widths[n])) for n in self.fast])[1]
 
-    def _at(self, place: str, names: list[str]) -> list[str]:
-        """Lines that move a thread's pointers to a state's memory."""
-        fast = dict(zip(names, self.fast, strict=True))
-        return shared_out([(n, Extent(0, self.widths[fast[n]])) for n in names], place)[0]
+    def _at(self, place: str, names: Mapping[str, str]) -> list[str]:
+        """Lines that move a thread's pointers, each to memory for what is as large as a state's tensor."""
+        return shared_out([(n, Extent(0, self.widths[like])) for n, like in names.items()], place)[0]
 
 
 _ORDER = (

@@ -51,11 +51,11 @@ class CppEmitter(CppCalls):
         )
 
     def _forward(self) -> str:
-        fast, at = self.fast, 1 + len(self.fast) + self.losses
+        states, at = self.states, 1 + len(self.states) + self.losses
         step, begin, new = list(_STEP), [], []
-        end = [f"S* end_{n} = made[{1 + i}].at(head, sequence); (void)end_{n};" for i, n in enumerate(fast)]
-        losses = [f"S* losses = made[{1 + len(fast)}].at(head, sequence);"] if self.losses else []
-        for i, n in enumerate(fast):
+        end = [f"S* end_{n} = made[{1 + i}].at(head, sequence); (void)end_{n};" for i, n in enumerate(states)]
+        losses = [f"S* losses = made[{1 + len(states)}].at(head, sequence);"] if self.losses else []
+        for i, n in enumerate(states):
             width, first = self.widths[n], f"{n}_all.at(head, sequence)" if n in self.starts else "nullptr"
             between = f"made[{at + i}].at(head, sequence)"
             step.append(f"const S* {n} = step ? {between} + (step - 1) * made[{at + i}].token : {first};")
@@ -70,7 +70,7 @@ class CppEmitter(CppCalls):
             f"put(z_tile, nullptr, from, n, {self.widths['z']}, made[0].at(head, sequence), made[0].token, false);"
         )
         given = self._given_lines("readout", *(["final_loss"] if self.losses else []))
-        read = [*given, *end, *[f"const S* {n} = end_{n}; (void){n};" for n in fast]]
+        read = [*given, *end, *[f"const S* {n} = end_{n}; (void){n};" for n in states]]
         read += [*self._once("readout"), *self._over_tiles("readout", ("0L", "N"), "nullptr", tile)]
         if self.losses:
             call = self._call("final_loss", "n", {"loss_after": "&total"})
@@ -80,8 +80,9 @@ class CppEmitter(CppCalls):
         # A range sums up gradients, and the loss behind them.
         loss = ["parts[part * PART + STATE] = total;"] if self.losses else []
         total = ["total = 0;", f"{_EACH_PART} total += parts[part * PART + STATE];"] if self.losses else []
-        add = f"{_EACH_PART} if (part % ranges) add_to(parts + part * PART, STATE, parts + item * ranges * PART);"
-        gradients = [f"gradient_{n}" for n in fast]
+        size = "STATE" if states == self.fast else str(self._gradients.constant)
+        add = f"{_EACH_PART} if (part % ranges) add_to(parts + part * PART, {size}, parts + item * ranges * PART);"
+        gradients = {f"gradient_{n}": n for n in self.fast}
         whole = [
             "if (steps == 0) begin(head, sequence);",
             "for (long step = 0; step < steps; step++) {",
@@ -117,14 +118,15 @@ class CppEmitter(CppCalls):
     def _update(self, name: str) -> list[str]:
         """A step of the optimizer; a fast weight that stays zero is set to it."""
         function = self.functions[name]
-        lines = [f"zero({n}_new, {self.widths[n]});" for n in self.fast if f"{n}_new" not in function.results]
+        lines = [f"zero({n}_new, {self.widths[n]});" for n in self.states if f"{n}_new" not in function.results]
         return [*self._once(name), self._call(name, "0L"), *lines]
 
     def _backward(self) -> str:
-        fast, shared = self.fast, self._shared
+        states, shared = self.states, self._shared
         made = {n: f"made[{i}]" for i, n in enumerate(self.gradients)}
-        again = any(f"gradient_{n}" in self.functions[f"{v}update_vjp"].inputs for v in self.variants for n in fast)
-        ends = [f"copy(d_{n}_all.at(head, sequence), {self.widths[n]}, d_{n});" for n in fast]
+        pulls = [self.functions[f"{v}update_vjp"] for v in self.variants]
+        again = any(f"gradient_{n}" in pull.inputs for pull in pulls for n in self.fast)
+        ends = [f"copy(d_{n}_all.at(head, sequence), {self.widths[n]}, d_{n});" for n in states]
         zeros = [f"zero(d_{n}, {self.widths[n]});" for n in shared]
         # Sums over sequences, and over ranges of one, in their order.
         sums = [f"(sequence + range ? add_to : copy)(d_{n}, {self.widths[n]}, {made[n]}.at(head, 0));" for n in shared]
@@ -139,7 +141,7 @@ class CppEmitter(CppCalls):
             "for (long step = steps - 1; step >= 0; step--) {",
             *(["    descend(head, sequence, step, 0);"] if again else []),
             "    pull_update(head, sequence, step);",
-            *[f"    std::swap(d_{n}, d_{n}_before);" for n in fast],
+            *[f"    std::swap(d_{n}, d_{n}_before);" for n in states],
             "    pull_gradient(head, sequence, step, 0);",
             "}",
         ]
@@ -178,20 +180,20 @@ class CppEmitter(CppCalls):
             "}",
             *loop_over("head", "H", last),
         ]
-        state_names = [f"d_{n}" for n in fast]
+        cotangents, gradients = {f"d_{n}": n for n in states}, {f"gradient_{n}": n for n in self.fast}
         item = "items + item * ITEM"
         at_item = [
-            *self._at(f"{item} + slot * STATE", state_names),
-            *self._at(f"{item} + (1 - slot) * STATE", [f"{n}_before" for n in state_names]),
-            *self._at(f"{item} + 2 * STATE", [f"d_gradient_{n}" for n in fast]),
-            *(self._at(f"{item} + 3 * STATE", [f"gradient_{n}" for n in fast]) if again else []),
+            *self._at(f"{item} + slot * STATE", cotangents),
+            *self._at(f"{item} + (1 - slot) * STATE", {f"{name}_before": n for name, n in cotangents.items()}),
+            *self._at(f"{item} + 2 * STATE", {f"d_{name}": n for name, n in gradients.items()}),
+            *(self._at(f"{item} + 3 * STATE", gradients) if again else []),
         ]
         at_shared, size = shared_out(
             [(f"d_{n}", Extent(0, self.widths[n])) for n in shared], "parts + part * PART + 2 * STATE"
         )
         at_part = [
-            *self._at("parts + part * PART", state_names),
-            *(self._at("parts + part * PART + STATE", [f"gradient_{n}" for n in fast]) if again else []),
+            *self._at("parts + part * PART", cotangents),
+            *(self._at("parts + part * PART + STATE", gradients) if again else []),
             *at_shared,
         ]
         lines = [
@@ -205,7 +207,7 @@ class CppEmitter(CppCalls):
 
     def _pulls(self, made: dict[str, str], again: bool) -> list[str]:
         """The phases of backward as functions; `again`: whether the gradient of a step is summed up once more."""
-        fast = self.fast
+        states = self.states
         finals = ["final_loss_vjp"] if self.losses else []
         places = [
             f"S* d_{n}_rows = {made[n]}.at(head, sequence); const long d_{n}_apart = {made[n]}.token;"
@@ -214,13 +216,13 @@ class CppEmitter(CppCalls):
         ]
         places += ["const S* d_loss = d_losses.at(head, sequence);"] if self.losses else []
         step = list(_STEP)
-        for n in fast:
+        for n in states:
             start = f"{n}_all.at(head, sequence)" if n in self.starts else "nullptr"
             between = f"between_{n}.at(head, sequence) + (step - 1) * between_{n}.token"
             step.append(f"const S* {n} = step ? {between} : {start}; (void){n};")
         written: list[str] = []
         read = [*self._given_lines("readout_vjp", *finals), *places]
-        read += [f"const S* {n} = end_{n}.at(head, sequence); (void){n};" for n in fast]
+        read += [f"const S* {n} = end_{n}.at(head, sequence); (void){n};" for n in states]
         read += self._pull("readout", ("0L", "N"), "nullptr", written, "false")
         if self.losses:
             read += ["{", "    const S after = d_loss[steps] / S(N), *d_loss_after = &after;"]
@@ -230,12 +232,11 @@ class CppEmitter(CppCalls):
         def pull_update(variant: str) -> list[str]:
             name = f"{variant}update_vjp"
             function = self.functions[name]
-            to = {f"d_{n}": f"d_{n}_before" for n in fast}
-            lines = [f"zero({to[f'd_{n}']}, {self.widths[n]});" for n in fast if f"d_{n}" not in function.results]
-            lines += [
-                f"zero(d_gradient_{n}, {self.widths[n]});" for n in fast if f"d_gradient_{n}" not in function.results
-            ]
-            renamed = {**to, **{f"d_{n}_new": f"d_{n}" for n in fast}}
+            to = {f"d_{n}": f"d_{n}_before" for n in states}
+            made = function.results
+            lines = [f"zero({to[f'd_{n}']}, {self.widths[n]});" for n in states if f"d_{n}" not in made]
+            lines += [f"zero(d_gradient_{n}, {self.widths[n]});" for n in self.fast if f"d_gradient_{n}" not in made]
+            renamed = {**to, **{f"d_{n}_new": f"d_{n}" for n in states}}
             return [*lines, *self._once(name, renamed), self._call(name, "0L", renamed)]
 
         last = "false" if self.spec.schedule.needs_order else "step + 1 < steps"

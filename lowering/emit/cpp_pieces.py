@@ -69,7 +69,7 @@ class CppPieces(Batches):
         if which == "backward":
             made = {n for name in self.pieces for n in self.reached(name)}
             layout += [(f"d_{n}_tile", Extent(self.widths[n], 0)) for n in self.tokens if n in made]
-            layout += [(f"d_{n}{state}", Extent(0, self.widths[n])) for n in self.fast for state in ("", "_before")]
+            layout += [(f"d_{n}{state}", Extent(0, self.widths[n])) for n in self.states for state in ("", "_before")]
             layout += [(f"d_gradient_{n}", Extent(0, self.widths[n])) for n in self.fast]
             layout += [(f"d_{n}", Extent(0, self.widths[n])) for n in self._shared]
         return layout + worked_in([self.functions[n] for n in names])

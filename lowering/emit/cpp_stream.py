@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
+from nestloop.lang.state import identifier
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.cpp import CppFunction
 from nestloop.lowering.emit.expressions import rows
@@ -27,7 +28,7 @@ from nestloop.lowering.emit.unit import (
 )
 from nestloop.lowering.ops.strided import Extent
 from nestloop.lowering.runtime.native import NativePlan
-from nestloop.lowering.streams.step import VALID, identifier
+from nestloop.lowering.streams.step import VALID
 
 SIGNATURE = """// {doc}
 extern "C" int {name}(long H, long B, long N, long longest, int threads, long every, long groups,

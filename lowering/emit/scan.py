@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from nestloop.lang.schedule import Chunked
+from nestloop.lang.state import identifier
 from nestloop.lowering.axes import Axes, readout_axes, type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
-from nestloop.lowering.streams.step import VALID, Step, identifier
+from nestloop.lowering.streams.step import VALID, Step
 
 TITLES = {
     "chunk": "One chunk: its read-out, and the state it leaves",

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from textwrap import indent
 
+from nestloop.lang.state import identifier
 from nestloop.lowering.emit.scan import TITLES, Scan
 from nestloop.lowering.emit.tile import TileFunction
 from nestloop.lowering.emit.torch import TILE_OPERATIONS
-from nestloop.lowering.streams.step import identifier
 
 _HEADER = '''"""{title}
 

@@ -15,7 +15,7 @@ from torch import fx
 from nestloop.lang.dims import DimExpr
 from nestloop.lowering.axes import Axes, needs_all_tokens, readout_axes, type_axes
 from nestloop.lowering.capture import Captured
-from nestloop.lowering.differentiate import Piece, needs_rate
+from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.tile import TileFunction, is_rounded
 from nestloop.lowering.runtime import tiles
 
@@ -79,9 +79,9 @@ class TorchEmitter:
         self.output = readout_axes(captured)
         spec = self.spec
         self.tokens, self.fast, self.slow = list(spec.inputs), list(spec.fast), list(spec.slow)
+        self.states, self.starts = list(captured.states), captured.starts(carried)
         self.hoisted, self.projected = list(captured.hoisted), list(captured.projected)
         self.tiled = [*self.tokens, *self.projected]  # what has one row per token
-        self.starts = [n for n in self.fast if carried or not spec.fast[n].frozen_zero]
         self.pieces = {name: piece for name, piece in pieces.items() if not (carried and name.startswith("first_"))}
         self.variants = ["first_", ""] if "first_gradient" in self.pieces else [""]
         if self.captured.loss is not None and "gradient" not in self.pieces:
@@ -109,7 +109,7 @@ class TorchEmitter:
         """The module and its calling convention."""
         steps = self.captured.loss is not None
         parts = [function.write(self._sized_by(function)) for function in self.functions.values()]
-        parts += [self._rate()] if steps and needs_rate(self.captured) else []
+        parts += [self._rate()] if steps and self.spec.optimizer.steps_by_number else []
         parts += [*self._common(), *self._conditioned()]
         parts += [self._forward(), self._backward()] if steps else [self._fit_forward(), self._fit_backward()]
         body = "\n\n\n".join(parts)
@@ -245,12 +245,12 @@ class TorchEmitter:
         return [forward, head + indent("\n".join(lines), "    ")]
 
     def _forward(self) -> str:
-        fast = self.fast
+        states = self.states
         lines = [f"N = {self.tokens[0]}.shape[2]", "_between, _losses = [], []"]
         lines.append("for _step, (_start, _stop) in enumerate(schedule.batches(N)):")
         loop = self._gradients(self.losses)
-        loop += self._each_variant(lambda variant: [self._call(f"{variant}update", fast)])
-        loop.append(f"_between.append(({', '.join(fast)},))")
+        loop += self._each_variant(lambda variant: [self._call(f"{variant}update", states)])
+        loop.append(f"_between.append(({', '.join(states)},))")
         loop += ["_losses.append(_total / (_stop - _start))"] if self.losses else []
         lines.append(indent("\n".join(loop), "    "))
         lines.append("_z = []")
@@ -261,23 +261,23 @@ class TorchEmitter:
             inner = [self._call("final_loss", ["_loss"]), "_total = add(_total, _loss)"]
             lines += ["_total = None", *self._over_tiles("gradient", "0, N", "None", ["final_loss"], inner)]
             lines.append("_losses.append(_total / N if N else _total * float('nan'))")
-        returned = ["join(_z)", *fast, *(["stack(_losses, -1)"] if self.losses else [])]
-        returned += [f"stack([state[{j}] for state in _between[:-1]], 0, {name})" for j, name in enumerate(fast)]
+        returned = ["join(_z)", *states, *(["stack(_losses, -1)"] if self.losses else [])]
+        returned += [f"stack([state[{j}] for state in _between[:-1]], 0, {name})" for j, name in enumerate(states)]
         lines.append(f"return {', '.join(returned)}")
         arguments = ", ".join([*self.inputs, *self.common, "_order", "_low", "_rows"])
-        doc = (
-            "z, the fast weights at the end" + (", inner losses" if self.losses else "") + ", the states between steps."
-        )
+        beside = "" if states == self.fast else " and the optimizer's state"
+        end = f"the fast weights{beside} at the end"
+        doc = f"z, {end}{', inner losses' if self.losses else ''}, the states between steps."
         return f'def forward({arguments}):\n    """{doc}"""\n' + indent("\n".join(lines), "    ")
 
     def _backward(self) -> str:
-        fast, slow, tokens = self.fast, self.slow, self.tiled
+        states, slow, tokens = self.states, self.slow, self.tiled
         shuffled = self.spec.schedule.needs_order
         lines = [f"N = {self.tokens[0]}.shape[2]", "_batches = schedule.batches(N)"]
-        first = ", ".join(name if name in self.starts else "None" for name in fast)
-        later = ", ".join(f"between_{name}[i]" for name in fast)
+        first = ", ".join(name if name in self.starts else "None" for name in states)
+        later = ", ".join(f"between_{name}[i]" for name in states)
         lines.append(f"_starts = [({first},)] + [({later},) for i in range(len(_batches) - 1)]")
-        lines += [f"{name} = end_{name}" for name in fast]
+        lines += [f"{name} = end_{name}" for name in states]
         lines.append(f"{' = '.join('d_' + n for n in [*slow, *self.hoisted, *tokens])} = None")
         lines += self._pull("readout", "readout", "0, N", "None", "", {"d_z": "d_z_i"})
         if self.losses:
@@ -285,17 +285,17 @@ class TorchEmitter:
         seen = [n for n in tokens if any(n in self._nonzero(f"{v}gradient_vjp") for v in self.variants)]
         lines += [f"_pieces_{n} = []" for n in seen if shuffled]
         lines.append("for _step, (_start, _stop) in reversed(list(enumerate(_batches))):")
-        loop = [f"{', '.join(fast)}{',' if len(fast) == 1 else ''} = _starts[_step]"]
+        loop = [f"{', '.join(states)}{',' if len(states) == 1 else ''} = _starts[_step]"]
         updates = [f"{v}update_vjp" for v in self.variants]
-        if any(f"gradient_{n}" in self.functions[u].signature for u in updates for n in fast):
+        if any(f"gradient_{n}" in self.functions[u].signature for u in updates for n in self.fast):
             loop += self._gradients(False)  # the optimizer's own derivative reads the gradient
 
         def pull_update(variant: str) -> list[str]:
             wrt = self.pieces[f"{variant}update"].wrt
             results = [n.replace("gradient_", "d_gradient_") if n.startswith("gradient_") else f"c_{n}" for n in wrt]
-            call = self._call(f"{variant}update_vjp", results, {f"d_{n}_new": f"d_{n}" for n in fast})
+            call = self._call(f"{variant}update_vjp", results, {f"d_{n}_new": f"d_{n}" for n in states})
             nonzero = self._nonzero(f"{variant}update_vjp")
-            replaced = [f"d_{n} = {f'c_{n}' if n in nonzero else None}" for n in fast]
+            replaced = [f"d_{n} = {f'c_{n}' if n in nonzero else None}" for n in states]
             return [call, *replaced, *[f"d_{n} = add(d_{n}, c_{n})" for n in slow if n in nonzero]]
 
         loop += self._each_variant(pull_update)
@@ -306,9 +306,9 @@ class TorchEmitter:
         lines.append(indent("\n".join(loop), "    "))
         lines += [f"d_{n} = add(d_{n}, untake(_pieces_{n}, _order, {n}))" for n in seen if shuffled]
         lines.append(f"return {_tuple([f'd_{n}' for n in [*self.inputs, *self.common]])}")
-        cotangents = ["d_z", *[f"d_{n}" for n in fast], *(["d_losses"] if self.losses else [])]
-        states = [*[f"end_{n}" for n in fast], *[f"between_{n}" for n in fast]]
-        arguments = ", ".join([*self.inputs, *self.common, *states, *cotangents, "_order", "_low", "_rows"])
+        cotangents = ["d_z", *[f"d_{n}" for n in states], *(["d_losses"] if self.losses else [])]
+        kept = [*[f"end_{n}" for n in states], *[f"between_{n}" for n in states]]
+        arguments = ", ".join([*self.inputs, *self.common, *kept, *cotangents, "_order", "_low", "_rows"])
         doc = "Cotangents of forward's inputs, None for zero, each step recomputed from the state it started from."
         return f'def backward({arguments}):\n    """{doc}"""\n' + indent("\n".join(filter(None, lines)), "    ")
 

@@ -137,10 +137,10 @@ class TritonRanges(TritonSteps):
         return [f"tl.store(sums + {self.state}, {total})"] if self.losses else []
 
     def _total(self, places: Mapping[str, str], added: bool) -> list[str]:
-        """Lines that add up what ranges have summed, in their order; `added`: to what is there."""
-        parts = ("ranges", self._apart)
-        pairs = self.held("partial").items()
-        return [line for n, at in pairs for line in self.fill(n, at, places[n], added=added, parts=parts)] + [BARRIER]
+        """Lines that add up what ranges have summed of each fast weight, in their order; `added`: to what is there."""
+        parts, at = ("ranges", self._apart), self.held("partial")
+        lines = [line for n in self.fast for line in self.fill(n, at[n], places[n], added=added, parts=parts)]
+        return [*lines, BARRIER]
 
     def _total_gradient(self) -> list[str]:
         """The same of a step's gradient, which an update takes in registers where they hold it."""

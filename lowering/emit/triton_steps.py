@@ -39,13 +39,13 @@ class TritonSteps(TritonInTwo):
 
     @property
     def state(self) -> int:
-        """Elements of the fast weights, each from the start of a cache line."""
-        return self.room_for(self.fast)
+        """Elements of the fast weights and what a step has beside them, each from the start of a cache line."""
+        return self.room_for(self.states)
 
     def parts(self, functions: Sequence[TritonFunction], kept: Mapping[str, int]) -> tuple[dict[str, int], int]:
         """Where the parts of a program's memory begin, behind what its functions work in; and how much it is.
 
-        kept: tiles of every fast weight in each part.
+        kept: tiles of the state in each part.
         """
         size = aligned(self.working(functions))
         places = {}
@@ -55,18 +55,18 @@ class TritonSteps(TritonInTwo):
         return places, size
 
     def kept(self, which: str) -> dict[str, int]:
-        """How many tiles of every fast weight a direction keeps in memory for a head and sequence, by what they are.
+        """How many tiles of the state a direction keeps in memory for a head and sequence, by what they are.
 
         States are read where they are given, and written where they are results; one that is not given is zero.
         """
-        states = {"states": 1} if len(self.starts) < len(self.fast) else {}
+        states = {"states": 1} if len(self.starts) < len(self.states) else {}
         if which == "forward":
             return {**states, "sums": 1}
         return {**states, **({"sums": 1} if self.sums_again else {}), "cotangents": 2, "pulled": 1}
 
     def held(self, part: str) -> dict[str, str]:
-        """Where each fast weight, or what has its shape, lies in a part of the program's memory."""
-        return self.side_by_side(part, self.fast)
+        """Where each tensor of the state, or what has its shape, lies in a part of the program's memory."""
+        return self.side_by_side(part, self.states)
 
     def pulled(self) -> dict[str, str]:
         """Where the cotangents of a step's gradient lie."""
@@ -74,7 +74,7 @@ class TritonSteps(TritonInTwo):
 
     def found(self, part: str) -> dict[str, str]:
         """The same of what lies here or there, to which `turns` and `recall` point."""
-        return {n: f"{part}_{n}" for n in self.fast}
+        return {n: f"{part}_{n}" for n in self.states}
 
     def _start(self, name: str) -> str:
         """Where a fast weight lies before the first step."""
@@ -133,7 +133,7 @@ class TritonSteps(TritonInTwo):
 
     def arguments(self, which: str, handed: Sequence[str] = ()) -> list[str]:
         """What a kernel of a direction takes, as its launch gives it; `handed`: what kernels leave for one another."""
-        made = self.gradients if which == "backward" else [*self.results, *[f"between_{n}" for n in self.fast]]
+        made = self.gradients if which == "backward" else [*self.results, *[f"between_{n}" for n in self.states]]
         given = [*self.pointers(self.given(which)), *self.made_pointers(made)]
         given += ["order_p", "order_h", "order_b"] if self.ordered else []
         given += ["chosen"] if self.chooses(which) else []
@@ -148,7 +148,7 @@ class TritonSteps(TritonInTwo):
     @property
     def results(self) -> list[str]:
         """What forward makes, the states between steps aside."""
-        return ["z", *[f"end_{n}" for n in self.fast], *(["losses"] if self.losses else [])]
+        return ["z", *[f"end_{n}" for n in self.states], *(["losses"] if self.losses else [])]
 
     @property
     def order(self) -> list[str]:
@@ -223,7 +223,7 @@ class TritonSteps(TritonInTwo):
     def turn(self, which: str) -> list[str]:
         """Lines that say where the state, or its cotangent, is after the last step."""
         if which == "forward":
-            return [f"now_{n} = {self._end(n)}" for n in self.fast]
+            return [f"now_{n} = {self._end(n)}" for n in self.states]
         return self._point("d_now", "steps == 0", self.held("cotangents").__getitem__, self._given_back)
 
     def _given_back(self, name: str) -> str:
@@ -236,12 +236,13 @@ class TritonSteps(TritonInTwo):
 
     def start(self) -> list[str]:
         """Lines that write what is not given of the state before the first step; without one it is the end."""
-        end = [line for n in self.fast for line in self.fill(n, self.at(n) if n in self.starts else None, self._end(n))]
+        starts = {n: self.at(n) if n in self.starts else None for n in self.states}
+        end = [line for n, at in starts.items() for line in self.fill(n, at, self._end(n))]
         return [*self._clear_states(), "if steps == 0:", *indented(end)]
 
     def _clear_states(self) -> list[str]:
         states = self.held("states")
-        return self.clear_all([n for n in self.fast if n not in self.starts], states)
+        return self.clear_all([n for n in self.states if n not in self.starts], states)
 
     def _end(self, name: str) -> str:
         return f"end_{name}_made + item * {self.elements(name)}"
@@ -266,8 +267,8 @@ class TritonSteps(TritonInTwo):
 
         def one(variant: str) -> list[str]:
             name = f"{variant}update"
-            made = {f"{n}_new": then[n] for n in self.fast}
-            unmade = [n for n in self.fast if f"{n}_new" not in self.functions[name].results]
+            made = {f"{n}_new": then[n] for n in self.states}
+            unmade = [n for n in self.states if f"{n}_new" not in self.functions[name].results]
             call = self.call(name, {**self._read(name, now), **made}, count="0")
             return [line for line in [call, *self.clear_all(unmade, then)] if line]
 
@@ -299,7 +300,7 @@ class TritonSteps(TritonInTwo):
     def given_cotangents(self) -> list[str]:
         """Lines that write the cotangent of the state after the last step, and what is not given of the first."""
         cotangents = self.held("cotangents")
-        given = [line for n in self.fast for line in self.fill(n, self.at(f"d_{n}"), cotangents[n])]
+        given = [line for n in self.states for line in self.fill(n, self.at(f"d_{n}"), cotangents[n])]
         return [*self._clear_states(), *given]
 
     def clear_shared(self, share: Share) -> list[str]:
@@ -319,7 +320,7 @@ class TritonSteps(TritonInTwo):
             inner += [self.clear_rows(n, height, "n") for n in self.cleared]
             lines += self.each_turn("first", f"{share.first}, {share.last}, {height}", inner)
         lines.append(BARRIER)
-        ends = {n: self.at(f"end_{n}") for n in self.fast}
+        ends = {n: self.at(f"end_{n}") for n in self.states}
         made = self._cotangents(into, share)
         lines += self._pull("readout", bounds, ends, made)
         if self.losses:
@@ -339,9 +340,9 @@ class TritonSteps(TritonInTwo):
         def one(variant: str) -> list[str]:
             name = f"{variant}update_vjp"
             results = self.functions[name].results
-            made = {f"d_{n}_new": now[n] for n in self.fast} | {f"d_gradient_{n}": pulled[n] for n in self.fast}
+            made = {f"d_{n}_new": now[n] for n in self.states} | {f"d_gradient_{n}": pulled[n] for n in self.fast}
             into = self._cotangents(then, share)
-            unmade = self.clear_all([n for n in self.fast if f"d_{n}" not in results], then)
+            unmade = self.clear_all([n for n in self.states if f"d_{n}" not in results], then)
             unmade += self.clear_all([n for n in self.fast if f"d_gradient_{n}" not in results], pulled)
             found = [r for r in self.functions[name].returned if r in into]
             call = self.call(name, {**self._read(name, self.found("state")), **made, **into}, "c_", count="0")

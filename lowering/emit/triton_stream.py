@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx
 
+from nestloop.lang.state import identifier
 from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.scan import ROWWISE, TITLES, ScanTensors
 from nestloop.lowering.emit.triton import TritonFunction
@@ -19,7 +20,7 @@ from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch, TritonPlan
 from nestloop.lowering.schedule.apart import Block
 from nestloop.lowering.schedule.roofline import WIDE_ROWS
-from nestloop.lowering.streams.step import VALID, identifier
+from nestloop.lowering.streams.step import VALID
 
 BLOCKS = (0, 32, 16)  # lengths of the blocks of a long axis, the best first; 0: all of it
 

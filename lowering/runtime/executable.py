@@ -14,12 +14,13 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 from nestloop.lang.binding import grouped_heads
 from nestloop.lang.loop import LoopSpec
+from nestloop.lang.state import identifier, steps_with
 from nestloop.lowering.runtime import cache, compiler
-from nestloop.lowering.runtime.batches import BatchLoop, autocast_dtype, output_dtype, with_pieces
+from nestloop.lowering.runtime.batches import BatchLoop, autocast_dtype, compute_dtype, output_dtype, with_pieces
 from nestloop.lowering.runtime.library import Code, NestedLoopOp
 from nestloop.lowering.runtime.native import NativeModule, NativePlan
 from nestloop.lowering.runtime.plan import Plan
-from nestloop.lowering.runtime.refusals import check_triton, no_native
+from nestloop.lowering.runtime.refusals import check_arguments, check_triton, no_native
 from nestloop.lowering.runtime.signature import Signature
 from nestloop.lowering.runtime.triton import TritonBatches
 from nestloop.lowering.runtime.triton_plan import TritonPlan
@@ -75,6 +76,7 @@ def build(
     if name not in _BY_CODE:
         low = plan.low if backend == "triton" else ()
         signature = _signature(spec, plan, heads, losses, wide is not None, low)
+        check_arguments(spec, signature)
         code = _code(spec, plan, signature, inductor, backend, double)
 
         def other() -> Code:
@@ -256,6 +258,14 @@ def _signature(spec: LoopSpec, plan: Plan, heads: int, losses: bool, decides: bo
 
 def _loop(op: NestedLoopOp, spec: LoopSpec) -> Executable:
     signature = op.signature
+    beside = {identifier(name): entry for name, entry in steps_with(spec).items()}
+
+    def start(name: str, weights: Mapping[str, Tensor], like: Tensor) -> Tensor:
+        """What a step has beside the fast weights, before the first: [H, 1, *]."""
+        entry = beside[name]
+        if entry.part == "initial" and entry.like.name in weights:
+            return weights[entry.like.name].unsqueeze(1)
+        return like.new_zeros(signature.heads, 1, *signature.tiles[name], dtype=compute_dtype([like]))
 
     def run(
         views: Mapping[str, Tensor],
@@ -265,7 +275,10 @@ def _loop(op: NestedLoopOp, spec: LoopSpec) -> Executable:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         tensors = [heads_first(spec, name, views[name]) for name in spec.inputs]
         for name in signature.fast:
-            tensors.append(weights[name].unsqueeze(1) if state is None else state[name].transpose(0, 1))
+            if name in beside:
+                tensors.append(start(name, weights, tensors[0]))
+            else:
+                tensors.append(weights[name].unsqueeze(1) if state is None else state[name].transpose(0, 1))
         for name in spec.slow:
             weight = weights[name]
             tensors.append(weight[None, None] if spec.slow[name].shared else weight.unsqueeze(1))
@@ -273,7 +286,7 @@ def _loop(op: NestedLoopOp, spec: LoopSpec) -> Executable:
             assert order is not None
             tensors.append(order.unsqueeze(1) if order.ndim == 2 else order.transpose(0, 1))
         made = dict(zip(signature.results, op(*tensors), strict=True))
-        ends = {name: made[f"end_{name}"].transpose(0, 1) for name in signature.ends}
+        ends = {name: made[f"end_{name}"].transpose(0, 1) for name in signature.ends if name not in beside}
         losses = made["losses"].transpose(0, 1) if signature.losses else None
         return made["z"].transpose(0, 1), ends, losses
 

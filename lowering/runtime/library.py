@@ -105,7 +105,7 @@ class NestedLoopOp:
         order = ["Tensor order"] if signature.ordered else []
         results = signature.results
         saved = [f"Tensor {r}" for r in signature.saved]
-        self.cotangents = [r for r in results if not r.startswith(KEPT)]
+        self.cotangents = signature.cotangents
         self.names = {"forward": signature.inputs}
         self.names["backward"] = (*signature.inputs, *signature.saved, *[f"d_{c}" for c in self.cotangents])
         self._computes_outside = hasattr(code.module, "common") or hasattr(code.module, "conditioned")

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 
 from nestloop.errors import DoubleBackwardError, Location, NoPlanError, SharedMemoryError, SingularSystemError
 from nestloop.lang.loop import LoopSpec, user_files
+from nestloop.lang.state import steps_with
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.signature import MOST_ARGUMENTS, Signature
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 
 
@@ -41,6 +43,20 @@ def check_triton(spec: LoopSpec, plan: Plan) -> None:
             given="no module named triton",
             need="Triton 3.6 or newer",
             fix="pip install 'nestloop[triton]'",
+        )
+
+
+def check_arguments(spec: LoopSpec, signature: Signature) -> None:
+    """Raise `NoPlanError` for a state of more tensors than PyTorch lets an op have."""
+    results, backward = len(signature.results), signature.backward_arguments
+    if max(backward, results) > MOST_ARGUMENTS:
+        raise NoPlanError(
+            f"No backend but the reference has a plan for {spec.name}: its state is too many tensors for one op.",
+            where=spec.where,
+            given=f"{len({**spec.entries, **steps_with(spec)})} tensors in the state, {backward} arguments of its "
+            "backward",
+            need=f"{MOST_ARGUMENTS} arguments at most",
+            fix='write nl.compile(..., backend="reference"), or join fast weights: a bias as a row of its matrix',
         )
 
 

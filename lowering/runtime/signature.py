@@ -89,6 +89,11 @@ class Signature:
         losses = ("losses",) if self.losses else ()
         return ("z", *[f"end_{n}" for n in self.ends], *losses, *self.between, *self.kept_shared)
 
+    @property
+    def backward_arguments(self) -> int:
+        """Of its backward: inputs, what is kept, cotangents, and the order."""
+        return len(self.inputs) + len(self.saved) + len(self.cotangents) + self.ordered
+
     @cached_property
     def kept_shared(self) -> tuple[str, ...]:
         """Results that hold what all steps share, and [H, 1], on the host, whether that is of the first form."""
@@ -99,6 +104,11 @@ class Signature:
     @cached_property
     def between(self) -> tuple[str, ...]:
         return tuple(f"between_{n}" for n in self.ends)
+
+    @cached_property
+    def cotangents(self) -> tuple[str, ...]:
+        """The results that backward is given a cotangent of."""
+        return tuple(r for r in self.results if not r.startswith(KEPT))
 
     @cached_property
     def saved(self) -> tuple[str, ...]:

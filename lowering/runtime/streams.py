@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestloop.errors import NoPlanError
 from nestloop.lang.binding import Binding
 from nestloop.lang.kept import Kept
 from nestloop.lang.loop import LoopSpec
@@ -25,8 +24,8 @@ from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, n
 from nestloop.lowering.runtime.library import Code, NestedLoopOp
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan
-from nestloop.lowering.runtime.refusals import check_triton, no_native
-from nestloop.lowering.runtime.signature import MOST_ARGUMENTS, Signature, seen
+from nestloop.lowering.runtime.refusals import check_arguments, check_triton, no_native
+from nestloop.lowering.runtime.signature import Signature, seen
 from nestloop.lowering.runtime.tiles import join, spacing
 from nestloop.lowering.runtime.triton import TritonStream
 from nestloop.lowering.runtime.work import flops, pays
@@ -165,7 +164,7 @@ def build_stream(
             chunk_cpp=0 if native is None else native.rows,
             halo=halo,
         )
-        _check_arguments(spec, signature)
+        check_arguments(spec, signature)
         library: NativeStream | TritonStream | None = None
         if native is not None:
             library = NativeStream(plan.name, native, module, signature)
@@ -182,20 +181,6 @@ def build_stream(
         op = NestedLoopOp(name, code, signature, work, spec, instead=instead if falls_back else None)
         STREAM_OPS[name] = StreamOp(op, signature)
     return name
-
-
-def _check_arguments(spec: LoopSpec, signature: StreamSignature) -> None:
-    """Raise `NoPlanError` for a state of more tensors than PyTorch lets an op have."""
-    results = len(signature.results)
-    backward = len(signature.inputs) + results  # inputs, cotangents and what is kept
-    if max(backward, results) > MOST_ARGUMENTS:
-        raise NoPlanError(
-            f"No backend but the reference has a plan for {spec.name}: its state is too many tensors for one op.",
-            where=spec.where,
-            given=f"{len(spec.entries)} tensors in the state, {backward} arguments of its backward",
-            need=f"{MOST_ARGUMENTS} arguments at most",
-            fix='write nl.compile(..., backend="reference"), or join fast weights: a bias as a row of its matrix',
-        )
 
 
 def run_stream(

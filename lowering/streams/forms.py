@@ -16,6 +16,7 @@ from nestloop.lang import coefficient
 from nestloop.lang.declare import Gate, Slow
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Chunked, Program
+from nestloop.lang.state import identifier
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.collect import collect
 from nestloop.lowering.differentiate import Piece, make_piece
@@ -26,7 +27,7 @@ from nestloop.lowering.streams.chunked import chunk_step, read, update_step
 from nestloop.lowering.streams.dual import dual_step
 from nestloop.lowering.streams.primal import primal_step
 from nestloop.lowering.streams.solved import Response, check_solvable, respond, solved_step
-from nestloop.lowering.streams.step import Step, Tensors, causal, identifier
+from nestloop.lowering.streams.step import Step, Tensors, causal
 from nestloop.lowering.streams.uses import NotAffine
 from nestloop.lowering.tracer import Tracer
 

@@ -15,6 +15,7 @@ from nestloop.lang.declare import Declaration, Gate
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.optim import momentum_name
 from nestloop.lang.schedule import Causal, Chunked
+from nestloop.lang.state import identifier
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.runtime.streams import VALID
 from nestloop.lowering.streams.coefficients import Coefficients, Rows, combine, exact
@@ -22,11 +23,6 @@ from nestloop.lowering.streams.uses import NotAffine
 from nestloop.lowering.tracer import Tracer
 
 Tensors = dict[str, Tensor]
-
-
-def identifier(entry: str) -> str:
-    """The name of a state's entry in generated code: "w.momentum" is w__momentum."""
-    return entry.replace(".", "__")
 
 
 @dataclass(frozen=True)

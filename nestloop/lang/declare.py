@@ -86,7 +86,16 @@ class Gate(Declaration):
         scale: str | float,
         pooled: bool,
     ) -> None:
-        super().__init__(dims)
+        super().__init__((dims,) if isinstance(dims, (str, int)) else dims)
+        if not callable(activation):
+            text = f"dims=({activation!r},)" if isinstance(activation, (str, int)) else "torch.sigmoid"
+            raise ViewError(
+                "The activation of a gate is not a function.",
+                where=self.where,
+                given=repr(activation),
+                need="a function of tensors, as torch.sigmoid is, or none given",
+                fix=f"write nl.gate({text})",
+            )
         self.activation, self.bias, self.micro, self.pooled = activation, bias, micro, pooled
         self.scale = scale if isinstance(scale, float) else parse(scale, self.where)
         self.maps = all_maps(of, Project(bias, 1.0, rank), make, self.kind, self.where)
@@ -169,7 +178,7 @@ def view(
 def gate(
     activation: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid,
     bias: bool = True,
-    dims: tuple[str | int, ...] = (),
+    dims: str | int | tuple[str | int, ...] = (),
     micro: bool = False,
     rank: int | None = None,
     of: Any = (),
@@ -182,8 +191,8 @@ def gate(
     A layer makes it as `scale * activation(x @ w_h + c_h)`; a functional op takes it ready made, among the views.
 
     Args:
-        dims: for one number per channel: the dims of the fast weight's axes that it runs along, ("d",) say. Of two axes
-            of one name the first is meant; in a fast weight [dk, dv] they can be told apart.
+        dims: for one number per channel: the dims of the fast weight's axes that it runs along, "d" or ("dk", "dv")
+            say. Of two axes of one name the first is meant; in a fast weight [dk, dv] they can be told apart.
         micro: one gate for each micro-step of a token, [B, H, N, m, *dims].
         rank: of the projection, as a product of two.
         of, make: maps before and after the projection, as for a view. `of=nl.per_position()` makes a gate from the
@@ -191,6 +200,9 @@ def gate(
         scale: a number, or text in the dims.
         pooled: made from the mean token of each chunk, the same for all its tokens: for a decay, momentum or scale of
             a schedule that steps once a chunk (`nl.Chunked`). The maps before the projection see each token.
+
+    Raises:
+        DimExpressionError, ViewError: at the line of the declaration.
     """
     return Gate(activation, bias, dims, micro, rank, of, make, scale, pooled)
 

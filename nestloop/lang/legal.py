@@ -36,7 +36,7 @@ def check_optimizer(spec: LoopSpec) -> None:
     elif isinstance(spec.schedule, Causal):
         _check_causal(spec)
     elif isinstance(spec.schedule, (Chunked, Program)):
-        _check_chunked(spec)
+        _check_one_step(spec)
     if isinstance(spec.schedule, Stream):
         _check_stream(spec)
     _check_micro(spec)
@@ -99,23 +99,7 @@ def _shown(spec: LoopSpec) -> str:
 def _check_batch(spec: LoopSpec) -> None:
     optimizer, schedule = spec.optimizer, spec.schedule
     assert isinstance(schedule, BatchSchedule)
-    extra = [
-        name
-        for name in ("gradient_transform", "scale", "decay", "log_decay", "momentum", "window", "restore")
-        if getattr(optimizer, name) is not None
-    ]
-    if isinstance(optimizer.lr, dict) or (isinstance(optimizer.lr, (Slow, Gate)) and optimizer.lr.dims):
-        extra.append("a learning rate per fast weight or channel")
-    if isinstance(optimizer.transform, GlobalClip):
-        extra.append("a joint transform")
-    if extra:
-        raise _illegal(
-            spec,
-            f"a batch schedule steps with the learning rate and a transform alone, not with {extra[0]}.",
-            f"{', '.join(extra)}; {_shown(spec)}",
-            "a schedule that steps chunk by chunk",
-            'write schedule = nl.Program(("update", 0, "N"), ("apply", 0, "N")), one update for each step',
-        )
+    _check_one_step(spec)
     lr = optimizer.lr
     if isinstance(lr, tuple) and len(lr) != schedule.steps:
         raise IllegalScheduleError(
@@ -124,6 +108,36 @@ def _check_batch(spec: LoopSpec) -> None:
             given=f"rates: {len(lr)}, steps: {schedule.steps}",
             need=f"rates: {schedule.steps}",
             fix=f"write nl.SGD(lr={(1.0,) * schedule.steps}), or one number for all steps",
+        )
+    for name, value in _coefficients(spec):
+        each = list(value.values()) if isinstance(value, dict) else [value]
+        if value is lr and not isinstance(value, dict):
+            each = [part for part in each if isinstance(part, Gate)]  # of numbers and text, any
+        for part in each:
+            _check_of_batches(spec, name, part)
+
+
+def _check_of_batches(spec: LoopSpec, name: str, part: Any) -> None:
+    """Refuse a coefficient that is no number before the batch, and a learning rate of one fast weight that changes from
+    step to step."""
+    what = _NAMES.get(name, name)
+    if isinstance(part, Gate) and (name != "lr" or part.dims):
+        each = "token and channel" if part.dims else "token"
+        raise _illegal(
+            spec,
+            f"its {what} is a number for each {each}, but a step of a batch schedule is one on all its tokens.",
+            f"{part!r}; {_shown(spec)}",
+            "a number, text or a slow weight; as a learning rate, a gate without dims too",
+            f"declare {part.name} = nl.slow(), or step chunk by chunk, with the mean of each chunk's gates: "
+            "schedule = nl.Chunked(64)",
+        )
+    if isinstance(part, tuple) or (isinstance(part, DimExpr) and {"N", "n"} & set(part.names)):
+        raise _illegal(
+            spec,
+            f"its {what} changes with the step or its tokens, as that of all fast weights alone may.",
+            f"{part}; {_shown(spec)}",
+            "a number, text without N and n, a slow weight",
+            'write nl.SGD(lr="1/N") or one number per step, the same for all fast weights',
         )
 
 
@@ -217,7 +231,8 @@ def _function(given: Any) -> str:
     return getattr(given, "__name__", str(given))
 
 
-def _check_chunked(spec: LoopSpec) -> None:
+def _check_one_step(spec: LoopSpec) -> None:
+    """Refuse what a single step on many tokens has no room for."""
     optimizer = spec.optimizer
     if optimizer.window is not None:
         raise _illegal(

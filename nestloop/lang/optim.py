@@ -36,7 +36,8 @@ class SGD:
 
     G is summed over a step's tokens. Where a schedule steps once a chunk, gates among the coefficients are averaged
     over the chunk's tokens, the learning rate aside, which weighs each token's loss. Token by token (`Causal`,
-    `Online`), where rates may differ from one token to the next, S sums lr * G, and the state has that.
+    `Online`), where rates may differ from one token to the next, S sums lr * G, and the state has that. A batch
+    schedule starts with S = 0 in each call, and of gates takes learning rates without dims alone.
 
     Args:
         lr: one of
@@ -166,22 +167,16 @@ class SGD:
         """The learning rate of one fast weight."""
         return coefficient.of(self.lr, weight, 1.0)
 
-    def rate(self, step: int, sizes: dict[str, int], slow: dict[str, Tensor]) -> Any:
-        """The factor on the update of step `step`: a number, or the learned scalar's tensor []."""
-        match self.lr:
-            case DimExpr():
-                return float(self.lr.evaluate(sizes))
-            case tuple():
-                return self.lr[step]
-            case Slow():
-                return slow[self.lr.name]
-            case Gate():
-                return 1.0
-        return float(self.lr)
+    @property
+    def steps_by_number(self) -> bool:
+        """Whether all fast weights have one learning rate, and it is a number, one for each step, or text."""
+        return not isinstance(self.lr, (Slow, Gate, Mapping))
 
-    def update(self, weight: Tensor, gradient: Tensor, rate: Any) -> Tensor:
-        """One step on one fast weight, without momentum or decay."""
-        return weight - rate * self.transformed(gradient)
+    def rate(self, step: int, sizes: Mapping[str, int]) -> float:
+        """The factor on the update of step `step`, where `steps_by_number`."""
+        if isinstance(self.lr, DimExpr):
+            return float(self.lr.evaluate(sizes))
+        return float(self.lr[step] if isinstance(self.lr, tuple) else self.lr)
 
     def transformed(self, gradient: Tensor) -> Tensor:
         """The update of one fast weight before its learning rate. Raises `TransformError` if its shape is another."""

@@ -33,7 +33,8 @@ class Entry:
         name: its key.
         like: the declaration that has its dims.
         part: "weight", "anchor" (where gradients are taken), "update" (the scaled sum since the anchor), "momentum",
-            "pending" (a chunk's gradient, or the sum of a gate over its tokens, so far), "tail" (last tokens' views).
+            "pending" (a chunk's gradient, or the sum of a gate over its tokens, so far), "tail" (last tokens' views),
+            "initial" (the initial weights, of `steps_with` alone).
         rows: leading axis of tokens, for a tail.
     """
 
@@ -41,6 +42,11 @@ class Entry:
     like: Declaration
     part: str
     rows: int = 0
+
+
+def identifier(entry: str) -> str:
+    """The name of an entry as an identifier, which generated code needs: "w.momentum" is w__momentum."""
+    return entry.replace(".", "__")
 
 
 def entries(spec: LoopSpec) -> dict[str, Entry]:
@@ -64,6 +70,18 @@ def entries(spec: LoopSpec) -> dict[str, Entry]:
         if optimizer.window is not None and optimizer.window > 1:
             rows = optimizer.window - 1
             found += [Entry(f"{name}.tail", declared, "tail", rows) for name, declared in spec.inputs.items()]
+    return {entry.name: entry for entry in found}
+
+
+def steps_with(spec: LoopSpec) -> dict[str, Entry]:
+    """What a step of a batch schedule reads and leaves beside the fast weights: momenta, zero before the first step,
+    and for `restore` the initial weights. They are of one call, and no part of a state."""
+    optimizer = spec.optimizer
+    found = []
+    for name, fast in spec.fast.items():
+        found += [Entry(momentum_name(name, order), fast, "momentum") for order in range(optimizer.orders)]
+        if optimizer.restore is not None:
+            found.append(Entry(f"{name}.initial", fast, "initial"))
     return {entry.name: entry for entry in found}
 
 

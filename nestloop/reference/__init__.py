@@ -16,7 +16,7 @@ from torch.func import vmap
 from nestloop.lang.binding import Binding, grouped_heads
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.state import Entry, State, check_position, counts_tokens
-from nestloop.reference.batch import batch_gradient, one_sequence, update
+from nestloop.reference.batch import batch_gradient, batch_step, one_sequence, step_factors
 from nestloop.reference.bodies import (
     Tensors,
     compute_dtype,
@@ -32,14 +32,15 @@ from nestloop.reference.window import one_window
 
 __all__ = [
     "batch_gradient",
+    "batch_step",
     "compute_dtype",
     "initial_state",
     "kernel_fit",
     "run",
+    "step_factors",
     "token_loss",
     "token_output",
     "token_readout",
-    "update",
 ]
 
 
@@ -94,20 +95,24 @@ def run(
         counted: dict[str, Any] = {"position": position + binding.tokens} if counts_tokens(spec) else {}
         wanted = return_losses and not spec.is_kernel_estimator
         return z.to(out_dtype), {**_own(end), **counted}, losses if wanted else None
+    initial = initial_fast(spec, binding, weights, None, dtype, device)
     fast = initial_fast(spec, binding, weights, carried or None, dtype, device)
     dims = {**binding.dims, "H": binding.heads, "N": binding.tokens}
 
-    def one(fast: Tensors, slow: Tensors, tokens: Tensors, order: Tensor | None) -> tuple[Tensor, Tensors, Tensor]:
+    def one(
+        initial: Tensors, fast: Tensors, slow: Tensors, tokens: Tensors, order: Tensor | None
+    ) -> tuple[Tensor, Tensors, Tensor]:
         if spec.is_kernel_estimator:
             fitted = kernel_fit(spec, dims)(slow, tokens)
             return fitted, {}, fitted.new_zeros(0)
-        return one_sequence(spec, binding, dims, fast, slow, tokens, order, return_losses)
+        return one_sequence(spec, binding, dims, initial, fast, slow, tokens, order, return_losses)
 
     order_axis = None if order is None else 0
-    each_head = vmap(one, in_dims=({n: 0 for n in fast}, slow_axis, token_axis, order_axis))
+    each_head = vmap(one, in_dims=({n: 0 for n in initial}, {n: 0 for n in fast}, slow_axis, token_axis, order_axis))
     per_sequence = vmap(
         each_head,
         in_dims=(
+            {n: None for n in initial},
             {n: 0 if state is not None else None for n in fast},
             {n: None for n in slow},
             {n: 0 for n in cast},
@@ -115,7 +120,7 @@ def run(
         ),
     )
     with Composites():
-        z, end, losses = per_sequence(fast, slow, cast, order)
+        z, end, losses = per_sequence(initial, fast, slow, cast, order)
     return z.to(out_dtype), _own(end), None if spec.is_kernel_estimator or not return_losses else losses
 
 

@@ -14,6 +14,7 @@ from nestloop.errors import (
     TransformError,
     UnknownDimError,
     UnknownInitError,
+    ViewError,
 )
 from nestloop.lang.init import INITIALISERS, fill
 from tests.refusals import refused
@@ -365,3 +366,24 @@ def test_overridden_declarations_leave_no_trace():
 
     assert list(Bare.spec.views) == ["k"]
     assert Bare.spec.fast["w"].frozen_zero and not Bare.spec.weights
+
+
+@pytest.mark.parametrize(
+    ("activation", "fix"), [("d", "nl.gate(dims=('d',))"), (0.5, "nl.gate(torch.sigmoid)")], ids=["dims", "a number"]
+)
+def test_an_activation_is_a_function(activation, fix):
+    def step():
+        nl.gate(activation)  # HERE
+
+    refused(
+        step,
+        ViewError,
+        "The activation of a gate is not a function.",
+        given=repr(activation),
+        need="a function of tensors, as torch.sigmoid is, or none given",
+        fix=f"write {fix}",
+    )
+
+
+def test_dims_of_a_gate_may_be_one():
+    assert nl.gate(dims="dk").dims == nl.gate(dims=("dk",)).dims

@@ -23,22 +23,57 @@ def illegal(parts, what, *, given, need, fix):
     refused(step, IllegalScheduleError, f"Loop: {what}", given=given, need=need, fix=fix)
 
 
+@pytest.mark.parametrize("name", ["decay", "momentum", "scale"])
+def test_gates_of_batches(name):
+    gate = nl.gate()
+    illegal(
+        {"schedule": nl.FullBatch(2), "g": gate, "optimizer": lambda parts: {name: parts["g"]}},
+        f"its {name} is a number for each token, but a step of a batch schedule is one on all its tokens.",
+        given="gate g[]; schedule FullBatch",
+        need="a number, text or a slow weight; as a learning rate, a gate without dims too",
+        fix="declare g = nl.slow(), or step chunk by chunk, with the mean of each chunk's gates: "
+        "schedule = nl.Chunked(64)",
+    )
+
+
+def test_a_rate_of_batches_for_each_token_and_channel():
+    illegal(
+        {"schedule": nl.FullBatch(2), "g": nl.gate(dims="d"), "optimizer": lambda parts: {"lr": parts["g"]}},
+        "its learning rate is a number for each token and channel, but a step of a batch schedule is one on all its "
+        "tokens.",
+        given="gate g[d]; schedule FullBatch",
+        need="a number, text or a slow weight; as a learning rate, a gate without dims too",
+        fix="declare g = nl.slow(), or step chunk by chunk, with the mean of each chunk's gates: "
+        "schedule = nl.Chunked(64)",
+    )
+
+
 @pytest.mark.parametrize(
-    "optimizer, first",
+    ("optimizer", "what", "given"),
     [
-        ({"decay": 0.9, "momentum": 0.5}, "decay, momentum"),
-        ({"window": 2}, "window"),
-        ({"lr": {"w": 0.1}}, "a learning rate per fast weight or channel"),
-        ({"transform": nl.global_clip(1.0)}, "a joint transform"),
+        ({"lr": {"w": (0.1, 0.2)}}, "learning rate", "(0.1, 0.2)"),
+        ({"lr": {"w": "1/N"}}, "learning rate", "1 / N"),
+        ({"decay": "1/n"}, "decay", "1 / n"),
+        ({"momentum": "1/N"}, "momentum", "1 / N"),
     ],
 )
-def test_batch_schedules_take_a_rate_and_a_transform(optimizer, first):
+def test_coefficients_of_batches_that_change(optimizer, what, given):
     illegal(
         {"schedule": nl.FullBatch(2), "optimizer": optimizer},
-        f"a batch schedule steps with the learning rate and a transform alone, not with {first.split(', ')[0]}.",
-        given=f"{first}; schedule FullBatch",
-        need="a schedule that steps chunk by chunk",
-        fix='write schedule = nl.Program(("update", 0, "N"), ("apply", 0, "N")), one update for each step',
+        f"its {what} changes with the step or its tokens, as that of all fast weights alone may.",
+        given=f"{given}; schedule FullBatch",
+        need="a number, text without N and n, a slow weight",
+        fix='write nl.SGD(lr="1/N") or one number per step, the same for all fast weights',
+    )
+
+
+def test_a_window_of_batches():
+    illegal(
+        {"schedule": nl.FullBatch(2), "optimizer": {"window": 2}},
+        "a window belongs to a schedule that steps with every token.",
+        given="window=2; schedule FullBatch",
+        need="Causal or Online",
+        fix="write schedule = nl.Causal(16)",
     )
 
 

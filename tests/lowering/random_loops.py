@@ -48,7 +48,6 @@ class RandomLoop:
     layer_norm_decoder: bool
     mean_features: bool
     rate: str
-    clip: bool
     frozen: str
     readout: str
     key_size: int
@@ -61,6 +60,10 @@ class RandomLoop:
     order_per_sequence: bool
     rows: int
     seed: int
+    momentum: tuple[str, ...] = ()
+    decay: str = ""
+    transforms: tuple[str, str] = ("", "")
+    restore: bool = False
 
     def declare(self) -> type[nl.Loop]:
         """The loop class."""
@@ -81,7 +84,7 @@ class RandomLoop:
             tokens=self.tokens,
             carried=self.carried,
             order_per_sequence=self.order_per_sequence,
-            scale={"eta": small},
+            scale={"eta": small, "rates": small, "beta": 0.4, "keep": 0.5},
             seed=self.seed,
         )
 
@@ -103,8 +106,7 @@ def random_loops(loss: str, shuffled: bool) -> st.SearchStrategy[RandomLoop]:
         bias=st.booleans(),
         layer_norm_decoder=st.booleans(),
         mean_features=st.booleans(),
-        rate=st.sampled_from(["number", "text", "tuple", "learned", "gate"]),
-        clip=st.booleans(),
+        rate=st.sampled_from(["number", "text", "tuple", "learned", "gate", "by weight"]),
         frozen=st.sampled_from(["nothing", "nothing", "first", "last", "biases", "all"]),
         readout=st.sampled_from(["plain", "plain", "residual", "normed", "gated", "query too"]),
         key_size=st.sampled_from([3, 4]),
@@ -117,6 +119,10 @@ def random_loops(loss: str, shuffled: bool) -> st.SearchStrategy[RandomLoop]:
         order_per_sequence=st.booleans(),
         rows=st.sampled_from([1, 7, 50, 10**6]),
         seed=st.integers(0, 2**16),
+        momentum=st.sampled_from([(), (), ("number",), ("learned",), ("learned", "number")]),
+        decay=st.sampled_from(["", "", "number", "learned"]),
+        transforms=st.tuples(*[st.sampled_from(["", "", "", "clip", "joint clip"])] * 2),
+        restore=st.sampled_from([False, False, False, True]),
     )
 
 
@@ -169,12 +175,13 @@ def _declare(case: RandomLoop) -> type[nl.Loop]:
 
     bodies = {"normed": normed, "layer": layer, "forward": forward}
     learner = type("RandomLearner", (nl.Learner,), {**weights, **bodies})
-    return type("RandomLoop", (nl.Loop,), {"learner": learner, **_loop_body(case)})
+    fast_weights = [name for name, weight in weights.items() if weight.kind == "fast weight"]
+    return type("RandomLoop", (nl.Loop,), {"learner": learner, **_loop_body(case, fast_weights)})
 
 
-def _loop_body(case: RandomLoop) -> dict[str, Any]:
+def _optimizer(case: RandomLoop, fast: list[str], body: dict[str, Any]) -> nl.SGD:
+    """The optimizer, its slow weights and gates declared in `body`."""
     per_token = 1.0 if case.reduction == "mean" else 1 / case.tokens
-    body: dict[str, Any] = {"k": nl.view("a"), "q": nl.view("a"), "v": nl.view("e")}
     rate: Any = 0.3 * per_token
     if case.rate == "text":
         size = "D" if case.loss == "decoder" else "a"
@@ -185,7 +192,28 @@ def _loop_body(case: RandomLoop) -> dict[str, Any]:
         rate = body["eta"] = nl.slow()
     elif case.rate == "gate":
         rate = body["eta"] = nl.gate()
-    body["optimizer"] = nl.SGD(lr=rate, transform=nl.soft_clip(-1) if case.clip else None)
+    elif case.rate == "by weight":
+        body["eta"], body["rates"] = nl.gate(), nl.slow()
+        rate = {name: (body["eta"], rate, body["rates"])[index % 3] for index, name in enumerate(fast)}
+    coefficients = {"number": 0.6, "": None}
+    if "learned" in case.momentum:
+        body["beta"] = nl.slow()
+    if case.decay == "learned":
+        body["keep"] = nl.slow()
+    transforms = {"": None, "clip": nl.soft_clip(-1), "joint clip": nl.global_clip(0.5)}
+    return nl.SGD(
+        lr=rate,
+        gradient_transform=transforms[case.transforms[0]],
+        transform=transforms[case.transforms[1]],
+        momentum=tuple(body["beta"] if m == "learned" else coefficients[m] for m in case.momentum) or None,
+        decay=body["keep"] if case.decay == "learned" else coefficients[case.decay],
+        restore=nl.restore_norm(-1) if case.restore else None,
+    )
+
+
+def _loop_body(case: RandomLoop, fast: list[str]) -> dict[str, Any]:
+    body: dict[str, Any] = {"k": nl.view("a"), "q": nl.view("a"), "v": nl.view("e")}
+    body["optimizer"] = _optimizer(case, fast, body)
     schedule = nl.Shuffled if case.shuffled else nl.FullBatch
     body["schedule"] = schedule(case.steps, reduction=case.reduction)
     if case.readout == "gated":

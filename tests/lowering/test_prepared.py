@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 import nestloop as nl
 from nestloop import zoo
+from nestloop.lang.state import identifier
 from nestloop.lowering import names, ops
 from nestloop.lowering.capture import capture_with
 from nestloop.lowering.recorder import Located, record
@@ -19,7 +20,6 @@ from nestloop.lowering.streams import prepared as cut
 from nestloop.lowering.streams.affine import reached
 from nestloop.lowering.streams.forms import choose, pieces_of
 from nestloop.lowering.streams.prepared import Prepared, prepared, taking
-from nestloop.lowering.streams.step import identifier
 from nestloop.lowering.tracer import Tracer
 
 ROWS = 16

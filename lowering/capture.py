@@ -26,7 +26,8 @@ from nestloop.lowering import ops
 from nestloop.lowering.groups import by_groups
 from nestloop.lowering.joins import taken_apart
 from nestloop.lowering.mismatch import OpFailed, shape_mismatch, trial_sizes
-from nestloop.lowering.recorder import placeholders
+from nestloop.lowering.recorder import graph_module, placeholders
+from nestloop.lowering.subexpressions import common_subexpressions
 from nestloop.lowering.tracer import Tracer
 
 
@@ -114,11 +115,16 @@ def capture_with(tracer: Tracer) -> Captured:
     inputs = [name for name in inputs if name not in spec.inputs or not spec.inputs[name].micro]
     readout = _trace(tracer, lambda dims: _flat(reference.token_readout(spec, dims), spec), inputs, "readout")
     output = _check_readout(spec, readout)
-    loss, readout = by_groups(loss, tracer), by_groups(readout, tracer)
+    loss, readout = (_once(by_groups(graph, tracer)) for graph in (loss, readout))
     if spec.parts:
         loss, readout = (_in_parts(graph, tracer) for graph in (loss, readout))
     _check_functions(tracer)
     return Captured(spec, loss, readout, sizes, output, tracer.fixed_tokens())
+
+
+def _once(module: fx.GraphModule) -> fx.GraphModule:
+    """A body's graph with what it computes twice computed once, and so differentiated once."""
+    return graph_module(common_subexpressions(module.graph))
 
 
 def _check_functions(tracer: Tracer) -> None:

@@ -122,8 +122,9 @@ def halves(value: Tensor, logarithm: bool, longest: int) -> tuple[Halves, Tensor
     below = (position[:, None] > position[None, :]).to(value.dtype)
     own = (position[:, None] == position[None, :]).to(value.dtype)
     middle = position.to(value.dtype) + 0.5  # off the borders of blocks, so that no rounding of a quotient matters
-    blocks = [(middle / 2**level).floor() for level in range((longest - 1).bit_length() + 1)]
+    blocks = [(middle / 2**level).floor() for level in range(1, (longest - 1).bit_length())]
     within = [(block[:, None] == block[None, :]).to(value.dtype) for block in blocks]
+    within = [own, *within, torch.ones_like(own)]  # blocks of one row, and at last of all
     pairs = [(outer - inner) * below for inner, outer in pairwise(within)]
     flat = value.reshape(count, math.prod(shape))
     if logarithm:
@@ -144,7 +145,9 @@ def _sums(value: Tensor, within: list[Tensor], below: Tensor, own: Tensor) -> tu
     def total(rows: Tensor) -> Tensor:
         return exact(rows, finite).exp()
 
-    factors = [(total(one * (below + own)), total(one * below), total(one * below.mT)) for one in within]
+    none = torch.ones_like(value)
+    factors = [(value.exp(), none, none)]
+    factors += [(total(one * (below + own)), total(one * below), total(one * below.mT)) for one in within[1:]]
     return factors, total(below.mT), value.cumsum(0).exp()
 
 

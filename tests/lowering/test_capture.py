@@ -224,3 +224,18 @@ def test_a_function_inside_a_body(name: str, monkeypatch: pytest.MonkeyPatch):
 
     inputs = random_inputs(Activated.spec, {"d": 8, "H": 2}, tokens=5)
     assert_equal(compare(Activated, inputs), 1e-10)
+
+
+def test_what_a_body_computes_twice_is_computed_and_differentiated_once():
+    class Once(Plain):
+        def loss(self, f, t):
+            y = f(t.k)
+            return (y - t.v).square().sum(-1) + y.abs().sum(-1)
+
+    class Twice(Plain):
+        def loss(self, f, t):
+            return (f(t.k) - t.v).square().sum(-1) + f(t.k).abs().sum(-1)
+
+    one, two = (nl.inspect(loop, "emit") for loop in (Once, Twice))
+    assert one.count("mm(") == two.count("mm(") > 0
+    assert one.count("\n") == two.count("\n")

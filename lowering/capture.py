@@ -8,7 +8,8 @@ be compiled is refused here, at the user's own line.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -20,13 +21,14 @@ from nestloop.errors import (
     UnusedFastWeightError,
 )
 from nestloop.lang.loop import LoopSpec, body_line
+from nestloop.lang.optim import SGD
 from nestloop.lang.returned import described, misshapen
 from nestloop.lang.state import Entry, identifier, steps_with
 from nestloop.lowering import ops
 from nestloop.lowering.groups import by_groups
 from nestloop.lowering.joins import taken_apart
 from nestloop.lowering.mismatch import OpFailed, shape_mismatch, trial_sizes
-from nestloop.lowering.recorder import graph_module, placeholders
+from nestloop.lowering.recorder import Located, graph_module, placeholders
 from nestloop.lowering.subexpressions import common_subexpressions
 from nestloop.lowering.tracer import Tracer
 
@@ -36,6 +38,7 @@ class Captured:
     """A loop's bodies as graphs; the inputs of each are its placeholders, by their declared names.
 
     Attributes:
+        spec: its declaration, the functions of its optimizer traced.
         loss: (fast, slow, tokens) -> each token's loss [n]; None for a kernel estimator.
         readout: (fast, slow, tokens) -> [n, *]; for a kernel estimator its kernel, (slow, q, k) -> [n, m].
         sizes: every dim's size; N and n are absent where they are symbolic.
@@ -118,7 +121,7 @@ def capture_with(tracer: Tracer) -> Captured:
     loss, readout = (_once(by_groups(graph, tracer)) for graph in (loss, readout))
     if spec.parts:
         loss, readout = (_in_parts(graph, tracer) for graph in (loss, readout))
-    _check_functions(tracer)
+    spec = replace(spec, optimizer=_traced_functions(tracer))
     return Captured(spec, loss, readout, sizes, output, tracer.fixed_tokens())
 
 
@@ -127,17 +130,48 @@ def _once(module: fx.GraphModule) -> fx.GraphModule:
     return graph_module(common_subexpressions(module.graph))
 
 
-def _check_functions(tracer: Tracer) -> None:
-    """Refuse functions of the optimizer that cannot be compiled, as bodies are refused. Their graphs are parts of a
-    step's."""
+@dataclass(frozen=True)
+class TracedFunction:
+    """A function of the optimizer as graphs, one for each shape of a fast weight, that compute what it computes.
+
+    Only a body's own trace knows what it holds constant: derivatives are taken of the graphs.
+    """
+
+    original: Callable[..., Tensor]
+    graphs: Mapping[tuple[int, ...], fx.GraphModule]
+
+    @property
+    def __name__(self) -> str:
+        return getattr(self.original, "__name__", str(self.original))
+
+    def __call__(self, value: Tensor, *others: Tensor) -> Tensor:
+        return Located(self.graphs[tuple(value.shape)]).run(value, *others)
+
+
+def _constantly(function: Callable[..., Tensor], dims: dict[str, Any]) -> Callable[..., Tensor]:
+    """A function that needs no dims."""
+    return function
+
+
+def _traced_functions(tracer: Tracer) -> SGD:
+    """The optimizer with its functions traced. Refuses what cannot be compiled, as bodies are refused."""
     optimizer = tracer.spec.optimizer
-    for name in tracer.spec.fast:
-        if callable(optimizer.transform):
-            _trace(tracer, lambda dims: optimizer.transformed, [name], "transform")
-        if callable(optimizer.gradient_transform):
-            _trace(tracer, lambda dims: optimizer.gradient_transformed, [name], "gradient transform")
-        if optimizer.restore is not None:
-            _trace(tracer, lambda dims: optimizer.restored, [name, f"{name}__held"], "restore")
+    traced: dict[str, TracedFunction] = {}
+    for part, run in (
+        ("transform", optimizer.transformed),
+        ("gradient_transform", optimizer.gradient_transformed),
+        ("restore", optimizer.restored),
+    ):
+        original = getattr(optimizer, part)
+        if not callable(original):
+            continue
+        graphs: dict[tuple[int, ...], fx.GraphModule] = {}
+        for name in tracer.spec.fast:
+            given = [name, f"{name}__held"] if part == "restore" else [name]
+            shape = tuple(map(int, tracer.tile(name).shape))
+            graphs[shape] = _once(_trace(tracer, partial(_constantly, run), given, part.replace("_", " ")))
+        traced[part] = TracedFunction(original, graphs)
+    return optimizer.with_functions(**traced)
 
 
 def _in_parts(module: fx.GraphModule, tracer: Tracer) -> fx.GraphModule:

@@ -20,12 +20,12 @@ from nestloop.lowering.runtime import tiles
 _WORDS = frozenset(
     """torch F aten math schedule forward backward prepare project gradient update readout final_loss fit common chunk
 partial advance read learning_rate weight rate z loss losses loss_sum loss_after dtype device n i state
-order""".split()  # noqa: SIM905
+order inf nan NoneType pytree fx_pytree""".split()  # noqa: SIM905
 )
 _TAKEN = _WORDS | set(dir(builtins)) | set(vars(tiles))
 # What it derives from a name (the cotangent d_w of w), or numbers (the value sum_1).
 _DERIVED = re.compile(
-    r"^_|^(c|d|y|first|gradient|between|end|hoisted|projected|gram)_|_(i|new|tile|vjp|once|\d+)$|_$|__", re.ASCII
+    r"^_|^(c|d|y|first|gradient|between|end|hoisted|projected|gram)_|_(i|new|tile|vjp|once|all|\d+)$|_$|__", re.ASCII
 )
 
 
@@ -36,7 +36,11 @@ d_then sums pulled first last turn back index own every groups chunks step start
 order_at chosen total after sum part parts program partial
 ranges one many each more block strip low_pulled""".split()  # noqa: SIM905
 )
-_TRITON_DERIVED = re.compile(r"^i\d+$|^(in|now|then|state)_|_(p|h|b|n|at|made|handed)$", re.ASCII)
+_TRITON_DERIVED = re.compile(
+    r"^i\d+$|^(in|now|then|state)_|_(p|h|b|n|at|made|handed)$"
+    r"|^(c|d|y|first|gradient|between|end|in|now|then|state)$",  # the stride d_b of d is the cotangent of b
+    re.ASCII,
+)
 
 
 def safe(spec: LoopSpec, triton: bool = False) -> LoopSpec:

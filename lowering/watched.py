@@ -87,6 +87,14 @@ class WatchedCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "__get__":
+            if func.__self__.__name__ == "data":
+                raise UnadmittedOpError(
+                    f"{self.spec.name} reads x.data, which hides a value from gradients.",
+                    where=user_line(self.spec),
+                    given="x.data",
+                    need="values that say themselves whether gradients flow through them",
+                    fix="write x.detach()",
+                )
             self._read(func.__self__.__name__, sys._getframe(1))
             return func(*args, **kwargs)
         plain_inplace = name.endswith("_") and not name.startswith("_") and not name.endswith("__")

@@ -161,7 +161,7 @@ def _explain(lowered: AnyLowered, sizes: Mapping[str, int], op: CompiledLoop | N
     spec = lowered.spec
     lines = [
         f"{spec.name}  ({spec.where.short})",
-        (spec.cls.__doc__ or "").strip().splitlines()[0] if spec.cls.__doc__ else "",
+        next(iter((spec.cls.__doc__ or "").strip().splitlines()), ""),
     ]
     if spec.is_kernel_estimator:
         lines += ["", "fast weights: none. The state is the keys and values of the sequence."]

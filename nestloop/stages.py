@@ -54,7 +54,8 @@ def _declaration(declared: Declaration) -> str:
 def optimizer_text(spec: LoopSpec) -> str:
     """The optimizer with its coefficients."""
     optimizer = spec.optimizer
-    parts = [f"SGD, learning rate {_coefficient(optimizer.lr)}"]
+    others = ", 1.0 for the others" if isinstance(optimizer.lr, Mapping) and set(optimizer.lr) != set(spec.fast) else ""
+    parts = [f"SGD, learning rate {_coefficient(optimizer.lr)}{others}"]
     for name in ("scale", "decay", "log_decay"):
         if getattr(optimizer, name) is not None:
             parts.append(f"{name.replace('_', ' ')} {_coefficient(getattr(optimizer, name))}")

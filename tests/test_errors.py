@@ -508,6 +508,22 @@ def without_gradients(self, f, t):
     return (f(t.k) - target).square().sum(-1)
 
 
+def behind_the_gradient(self, f, t):
+    y = f(t.k)
+    return (y - y.data).square().sum(-1)  # HERE
+
+
+def test_bodies_do_not_read_data():
+    refused(
+        steps_into(behind_the_gradient),
+        UnadmittedOpError,
+        "Loop reads x.data, which hides a value from gradients.",
+        given="x.data",
+        need="values that say themselves whether gradients flow through them",
+        fix="write x.detach()",
+    )
+
+
 def test_bodies_do_not_turn_gradients_off():
     refused(
         steps_into(without_gradients),

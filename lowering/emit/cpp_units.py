@@ -54,7 +54,7 @@ class CppUnits:
 
         def call(target: str, factor: float, add: bool) -> str:
             left, right = (f"{self._batch(view)}, {ld}" for view, ld in ((a, lda), (b, b.strides[-2])))
-            more = f"{columns}, S({factor:g}), {'true' if add else 'false'}"
+            more = f"{columns}, S({factor:.17g}), {'true' if add else 'false'}"
             return f"product<{flag}>({m}, {columns}, {k}, {left}, {right}, {target}, {more});"
 
         if value.sinks and not value.users and value.result is None:

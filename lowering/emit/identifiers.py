@@ -20,7 +20,9 @@ d_loss after sum weight rate forward backward
 part parts ranges range items apart slot begin read descend end_step pull_read pull_update pull_gradient at_item
 at_part STATE ITEM PART
 index own chunks every first last states nothing exchange exchanges solve solve_triangular Lane Lanes
-singular unsolved""".split()  # noqa: SIM905
+singular unsolved
+NAN INFINITY NULL EOF HUGE_VAL HUGE_VALF HUGE_VALL M_E M_PI M_PI_2 M_PI_4 M_SQRT2 M_LN2 M_LN10 errno assert stdin stdout
+stderr""".split()  # noqa: SIM905
 )
 
 

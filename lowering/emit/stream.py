@@ -14,6 +14,7 @@ from nestloop.lang.state import identifier
 from nestloop.lowering.emit.scan import TITLES, Scan
 from nestloop.lowering.emit.tile import TileFunction
 from nestloop.lowering.emit.torch import TILE_OPERATIONS
+from nestloop.lowering.streams.affine import reached
 
 _HEADER = '''"""{title}
 
@@ -67,7 +68,7 @@ class StreamEmitter(Scan):
         body = "\n\n\n".join([*[f.write(self._sized_by(f)) for f in self.functions.values()], *parts])
         imported = [name for name in TILE_OPERATIONS if f"{name}(" in body]
         head = _HEADER.format(
-            title=f"{self.spec.name}: {(self.spec.cls.__doc__ or 'an inner loop').strip().splitlines()[0]}",
+            title=f"{self.spec.name}: {self.spec.summary}",
             source=self.spec.where.short,
             heads=self.captured.sizes.get("H", 1),
             dims=", ".join(f"{n} = {s}" for n, s in self.captured.sizes.items()),
@@ -225,6 +226,8 @@ class StreamEmitter(Scan):
             lines.append(f"{' = '.join('d_' + n for n in others)} = None")
         # tiles of consecutive chunks share the rows of a window: their cotangents are added up in place
         lines += [f"d_{n} = zeros({n})" if self.halo else f"_tiles_{n} = []" for n in seen]
+        # Cotangents of a state that sequences share are sums over them; those it is added to inside a chunk are not.
+        lines += [f"_shared_{n}, {n} = {n}, for_each({n}, {self.tokens[0]})" for n in self._free_of_tokens]
         none = [n if n in self.starts else n.removesuffix("__anchor") for n in carry]
         lines.append(f"_first = ({', '.join(none)}{',' if len(carry) == 1 else ''})")
         lines += [f"_no_{n} = zeros(d_end_{n})" for n in self._updates]
@@ -245,10 +248,15 @@ class StreamEmitter(Scan):
         group.append(indent("\n".join(self._pull(seen, others, names)), "    "))
         lines.append(indent("\n".join(group), "    "))
         made = {n: f"d_{n}" for n in inputs}
+        made |= {n: f"like_lead(d_{n}, _shared_{n})" for n in self._free_of_tokens}
         made |= {} if self.halo else {n: f"join(_tiles_{n}[::-1])" for n in seen}
         zero = [n for n in self.tokens if n not in seen]
         returned = ", ".join(
-            f"zeros({n})" if n in zero else made[n] if n in self.tokens else f"zeros({n}) if d_{n} is None else d_{n}"
+            f"zeros({n})"
+            if n in zero
+            else made[n]
+            if n in self.tokens
+            else f"zeros({n}) if d_{n} is None else {made[n]}"
             for n in inputs
         )
         lines.append(f"return ({returned},)")
@@ -257,6 +265,15 @@ class StreamEmitter(Scan):
         head = f"def backward({', '.join([*inputs, *states, *cotangents, '_order', '_low', '_rows'])}):"
         doc = "Cotangents of forward's inputs, each chunk recomputed from the state it started with."
         return f'{head}\n    """{doc}"""\n' + indent("\n".join(lines), "    ")
+
+    @property
+    def _free_of_tokens(self) -> list[str]:
+        """Fast weights whose step reads no token: where sequences start from the same, they stay the same."""
+        piece = self.pieces["chunk"]
+        of_tokens = reached(piece.forward.graph, self.tokens)
+        made = zip(piece.results, piece.forward.graph.output_node().args[0], strict=True)
+        free = {result.removesuffix("_new") for result, node in made if node not in of_tokens}
+        return [n for n in self.starts if n in free]
 
     def _pull(self, seen: list[str], others: list[str], names: str) -> list[str]:
         """Lines of one chunk's backward."""

@@ -119,7 +119,7 @@ class TorchEmitter:
         sizes = ", ".join(f"{n} = {s}" for n, s in self.captured.sizes.items())
         head = _HEADER.format(
             math=math,
-            title=f"{self.spec.name}: {(self.spec.cls.__doc__ or 'an inner loop').strip().splitlines()[0]}",
+            title=f"{self.spec.name}: {self.spec.summary}",
             source=self.spec.where.short,
             heads=self.captured.sizes.get("H", 1),
             dims=sizes,
@@ -295,7 +295,11 @@ class TorchEmitter:
             results = [n.replace("gradient_", "d_gradient_") if n.startswith("gradient_") else f"c_{n}" for n in wrt]
             call = self._call(f"{variant}update_vjp", results, {f"d_{n}_new": f"d_{n}" for n in states})
             nonzero = self._nonzero(f"{variant}update_vjp")
-            replaced = [f"d_{n} = {f'c_{n}' if n in nonzero else None}" for n in states]
+            none = {n: "None" if variant else f"zeros(end_{n})" for n in states}  # the first step has none before it
+            replaced = [f"d_{n} = {f'c_{n}' if n in nonzero else none[n]}" for n in states]
+            read = self.functions[f"{variant}gradient_vjp"].signature
+            unmade = [n for n in self.fast if f"gradient_{n}" not in nonzero and f"d_gradient_{n}" in read]
+            replaced += [f"d_gradient_{n} = zeros(end_{n})" for n in unmade]
             return [call, *replaced, *[f"d_{n} = add(d_{n}, c_{n})" for n in slow if n in nonzero]]
 
         loop += self._each_variant(pull_update)

@@ -78,7 +78,7 @@ class TritonKernels(Fitting):
         spec = self.captured.spec
         beside = [f"{whole.whole} is {', '.join(whole.names)} side by side." for whole in spec.parts]
         head = _HEADER.format(
-            title=f"{spec.name}: {(spec.cls.__doc__ or 'an inner loop').strip().splitlines()[0]}",
+            title=f"{spec.name}: {spec.summary}",
             source=spec.where.short,
             dims=", ".join(f"{n} = {s}" for n, s in self.captured.sizes.items()),
             plan=" ".join([plan, *beside]),

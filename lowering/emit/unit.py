@@ -23,7 +23,7 @@ def header(captured: Captured, plan: str) -> str:
     """The top of a unit; `plan`: a sentence on how it runs."""
     spec = captured.spec
     return _HEADER.format(
-        title=f"{spec.name}: {(spec.cls.__doc__ or 'an inner loop').strip().splitlines()[0]}",
+        title=f"{spec.name}: {spec.summary}",
         source=spec.where.short,
         dims=", ".join(f"{n} = {s}" for n, s in captured.sizes.items()),
         plan=plan,

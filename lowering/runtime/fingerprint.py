@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache, partial
@@ -184,8 +185,7 @@ class _Digest:
         if self.is_seen(function):
             return
         self.add(function.__qualname__)
-        module = function.__module__ or ""
-        if _root(module) in _KNOWN and not module.startswith("nestloop.zoo"):
+        if _is_known(function):
             return
         self.add_code(function.__code__)
         for name in _names(function.__code__):
@@ -240,3 +240,13 @@ def _names(code: CodeType) -> list[str]:
 
 def _root(module: str) -> str:
     return module.split(".")[0]
+
+
+def _is_known(function: FunctionType) -> bool:
+    """Whether a function is of a package whose version says what it does; not one of another's that has its name, as
+    `functools.wraps` gives."""
+    module = function.__module__ or ""
+    if _root(module) not in _KNOWN or module.startswith("nestloop.zoo"):
+        return False
+    package = getattr(sys.modules.get(_root(module)), "__file__", None) or ""
+    return function.__code__.co_filename.startswith(os.path.dirname(package) + os.sep)

@@ -82,6 +82,11 @@ def like_lead(cotangent: Tensor, like: Tensor) -> Tensor:
     return cotangent.sum(shared, keepdim=True) if shared else cotangent
 
 
+def for_each(state: Tensor, tokens: Tensor) -> Tensor:
+    """A state of every sequence, where sequences may share one."""
+    return state.expand(-1, tokens.shape[1], *[-1] * (state.ndim - 2))
+
+
 LOST_BITS = 14  # of the 24 (float32) or 53 (float64) of a square, at most and for the worst of all vectors
 
 

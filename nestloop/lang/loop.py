@@ -21,6 +21,7 @@ from nestloop.errors import (
 )
 from nestloop.lang.declare import Declaration, Dim, Fast, Gate, Slow, View, caller, collect
 from nestloop.lang.dims import DimExpr, parse
+from nestloop.lang.held import reads_held
 from nestloop.lang.learner import Body, KernelEstimator, Learner
 from nestloop.lang.legal import check_estimator, check_maps_of, check_optimizer, check_rate_dims
 from nestloop.lang.maps import check_output
@@ -107,6 +108,12 @@ class LoopSpec:
     def default_dims(self) -> dict[str, int]:
         """Sizes that the declaration itself gives."""
         return {name: dim.default for name, dim in self.dims.items() if dim.default is not None}
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring, in letters that mean themselves in any generated comment."""
+        lines = (self.cls.__doc__ or "").strip().splitlines() or ["an inner loop"]
+        return lines[0].replace("\\", "/").replace('"', "'")
 
     @property
     def grid(self) -> tuple[str, str] | None:
@@ -242,7 +249,7 @@ def _specify(cls: type[Loop]) -> LoopSpec:
         heads=parse(cls.heads, cls.declared_at) if isinstance(cls.heads, str) else cls.heads,
         output=None if cls.output is None else check_output(cls.output, cls.declared_at),
         beside=cls.beside,
-        holds=not estimator and _reads_held(cls),
+        holds=not estimator and reads_held(cls),
         where=cls.declared_at,
     )
     _check_dims(spec)
@@ -255,12 +262,6 @@ def _specify(cls: type[Loop]) -> LoopSpec:
     else:
         check_optimizer(spec)
     return spec
-
-
-def _reads_held(cls: type[Loop]) -> bool:
-    """Whether a body of the loop mentions `f.held`."""
-    functions = [value for base in cls.__mro__ for value in vars(base).values() if hasattr(value, "__code__")]
-    return any("held" in function.__code__.co_names for function in functions)
 
 
 def body_line(body: Callable[..., Any], default: Location) -> Location:

@@ -46,7 +46,8 @@ class SGD:
             - a slow weight (`eta = nl.slow(init="constant(0.1)")`): a learned rate per head;
             - a gate (`eta = nl.gate()`): each token's loss is multiplied by its own rate, before any transform. With
               dims, each token's gradient has a rate per channel;
-            - a dict of these by fast weight.
+            - a dict of these by fast weight, 1.0 for those that it leaves out (of decays and scales 1.0 too, of momenta
+              0.0).
         transform: plain PyTorch from one fast weight's S to its update, same shape (a clip, Newton-Schulz), or a joint
             one (`global_clip`) that sees all fast weights; None leaves it as it is.
         gradient_transform: the same for the gradient, before the momentum.
@@ -163,6 +164,13 @@ class SGD:
             object.__setattr__(made, name, change(getattr(self, name)))
         return made
 
+    def with_functions(self, **functions: Callable[..., Tensor]) -> SGD:
+        """The same with other functions: a transform, a gradient_transform, a restore."""
+        made = copy.copy(self)
+        for name, function in functions.items():
+            object.__setattr__(made, name, function)
+        return made
+
     def rate_of(self, weight: str) -> Any:
         """The learning rate of one fast weight."""
         return coefficient.of(self.lr, weight, 1.0)
@@ -239,7 +247,7 @@ class SGD:
         for order, eta in enumerate(self.momentum or ()):
             for name in moved:
                 key = momentum_name(name, order)
-                kept[key] = factor(name, coefficient.of(eta, name)) * momenta[key] + moved[name]
+                kept[key] = factor(name, coefficient.of(eta, name, 0.0)) * momenta[key] + moved[name]
             moved = {name: kept[momentum_name(name, order)] for name in moved}
         moved = self._each("transform", moved)
         made = {}
@@ -247,7 +255,7 @@ class SGD:
             rate = self.rate_of(name)
             scaled = moved[name] if isinstance(rate, Gate) else factor(name, rate) * moved[name]
             if self.scale is not None:
-                scaled = factor(name, coefficient.of(self.scale, name)) * scaled
+                scaled = factor(name, coefficient.of(self.scale, name, 1.0)) * scaled
             made[name] = self.decayed(weight, name, factor) - scaled
             if self.restore is not None:
                 made[name] = self.restored(made[name], initial[name])

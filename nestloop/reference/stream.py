@@ -168,7 +168,7 @@ class _Walk:
         for order, eta in enumerate(self.optimizer.momentum or ()):
             for name, gradient in moved.items():
                 key = momentum_name(name, order)
-                self.carry[key] = factor(name, coefficient.of(eta, name)) * self.carry[key] + gradient
+                self.carry[key] = factor(name, coefficient.of(eta, name, 0.0)) * self.carry[key] + gradient
             moved = {name: self.carry[momentum_name(name, order)] for name in moved}
         for name, update in moved.items():
             if self.optimizer.scale is None:

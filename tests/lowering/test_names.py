@@ -26,6 +26,9 @@ NAMES = {
     "underscores": ("w_", "w", "w__held", "_z", "_low", "w__momentum", "_eta", "__mu"),
     "kernels": ("tl", "tiles", "S", "start", "memory", "i16", "w_p", "head"),
     "parts of kernels": ("strip", "block", "low_pulled", "now_w", "then_w", "low_handed", "in_strip", "chosen"),
+    "one suffix and one prefix": ("b", "h", "end", "d", "made", "c", "p", "at"),
+    "graphs and macros": ("inf", "nan", "NAN", "INFINITY", "M_PI", "pytree", "NULL", "EOF"),
+    "all of them": ("w", "w_all", "b_all", "k", "k_all", "q", "NoneType", "HUGE_VAL"),
     "numbers": ("w_1", "sum_1", "gram_0", "projected_0", "mul_2", "x1", "mm_1", "_2"),
 }
 SIZES = {"d": 4, "H": 2}
@@ -74,9 +77,18 @@ def test_a_batch_loop_under_any_names(words: tuple[str, ...], backend: str):
 
 
 @pytest.mark.parametrize("schedule", [nl.Causal(4), nl.Chunked(4, "apply-update")], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("backend", ["torch", "cpp", pytest.param("triton", marks=no_triton)])
 @pytest.mark.parametrize("words", NAMES.values(), ids=NAMES)
-def test_a_stream_under_any_names(words: tuple[str, ...], schedule: Any):
+def test_a_stream_under_any_names(words: tuple[str, ...], backend: str, schedule: Any):
     loop = declared(words, schedule)
+    inputs = inputs_of(loop)
+    made, expected = (run(nl.compile(loop, backend=name), inputs) for name in (backend, "reference"))
+    assert_equal(differences(made, expected), 1e-10)
+
+
+@pytest.mark.parametrize("words", NAMES.values(), ids=NAMES)
+def test_a_state_under_any_names(words: tuple[str, ...]):
+    loop = declared(words, nl.Causal(4))
     inputs = inputs_of(loop, carried=True)
     made, expected = (run(nl.compile(loop, backend=name), inputs) for name in ("torch", "reference"))
     assert_equal(differences(made, expected), 1e-10)

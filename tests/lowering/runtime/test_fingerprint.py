@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nestloop as nl
@@ -115,6 +116,20 @@ def test_what_differs_has_another_digest(name: str):
     one, other = PAIRS[name]
     assert None is not digest(one) != digest(other) is not None
     assert digest(one) == digest(one)
+
+
+def test_another_s_name_hides_no_function():
+    """`functools.wraps` gives a user's function the module and the name of PyTorch's."""
+
+    def scaled(by: float) -> Any:
+        @wraps(F.silu)
+        def act(x):
+            return F.silu(x) * by
+
+        return act
+
+    assert scaled(2.0).__module__ == "torch.nn.functional"
+    assert None is not digest(scaled(2.0)) != digest(scaled(3.0)) is not None
 
 
 def test_which_of_two_known_functions_it_is():

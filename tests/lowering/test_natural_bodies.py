@@ -58,7 +58,12 @@ def _downhill(self: Any, x: Tensor) -> Tensor:
     return x - 0.1 * found - torch.func.jvp(lambda y: torch.tanh(y @ self.w), (x,), (found,))[1]
 
 
+def _of_many_digits(self: Any, x: Tensor) -> Tensor:
+    return torch.tanh(x @ (self.w * 0.12345678901234)) @ self.v.mul(-1.00000000012345)
+
+
 BODIES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "factors of many digits": _of_many_digits,
     "vectors made of weights": _of_vectors,
     "vectors of one another": _of_each_other,
     "a product times itself": _times_itself,
@@ -135,6 +140,51 @@ def test_a_restore_keeps_the_shape(restored: Any, given: str, backend: str):
         "  need:  [4, 4], the shape of the fast weight",
         "  fix:   return one number for every element; reduce with keepdim=True inside",
     ]
+
+
+def _by_a_lambda(self: Any, f: Any, t: Any) -> Tensor:
+    error = lambda x: f.held(x) - t.t  # noqa: E731
+    return (f(t.k) * error(t.k)).sum(-1)
+
+
+def _in_a_comprehension(self: Any, f: Any, t: Any) -> Tensor:
+    return sum((f(x) * (f.held(x) - t.t)).sum(-1) for x in (t.k, t.k))
+
+
+def _by_its_name(self: Any, f: Any, t: Any) -> Tensor:
+    return (f(t.k) * (getattr(f, "held")(t.k) - t.t)).sum(-1)  # noqa: B009
+
+
+def _errors_of(f: Any, x: Tensor, wanted: Tensor) -> Tensor:
+    return f.held(x) - wanted
+
+
+def _by_another_function(self: Any, f: Any, t: Any) -> Tensor:
+    return (f(t.k) * _errors_of(f, t.k, t.t)).sum(-1)
+
+
+@pytest.mark.parametrize("loss", [_by_a_lambda, _in_a_comprehension, _by_its_name, _by_another_function])
+def test_held_weights_wherever_they_are_named(loss: Any):
+    """Each is what the other spellings are: half the delta rule's gradient, once or twice."""
+    body, schedule = BODIES["factors of many digits"], nl.Online()
+    made = []
+    for one in (loss, lambda self, f, t: (f(t.k) * (f(t.k).detach() - t.t)).sum(-1)):
+        loop = declared(body, schedule, loss=one, optimizer=nl.SGD(lr=0.1 if one is _in_a_comprehension else 0.2))
+        inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=5)
+        made.append(run(nl.compile(loop, backend="torch"), inputs, losses=False))
+    values = {name: value for name, value in made[0].items() if not name.startswith("gradient")}
+    assert_equal(differences(values, {name: made[1][name] for name in values}), 1e-10)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
+@pytest.mark.parametrize("text", [r"Minimises $\underbrace{x}_\u$", '"""quoted"""', "  ", "ends with a \\"])
+def test_docstrings_of_any_letters(text: str, backend: str):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    loop = declared(BODIES["a product times itself"], nl.FullBatch(), __doc__=text)
+    inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=5)
+    assert run(nl.compile(loop, backend=backend), inputs)
+    assert nl.explain(loop, d=4, H=2)
 
 
 def test_losses_of_packed_sequences_of_few_tokens():

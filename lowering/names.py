@@ -38,7 +38,7 @@ ranges one many each more block strip low_pulled""".split()  # noqa: SIM905
 )
 _TRITON_DERIVED = re.compile(
     r"^i\d+$|^(in|now|then|state)_|_(p|h|b|n|at|made|handed)$"
-    r"|^(c|d|y|first|gradient|between|end|in|now|then|state)$",  # the stride d_b of d is the cotangent of b
+    r"|^(c|d|first|gradient|between|end|in|now|then|state)$",  # the stride d_b of d is the cotangent of b
     re.ASCII,
 )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from nestloop.lowering.ops import Kind, Operands
 aten = torch.ops.aten
 
 SCALARS = ("weight", "rate")  # placeholders that are Python numbers when the code runs
+_NESTED = 16  # parentheses of one expression; Python reads at most 200
 
 
 def size_text(size: Any) -> str:
@@ -75,6 +77,7 @@ class TileFunction:
         self.text: dict[fx.Node, str] = {}
         self.scalar: set[fx.Node] = set()
         self.count: dict[str, int] = {}
+        self.sums: list[str] = []  # statements of results that are deeper than one expression
 
     @property
     def signature(self) -> list[str]:
@@ -102,6 +105,7 @@ class TileFunction:
         returned = [write() for write in results if write is not None]
         inputs = set(self.signature)
         head = [f"def {self.name}({', '.join([*self.signature, '_low'])}):", f'    """{self.doc}"""']
+        body += self.sums
         lines = "\n".join(body) + "\n".join(returned)
         if sized_by is not None and sized_by in inputs and _mentions(lines, "n"):
             head.append(f"    n = {sized_by}.shape[2]")
@@ -126,16 +130,20 @@ class TileFunction:
         base = {"sum": "sum_", "where": "where_", "exp": "exp_", "mm": "mm_", "cat": "cat_", "expand": "expand_"}.get(
             base, base
         )
-        name = ""
-        while not name or name in self.signature:
-            self.count[base] = self.count.get(base, 0) + 1
-            name = f"{base.rstrip('_')}_{self.count[base]}"
-        self.text[node] = name
+        name = self.text[node] = self._fresh(base)
         names = [self.text[d] for d in dead if d not in self.scalar and self.text.get(d, "").isidentifier()]
         drop = f"; del {', '.join(names)}" if names else ""
         shape = ", ".join(self.axes[node]).replace(" ", "").replace(",", ", ")
         where = node.meta.get("where")
         return [f"    {name} = {expression}{drop}  # [{shape}]{f' {where.short}' if where else ''}"]
+
+    def _fresh(self, base: str) -> str:
+        """A name that the function does not use yet."""
+        name = ""
+        while not name or name in self.signature:
+            self.count[base] = self.count.get(base, 0) + 1
+            name = f"{base.rstrip('_')}_{self.count[base]}"
+        return name
 
     def _expression(self, node: fx.Node) -> str:
         row = ops.row(node.target)
@@ -219,7 +227,12 @@ class TileFunction:
                 absorbed.add(node)
                 left, right = self._reduced(a, like, absorbed), self._reduced(b, like, absorbed)
                 symbol = "+" if node.target is aten.add.Tensor else "-"
-                return lambda: f"{left()} {symbol} {right()}" if top else f"({left()} {symbol} {right()})"
+
+                def added() -> str:
+                    text = f"{left()} {symbol} {right()}"
+                    return text if top else self._named(text, like) if _depth(text) >= _NESTED else f"({text})"
+
+                return added
         if alone and node.target is aten.neg.default:
             absorbed.add(node)
             inner = self._reduced(node.args[0], like, absorbed)
@@ -234,6 +247,12 @@ class TileFunction:
             spelled = "product_like" if like in self.low else "mm_like"
             return lambda: f"{spelled}({self.text[a]}, {self.text[b]}, {like}, _low)"
         return lambda: f"like_lead({self.text[node]}, {like})"
+
+    def _named(self, text: str, like: str) -> str:
+        """The name of a part of an input's cotangent that gets a statement of its own."""
+        name = self._fresh("part")
+        self.sums.append(f"    {name} = {text}  # like {like}")
+        return name
 
     def _last_uses(self, absorbed: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
         """After which node's statement each value is no longer needed."""
@@ -254,6 +273,11 @@ class TileFunction:
                 if last < len(nodes):
                     ends.setdefault(nodes[last], []).append(node)
         return ends
+
+
+def _depth(text: str) -> int:
+    """How deep an expression's parentheses are nested."""
+    return max(accumulate((char == "(") - (char == ")") for char in text))
 
 
 def _mentions(text: str, name: str) -> bool:

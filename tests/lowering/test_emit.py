@@ -6,13 +6,17 @@ import ast
 import re
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import nestloop as nl
 from nestloop import zoo
 from nestloop.lowering.pipeline import stages
+from tests.lowering.comparison import assert_equal, compare, random_inputs
 
 SIZES = {"d": 4, "D": 8, "H": 2}
 GOLDEN = Path(__file__).parent / "golden"
@@ -85,6 +89,33 @@ def test_every_op_says_its_shape_and_line():
     assert [line for line in operations if not re.search(r"# \[.*\]", line)] == []
     unplaced = [line for line in operations if not re.search(r"\w+\.py:\d+", line)]
     assert len(unplaced) <= len(operations) // 10, unplaced
+
+
+class Deep(nl.Learner):
+    w = nl.fast("d", "d")
+
+    def forward(self, x):
+        for _ in range(40):
+            x = torch.tanh(x @ self.w)
+        return x
+
+
+class Repeated(nl.Loop):
+    learner, optimizer = Deep, nl.SGD(lr=0.1)
+    k, q = nl.view("d"), nl.view("d")
+
+    def loss(self, f, t):
+        return (f(t.k) - t.q).square().sum(-1)
+
+    def readout(self, f, t):
+        return f(t.q)
+
+
+def test_sums_of_many_terms_are_several_statements():
+    text = source(Repeated)
+    depths = [max(accumulate((c == "(") - (c == ")") for c in line)) for line in text.splitlines() if line]
+    assert max(depths) < 20 and "part_1 = " in text
+    assert_equal(compare(Repeated, random_inputs(Repeated.spec, {"d": 4, "D": 8, "H": 2})), 1e-10)
 
 
 def test_what_only_the_inner_losses_read_is_made_only_for_them():

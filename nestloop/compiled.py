@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestloop import reference
-from nestloop.errors import MissingPartError, OrderError, ShapeMismatchError, UnknownBackendError
+from nestloop.errors import MissingPartError, OrderError, ShapeMismatchError, UnknownBackendError, shown
 from nestloop.lang import packed
 from nestloop.lang.binding import Binding, Bindings, check_dims
 from nestloop.lang.declare import caller
@@ -33,7 +33,7 @@ def spec_of(loop: Any) -> LoopSpec:
     raise MissingPartError(
         "Only a declared loop can be compiled.",
         where=caller(),
-        given=repr(loop),
+        given=shown(loop),
         need="a subclass of nl.Loop with a learner (the class, not an instance)",
         fix="write class MTTT(nl.Loop): learner = MLP; ..., then nl.compile(MTTT) or nl.Layer(MTTT, ...)",
     )
@@ -57,7 +57,7 @@ class CompiledLoop:
             raise UnknownBackendError(
                 "There is no such backend.",
                 where=caller(),
-                given=repr(backend),
+                given=shown(backend),
                 need=", ".join(repr(b) for b in BACKENDS),
                 fix='write backend="auto"',
             )

@@ -32,6 +32,19 @@ class Location:
         return linecache.getline(self.file, self.line).strip()
 
 
+_LINE = 120  # characters of a value that is shown as it is
+
+
+def shown(value: object) -> str:
+    """What was given, in a message: as Python writes it, if that is one line; tensors, arrays and modules by type and
+    shape."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        return f"{type(value).__name__} [{', '.join(map(str, shape))}]"
+    text = repr(value)
+    return text if len(text) <= _LINE and "\n" not in text else f"a {type(value).__name__}"
+
+
 class NestloopError(Exception):
     """Base of every error nestloop raises on purpose.
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from nestloop.errors import (
     CapturedTensorError,
     CompileError,
     DataDependentError,
+    DimExpressionError,
     InPlaceError,
     InputError,
     KernelShapeError,
@@ -962,7 +964,7 @@ def test_masks_of_attention():
         masked,
         InputError,
         "A nested loop takes no mask of attention.",
-        given="attn_mask=[5, 5]",
+        given="attn_mask=Tensor [5, 5]",
         need="None",
         fix="leave it out: what a token sees, the loop's schedule says",
     )
@@ -1089,6 +1091,30 @@ def test_only_declared_loops_are_compiled():
             need="a subclass of nl.Loop with a learner (the class, not an instance)",
             fix="write class MTTT(nl.Loop): learner = MLP; ..., then nl.compile(MTTT) or nl.Layer(MTTT, ...)",
         )
+
+
+def test_messages_do_not_hold_whole_tensors_arrays_and_modules():
+    def layer():
+        nl.compile(nl.Layer(Good, 16, 2))  # type: ignore[arg-type]  # HERE
+
+    def dims():
+        nl.fast(torch.zeros(4, 4))  # type: ignore[arg-type]  # HERE
+
+    with pytest.raises(MissingPartError, match=r"given: a Layer\n"):
+        layer()
+    refused(
+        dims,
+        DimExpressionError,
+        "The dim expression Tensor [4, 4] is not arithmetic over dim names.",
+        given="a Tensor",
+        need="names, numbers, + - * / //, ** with a number up to 16, and parentheses",
+        fix='write it like "d", "4*d" or "H/(N*D)"',
+    )
+    with pytest.raises(MissingPartError, match=r"given: a SGD\n"):
+        type("Loop", (Good,), {"optimizer": torch.optim.SGD([torch.zeros(1)], 0.1)})
+    with pytest.raises(InputError, match=r"given: ndarray \[1, 2, 3, 4\]\n"):
+        nl.compile(Good)(*inputs(k=np.zeros((1, 2, 3, 4))))
+    assert errors.shown("x" * 500) == "a str" and errors.shown(0.5) == "0.5"
 
 
 def test_unknown_backend():

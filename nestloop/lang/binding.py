@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestloop.errors import InputError, OrderError, UnresolvedDimError
+from nestloop.errors import InputError, OrderError, UnresolvedDimError, shown
 from nestloop.lang.declare import Declaration, Gate, Slow, View
 from nestloop.lang.dims import unify
 from nestloop.lang.kept import Kept
@@ -236,7 +236,7 @@ def check_dims(spec: LoopSpec, dims: Mapping[str, int]) -> None:
             raise InputError(
                 f"{spec.name} has no dim '{name}' whose size could be given.",
                 where=spec.where,
-                given=f"{name}={size!r}",
+                given=f"{name}={shown(size)}",
                 need=f"one of {', '.join(sorted(spec.dim_names))}",
                 fix=f"remove it, or declare {name} = nl.dim() in the loop",
             )
@@ -244,7 +244,7 @@ def check_dims(spec: LoopSpec, dims: Mapping[str, int]) -> None:
             raise InputError(
                 f"The size of the dim '{name}' of {spec.name} is not a positive whole number.",
                 where=spec.where,
-                given=f"{name}={size!r}",
+                given=f"{name}={shown(size)}",
                 need="1 or more",
                 fix=f"write {name}=16",
             )
@@ -255,7 +255,7 @@ def _not_floating(declaration: Declaration, axes: _Axes, value: Any) -> InputErr
     return InputError(
         f"The {what} is not a tensor of a floating type.",
         where=declaration.where,
-        given=f"{value.dtype} [{', '.join(map(str, value.shape))}]" if isinstance(value, Tensor) else repr(value),
+        given=f"{value.dtype} [{', '.join(map(str, value.shape))}]" if isinstance(value, Tensor) else shown(value),
         need="a tensor of float64, float32, bfloat16 or float16",
         fix=f"pass {name}.float()" if isinstance(value, Tensor) else "pass a tensor",
     )

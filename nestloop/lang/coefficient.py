@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nestloop.errors import CoefficientError, Location, NestloopError
+from nestloop.errors import CoefficientError, Location, NestloopError, shown
 from nestloop.lang.declare import Declaration, Gate, Slow
 from nestloop.lang.dims import DimExpr, parse
 
@@ -40,7 +40,7 @@ def read(value: Any, what: str, where: Location, per_step: bool = False) -> Any:
     raise CoefficientError(
         f"The {what} of SGD is not one it takes.",
         where=where,
-        given=repr(value),
+        given=shown(value),
         need='a finite number, text like "H/(N*D)", a slow weight, a gate, or a dict of these by fast weight',
         fix=f"write nl.SGD({what}=0.9), or declare a = nl.gate() in the loop and write nl.SGD({what}=a)",
     )

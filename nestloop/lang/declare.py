@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from nestloop.errors import DimExpressionError, ViewError
+from nestloop.errors import DimExpressionError, ViewError, shown
 from nestloop.lang import init as initialisers
 from nestloop.lang.declaration import Declaration, caller
 from nestloop.lang.dims import parse
@@ -62,7 +62,7 @@ class View(Declaration):
             raise ViewError(
                 "The heads of a view do not group.",
                 where=self.where,
-                given=f"group={group!r}" + (", shared=True" if shared else ""),
+                given=f"group={shown(group)}" + (", shared=True" if shared else ""),
                 need="how many neighbouring heads see one view: a whole number, 1 or more; 1 for a shared view",
                 fix="write group=2, or shared=True for one view of all heads",
             )
@@ -92,7 +92,7 @@ class Gate(Declaration):
             raise ViewError(
                 "The activation of a gate is not a function.",
                 where=self.where,
-                given=repr(activation),
+                given=shown(activation),
                 need="a function of tensors, as torch.sigmoid is, or none given",
                 fix=f"write nl.gate({text})",
             )
@@ -217,7 +217,7 @@ def dim(default: int | None = None) -> Any:
         raise DimExpressionError(
             "The default of a dim is not a size.",
             where=caller(),
-            given=repr(default),
+            given=shown(default),
             need="a whole number, 1 or more",
             fix="write " + (f"{default!r} itself wherever it is used" if isinstance(default, str) else "nl.dim(64)"),
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from nestloop.errors import DimExpressionError, Location, UnresolvedDimError
+from nestloop.errors import DimExpressionError, Location, UnresolvedDimError, shown
 
 _OPERATORS: dict[type, Any] = {
     ast.Add: operator.add,
@@ -90,7 +90,7 @@ def parse(text: str | int | DimExpr, where: Location | None = None) -> DimExpr:
     if isinstance(text, DimExpr):
         return text
     if isinstance(text, bool) or not isinstance(text, (str, int)):
-        raise _refused(str(text), f"a {type(text).__name__}", where)
+        raise _refused(text, f"a {type(text).__name__}", where)
     try:
         tree = ast.parse(str(text).strip(), mode="eval").body
     except SyntaxError as error:
@@ -102,9 +102,9 @@ def parse(text: str | int | DimExpr, where: Location | None = None) -> DimExpr:
     return DimExpr(ast.unparse(tree), tuple(dict.fromkeys(names)), tree)
 
 
-def _refused(text: str, found: str, where: Location | None) -> DimExpressionError:
+def _refused(text: object, found: str, where: Location | None) -> DimExpressionError:
     return DimExpressionError(
-        f"The dim expression {text!r} is not arithmetic over dim names.",
+        f"The dim expression {shown(text)} is not arithmetic over dim names.",
         where=where,
         given=found,
         need=f"names, numbers, + - * / //, ** with a number up to {_LARGEST_EXPONENT}, and parentheses",

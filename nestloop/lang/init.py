@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nestloop.errors import Location, UnknownInitError
+from nestloop.errors import Location, UnknownInitError, shown
 
 
 def _fans(tile: Tensor) -> tuple[int, int]:
@@ -86,7 +86,7 @@ def check(init: str, axes: int, where: Location | None) -> str:
         raise UnknownInitError(
             "The initialiser is not one nestloop knows.",
             where=where,
-            given=repr(init),
+            given=shown(init),
             need="one of " + ", ".join(map(_usage, [*INITIALISERS, *BY_HEAD])),
             fix='write init="zeros" or init="normal(0.02)"',
         )

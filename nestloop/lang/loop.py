@@ -18,6 +18,7 @@ from nestloop.errors import (
     SignatureError,
     UnknownDimError,
     UnknownNameError,
+    shown,
 )
 from nestloop.lang.declare import Declaration, Dim, Fast, Gate, Slow, View, caller, collect
 from nestloop.lang.dims import DimExpr, parse
@@ -229,7 +230,7 @@ def _specify(cls: type[Loop]) -> LoopSpec:
     """Check a loop's class body. Everything that can be wrong without sizes is found here."""
     learner = cls.learner
     if not (isinstance(learner, type) and issubclass(learner, Learner)):
-        raise _missing(cls, "learner is not a Learner class", repr(learner), "learner = MLP, the class itself")
+        raise _missing(cls, "learner is not a Learner class", shown(learner), "learner = MLP, the class itself")
     views, gates, slow = collect(cls, View), collect(cls, Gate), collect(cls, Slow)
     dims = {**collect(learner, Dim), **collect(cls, Dim)}
     estimator = issubclass(learner, KernelEstimator)
@@ -315,7 +316,7 @@ def _missing(cls: type, what: str, given: str, fix: str) -> MissingPartError:
 def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View], estimator: bool) -> None:
     own = {name for base in cls.__mro__[: cls.__mro__.index(Loop)] for name in vars(base)}
     if cls.beside is not None and not (isinstance(cls.beside, type) and issubclass(cls.beside, Loop)):
-        raise _missing(cls, "what is beside it is not a loop", repr(cls.beside), "beside = Window, the class itself")
+        raise _missing(cls, "what is beside it is not a loop", shown(cls.beside), "beside = Window, the class itself")
     if not views:
         raise _missing(cls, "it has no view", "no nl.view", 'declare k = nl.view("d")')
     if estimator:
@@ -338,9 +339,9 @@ def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View]
         if body not in own:
             raise _missing(cls, f"it has no {body}", f"no method {body}", f"add def {body}(self, f, t): return ...")
     if not isinstance(cls.schedule, Schedule) or isinstance(cls.schedule, Sliding):
-        raise _missing(cls, "its schedule is not one", repr(cls.schedule), "schedule = nl.FullBatch(steps=1)")
+        raise _missing(cls, "its schedule is not one", shown(cls.schedule), "schedule = nl.FullBatch(steps=1)")
     if not isinstance(cls.optimizer, SGD):
-        raise _missing(cls, "its optimizer is not one", repr(cls.optimizer), "optimizer = nl.SGD(lr=1.0)")
+        raise _missing(cls, "its optimizer is not one", shown(cls.optimizer), "optimizer = nl.SGD(lr=1.0)")
 
 
 def _check_names(cls: type[Loop], learner: type[Learner], groups: list[dict[str, Any]]) -> None:

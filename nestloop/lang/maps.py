@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nestloop.errors import ViewError
+from nestloop.errors import ViewError, shown
 from nestloop.lang.declaration import Declaration
 from nestloop.products import linear
 
@@ -108,7 +108,7 @@ class Project(Map):
             raise refused(
                 "The rank of a projection is not a number of features.",
                 self.where,
-                f"rank={rank!r}",
+                f"rank={shown(rank)}",
                 "a whole number, 1 or more",
                 "write nl.project(rank=16)",
             )
@@ -155,7 +155,7 @@ def read_period(period: Any, name: str, where: Any) -> int | str | None:
     raise refused(
         f"The period of {name} is not a number of tokens.",
         where,
-        f"period={period!r}",
+        f"period={shown(period)}",
         'a whole number, 1 or more, or "chunk" for the schedule\'s',
         f"write {name}(period=16)",
     )
@@ -204,7 +204,7 @@ def check_maps(maps: Any, what: str, where: Any) -> tuple[Any, ...]:
         raise refused(
             f"The maps of a {what} are not maps.",
             where,
-            repr(maps),
+            shown(maps),
             "nl.conv, nl.rope, a norm, ..., or an elementwise function, one or a list of them",
             "write make=[nl.conv(4), F.silu]",
         )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestloop.errors import CoefficientError, LearningRateError, Location, TransformError
+from nestloop.errors import CoefficientError, LearningRateError, Location, TransformError, shown
 from nestloop.lang import coefficient
 from nestloop.lang.declare import Gate, Slow, caller
 from nestloop.lang.dims import DimExpr, parse
@@ -106,7 +106,7 @@ class SGD:
         raise LearningRateError(
             "The learning rate of SGD is not one it takes.",
             where=where,
-            given=repr(lr),
+            given=shown(lr),
             need='a finite number, text like "H/(N*D)", a tuple of numbers (one per step), a slow weight, a gate, '
             "or a dict of these by fast weight",
             fix="write nl.SGD(lr=0.1), or declare eta = nl.slow() or eta = nl.gate() in the loop and write "
@@ -135,7 +135,7 @@ class SGD:
             raise CoefficientError(
                 "The window of SGD is not a number of tokens.",
                 where=where,
-                given=f"window={window!r}",
+                given=f"window={shown(window)}",
                 need="a whole number, 1 or more",
                 fix="write window=16",
             )

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from nestloop.errors import IllegalScheduleError, InputError, Location
+from nestloop.errors import IllegalScheduleError, InputError, Location, shown
 from nestloop.lang.declare import caller
 from nestloop.lang.dims import DimExpr, parse
 
@@ -68,7 +68,7 @@ class BatchSchedule(Schedule):
             raise IllegalScheduleError(
                 f"{kind} takes at least one step.",
                 where=caller(),
-                given=f"{name}={count!r}",
+                given=f"{name}={shown(count)}",
                 need="a whole number, 1 or more",
                 fix=f"write nl.{kind}(1)",
             )
@@ -159,7 +159,7 @@ class Stream(Schedule):
                 raise IllegalScheduleError(
                     f"The {name} of {kind} is not a count.",
                     where=caller(),
-                    given=f"{name}={count!r}",
+                    given=f"{name}={shown(count)}",
                     need="a whole number, 1 or more",
                     fix=f"write {name}={2 if name == 'micro' else 16}",
                 )
@@ -326,7 +326,7 @@ class Program(Stream):
                 raise IllegalScheduleError(
                     "Program does not know this operation.",
                     where=where,
-                    given=repr(operation),
+                    given=shown(operation),
                     need='("update", start, stop) or ("apply", start, stop)',
                     fix='write nl.Program(("update", 0, "N"), ("apply", 0, "N"))',
                 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nestloop.compiled import spec_of
-from nestloop.errors import InputError, OrderError, StateError
+from nestloop.errors import InputError, OrderError, StateError, shown
 from nestloop.lang import packed
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
@@ -57,7 +57,7 @@ class Layer(Branch):
                 raise InputError(
                     f"The {name} of a layer is not a positive whole number.",
                     where=caller(),
-                    given=f"{name}={size!r}",
+                    given=f"{name}={shown(size)}",
                     need="1 or more",
                     fix="write nl.Layer(..., width=384, heads=6)",
                 )
@@ -112,7 +112,7 @@ class Layer(Branch):
                 raise InputError(
                     f"No loop of the layer has a dim '{name}'.",
                     where=caller(),
-                    given=f"{name}={dims[name]!r}",
+                    given=f"{name}={shown(dims[name])}",
                     need=f"one of {', '.join(sorted(known - {'D'}))}",
                     fix=f"remove it, or declare {name} = nl.dim() in a loop",
                 )
@@ -230,7 +230,7 @@ class Layer(Branch):
             raise InputError(
                 "A nested loop takes no mask of attention.",
                 where=caller(),
-                given=f"attn_mask={list(mask.shape) if isinstance(mask, Tensor) else mask!r}",
+                given=f"attn_mask={shown(mask)}",
                 need="None",
                 fix="leave it out: what a token sees, the loop's schedule says",
             )

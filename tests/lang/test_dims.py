@@ -64,7 +64,7 @@ def test_anything_else_is_refused_and_never_evaluated(text, given, monkeypatch):
     def step():
         nl.view(text)  # HERE
 
-    refused(step, DimExpressionError, WHAT.format(str(text)), given=given, need=NEED, fix=FIX)
+    refused(step, DimExpressionError, WHAT.format(text), given=given, need=NEED, fix=FIX)
 
 
 def test_text_that_overwhelms_the_parser_is_refused():

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestloop.errors import InputError, OrderError, UnresolvedDimError, shown
+from nestloop.errors import InputError, UnresolvedDimError, shown
 from nestloop.lang.declare import Declaration, Gate, Slow, View
 from nestloop.lang.dims import unify
 from nestloop.lang.kept import Kept
 from nestloop.lang.loop import LoopSpec
+from nestloop.lang.order import check_order, check_permutations
 from nestloop.lang.state import check_position, counts_tokens
-
-_LEAD = {"BHN": "sequences, heads, tokens", "BN": "sequences, tokens", "BH": "sequences, heads", "H": "heads", "": ""}
 
 
 def lead(declaration: Declaration) -> str:
@@ -107,7 +106,7 @@ def bind(
         wanted = axes.sizes(declaration, sizes)
         if list(tensor.shape) != wanted:
             raise _wrong_shape(declaration, axes, tensor, str(wanted), sizes)
-    _check_order(spec, order, sizes)
+    check_order(spec, order, sizes)
     plain = {name: size for name, size in sizes.items() if name not in ("B", "H", "N", "n")}
     return Binding(sizes["B"], sizes["H"], sizes["N"], plain)
 
@@ -139,7 +138,7 @@ class Bindings:
             check_position(self.spec, state)
         found = self._known.of(key, lambda: bind(self.spec, views, weights, state, order, dims))
         if order is not None and order.device.type == "cpu" and _has_values(order):
-            _check_permutations(self.spec, order)
+            check_permutations(self.spec, order)
         return found
 
 
@@ -334,43 +333,4 @@ def _resolve_grid(spec: LoopSpec, sizes: dict[str, int]) -> None:
             given=f"N = {tokens}",
             need=f"{rows} * {columns} = N; without sizes a square",
             fix=f"pass {rows}=..., {columns}=... with the call",
-        )
-
-
-def _check_permutations(spec: LoopSpec, order: Tensor) -> None:
-    """Raise `OrderError` for rows that do not name every token once; on a GPU nothing waits for that."""
-    tokens = order.shape[-1]
-    wrong = (order.sort(-1).values != torch.arange(tokens)).any(-1)
-    if bool(wrong.any()):
-        row = order.reshape(-1, tokens)[int(wrong.reshape(-1).to(torch.uint8).argmax())].tolist()
-        shown = ", ".join(map(str, row[:8])) + (", ..." if tokens > 8 else "")
-        raise OrderError(
-            f"An order of {spec.name} is no permutation of its tokens.",
-            where=spec.where,
-            given=f"[{shown}]",
-            need=f"each of 0 to {tokens - 1} once",
-            fix="order = torch.rand(H, N).argsort(-1)",
-        )
-
-
-def _check_order(spec: LoopSpec, order: Tensor | None, sizes: Mapping[str, int]) -> None:
-    if not spec.schedule.needs_order or spec.is_kernel_estimator:
-        if order is not None:
-            raise OrderError(
-                f"{spec.name} does not take an order: its schedule sees all tokens in every step.",
-                where=spec.where,
-                given=f"order [{', '.join(map(str, order.shape))}]",
-                need="no order",
-                fix="leave order out, or declare schedule = nl.Shuffled(4)",
-            )
-        return
-    wanted = ([sizes["H"], sizes["N"]], [sizes["B"], sizes["H"], sizes["N"]])
-    if order is None or order.dtype != torch.int64 or list(order.shape) not in wanted:
-        given = "no order" if order is None else f"{order.dtype} [{', '.join(map(str, order.shape))}]"
-        raise OrderError(
-            f"{spec.name} is Shuffled and needs the order of its tokens.",
-            where=spec.where,
-            given=given,
-            need=f"int64 [H, N] = [{sizes['H']}, {sizes['N']}], or [B, H, N]: each row a permutation of the tokens",
-            fix="order = torch.rand(H, N).argsort(-1)",
         )

@@ -1235,6 +1235,23 @@ def test_tensors_that_do_not_fit(backend):
     ]
 
 
+def test_views_with_tokens_before_heads():
+    op, where = nl.compile(Good), Good.spec.where
+    views, weights = inputs()
+    with pytest.raises(InputError) as caught:
+        op({name: view.transpose(1, 2) for name, view in views.items()}, weights)
+    assert str(caught.value).splitlines() == [
+        "The views of Good have tokens before heads.",
+        f"  at:    {where}   {where.text}",
+        "  given: k [1, 3, 2, 4], q [1, 3, 2, 4], v [1, 3, 2, 4]",
+        "  need:  [B, H, N, *]: sequences, heads, tokens",
+        "  fix:   pass k.transpose(1, 2), q.transpose(1, 2), v.transpose(1, 2)",
+    ]
+    one = {**views, "q": views["q"].transpose(1, 2)}
+    with pytest.raises(InputError, match="The view 'q' has the wrong shape; axis 1 is H = 2, given 3"):
+        op(one, weights)
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize(
     "order, given",

@@ -78,13 +78,30 @@ def bind(
     if state is not None:
         _same_names(spec, "state", [*carried, *(["position"] if counts_tokens(spec) else [])], state)
         check_position(spec, state)
-    given: list[tuple[Declaration, _Axes, Tensor]] = []
+    given: list[_Given] = []
     for name, view in spec.inputs.items():
         given.append((view, _axes(spec, view), views[name]))
     given += [(weight, _Axes(lead(weight)), weights[name]) for name, weight in spec.weights.items()]
     if state is not None:
         given += [(e.like, _Axes("BH", rows=e.rows, entry=name), state[name]) for name, e in carried.items()]
 
+    sizes = _sizes(spec, given, dims)
+    for declaration, axes, tensor in given:
+        wanted = axes.sizes(declaration, sizes)
+        if list(tensor.shape) != wanted:
+            turned = [(d, a, t.transpose(1, 2) if a.lead == "BHN" else t) for d, a, t in given]
+            raise (
+                _tokens_first(spec, turned)
+                if _fits(spec, turned, dims)
+                else _wrong_shape(declaration, axes, tensor, str(wanted), sizes)
+            )
+    check_order(spec, order, sizes)
+    plain = {name: size for name, size in sizes.items() if name not in ("B", "H", "N", "n")}
+    return Binding(sizes["B"], sizes["H"], sizes["N"], plain)
+
+
+def _sizes(spec: LoopSpec, given: Sequence[_Given], dims: Mapping[str, int]) -> dict[str, int]:
+    """The size of every dim, told by the first tensor that has it."""
     sizes = {**dims, "H": spec.heads} if isinstance(spec.heads, int) else dict(dims)
     device = given[0][2].device if isinstance(given[0][2], Tensor) else None
     for declaration, axes, tensor in given:
@@ -102,13 +119,15 @@ def bind(
         sizes["H"] = 1
     sizes = {**spec.default_dims, **sizes}
     _resolve_grid(spec, sizes)
-    for declaration, axes, tensor in given:
-        wanted = axes.sizes(declaration, sizes)
-        if list(tensor.shape) != wanted:
-            raise _wrong_shape(declaration, axes, tensor, str(wanted), sizes)
-    check_order(spec, order, sizes)
-    plain = {name: size for name, size in sizes.items() if name not in ("B", "H", "N", "n")}
-    return Binding(sizes["B"], sizes["H"], sizes["N"], plain)
+    return sizes
+
+
+def _fits(spec: LoopSpec, given: Sequence[_Given], dims: Mapping[str, int]) -> bool:
+    try:
+        sizes = _sizes(spec, given, dims)
+        return all(list(tensor.shape) == axes.sizes(declaration, sizes) for declaration, axes, tensor in given)
+    except InputError:
+        return False
 
 
 class Bindings:
@@ -211,6 +230,9 @@ class _Axes:
         return found + [expr.size(sizes, declaration.where) for expr in declaration.dims]
 
 
+_Given = tuple[Declaration, _Axes, Tensor]
+
+
 def _what(declaration: Declaration, axes: _Axes) -> tuple[str, str]:
     """What a tensor is, and the name it was passed by."""
     if axes.entry:
@@ -311,6 +333,18 @@ def _wrong_shape(
         given=f"[{', '.join(map(str, tensor.shape))}]",
         need=f"[{', '.join(names)}]" + (f" = {need}" if sizes is not None else f", {need}"),
         fix=f"pass {name} with the axes {', '.join(names) or '(none: a scalar)'}",
+    )
+
+
+def _tokens_first(spec: LoopSpec, turned: Sequence[_Given]) -> InputError:
+    """The error of views [B, N, H, *], which fit turned."""
+    views = [(d.name, list(t.transpose(1, 2).shape)) for d, a, t in turned if a.lead == "BHN"]
+    return InputError(
+        f"The views of {spec.name} have tokens before heads.",
+        where=spec.where,
+        given=", ".join(f"{name} {shape}" for name, shape in views),
+        need="[B, H, N, *]: sequences, heads, tokens",
+        fix="pass " + ", ".join(f"{name}.transpose(1, 2)" for name, _ in views),
     )
 
 

@@ -12,7 +12,8 @@ from nestloop.compiled import CompiledLoop, spec_of
 from nestloop.errors import UnknownDimError, UnknownStageError
 from nestloop.lang.declare import caller
 from nestloop.lang.dims import DimExpr
-from nestloop.lang.loop import BUILT_IN_DIMS, LoopSpec
+from nestloop.lang.loop import LoopSpec
+from nestloop.lang.names import BUILT_IN_DIMS
 from nestloop.lang.schedule import Chunked, Program
 from nestloop.lang.state import counts_tokens, state_size
 from nestloop.layer import Branch

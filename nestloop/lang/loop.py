@@ -12,33 +12,24 @@ from typing import Any
 from torch import Tensor
 
 from nestloop.errors import (
-    DuplicateNameError,
     Location,
     MissingPartError,
     SignatureError,
-    UnknownDimError,
     UnknownNameError,
     shown,
 )
-from nestloop.lang.declare import Declaration, Dim, Fast, Gate, Slow, View, caller, collect
+from nestloop.lang.declare import Dim, Fast, Gate, Slow, View, caller, collect
 from nestloop.lang.dims import DimExpr, parse
 from nestloop.lang.held import reads_held
 from nestloop.lang.learner import Body, KernelEstimator, Learner
-from nestloop.lang.legal import check_estimator, check_maps_of, check_optimizer, check_rate_dims
+from nestloop.lang.legal import check_estimator, check_maps_of, check_optimizer
 from nestloop.lang.maps import check_output
+from nestloop.lang.names import check_dims, check_names
 from nestloop.lang.optim import SGD
 from nestloop.lang.parts import Parts, joined
 from nestloop.lang.purity import check_body
 from nestloop.lang.schedule import FullBatch, Schedule, Sliding, Stream
 from nestloop.lang.state import Entry, entries
-
-BUILT_IN_DIMS = {
-    "B": "sequences",
-    "H": "heads",
-    "N": "tokens of the sequence",
-    "n": "tokens of the step's batch",
-    "D": "width of the layer",
-}
 
 
 @dataclass(frozen=True)
@@ -235,7 +226,7 @@ def _specify(cls: type[Loop]) -> LoopSpec:
     dims = {**collect(learner, Dim), **collect(cls, Dim)}
     estimator = issubclass(learner, KernelEstimator)
     _check_parts(cls, learner, views, estimator)
-    _check_names(cls, learner, [views, gates, slow, dims])
+    check_names(cls, learner, [views, gates, slow, dims])
     spec = LoopSpec(
         name=cls.__name__,
         cls=cls,
@@ -253,7 +244,7 @@ def _specify(cls: type[Loop]) -> LoopSpec:
         holds=not estimator and reads_held(cls),
         where=cls.declared_at,
     )
-    _check_dims(spec)
+    check_dims(spec)
     bodies = {"kernel": ("q", "k")} if estimator else {"loss": ("f", "t"), "readout": ("f", "t")}
     for body, arguments in bodies.items():
         _check_signature(spec, body, arguments)
@@ -342,57 +333,3 @@ def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View]
         raise _missing(cls, "its schedule is not one", shown(cls.schedule), "schedule = nl.FullBatch(steps=1)")
     if not isinstance(cls.optimizer, SGD):
         raise _missing(cls, "its optimizer is not one", shown(cls.optimizer), "optimizer = nl.SGD(lr=1.0)")
-
-
-def _check_names(cls: type[Loop], learner: type[Learner], groups: list[dict[str, Any]]) -> None:
-    seen: dict[str, Declaration] = {}
-    own: list[dict[str, Any]] = [dict(learner.fast), dict(learner.slow)]
-    for group in own + groups:
-        for name, declaration in group.items():
-            other = seen.setdefault(name, declaration)
-            if other is not declaration:
-                raise DuplicateNameError(
-                    f"Two declarations of {cls.__name__} are called '{name}'.",
-                    where=declaration.where,
-                    given=f"a {declaration.kind}, and a {other.kind} at {other.where}",
-                    need="one name per tensor: weights and views are passed by name",
-                    fix=f"rename one of them, in the loop or in its learner {learner.__name__}",
-                )
-            if name in BUILT_IN_DIMS:
-                raise DuplicateNameError(
-                    f"'{name}' is taken: it is the dim of the {BUILT_IN_DIMS[name]}.",
-                    where=declaration.where,
-                    given=f"a {declaration.kind} called {name}",
-                    need=f"a name other than {', '.join(BUILT_IN_DIMS)}",
-                    fix=f"write {name.lower()}_{declaration.kind.split()[-1]} = ...",
-                )
-
-
-def _check_dims(spec: LoopSpec) -> None:
-    known = {*BUILT_IN_DIMS, *spec.dims}
-    known.update(name for view in spec.views.values() for expr in view.dims for name in expr.names)
-    for name, weight in {**spec.fast, **spec.slow}.items():
-        if name in known:
-            raise DuplicateNameError(
-                f"'{name}' names both a {weight.kind} and a dim of {spec.name}.",
-                where=weight.where,
-                given=f"self.{name}, which would be either",
-                need="different names for weights and dims: a body reads both from self",
-                fix=f"rename the weight, w_{name} = ...",
-            )
-
-    def check(expr: DimExpr, what: str, where: Location) -> None:
-        for name in expr.names:
-            if name not in known:
-                raise UnknownDimError(
-                    f"{what} of {spec.name} uses the dim '{name}', which no view defines.",
-                    where=where,
-                    given=f"'{expr}'",
-                    need=f"one of {', '.join(sorted(known))}",
-                    fix=f"use one of these, or declare the dim in the loop: {name} = nl.dim(64)",
-                )
-
-    for name, weight in {**spec.fast, **spec.slow}.items():
-        for expr in weight.dims:
-            check(expr, f"The {weight.kind} {name}", weight.where)
-    check_rate_dims(spec, known)

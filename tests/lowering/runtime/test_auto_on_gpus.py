@@ -13,7 +13,7 @@ from torch import Tensor
 import nestloop as nl
 from nestloop import compiled, zoo
 from nestloop.errors import SharedMemoryError
-from nestloop.lang.loop import BUILT_IN_DIMS
+from nestloop.lang.names import BUILT_IN_DIMS
 from nestloop.lowering import lower
 from nestloop.lowering.runtime import executable
 from nestloop.lowering.runtime.launching import TritonCode

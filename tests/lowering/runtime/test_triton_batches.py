@@ -12,7 +12,7 @@ import nestloop as nl
 from benchmarks import static
 from nestloop import zoo
 from nestloop.errors import NoPlanError
-from nestloop.lang.loop import BUILT_IN_DIMS
+from nestloop.lang.names import BUILT_IN_DIMS
 from nestloop.lowering import pipeline
 from nestloop.lowering.emit import triton_fitting, triton_pieces
 from nestloop.lowering.runtime import offline

@@ -1,6 +1,7 @@
 """Bodies that cannot be compiled, parts that are missing, calls that do not fit: every message, whole."""
 
 import copy
+import functools
 import pickle
 
 import numpy as np
@@ -890,6 +891,44 @@ def test_signatures():
         )
 
 
+def test_bodies_are_functions():
+    def step():
+        class Loop(Good):
+            @property  # HERE
+            def loss(self):
+                return 0
+
+    refused(
+        step,
+        SignatureError,
+        "The loss of Loop is not a function.",
+        given="a property",
+        need="a method loss(self, f, t)",
+        fix="write def loss(self, f, t): return ..., without a decorator",
+    )
+
+
+def test_bodies_keep_nothing():
+    def step():
+        class Keeping(nl.Learner):
+            w = nl.fast("d", "d")
+
+            @functools.cache  # noqa: B019  # HERE
+            def forward(self, x):
+                return x @ self.w
+
+    refused(
+        step,
+        SideEffectError,
+        "test_bodies_keep_nothing.<locals>.step.<locals>.Keeping.forward has a side effect: it keeps what it has "
+        "computed.",
+        given="functools.cache or functools.lru_cache",
+        need="a body that only computes its result: it is traced once, so the effect would happen once, "
+        "at compile time",
+        fix="compute with local names and return the result; inner losses are an output of the op (return_losses=True)",
+    )
+
+
 def test_a_forward_called_with_too_much():
     def step():
         class Pair(nl.Learner):
@@ -1025,6 +1064,12 @@ def no_optimizer():
         optimizer = 0.1  # type: ignore[assignment]
 
 
+def no_heads():
+    class Loop(Squares):  # HERE
+        learner = Linear
+        heads = 0
+
+
 def no_kernel():
     class Loop(Squares):  # HERE
         learner = nl.KernelEstimator
@@ -1049,6 +1094,7 @@ def no_values():
         (no_readout, "it has no readout", "no method readout", "add def readout(self, f, t): return ..."),
         (no_schedule, "its schedule is not one", "4", "schedule = nl.FullBatch(steps=1)"),
         (no_optimizer, "its optimizer is not one", "0.1", "optimizer = nl.SGD(lr=1.0)"),
+        (no_heads, "its heads are not a number of them", "0", 'heads = 4, or heads = "D/64"'),
         (no_kernel, "it has no kernel", "no method kernel", "add def kernel(self, q, k): return ..."),
         (no_values, "its kernel estimator takes views q, k and v", "views q, k", 'declare v = nl.view("d")'),
     ],
@@ -1229,9 +1275,22 @@ def test_tensors_that_do_not_fit(backend):
     assert message(OrderError, views, weights, order=torch.arange(3)) == [
         "Good does not take an order: its schedule sees all tokens in every step.",
         loop,
-        "  given: order [3]",
+        "  given: Tensor [3]",
         "  need:  no order",
         "  fix:   leave order out, or declare schedule = nl.Shuffled(4)",
+    ]
+
+
+def test_views_without_heads():
+    where = Good.spec.where
+    with pytest.raises(InputError) as caught:
+        nl.compile(Good)({name: torch.zeros(1, 0, 3, 4) for name in "kqv"}, {"w": torch.zeros(0, 4, 4)})
+    assert str(caught.value).splitlines() == [
+        "The views of Good have no heads.",
+        f"  at:    {where}   {where.text}",
+        "  given: H = 0",
+        "  need:  1 head or more",
+        "  fix:   pass views [B, H, N, *]; a batch or a sequence may be empty",
     ]
 
 
@@ -1259,6 +1318,7 @@ def test_views_with_tokens_before_heads():
         (None, "no order"),
         (torch.zeros(2, 3, dtype=torch.int32), "torch.int32 [2, 3]"),
         (torch.zeros(2, 4, dtype=torch.int64), "torch.int64 [2, 4]"),
+        ([[2, 0, 1], [0, 1, 2]], "[[2, 0, 1], [0, 1, 2]]"),
     ],
 )
 def test_orders_that_do_not_fit(backend, order, given):
@@ -1327,6 +1387,15 @@ def test_layers_that_do_not_fit():
     def called():
         layer(torch.randn(1, 3, 16), h=3)  # HERE
 
+    def array():
+        layer(np.zeros((1, 3, 16)))  # HERE
+
+    def nothing():
+        layer(None)  # HERE
+
+    def wide():
+        layer(torch.zeros(1, 3, 16, dtype=torch.float64))  # HERE
+
     refused(
         indivisible,
         InputError,
@@ -1367,6 +1436,20 @@ def test_layers_that_do_not_fit():
         given="torch.int64",
         need="float64, float32, bfloat16 or float16",
         fix="pass x.float()",
+    )
+    for step, given, fix in (
+        (array, "ndarray [1, 3, 16]", "pass torch.as_tensor(x)"),
+        (nothing, "None", "pass a tensor"),
+    ):
+        need = "a tensor [sequences, tokens, 16]"
+        refused(step, InputError, "The layer's input is not a tensor.", given=given, need=need, fix=fix)
+    refused(
+        wide,
+        InputError,
+        "The layer's input is not of the dtype of its parameters.",
+        given="torch.float64",
+        need="torch.float32",
+        fix="pass x.to(torch.float32), or make the layer with dtype=torch.float64",
     )
 
 

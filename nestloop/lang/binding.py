@@ -117,6 +117,14 @@ def _sizes(spec: LoopSpec, given: Sequence[_Given], dims: Mapping[str, int]) -> 
             sizes.setdefault(letter, size * axes.group if letter == "H" else size)
     if "H" not in sizes:
         sizes["H"] = 1
+    if sizes["H"] < 1:
+        raise InputError(
+            f"The views of {spec.name} have no heads.",
+            where=spec.where,
+            given="H = 0",
+            need="1 head or more",
+            fix="pass views [B, H, N, *]; a batch or a sequence may be empty",
+        )
     sizes = {**spec.default_dims, **sizes}
     _resolve_grid(spec, sizes)
     return sizes

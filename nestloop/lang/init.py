@@ -71,6 +71,8 @@ INITIALISERS: dict[str, Callable[..., object]] = {
 # The fewest axes of a weight that each can fill, where it matters.
 _AXES = {"xavier_uniform": 1, "lecun_normal": 1, "eye": 2}
 
+_SPREAD = {"xavier_uniform", "lecun_normal", "uniform", "normal", "trunc_normal"}  # draw numbers as far as theirs says
+
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _CALL = re.compile(rf"(?P<name>[a-z_]+)(?:\((?P<value>{_NUMBER})\))?")
 
@@ -89,6 +91,14 @@ def check(init: str, axes: int, where: Location | None) -> str:
             given=shown(init),
             need="one of " + ", ".join(map(_usage, [*INITIALISERS, *BY_HEAD])),
             fix='write init="zeros" or init="normal(0.02)"',
+        )
+    if match["name"] in _SPREAD and match["value"] and float(match["value"]) < 0:
+        raise UnknownInitError(
+            f"The initialiser {match['name']} takes no number below 0.",
+            where=where,
+            given=repr(init),
+            need="how far the numbers it draws spread: 0 or more",
+            fix=f'write init="{match["name"]}({match["value"].lstrip("-")})"',
         )
     if axes < _AXES.get(match["name"], 0):
         raise UnknownInitError(

@@ -23,7 +23,7 @@ from nestloop.lang.dims import DimExpr, parse
 from nestloop.lang.held import reads_held
 from nestloop.lang.learner import Body, KernelEstimator, Learner
 from nestloop.lang.legal import check_estimator, check_maps_of, check_optimizer
-from nestloop.lang.maps import check_output
+from nestloop.lang.maps import check_output, whole
 from nestloop.lang.names import check_dims, check_names
 from nestloop.lang.optim import SGD
 from nestloop.lang.parts import Parts, joined
@@ -282,6 +282,14 @@ def user_files(spec: LoopSpec) -> set[str]:
 
 def _check_signature(spec: LoopSpec, body: str, arguments: tuple[str, ...]) -> None:
     function = getattr(spec.cls, body)
+    if not callable(function):
+        raise SignatureError(
+            f"The {body} of {spec.name} is not a function.",
+            where=body_line(getattr(function, "fget", function), spec.where),
+            given=f"a {type(function).__name__}",
+            need=f"a method {body}(self, {', '.join(arguments)})",
+            fix=f"write def {body}(self, {', '.join(arguments)}): return ..., without a decorator",
+        )
     try:
         inspect.signature(function).bind("self", *arguments)
     except (TypeError, ValueError):
@@ -308,6 +316,8 @@ def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View]
     own = {name for base in cls.__mro__[: cls.__mro__.index(Loop)] for name in vars(base)}
     if cls.beside is not None and not (isinstance(cls.beside, type) and issubclass(cls.beside, Loop)):
         raise _missing(cls, "what is beside it is not a loop", shown(cls.beside), "beside = Window, the class itself")
+    if cls.heads is not None and not isinstance(cls.heads, str) and not whole(cls.heads):
+        raise _missing(cls, "its heads are not a number of them", shown(cls.heads), 'heads = 4, or heads = "D/64"')
     if not views:
         raise _missing(cls, "it has no view", "no nl.view", 'declare k = nl.view("d")')
     if estimator:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nestloop.errors import OrderError
+from nestloop.errors import OrderError, shown
 from nestloop.lang.loop import LoopSpec
 
 
@@ -17,11 +17,11 @@ def check_permutations(spec: LoopSpec, order: Tensor) -> None:
     wrong = (order.sort(-1).values != torch.arange(tokens)).any(-1)
     if bool(wrong.any()):
         row = order.reshape(-1, tokens)[int(wrong.reshape(-1).to(torch.uint8).argmax())].tolist()
-        shown = ", ".join(map(str, row[:8])) + (", ..." if tokens > 8 else "")
+        first = ", ".join(map(str, row[:8])) + (", ..." if tokens > 8 else "")
         raise OrderError(
             f"An order of {spec.name} is no permutation of its tokens.",
             where=spec.where,
-            given=f"[{shown}]",
+            given=f"[{first}]",
             need=f"each of 0 to {tokens - 1} once",
             fix="order = torch.rand(H, N).argsort(-1)",
         )
@@ -34,14 +34,16 @@ def check_order(spec: LoopSpec, order: Tensor | None, sizes: Mapping[str, int]) 
             raise OrderError(
                 f"{spec.name} does not take an order: its schedule sees all tokens in every step.",
                 where=spec.where,
-                given=f"order [{', '.join(map(str, order.shape))}]",
+                given=shown(order),
                 need="no order",
                 fix="leave order out, or declare schedule = nl.Shuffled(4)",
             )
         return
     wanted = ([sizes["H"], sizes["N"]], [sizes["B"], sizes["H"], sizes["N"]])
-    if order is None or order.dtype != torch.int64 or list(order.shape) not in wanted:
-        given = "no order" if order is None else f"{order.dtype} [{', '.join(map(str, order.shape))}]"
+    if not isinstance(order, Tensor) or order.dtype != torch.int64 or list(order.shape) not in wanted:
+        given = "no order" if order is None else shown(order)
+        if isinstance(order, Tensor):
+            given = f"{order.dtype} [{', '.join(map(str, order.shape))}]"
         raise OrderError(
             f"{spec.name} is Shuffled and needs the order of its tokens.",
             where=spec.where,

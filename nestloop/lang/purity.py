@@ -22,6 +22,10 @@ _GROWS = {"append", "extend", "insert", "update", "add", "setdefault", "pop", "r
 
 def check_body(function: Callable[..., object]) -> None:
     """Raise `SideEffectError` at the first statement of `function` that is more than a computation."""
+    if hasattr(function, "cache_info"):
+        code = inspect.unwrap(function).__code__
+        where = Location(code.co_filename, code.co_firstlineno)
+        raise _refused(function, "it keeps what it has computed", where, "functools.cache or functools.lru_cache")
     if not isinstance(function, FunctionType):
         return
     try:
@@ -42,15 +46,19 @@ def check_body(function: Callable[..., object]) -> None:
             continue  # a sum, as of tensors: that of a set returns nothing
         found = _effect(node, local, function.__globals__)
         if found is not None:
-            raise SideEffectError(
-                f"{function.__qualname__} has a side effect: {found}.",
-                where=Location(file, first + getattr(node, "lineno", 1) - 1),
-                given=ast.unparse(node).splitlines()[0],
-                need="a body that only computes its result: it is traced once, so the effect would happen "
-                "once, at compile time",
-                fix="compute with local names and return the result; inner losses are an output of the op "
-                "(return_losses=True)",
-            )
+            where = Location(file, first + getattr(node, "lineno", 1) - 1)
+            raise _refused(function, found, where, ast.unparse(node).splitlines()[0])
+
+
+def _refused(function: Callable[..., object], found: str, where: Location, given: str) -> SideEffectError:
+    return SideEffectError(
+        f"{function.__qualname__} has a side effect: {found}.",
+        where=where,
+        given=given,
+        need="a body that only computes its result: it is traced once, so the effect would happen once, at compile "
+        "time",
+        fix="compute with local names and return the result; inner losses are an output of the op (return_losses=True)",
+    )
 
 
 def _effect(node: ast.AST, local: set[str], outer: dict[str, Any]) -> str | None:

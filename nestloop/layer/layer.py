@@ -208,6 +208,14 @@ class Layer(Branch):
         return (y, *wanted) if wanted else y
 
     def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise InputError(
+                "The layer's input is not a tensor.",
+                where=caller(),
+                given=shown(x),
+                need=f"a tensor [sequences, tokens, {self.width}]",
+                fix="pass torch.as_tensor(x)" if hasattr(x, "shape") else "pass a tensor",
+            )
         if x.ndim != 3 or x.shape[-1] != self.width:
             raise InputError(
                 "The layer's input is not [B, N, D].",
@@ -223,6 +231,16 @@ class Layer(Branch):
                 given=str(x.dtype),
                 need="float64, float32, bfloat16 or float16",
                 fix="pass x.float()",
+            )
+        plain = (view.weight.dtype for part in self.parts for view in part.views.values() if type(view) is Linear)
+        other = next((dtype for dtype in plain if dtype != x.dtype), None)
+        if other is not None and not torch.is_autocast_enabled(x.device.type):
+            raise InputError(
+                "The layer's input is not of the dtype of its parameters.",
+                where=caller(),
+                given=str(x.dtype),
+                need=str(other),
+                fix=f"pass x.to({other}), or make the layer with dtype={x.dtype}",
             )
 
     def _check_mask(self, mask: Any, is_causal: bool) -> None:

@@ -89,6 +89,20 @@ def test_initialisers_that_need_axes():
     )
 
 
+def test_initialisers_spread_by_no_negative_number():
+    def step():
+        nl.fast("d", "d", init="normal(-0.02)")  # HERE
+
+    refused(
+        step,
+        UnknownInitError,
+        "The initialiser normal takes no number below 0.",
+        given="'normal(-0.02)'",
+        need="how far the numbers it draws spread: 0 or more",
+        fix='write init="normal(0.02)"',
+    )
+
+
 @pytest.mark.parametrize("name", INITIALISERS)
 def test_every_initialiser_fills_head_by_head(name):
     text = "constant(-0.5)" if name == "constant" else name

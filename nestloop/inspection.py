@@ -15,7 +15,7 @@ from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.names import BUILT_IN_DIMS
 from nestloop.lang.schedule import Chunked, Program
-from nestloop.lang.state import counts_tokens, state_size
+from nestloop.lang.state import counts_tokens, state_numbers, state_size
 from nestloop.layer import Branch
 from nestloop.lowering import names, pipeline
 from nestloop.lowering.in_parts import told
@@ -29,7 +29,7 @@ from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.tiles import LOST_BITS
 from nestloop.lowering.runtime.triton_plan import FEW, WORTH, TritonPlan
 from nestloop.lowering.runtime.work import expected
-from nestloop.stages import STAGES, AnyLowered, compiled, optimizer_text, schedule_text, state_elements
+from nestloop.stages import STAGES, AnyLowered, compiled, optimizer_text, schedule_text
 
 _TRIAL = {"d": 16, "H": 2, "B": 2, "N": 16}
 
@@ -167,7 +167,7 @@ def _explain(lowered: AnyLowered, sizes: Mapping[str, int], op: CompiledLoop | N
     if spec.is_kernel_estimator:
         lines += ["", "fast weights: none. The state is the keys and values of the sequence."]
     else:
-        elements = state_elements(lowered, sizes)
+        numbers = state_numbers(spec, sizes)
         lines += ["", "fast weights (the inner loop changes them while it reads one sequence):"]
         for fast in spec.fast.values():
             start = (
@@ -179,10 +179,9 @@ def _explain(lowered: AnyLowered, sizes: Mapping[str, int], op: CompiledLoop | N
             )
             lines.append(f"  {fast.name} [{', '.join(map(str, fast.dims))}] per head and sequence; starts {start}")
         lines.append(
-            f"state: {state_size(spec)} = {elements:,} numbers, "
-            f"{4 * elements:,} bytes in float32 per head and sequence;"
+            f"state: {state_size(spec)} = {numbers:,} numbers, {4 * numbers:,} bytes in float32 per head and sequence;"
         )
-        lines.append(f"  {4 * elements * sizes['H']:,} bytes a sequence with H = {sizes['H']}")
+        lines.append(f"  {4 * numbers * sizes['H']:,} bytes a sequence with H = {sizes['H']}")
         lines += _state(spec)
         lines.append(
             "reset: every sequence of every call starts from the initial fast weights, "

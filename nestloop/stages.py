@@ -12,7 +12,7 @@ from torch import fx
 from nestloop.errors import UnknownStageError
 from nestloop.lang.declare import Declaration, Gate, Slow, View, caller
 from nestloop.lang.loop import LoopSpec
-from nestloop.lang.state import state_size
+from nestloop.lang.state import state_numbers, state_size
 from nestloop.lowering import pipeline
 from nestloop.lowering.axes import is_token, readout_axes, type_axes
 from nestloop.lowering.emit.tile import size_text
@@ -167,7 +167,7 @@ def _cost(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
                 f"elementwise {elementwise:,} FLOP; values written unfused {traffic:,}"
             )
     lines.append(
-        f"state: {state_size(lowered.spec)} = {state_elements(lowered, sizes):,} numbers per head and sequence"
+        f"state: {state_size(lowered.spec)} = {state_numbers(lowered.spec, sizes):,} numbers per head and sequence"
     )
     if isinstance(lowered, LoweredStream) and lowered.part == "scan":
         return "\n".join([*lines, *_kept(lowered, sizes)])
@@ -269,14 +269,3 @@ STAGES: dict[str, Callable[[AnyLowered, Mapping[str, int]], str]] = {
     "triton": _triton,
     "run": _run,
 }
-
-
-def state_elements(lowered: AnyLowered, sizes: Mapping[str, int]) -> int:
-    """Numbers of the fast weights of one head and sequence."""
-    total = 0
-    for fast in lowered.spec.fast.values():
-        count = 1
-        for expr in fast.dims:
-            count *= expr.size(dict(sizes))
-        total += count
-    return total

@@ -7,6 +7,7 @@ seen. `torch.save` and `torch.load` keep it as it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,12 @@ def state_size(spec: LoopSpec) -> str:
         text = " * ".join(f"({dim})" if " " in dim else dim for dim in dims) or "1"
         counts[text] = counts.get(text, 0) + 1
     return " + ".join(text if count == 1 else f"{count} * {text}" for text, count in counts.items())
+
+
+def state_numbers(spec: LoopSpec, sizes: Mapping[str, int]) -> int:
+    """The value of `state_size` for these sizes."""
+    shapes = [[entry.rows or 1, *[dim.size(sizes) for dim in entry.like.dims]] for entry in spec.entries.values()]
+    return sum(map(math.prod, shapes))
 
 
 def _has_anchor(spec: LoopSpec) -> bool:

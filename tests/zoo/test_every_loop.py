@@ -11,7 +11,7 @@ import torch
 
 import nestloop as nl
 from nestloop import zoo
-from nestloop.lang.state import counts_tokens
+from nestloop.lang.state import counts_tokens, state_numbers
 from nestloop.lowering.capture import capture_with
 from nestloop.lowering.streams.forms import choose
 from nestloop.lowering.tracer import Tracer
@@ -161,12 +161,23 @@ def test_a_state_is_kept_as_it_is(loop):
     for name, entry in loop.spec.entries.items():
         rows = [entry.rows] if entry.rows else []
         assert list(state[name].shape) == [2, 2, *rows, *[e.size(SIZES) for e in entry.like.dims]], name
+    assert state_numbers(loop.spec, SIZES) == sum(state[name][0, 0].numel() for name in loop.spec.entries)
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
     kept = torch.load(file, weights_only=True)
     mine, theirs = (op(loop)(views, weights, each)[0] for each in (state, kept))
     assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("loop", [zoo.Titans, zoo.CausalLaCT, zoo.OmegaNet], ids=lambda loop: loop.__name__)
+def test_explain_counts_all_that_a_state_holds(loop):
+    views, weights = draw(loop.spec, 4)
+    _, state = op(loop)({n: v.float() for n, v in views.items()}, {n: w.float() for n, w in weights.items()})
+    held = sum(state[name][0, 0].nbytes for name in loop.spec.entries)
+    text = nl.explain(loop, H=2, **{name: SIZES[name] for name in loop.spec.dim_names & {*SIZES}})
+    assert f" = {held // 4:,} numbers, {held:,} bytes in float32 per head and sequence" in text
+    assert f"  {2 * held:,} bytes a sequence with H = 2" in text
 
 
 @pytest.mark.parametrize("loop", [zoo.GatedDeltaNet, zoo.Mesa, zoo.OmegaNet], ids=lambda loop: loop.__name__)

@@ -281,10 +281,19 @@ def _check_kernel(spec: LoopSpec, module: fx.GraphModule) -> None:
 
 
 def _check_used(spec: LoopSpec, module: fx.GraphModule) -> None:
+    """Refuse a fast weight that the loss does not read, or from which nothing of it flows back: no step moves it."""
+    reached, stack = set(), [_value(module)]
+    while stack:
+        node = stack.pop()
+        if node not in reached and _flows(node):
+            reached.add(node)
+            stack.extend(node.all_input_nodes)
     for node in module.graph.nodes:
         name = node.meta.get("declared")
-        if node.op == "placeholder" and name in spec.fast and not node.users:
-            called = spec.called.get(name, name)
+        if node.op != "placeholder" or name not in spec.fast or node in reached:
+            continue
+        called, stop = spec.called.get(name, name), _stop(node)
+        if stop is None:
             raise UnusedFastWeightError(
                 f"The loss of {spec.name} does not depend on the fast weight '{called}'.",
                 where=spec.fast[name].where,
@@ -292,6 +301,32 @@ def _check_used(spec: LoopSpec, module: fx.GraphModule) -> None:
                 need="a loss that every fast weight enters: the inner loop would never change it",
                 fix=f"use self.{called} in forward, or declare it as nl.slow(...)",
             )
+        through = "detach" if stop.target is ops.DETACHED else stop.meta.get("called", stop.name)
+        raise UnusedFastWeightError(
+            f"The loss of {spec.name} has no gradient in the fast weight '{called}'.",
+            where=stop.meta.get("where", spec.fast[name].where),
+            given=f"{spec.learner.__name__}.{called}, whose way to the loss ends at {through}: its derivative is zero",
+            need="a loss that every fast weight moves: the inner loop would never change it",
+            fix=f"leave {through} out on one way from self.{called} to the loss, or declare {called} as nl.slow(...)",
+        )
+
+
+def _flows(node: fx.Node) -> bool:
+    """Whether a gradient of a value flows on to what it is computed from."""
+    value = node.meta.get("val")
+    numbers = isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.dtype.is_floating_point)
+    return numbers and not ops.is_flat(node.target)
+
+
+def _stop(weight: fx.Node) -> fx.Node | None:
+    """The first op that lets no gradient through to a weight that none reaches; None where nothing reads it."""
+    seen = {weight}
+    for node in weight.graph.nodes:
+        if seen.intersection(node.all_input_nodes):
+            if not _flows(node):
+                return node
+            seen.add(node)
+    return None
 
 
 def _check_readout(spec: LoopSpec, module: fx.GraphModule) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import pickle
 
 import numpy as np
@@ -356,6 +357,90 @@ def test_a_fast_weight_is_used_by_the_loss():
         need="a loss that every fast weight enters: the inner loop would never change it",
         fix="use self.b in forward, or declare it as nl.slow(...)",
     )
+
+
+def detached(self, f, t):
+    return (f(t.k).detach() - t.v).square().sum(-1)  # HERE
+
+
+def largest(self, f, t):
+    return (f(t.k).argmax(-1) * t.v.sum(-1)).square()  # HERE
+
+
+def compared(self, f, t):
+    return ((f(t.k) > 0) * t.v).sum(-1)  # HERE
+
+
+def signs(self, f, t):
+    return (f(t.k).sign() - t.v).square().sum(-1)  # HERE
+
+
+def rounded(self, f, t):
+    return (f(t.k).round() - t.v).square().sum(-1)  # HERE
+
+
+@pytest.mark.parametrize("schedule", [nl.FullBatch(1), nl.Online(), nl.Chunked(4)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "loss, through",
+    [
+        (detached, "detach"),
+        (largest, "argmax"),
+        (compared, "gt"),
+        (signs, "sign"),
+        (rounded, "round"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_fast_weight_is_moved_by_the_loss(loss, through, schedule):
+    def step():
+        layer_of(loss, schedule=schedule)
+
+    with pytest.raises(UnusedFastWeightError) as caught:
+        step()
+    assert str(caught.value).splitlines() == [
+        "The loss of Loop has no gradient in the fast weight 'w'.",
+        f"  at:    {__file__}:{marked(loss)}   {inspect.getsource(loss).splitlines()[-1].strip()}",
+        f"  given: Linear.w, whose way to the loss ends at {through}: its derivative is zero",
+        "  need:  a loss that every fast weight moves: the inner loop would never change it",
+        f"  fix:   leave {through} out on one way from self.w to the loss, or declare w as nl.slow(...)",
+    ]
+
+
+def held_alone(self, f, t):
+    return (f.held(t.k) - t.v).square().sum(-1)
+
+
+def held_beside(self, f, t):
+    return (f.held(t.k) * f(t.k) - t.v).square().sum(-1)
+
+
+def detached_beside(self, f, t):
+    return (f(t.k).detach() * f(t.k) - t.v).square().sum(-1)
+
+
+def chosen(self, f, t):
+    y = f(t.k)
+    return (torch.where(y > 0, y, y.floor()) - t.v).square().sum(-1)
+
+
+def sorted_values(self, f, t):
+    return (f(t.k).topk(2).values.sum(-1) - t.v.sum(-1)).square()
+
+
+def test_a_loss_learns_where_one_way_has_a_derivative():
+    with pytest.raises(UnusedFastWeightError, match="does not depend on the fast weight 'w'"):
+        layer_of(held_alone)
+
+    class Zero(nl.Learner):
+        a, b = nl.fast("d", "d", init="zeros", learned=False), nl.fast("d", "d", init="zeros", learned=False)
+
+        def forward(self, x):
+            return (x @ self.a) * (x @ self.b)  # at its first step neither moves the other
+
+    for loss in (held_beside, detached_beside, chosen, sorted_values):
+        layer_of(loss)
+    for schedule in (nl.FullBatch(1), nl.Online()):
+        layer_of(Squares.loss, learner=Zero, schedule=schedule)
 
 
 def add_in_place(self, f, t):

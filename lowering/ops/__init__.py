@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from nestloop.lowering.ops import movement, pointwise, products, reductions, results
 from nestloop.lowering.ops.calling import ONLY_TENSORS, call
 from nestloop.lowering.ops.decompose import cosine_similarity, decompositions, fused_rms_norm
@@ -19,6 +21,8 @@ from nestloop.lowering.ops.solve import OP as SOLVE
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.ops.windows import pad
 
+aten = torch.ops.aten
+
 ROWS: dict[Any, Op] = {row.target: row for module in (pointwise, products, reductions, movement) for row in module.ROWS}
 
 # Sizes are computed in Python, not on tensors: these may stand in a graph without a row.
@@ -26,6 +30,9 @@ SIZE_OPS = {
     *("sym_size", "sym_numel", "sym_float", "sym_max", "sym_min"),
     *("add", "mul", "sub", "floordiv", "mod", "neg", "getitem", "truediv", "pow"),
 }
+
+# Ops whose derivative is zero wherever they have one.
+_FLAT = {DETACHED, *(getattr(aten, name).default for name in ("sign", "sgn", "floor"))}
 
 
 def row(target: Any) -> Op:
@@ -46,6 +53,11 @@ def is_size_op(target: Any) -> bool:
 
 def admitted(target: Any) -> bool:
     return target in ROWS or is_size_op(target)
+
+
+def is_flat(target: Any) -> bool:
+    """Whether nothing flows back through an op: its derivative is zero, or it reads shapes alone."""
+    return target in _FLAT or (target in ROWS and ROWS[target].kind is Kind.CREATE)
 
 
 def nearest(target: Any) -> list[str]:
@@ -76,6 +88,7 @@ __all__ = [
     "decompositions",
     "detached",
     "fused_rms_norm",
+    "is_flat",
     "is_size_op",
     "literal",
     "named_shape",

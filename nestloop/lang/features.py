@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestloop.errors import InputError
+from nestloop.lang.coefficient import is_number
 from nestloop.lang.maps import Call, Map, Place, Shape, read_period, refused, whole
 
 
@@ -147,6 +148,14 @@ class Norm(Map):
                 f"over={over!r}",
                 '"head" for each head\'s features, "width" for all of them together',
                 f'write nl.{label}(over="width")',
+            )
+        if eps is not None and not (is_number(eps) and 0 <= eps <= 1):
+            raise refused(
+                f"The eps of nl.{label} is none.",
+                self.where,
+                f"eps={eps!r}",
+                "a number from 0 to 1 (the number of features is the view's own), or None for the dtype's epsilon",
+                f"write nl.{label}()",
             )
 
     def parameters(self, place: Place) -> dict[str, Shape]:

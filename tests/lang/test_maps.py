@@ -196,6 +196,16 @@ def test_decays_by_head():
             '"head" for each head\'s features, "width" for all of them together',
             'write nl.l2_norm(over="width")',
         ),
+        *(
+            (
+                lambda make=make, eps=eps: make(eps),
+                f"The eps of nl.{make.__name__} is none.",
+                f"eps={eps!r}",
+                "a number from 0 to 1 (the number of features is the view's own), or None for the dtype's epsilon",
+                f"write nl.{make.__name__}()",
+            )
+            for make, eps in ((nl.rms_norm, 64), (nl.layer_norm, (64,)), (nl.l2_norm, -1e-6), (nl.rms_norm, math.nan))
+        ),
         (
             lambda: nl.cos_reweight(0),
             "The length of cosFormer's weights is not a number of tokens.",

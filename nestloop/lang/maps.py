@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from nestloop.errors import ViewError, shown
 from nestloop.lang.declaration import Declaration
@@ -175,6 +176,7 @@ class Gated(Map):
         of: Any,
     ) -> None:
         super().__init__()
+        check_module(activation, "The activation of nl.gated", self.where)
         self.activation, self.per_head = activation, per_head
         self.projection = Project(bias, 1.0, rank)
         self.of = check_maps(of, "gate on a read-out", self.where)
@@ -208,7 +210,33 @@ def check_maps(maps: Any, what: str, where: Any) -> tuple[Any, ...]:
             "nl.conv, nl.rope, a norm, ..., or an elementwise function, one or a list of them",
             "write make=[nl.conv(4), F.silu]",
         )
+    for one in given:
+        check_module(one, f"A map of a {what}", where)
     return given
+
+
+def check_module(one: Any, what: str, where: Any) -> None:
+    """Raise `ViewError` for a module of PyTorch's that is more than a function: no layer would register it."""
+    if not isinstance(one, nn.Module):
+        return
+    random = [part for part in one.modules() if isinstance(part, (_DropoutNd, nn.RReLU))]
+    if random:
+        raise refused(
+            f"{what} draws random numbers.",
+            where,
+            type(random[0]).__name__,
+            "a function that gives the same each time: whole sequences and their pieces are to agree",
+            "leave it out, and put nn.Dropout before or after the layer",
+        )
+    held = [name for name, _ in (*one.named_parameters(), *one.named_buffers())]
+    if held:
+        raise refused(
+            f"{what} is a module with tensors of its own, which the layer would neither train nor move.",
+            where,
+            f"{type(one).__name__} with {', '.join(held)}",
+            "a map of nestloop's, whose parameters are the layer's, or a function without any",
+            "write nl.project(), nl.conv(4), nl.rms_norm(), nl.layer_norm() or nl.affine()",
+        )
 
 
 def check_output(maps: Any, where: Any) -> tuple[Any, ...]:

@@ -243,6 +243,77 @@ def test_maps_that_are_none(make, what, given, need, fix):
     assert caught.value.where is not None and caught.value.where.file == __file__
 
 
+TENSORS = "{} is a module with tensors of its own, which the layer would neither train nor move."
+RANDOM = "{} draws random numbers."
+
+
+@pytest.mark.parametrize(
+    "make, what, given",
+    [
+        (
+            lambda: nl.view("d", make=[torch.nn.Linear(4, 4)]),
+            TENSORS.format("A map of a view"),
+            "Linear with weight, bias",
+        ),
+        (
+            lambda: nl.view("d", of=torch.nn.BatchNorm1d(4, affine=False)),
+            TENSORS.format("A map of a view"),
+            "BatchNorm1d with running_mean, running_var, num_batches_tracked",
+        ),
+        (
+            lambda: nl.gate(torch.nn.PReLU()),
+            TENSORS.format("The activation of a gate"),
+            "PReLU with weight",
+        ),
+        (
+            lambda: nl.gated(torch.nn.PReLU()),
+            TENSORS.format("The activation of nl.gated"),
+            "PReLU with weight",
+        ),
+        (lambda: nl.view("d", make=[torch.nn.Dropout(0.1)]), RANDOM.format("A map of a view"), "Dropout"),
+        (
+            lambda: nl.gated(of=torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout())),
+            RANDOM.format("A map of a gate on a read-out"),
+            "Dropout",
+        ),
+    ],
+)
+def test_modules_that_are_more_than_functions(make, what, given):
+    with pytest.raises(ViewError) as caught:
+        make()
+    assert (caught.value.what, caught.value.given) == (what, given)
+    random = "draws" in what
+    assert caught.value.need == (
+        "a function that gives the same each time: whole sequences and their pieces are to agree"
+        if random
+        else "a map of nestloop's, whose parameters are the layer's, or a function without any"
+    )
+    assert caught.value.fix == (
+        "leave it out, and put nn.Dropout before or after the layer"
+        if random
+        else "write nl.project(), nl.conv(4), nl.rms_norm(), nl.layer_norm() or nl.affine()"
+    )
+    assert caught.value.where is not None and caught.value.where.file == __file__
+
+
+def test_modules_that_are_functions_and_read_outs_with_modules():
+    views_of(k=nl.view("d", make=[torch.nn.SiLU()]), e=nl.gate(torch.nn.Sigmoid()))
+
+    def step():
+        class Loop(Squares):  # HERE
+            learner = Linear
+            output = (torch.nn.LayerNorm(4, bias=False), nl.project())
+
+    refused(
+        step,
+        ViewError,
+        TENSORS.format("A map of a read-out"),
+        given="LayerNorm with weight",
+        need="a map of nestloop's, whose parameters are the layer's, or a function without any",
+        fix="write nl.project(), nl.conv(4), nl.rms_norm(), nl.layer_norm() or nl.affine()",
+    )
+
+
 def test_a_projection_before_the_end_of_the_output():
     def step():
         class Loop(Squares):  # HERE

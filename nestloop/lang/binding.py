@@ -164,12 +164,12 @@ class Bindings:
         if state is not None and key in self._known:
             check_position(self.spec, state)
         found = self._known.of(key, lambda: bind(self.spec, views, weights, state, order, dims))
-        if order is not None and order.device.type == "cpu" and _has_values(order):
+        if order is not None and order.device.type == "cpu" and has_values(order):
             check_permutations(self.spec, order)
         return found
 
 
-def _has_values(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
     """Whether a tensor's values may be looked at: no transform or mode of PyTorch's traces with it."""
     traced = torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
     return type(tensor) is Tensor and not traced

@@ -16,7 +16,9 @@ from nestloop.lang.declare import Gate, Slow, View
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.maps import Call, Place, Project, is_source
-from nestloop.layer.making import Making, Shared, pool, walk
+from nestloop.lang.schedule import sees_later
+from nestloop.layer.functions import check_activation, check_function
+from nestloop.layer.making import Making, Shared, places, pool, walk
 from nestloop.products import Linear
 
 State = dict[str, Any]
@@ -90,6 +92,7 @@ class Branch(nn.Module):
                 )
         if shared is None and owned.declared:
             self.shared = owned
+        self._check_functions()
 
     @property
     def spec(self) -> LoopSpec:
@@ -121,17 +124,34 @@ class Branch(nn.Module):
         heads = 1 if view.shared else self.heads // view.group
         return heads * (getattr(self.spec.schedule, "micro", 1) if view.micro else 1)
 
-    def _made(self, view: View | Gate, shared: Shared) -> nn.Module:
+    def _place_of(self, view: View | Gate) -> Place:
+        """What the last map of a view leaves to."""
         features = math.prod(expr.size(self.sizes, view.where) for expr in view.dims)
+        return replace(self._place, groups=self._groups(view), features=features)
+
+    def _made(self, view: View | Gate, shared: Shared) -> nn.Module:
+        place = self._place_of(view)
         if not _is_plain(view):
-            place = replace(self._place, groups=self._groups(view), features=features)
             return Making(view.maps, place, self._place, shared)
         gain = view.maps[0].gain
-        linear = Linear(self.sizes["D"], self._groups(view) * features, bias=view.bias)
+        linear = Linear(self.sizes["D"], place.groups * place.features, bias=view.bias)
         nn.init.normal_(linear.weight, std=gain / math.sqrt(self.sizes["D"]))
         if view.bias:
             nn.init.zeros_(linear.bias)
         return linear
+
+    def _check_functions(self) -> None:
+        """Try the plain functions among the maps. Raises `ShapeMismatchError`, `TokenMixingError`."""
+        alone = not sees_later(self.spec.schedule)
+        for name, view in self.spec.inputs.items():
+            place = self._place_of(view)
+            for one, at in zip(view.maps, places(view.maps, place, self._place), strict=True):
+                check_function(one, at, f"the {view.kind} '{name}'", view.where, alone)
+            if isinstance(view, Gate):
+                check_activation(view.activation, place, name, view.where, alone)
+        out = replace(self._place, groups=self.heads, features=self.features)
+        for one in self._output:
+            check_function(one, out, "the read-out", self.spec.where, alone)
 
     def make_views(self, x: Tensor) -> dict[str, Tensor]:
         """Every view and gate from x [B, N, D]: [B, H, N, *dims], shared ones [B, N, *dims]."""

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 
 import nestloop as nl
 from nestloop import zoo
-from nestloop.errors import IllegalScheduleError, InputError, MissingPartError, ShapeMismatchError, ViewError
+from nestloop.errors import (
+    IllegalScheduleError,
+    InputError,
+    MissingPartError,
+    ShapeMismatchError,
+    TokenMixingError,
+    ViewError,
+)
 from nestloop.lang.init import alibi_slopes, fill
 from tests.lang.test_declarations import Linear, Squares
 from tests.refusals import refused
@@ -432,3 +439,103 @@ def test_a_shared_map_fits_everywhere():
         "as many features in every place",
         "declare one map for each, under a name of its own",
     )
+
+
+def layer_of(schedule, output=None, **views):
+    """A layer of a loop with these views."""
+    parts = {"learner": Linear, "schedule": schedule, "output": output, "optimizer": nl.SGD(lr=0.1), **views}
+    return nl.Layer(type("Loop", (Squares,), parts), D, H)
+
+
+ALONE = "a function of each token alone: the schedule reads a token before those after it are there"
+ALONG = "let it run over the last axis, the features (axis 1 has the tokens), or write nl.conv(4)"
+
+
+@pytest.mark.parametrize("schedule", [nl.Online(), nl.Causal(4), nl.Chunked(4, "apply-update")], ids=str)
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        lambda x: x.softmax(1),
+        lambda x: x.cumsum(1),
+        lambda x: x / len(x[0]),
+        F.dropout,
+        lambda x: x.view(1, 4, *x.shape[2:]),
+    ],
+    ids=["softmax", "cumsum", "count", "dropout", "one length"],
+)
+def test_functions_that_mix_tokens_where_later_ones_are_not_there(mixing, schedule):
+    def view():
+        k = nl.view("d", make=[F.silu, mixing])  # HERE
+        layer_of(schedule, k=k)
+
+    def token():
+        k = nl.view("d", of=mixing)  # HERE
+        layer_of(schedule, k=k)
+
+    def gate():
+        e = nl.gate(mixing)  # HERE
+        layer_of(schedule, e=e)
+
+    def gated():
+        output = [nl.gated(mixing), nl.project()]  # HERE
+        layer_of(schedule, output)
+
+    def gated_of():
+        output = [nl.gated(of=mixing), nl.project()]  # HERE
+        layer_of(schedule, output)
+
+    what = "The {} mixes tokens, or is not the same each time."
+    given = "4 tokens that come out otherwise in two pieces than at once"
+    for step, called in (
+        (view, "map of the view 'k'"),
+        (token, "map of the view 'k'"),
+        (gate, "activation of the gate 'e'"),
+        (gated, "activation of nl.gated"),
+        (gated_of, "map of nl.gated"),
+    ):
+        refused(step, TokenMixingError, what.format(called), given=given, need=ALONE, fix=ALONG)
+
+
+def test_functions_that_mix_tokens_where_all_are_there():
+    x = torch.randn(1, 6, D)
+    for schedule in (nl.FullBatch(1), nl.Shuffled(2)):
+        layer = layer_of(schedule, k=nl.view("d", make=[lambda x: x - x.mean(1, keepdim=True)]))
+        assert layer(x).shape == x.shape
+    layer_of(nl.Online(), k=nl.view("d", make=[lambda x: x.softmax(-1), F.normalize]))
+    layer_of(nl.FullBatch(1), k=nl.view("d", make=[lambda x: x.view(1, 7, 2, 4)]))  # of seven tokens alone
+
+
+@pytest.mark.parametrize("schedule", [nl.FullBatch(1), nl.Online()], ids=str)
+def test_functions_that_change_the_shape(schedule):
+    def view():
+        k = nl.view("d", make=[lambda x: torch.cat([x, x], -1)])  # HERE
+        layer_of(schedule, k=k)
+
+    def gate():
+        e = nl.gate(lambda x: x.mean(-1))  # HERE
+        layer_of(schedule, e=e)
+
+    def output():
+        class Loop(Squares):  # HERE
+            learner = Linear
+            output = (lambda x: x.shape, nl.project())
+
+        nl.Layer(Loop, D, H)
+
+    what = "The {} changes the shape of what it is given."
+    need = "a function of [B, N, groups, features] that returns as many: views and weights have declared sizes"
+    fix = "declare the view with other dims and project to them, or reshape in the loop's bodies"
+    for step, called, given in (
+        (view, "map of the view 'k'", "[1, 4, 2, 8] of [1, 4, 2, 4]"),
+        (gate, "activation of the gate 'e'", "[1, 4, 2] of [1, 4, 2, 1]"),
+        (output, "map of the read-out", "a Size"),
+    ):
+        refused(step, ShapeMismatchError, what.format(called), given=given, need=need, fix=fix)
+
+
+def test_trying_functions_draws_from_no_generator_of_the_user_s():
+    torch.manual_seed(0)
+    plain = layer_of(nl.FullBatch(1), k=nl.view("d"))
+    torch.manual_seed(0)
+    drawing = layer_of(nl.FullBatch(1), k=nl.view("d", make=[F.dropout]))
+    assert torch.equal(plain.out.weight, drawing.out.weight)

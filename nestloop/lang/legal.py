@@ -173,7 +173,6 @@ def _check_stream(spec: LoopSpec) -> None:
 def _check_causal(spec: LoopSpec) -> None:
     optimizer, schedule = spec.optimizer, spec.schedule
     assert isinstance(schedule, Causal)
-    size = max(schedule.chunk, 16)
     for name in ("transform", "gradient_transform", "restore"):
         given = getattr(optimizer, name)
         if given is not None:
@@ -182,8 +181,7 @@ def _check_causal(spec: LoopSpec) -> None:
                 f"its {name.replace('_', ' ')} needs a whole chunk's gradient, but each token is read with weights of "
                 "its own.",
                 f"{given if not callable(given) or isinstance(given, type) else _function(given)}; {_shown(spec)}",
-                "a schedule that steps once a chunk: the nearest is Chunked",
-                f'write schedule = nl.Chunked({size}, "apply-update"), or "update-apply"',
+                *_stepping_once(schedule),
             )
     if optimizer.scale is not None and (optimizer.decays is not None or optimizer.momentum is not None):
         raise _illegal(
@@ -225,6 +223,17 @@ def _check_causal(spec: LoopSpec) -> None:
             "one of them",
             "write schedule = nl.Online()",
         )
+
+
+def _stepping_once(schedule: Causal) -> tuple[str, str]:
+    """What is needed, and the fix, where a step must have a whole gradient."""
+    if schedule.chunk == schedule.micro == 1:
+        order = "update-apply" if schedule.read == "after" else "apply-update"
+        reset = f", reset={schedule.reset}" if schedule.reset else ""
+        return "the same steps as those of chunks of one token", f'write schedule = nl.Chunked(1, "{order}"{reset})'
+    size = max(schedule.chunk, 16)
+    need = "a schedule that steps once a chunk: the nearest is Chunked"
+    return need, f'write schedule = nl.Chunked({size}, "apply-update"), or "update-apply"'
 
 
 def _function(given: Any) -> str:

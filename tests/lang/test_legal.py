@@ -118,14 +118,21 @@ def test_a_grid_in_a_stream():
         ("restore", nl.restore_norm(-1), "restore_norm(-1)"),
     ],
 )
-@pytest.mark.parametrize("schedule, size", [(nl.Causal(32), 32), (nl.Online(), 16)])
-def test_functions_of_the_whole_gradient_under_causal(name, value, shown, schedule, size):
+@pytest.mark.parametrize("schedule", [nl.Causal(32), nl.Online(), nl.Online("before", reset=8)], ids=str)
+def test_functions_of_the_whole_gradient_under_causal(name, value, shown, schedule):
+    need = "the same steps as those of chunks of one token"
+    fix = 'write schedule = nl.Chunked(1, "update-apply")'
+    if schedule.reset:
+        fix = 'write schedule = nl.Chunked(1, "apply-update", reset=8)'
+    if schedule.chunk == 32:
+        need = "a schedule that steps once a chunk: the nearest is Chunked"
+        fix = 'write schedule = nl.Chunked(32, "apply-update"), or "update-apply"'
     illegal(
         {"schedule": schedule, "optimizer": {name: value}},
         f"its {name.replace('_', ' ')} needs a whole chunk's gradient, but each token is read with weights of its own.",
         given=f"{shown}; schedule {type(schedule).__name__}",
-        need="a schedule that steps once a chunk: the nearest is Chunked",
-        fix=f'write schedule = nl.Chunked({size}, "apply-update"), or "update-apply"',
+        need=need,
+        fix=fix,
     )
 
 

@@ -177,3 +177,22 @@ def test_a_step_that_reads_no_token(loss: Any, schedule: Any, backend: str, stat
     inputs = random_inputs(loop.spec, SIZES, tokens=8, sequences=3)
     made, wanted = (run(nl.compile(loop, backend=name), inputs, losses=False) for name in (backend, "reference"))
     assert_equal(differences(made, wanted), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("token_by_token", "chunk_by_chunk"),
+    [
+        (nl.Online(reset=4), nl.Chunked(1, "update-apply", reset=4)),
+        (nl.Online("before"), nl.Chunked(1, "apply-update")),
+    ],
+    ids=["after", "before"],
+)
+def test_chunks_of_one_token_are_steps_token_by_token(token_by_token: Any, chunk_by_chunk: Any):
+    """As the refusal of a transform under the first says."""
+    made = []
+    for schedule in (token_by_token, chunk_by_chunk):
+        optimizer = nl.SGD(lr=0.2, momentum=0.5, decay=0.9)
+        loop: Any = type("Changed", (Recall,), {"schedule": schedule, "optimizer": optimizer})
+        inputs = random_inputs(loop.spec, SIZES, tokens=9)
+        made.append(nl.compile(loop, backend="torch")(inputs.views, inputs.weights)[0])
+    torch.testing.assert_close(*made, rtol=1e-10, atol=1e-12)

@@ -18,12 +18,25 @@ from torch.autograd import forward_ad
 LEAST_ROWS, LEAST_WORK = 4, 2**21  # rows and multiplications below which MKL's start is the shorter, or either's counts
 
 
-class Linear(nn.Linear):
-    """`nn.Linear`, by `linear`."""
+def apply(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`. An `nn.Linear` that nobody watches, or a sequence of such, takes `linear`'s product."""
+    if torch.compiler.is_compiling() or type(module) not in (nn.Linear, nn.Sequential) or not _is_bare(module):
+        made: Tensor = module(x)
+        return made
+    if isinstance(module, nn.Linear):
+        return linear(x, module.weight, module.bias)
+    for part in module.children():
+        x = apply(part, x)
+    return x
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[.., K] -> [.., M]"""
-        return linear(input, self.weight, self.bias)
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling a module is its class's forward and nothing else: no hooks, of its own or of all modules, no
+    other forward (accelerate's), none that `module.compile()` has put there."""
+    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    if any(own) or "forward" in vars(module) or module._compiled_call_impl is not None:
+        return False
+    return not torch.nn.modules.module._has_any_global_hook()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,11 +1,13 @@
 """Products by oneDNN are PyTorch's, values and gradients, and PyTorch's own where something reads or replaces them."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -135,7 +137,7 @@ def test_what_is_watched_or_transformed_is_pytorchs() -> None:
         assert products.linear(x, weight).dtype == torch.bfloat16
     with torch.backends.mkldnn.flags(enabled=False):
         assert not ran_onednn(lambda: products.linear(x, weight))
-    compiled = torch.compile(products.Linear(WIDE, MADE), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(partial(products.apply, nn.Linear(WIDE, MADE)), fullgraph=True, backend="aot_eager")
     assert not ran_onednn(lambda: compiled(x).sum().backward())
 
 
@@ -149,3 +151,48 @@ def test_which_processors(name: str, faster: bool, monkeypatch: pytest.MonkeyPat
     assert products.onednn_is_faster.__wrapped__() is faster
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not products.onednn_is_faster.__wrapped__()
+
+
+def test_modules_that_others_watch_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, fired = drawn(ROWS, WIDE), list[str]()
+    linear = nn.Linear(WIDE, MADE)
+    pair = nn.Sequential(nn.Linear(WIDE, MADE), nn.Linear(MADE, WIDE))
+    seen = spied(monkeypatch)
+    torch.testing.assert_close(products.apply(linear, x), F.linear(x, linear.weight, linear.bias))
+    torch.testing.assert_close(products.apply(pair, x), pair(x), rtol=1e-4, atol=1e-4)
+    assert len(seen) == 3
+
+    def watched(module: nn.Module, times: int) -> None:
+        seen.clear()
+        fired.clear()
+        assert torch.equal(products.apply(module, x), module(x))
+        assert not seen and len(fired) == 2 * times
+
+    hooks: list[Callable[[nn.Module], Any]] = [
+        lambda module: module.register_forward_hook(lambda *_: fired.append("after")),
+        lambda module: module.register_forward_pre_hook(lambda *_: fired.append("before")),
+    ]
+    for register in hooks:
+        for module in (linear, pair):
+            handle = register(module)
+            watched(module, 1)
+            handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: fired.append("any"))
+    watched(linear, 1)
+    watched(pair, 3)
+    handle.remove()
+
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            fired.append("own")
+            return 2 * super().forward(input)
+
+    watched(Doubled(WIDE, MADE), 1)
+    inner = linear.forward
+
+    def forward(given: Tensor) -> Tensor:  # as accelerate's hooks replace it
+        fired.append("put there")
+        return inner(given)
+
+    linear.forward = forward  # type: ignore[assignment, method-assign]
+    watched(linear, 1)

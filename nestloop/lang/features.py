@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,17 +36,17 @@ class Conv(Map):
         weight: dict[str, Shape] = {"weight": ([channels, 1, self.size], init, False)}
         return {**weight, "bias": ([channels], init, False)} if self.bias else weight
 
-    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
+    def __call__(self, x: Tensor, own: Any, call: Call) -> Tensor:
         tokens, flat = x.shape[1], x.flatten(2)  # [B, N, G * f]
         before = call.carried.get(call.key)
         if before is None:
             before = flat.new_zeros(flat.shape[0], self.size - 1, flat.shape[2])
         flat = torch.cat([before.to(flat.dtype), flat], 1)
         call.kept[call.key] = flat[:, flat.shape[1] - (self.size - 1) :]
-        weight = own["weight"][:, 0]
+        weight = own.weight[:, 0]
         # y_t = sum_i w_i x_{t - size + 1 + i}: torch's Conv1d, padded on the left
         y = sum(flat[:, i : i + tokens] * weight[:, i] for i in range(self.size))
-        return (y if not self.bias else y + own["bias"]).view_as(x)  # type: ignore[union-attr]
+        return (y if not self.bias else y + own.bias).view_as(x)
 
     def __repr__(self) -> str:
         return f"nl.conv({self.size})"
@@ -69,7 +69,7 @@ class Rope(Map):
                 'write nl.rope(pairs="half")',
             )
 
-    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
+    def __call__(self, x: Tensor, own: Any, call: Call) -> Tensor:
         features = x.shape[-1]
         if features % 2:
             raise InputError(
@@ -128,7 +128,7 @@ class CosReweight(Map):
             )
         return features // 2
 
-    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
+    def __call__(self, x: Tensor, own: Any, call: Call) -> Tensor:
         places = call.positions(x.shape[1], x.device).to(torch.promote_types(x.dtype, torch.float32)) + 1
         angle = (math.pi / 2 * places / self.length)[:, None, None]
         return torch.cat([x * angle.sin().to(x.dtype), x * angle.cos().to(x.dtype)], -1)
@@ -163,15 +163,14 @@ class Norm(Map):
         made: dict[str, Shape] = {"weight": (size, "ones", False)} if self.scale else {}
         return {**made, "bias": (size, "zeros", False)} if self.bias else made
 
-    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
+    def __call__(self, x: Tensor, own: Any, call: Call) -> Tensor:
         flat = x.flatten(2) if self.over == "width" else x
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        weight, bias = own.weight if self.scale else None, own.bias if self.bias else None
         if self.label == "layer_norm":
-            y = F.layer_norm(flat, flat.shape[-1:], own.get("weight"), own.get("bias"), eps)
-            return y.view_as(x)
+            return F.layer_norm(flat, flat.shape[-1:], weight, bias, eps).view_as(x)
         if self.label == "rms_norm":
-            y = F.rms_norm(flat, flat.shape[-1:], own.get("weight"), eps)
-            return y.view_as(x)
+            return F.rms_norm(flat, flat.shape[-1:], weight, eps).view_as(x)
         total = flat.square().sum(-1, keepdim=True)
         y = flat / (total.sqrt() + eps) if self.outside else flat * (total + eps).rsqrt()
         return y.view_as(x)
@@ -191,9 +190,9 @@ class Affine(Map):
         made: dict[str, Shape] = {"scale": (shape, "ones", False)} if self.scale else {}
         return {**made, "offset": (shape, "zeros", False)} if self.offset else made
 
-    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
-        x = x * own["scale"] if self.scale else x
-        return x + own["offset"] if self.offset else x
+    def __call__(self, x: Tensor, own: Any, call: Call) -> Tensor:
+        x = x * own.scale if self.scale else x
+        return x + own.offset if self.offset else x
 
 
 def conv(size: int = 4, bias: bool = True) -> Conv:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from nestloop.errors import ViewError, shown
 from nestloop.lang.declaration import Declaration
-from nestloop.products import linear
+from nestloop.products import apply
 
 Shape = tuple[list[int], str, bool]  # sizes, initialiser, whether the first axis is the heads
 
@@ -35,9 +35,10 @@ class Place:
     features: int
 
 
-@dataclass
 class Call:
     """One call of a layer, as its maps see it.
+
+    No dataclass: FSDP gives a module copies of those, and what maps keep would be lost with the copy.
 
     Attributes:
         input: the layer's input x [B, N, D].
@@ -45,16 +46,25 @@ class Call:
         chunk: tokens per chunk of the loop's schedule, 1 where it has none.
         carried: what maps kept of the tokens before, by key; `kept` what they keep of these.
         run: (maps, x) -> x after these maps, all of which are shared ones or have no parameters.
+        memo: what is made of x once, for all who ask for it.
     """
 
-    input: Tensor
-    position: int
-    chunk: int
-    carried: Mapping[str, Tensor]
-    kept: dict[str, Tensor]
-    run: Callable[[Sequence[Any], Tensor], Tensor]
-    key: str = ""
-    memo: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    def __init__(
+        self,
+        input: Tensor,
+        position: int,
+        chunk: int,
+        carried: Mapping[str, Tensor],
+        kept: dict[str, Tensor],
+        run: Callable[[Sequence[Any], Tensor], Tensor],
+        memo: dict[tuple[Any, ...], Any],
+    ) -> None:
+        self.input, self.position, self.chunk = input, position, chunk
+        self.carried, self.kept, self.run, self.memo, self.key = carried, kept, run, memo, ""
+
+    def apart(self) -> Call:
+        """The same for what is not the token, of which `memo` has nothing."""
+        return Call(self.input, self.position, self.chunk, self.carried, self.kept, self.run, {})
 
     def positions(self, tokens: int, device: torch.device, period: int | None = None) -> Tensor:
         """The places of so many tokens in the sequence, or in their period: int64 [N]."""
@@ -63,11 +73,12 @@ class Call:
 
 
 class Map(Declaration):
-    """One map. Its parameters are `label.NAME` below the view that it belongs to."""
+    """One map. The module of its parameters is called `label` below the view that it belongs to."""
 
     kind = "map"
     label: ClassVar[str] = "map"
     source: ClassVar[bool] = False  # whether it turns the token into groups of features
+    linear: ClassVar[bool] = False  # whether its module is a linear map of the token, which needs nothing but x
 
     @property
     def shared(self) -> bool:
@@ -79,10 +90,11 @@ class Map(Declaration):
         return features
 
     def parameters(self, place: Place) -> dict[str, Shape]:
-        """Its parameters by name."""
+        """The parameters of its module by name."""
         return {}
 
-    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
+    def __call__(self, x: Tensor, own: Any, call: Call) -> Tensor:
+        """x after the map. own: the module of its parameters; None where it has none."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -100,7 +112,7 @@ def whole(value: Any) -> bool:
 class Project(Map):
     """A projection, made by `project`."""
 
-    label, source = "project", True
+    label, source, linear = "project", True, True
 
     def __init__(self, bias: bool, gain: float, rank: int | None) -> None:
         super().__init__()
@@ -116,18 +128,16 @@ class Project(Map):
 
     def parameters(self, place: Place) -> dict[str, Shape]:
         rows, inner = place.groups * place.features, self.rank or place.width
-        made: dict[str, Shape] = {"weight": ([rows, inner], f"normal({self.gain / math.sqrt(inner)})", False)}
+        last = "" if self.rank is None else "up."
+        made: dict[str, Shape] = {f"{last}weight": ([rows, inner], f"normal({self.gain / math.sqrt(inner)})", False)}
         if self.rank is not None:
-            made = {"down": ([inner, place.width], f"normal({1 / math.sqrt(place.width)})", False), **made}
+            made = {"down.weight": ([inner, place.width], f"normal({1 / math.sqrt(place.width)})", False), **made}
         if self.bias:
-            made["bias"] = ([rows], "zeros", False)
+            made[f"{last}bias"] = ([rows], "zeros", False)
         return made
 
-    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
-        x = x.flatten(2)  # [B, N, D]
-        if self.rank is not None:
-            x = linear(x, own["down"])
-        return linear(x, own["weight"], own.get("bias"))[:, :, None]
+    def __call__(self, x: Tensor, own: Any, call: Call) -> Tensor:
+        return apply(own, x.flatten(2))[:, :, None]
 
 
 class PerPosition(Map):
@@ -142,8 +152,8 @@ class PerPosition(Map):
     def parameters(self, place: Place) -> dict[str, Shape]:
         return {"table": ([place.chunk if self.period == "chunk" else int(self.period or 1)], "zeros", False)}
 
-    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
-        table = own["table"]
+    def __call__(self, x: Tensor, own: Any, call: Call) -> Tensor:
+        table = own.table
         if self.offset is not None:
             table = table + self.offset(torch.arange(len(table), device=x.device).to(table.dtype))
         made = table[call.positions(x.shape[1], x.device, len(table))]  # [N]
@@ -165,7 +175,7 @@ def read_period(period: Any, name: str, where: Any) -> int | str | None:
 class Gated(Map):
     """A gate on what passes, made by `gated`."""
 
-    label = "gated"
+    label, linear = "gated", True
 
     def __init__(
         self,
@@ -194,7 +204,7 @@ class Gated(Map):
         features = 1 if self.per_head else place.features
         return self.projection.parameters(replace(place, features=features))
 
-    def __call__(self, x: Tensor, own: Mapping[str, Tensor], call: Call) -> Tensor:
+    def __call__(self, x: Tensor, own: Any, call: Call) -> Tensor:
         made = self.projection(call.run(self.of, call.input[:, :, None]), own, call)
         return x * self.activation(made.reshape(*x.shape[:3], 1 if self.per_head else x.shape[-1]))
 

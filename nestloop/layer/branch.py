@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nestloop.compiled import CompiledLoop, spec_of
-from nestloop.errors import ShapeMismatchError
+from nestloop.errors import InputError, ShapeMismatchError
 from nestloop.lang import init
 from nestloop.lang.declare import Gate, Slow, View
 from nestloop.lang.dims import DimExpr
@@ -18,8 +19,8 @@ from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.maps import Call, Place, Project, is_source
 from nestloop.lang.schedule import sees_later
 from nestloop.layer.functions import check_activation, check_function
-from nestloop.layer.making import Making, Shared, places, pool, walk
-from nestloop.products import Linear
+from nestloop.layer.making import Making, Pooled, Route, Shared, places, through
+from nestloop.products import apply
 
 State = dict[str, Any]
 
@@ -44,9 +45,11 @@ class Passing:
 class Branch(nn.Module):
     """One loop of a layer, without the output projection: x [B, N, D] -> [B, N, H * dz].
 
-    Submodules and parameters: `views.NAME` what makes a view or gate, a linear map and the parameters of its maps (rows
-    are head-major), `shared.NAME` the maps that several views name, `fast.NAME` [H, *dims] initial fast weights,
-    `slow.NAME` [H, *dims], or [*dims] when shared, `output` the read-out's maps, `beside` the branch beside this one.
+    Submodules and parameters: `views.NAME` what makes a view or gate (before its activation, but for a pooled gate), an
+    `nn.Linear` or, where there are other maps, these by their labels and `project` (rows are head-major); a module in
+    its place is given x [B, N, D]. `shared.NAME` the maps that several views name, `fast.NAME` [H, *dims] initial fast
+    weights, `slow.NAME` [H, *dims], or [*dims] when shared, `output` the read-out's maps, `beside` the branch beside
+    this one.
     """
 
     def __init__(
@@ -124,17 +127,21 @@ class Branch(nn.Module):
         heads = 1 if view.shared else self.heads // view.group
         return heads * (getattr(self.spec.schedule, "micro", 1) if view.micro else 1)
 
+    def _dims(self, view: View | Gate) -> list[int]:
+        """The sizes of a view's axes, of one head."""
+        return [expr.size(self.sizes, view.where) for expr in view.dims]
+
     def _place_of(self, view: View | Gate) -> Place:
         """What the last map of a view leaves to."""
-        features = math.prod(expr.size(self.sizes, view.where) for expr in view.dims)
-        return replace(self._place, groups=self._groups(view), features=features)
+        return replace(self._place, groups=self._groups(view), features=math.prod(self._dims(view)))
 
     def _made(self, view: View | Gate, shared: Shared) -> nn.Module:
         place = self._place_of(view)
         if not _is_plain(view):
-            return Making(view.maps, place, self._place, shared)
+            kind = Pooled if isinstance(view, Gate) and view.pooled else Making
+            return kind(view.maps, place, self._place, shared)
         gain = view.maps[0].gain
-        linear = Linear(self.sizes["D"], place.groups * place.features, bias=view.bias)
+        linear = nn.Linear(self.sizes["D"], place.groups * place.features, bias=view.bias)
         nn.init.normal_(linear.weight, std=gain / math.sqrt(self.sizes["D"]))
         if view.bias:
             nn.init.zeros_(linear.bias)
@@ -155,41 +162,51 @@ class Branch(nn.Module):
 
     def make_views(self, x: Tensor) -> dict[str, Tensor]:
         """Every view and gate from x [B, N, D]: [B, H, N, *dims], shared ones [B, N, *dims]."""
-        return self._make(self._call(x, 0, {}, {}))
+        return self._make(self._call(x, 0, {}), self._shared)
 
-    def _call(self, x: Tensor, position: int, carried: dict[str, Tensor], kept: dict[str, Tensor]) -> Call:
+    def _call(self, x: Tensor, position: int, carried: dict[str, Tensor]) -> Call:
         def run(maps: Any, x: Tensor) -> Tensor:
-            return walk(maps, x, 1, None, self._shared, call, "")
+            return Route("", maps, self._shared, call).walk(x, None)
 
-        call = Call(x, position, self._place.chunk, carried, kept, run)
+        call = Call(x, position, self._place.chunk, carried, {}, run, {})
         return call
 
     @property
     def _shared(self) -> Shared:
         return self.shared if "shared" in self._modules else _NOTHING
 
-    def _make(self, call: Call, shared: Shared | None = None) -> dict[str, Tensor]:
-        shared = self._shared if shared is None else shared
+    def _make(self, call: Call, shared: Shared) -> dict[str, Tensor]:
         made = {}
         for name, view in self.spec.inputs.items():
             if _is_token(view):
                 made[name] = call.input
                 continue
-            if isinstance(view, Gate) and view.pooled:
-                flat = self._pooled(name, view, shared, call)
-            elif _is_plain(view):
-                flat = self.views[name](call.input)  # [B, N, (H *) features]
+            if _is_plain(view):
+                flat = apply(self.views[name], call.input)  # [B, N, G * f]
             else:
-                x = call.input[:, :, None]
-                flat = walk(view.maps, x, self._groups(view), self.views[name], shared, call, name)  # type: ignore[arg-type]
+                activate = partial(self._activated, view) if isinstance(view, Gate) else None
+                flat = through(self.views[name], call.input, Route(name, view.maps, shared, call, activate))
+            self._check_made(name, view, flat, call.input)
             if isinstance(view, Gate) and not view.pooled:
                 flat = self._activated(view, flat)
             made[name] = self._split(view, flat)
         return made
 
+    def _check_made(self, name: str, view: View | Gate, flat: Tensor, x: Tensor) -> None:
+        """Raise `InputError` for a module, put in the place of what made a view, that makes something else."""
+        features = self._groups(view) * math.prod(self._dims(view))
+        if flat.ndim != 3 or flat.shape[:2] != x.shape[:2] or flat.shape[2] != features:
+            raise InputError(
+                f"What stands in views.{name} does not make the {view.kind} '{name}'.",
+                where=view.where,
+                given=f"{list(x.shape)} -> {list(flat.shape)}",
+                need=f"{[*x.shape[:2], features]}: all features of each token, those of its heads one after another",
+                fix=f"put nn.Linear({x.shape[2]}, {features}) there, or a module that gives as many features",
+            )
+
     def _split(self, view: View | Gate, flat: Tensor) -> Tensor:
         """[B, N, ...] with all features of a token, as the op takes them: [B, H, N, *dims]."""
-        dims = [expr.size(self.sizes, view.where) for expr in view.dims]
+        dims = self._dims(view)
         steps = [getattr(self.spec.schedule, "micro", 1)] if view.micro else []
         if view.shared:
             return flat.reshape(*flat.shape[:2], *steps, *dims)
@@ -199,29 +216,6 @@ class Branch(nn.Module):
         value = gate.activation(flat)
         scale = gate.scale if isinstance(gate.scale, float) else float(gate.scale.evaluate(self.sizes, gate.where))
         return value if scale == 1.0 else value * scale
-
-    def _pooled(self, name: str, gate: Gate, shared: Shared, call: Call) -> Tensor:
-        """A gate made from each chunk's mean token, the same for all its tokens [B, N, G, f].
-
-        Inside a chunk, the mean of the tokens so far stands for it; each call makes up for what the one before gave, so
-        that the gates of a chunk's tokens, however split, add up to so many times the gate of its mean.
-        """
-        at = next(i for i, m in enumerate(gate.maps) if is_source(m))
-        making, size = self.views[name], call.chunk
-        x = walk(gate.maps[:at], call.input[:, :, None], 1, making, shared, call, name)  # type: ignore[arg-type]
-        means, lengths, left = pool(x, call.position, size, call.carried.get(f"{name}.sum"))
-        rest = replace(call, memo={})
-        made = walk(gate.maps[at:], means, self._groups(gate), making, shared, rest, name, at)  # type: ignore[arg-type]
-        made = self._activated(gate, made)  # [B, M, G, f]
-        after = (call.position + x.shape[1]) % size
-        call.kept[f"{name}.sum"], call.kept[f"{name}.given"] = left, after * made[:, -1]
-        seen = call.position % size
-        if seen:
-            given = call.carried[f"{name}.given"].to(made.dtype)[:, None]
-            first = ((seen + lengths[0]) * made[:, :1] - given) / max(lengths[0], 1)
-            made = torch.cat([first, made[:, 1:]], 1)
-        counts = torch.tensor(lengths, device=made.device)
-        return made.repeat_interleave(counts, 1, output_size=sum(lengths))
 
     def order(self, tokens: int, device: torch.device) -> Tensor | None:
         """The order of a shuffled loop [H, N]: fresh from torch's generator in training, fixed in evaluation."""
@@ -235,33 +229,37 @@ class Branch(nn.Module):
         head = torch.arange(1, self.heads + 1, device=device, dtype=torch.float64)[:, None]
         return torch.frac(position * (position + 7 * head) * ((math.sqrt(5) - 1) / 2)).argsort(-1)
 
-    def mix(self, x: Tensor, passing: Passing, state: State | None) -> tuple[Tensor, Tensor | None, State]:
-        """x [B, N, D] -> [B, N, H * dz], the inner losses where asked for, and the state after x."""
-        position = 0 if state is None else state["position"]
-        kept: dict[str, Tensor] = {}
-        call = self._call(x, position, {} if state is None else state["made"], kept)
-        return self._run(call, passing, state, self._shared)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """`mix`, of a branch that is part of a layer."""
+        return self.mix(*args, **kwargs)
 
-    def _run(
-        self, call: Call, passing: Passing, state: State | None, shared: Shared
+    def mix(
+        self, x: Tensor, passing: Passing, state: State | None, around: Call | None = None, shared: Shared | None = None
     ) -> tuple[Tensor, Tensor | None, State]:
-        x, order = call.input, passing.order
+        """x [B, N, D] -> [B, N, H * dz], the inner losses where asked for, and the state after x.
+
+        around, shared: the call of the branch that this one is beside, and the modules of its named maps.
+        """
+        shared = self._shared if shared is None else shared
+        carried: dict[str, Tensor] = {} if state is None else state["made"]
+        if around is None:
+            call = self._call(x, 0 if state is None else state["position"], carried)
+        else:
+            call = Call(x, around.position, self._place.chunk, carried, {}, around.run, around.memo)
+        order = passing.order
         if order is None:
             order = self.order(x.shape[1], x.device)
         weights = {**dict(self.fast.items()), **dict(self.slow.items())}
         own = {name: size for name, size in passing.dims.items() if name in self.spec.dim_names}
         start = None if state is None else state["loop"]
         z, loop, losses = self.op.run(self._make(call, shared), weights, start, order, passing.losses, own)
-        z = z.transpose(1, 2).reshape(*x.shape[:2], self.heads, self.features)  # [B, N, H, dz]
+        z = z.transpose(1, 2).reshape(*x.shape[:2], self.out_features)  # [B, N, H * dz]
         if self._output:
-            z = walk(self._output, z, self.heads, self.output, shared, replace(call, memo={}), "output")
-        z = z.flatten(2)
+            z = through(self.output, z, Route("output", self._output, shared, call.apart()))
         after: State = {"position": call.position + x.shape[1], "loop": loop, "made": call.kept}
         if self.spec.beside is not None:
             before = None if state is None else state["beside"]
-            carried = {} if before is None else before["made"]
-            beside = replace(call, carried=carried, kept={}, chunk=self.beside._place.chunk)
-            other, _, after["beside"] = self.beside._run(beside, passing, before, shared)
+            other, _, after["beside"] = self.beside(x, passing, before, call, shared)
             z = z + other
         return z, losses, after
 

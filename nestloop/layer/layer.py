@@ -16,7 +16,7 @@ from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.schedule import sees_later
 from nestloop.layer.branch import Branch, Passing
-from nestloop.products import Linear
+from nestloop.products import apply
 
 
 class Layer(Branch):
@@ -86,7 +86,7 @@ class Layer(Branch):
             if bias is None:
                 own = [part.projection for part in self.parts if part.projection is not None]
                 bias = own[0].bias if own else True
-            self.out: Any = Linear(total, width, bias=bias)
+            self.out: Any = nn.Linear(total, width, bias=bias)
             nn.init.xavier_uniform_(self.out.weight)
             if bias:
                 nn.init.zeros_(self.out.bias)
@@ -167,9 +167,11 @@ class Layer(Branch):
             self._check_dims([part.spec for part in self.parts], dims)
         passing = Passing(order, return_losses, dims)
         states = self._states(state, return_state)
-        mixed = [part.mix(x, passing, before) for part, before in zip(self.parts, states, strict=True)]
-        y = self.out(torch.cat([z for z, _, _ in mixed], -1) if len(mixed) > 1 else mixed[0][0])
-        several = "branches" in self._modules
+        if several := "branches" in self._modules:
+            mixed = [part(x, passing, before) for part, before in zip(self.parts, states, strict=True)]
+        else:
+            mixed = [self.mix(x, passing, states[0])]
+        y = apply(self.out, torch.cat([z for z, _, _ in mixed], -1) if len(mixed) > 1 else mixed[0][0])
         losses, after = [loss for _, loss, _ in mixed], [end for _, _, end in mixed]
         wanted: list[Any] = [losses if len(mixed) > 1 else losses[0]] if return_losses else []
         wanted += [after if several else after[0]] if return_state else []

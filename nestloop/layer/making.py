@@ -1,8 +1,14 @@
-"""Parameters of maps, and the walk through them: from x [B, N, D] to views and gates, and from read-outs outwards."""
+"""The modules that a branch's maps need, and the walk through them: from x [B, N, D] to views and gates, and from
+read-outs outwards.
+
+A module that has parameters is called and reads them as its attributes: what others do to modules (hooks,
+parametrizations, pruning, adapters, sharding, another module in one's place) is seen.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,30 +17,51 @@ from torch import Tensor, nn
 
 from nestloop.errors import ShapeMismatchError
 from nestloop.lang import init
-from nestloop.lang.maps import Call, Map, Place, is_source
+from nestloop.lang.maps import Call, Map, Place, Shape, is_source
 
 
 class Parameters(nn.Module):
     """The parameters of one map, each under its own name."""
 
-    def __init__(self, shapes: Mapping[str, tuple[list[int], str, bool]]) -> None:
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.add(shapes)
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(value))
 
-    def add(self, shapes: Mapping[str, tuple[list[int], str, bool]]) -> None:
-        for name, (shape, start, per_head) in shapes.items():
-            self.register_parameter(name, nn.Parameter(init.fill(torch.empty(shape), start, per_head)))
+    def forward(self, x: Tensor, one: Map, call: Call) -> Tensor:
+        """`one` on x [B, N, G, f], with these parameters."""
+        return one(x, self, call)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name} {list(p.shape)}" for name, p in self.named_parameters(recurse=False))
+
+
+def module_of(one: Map, shapes: Mapping[str, Shape]) -> nn.Module:
+    """The module of a map with parameters of these shapes: a linear map is PyTorch's own, as others expect it."""
+    values = {name: init.fill(torch.empty(shape), start, per_head) for name, (shape, start, per_head) in shapes.items()}
+    if not one.linear:
+        return Parameters(values)
+    parts: dict[str, nn.Module] = {}
+    for name in (name for name in values if name.endswith("weight")):
+        label, bias = name.removesuffix("weight"), values.get(name.removesuffix("weight") + "bias")
+        rows, columns = values[name].shape
+        part = nn.Linear(columns, rows, bias=bias is not None, device="meta")  # which draws nothing
+        part.weight = nn.Parameter(values[name])
+        if bias is not None:
+            part.bias = nn.Parameter(bias)
+        parts[label.rstrip(".")] = part
+    return parts[""] if "" in parts else nn.Sequential(OrderedDict(parts))
 
 
 class Shared(nn.ModuleDict):
-    """The maps that a loop names: one set of parameters each, under their name in the class body."""
+    """The maps that a loop names: one module each, under their name in the class body."""
 
     def __init__(self) -> None:
         super().__init__()
         self.declared: dict[str, Any] = {}  # the line each was declared on, and the shapes of its parameters
 
     def claim(self, one: Map, place: Place) -> None:
-        """The parameters of `one`, made when it is first met; whoever meets it again must stand in a like place.
+        """The module of `one`, made when it is first met; whoever meets it again must stand in a like place.
 
         Raises:
             ShapeMismatchError: it stands where it needs others, or its name is another map's.
@@ -50,43 +77,128 @@ class Shared(nn.ModuleDict):
                 fix="declare one map for each, under a name of its own",
             )
         if shapes and one.name not in self:
-            self[one.name] = Parameters(shapes)
-
-    def own(self, one: Map) -> dict[str, Tensor]:
-        """The parameters of a shared map by name."""
-        return dict(self[one.name].named_parameters(recurse=False)) if one.name in self else {}
+            self[one.name] = module_of(one, shapes)
 
 
 def _sizes(shapes: Mapping[str, tuple[list[int], str, bool]]) -> str:
     return ", ".join(f"{name} {shape}" for name, (shape, _, _) in shapes.items()) or "no parameters"
 
 
-class Making(Parameters):
-    """The parameters of one view's maps: those of its own projection by their names (`weight`, `bias`), those of every
-    other map below the map's label (`conv.weight`). What is shared belongs to `Shared`."""
+class Route:
+    """The maps of one view, gate or read-out in one call: what its `Making` is given beside x.
+
+    No dataclass, as `Call` is none.
+
+    Attributes:
+        name: of the view or gate, before the keys of what its maps keep.
+        maps: from x on.
+        shared: the modules of maps that have a name.
+        activate: a gate's activation.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        maps: Sequence[Any],
+        shared: Shared,
+        call: Call,
+        activate: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.name, self.maps, self.shared, self.call, self.activate = name, maps, shared, call, activate
+
+    def walk(self, x: Tensor, making: Making | None, first: int = 0, stop: int | None = None) -> Tensor:
+        """x [B, N, G, f] through the maps from `first` to `stop`.
+
+        What shared maps make of the token is made once a call: `call.memo` has it.
+
+        making: the modules of maps that are not shared; None where all are.
+        """
+        trail: tuple[Any, ...] | None = ()
+        for index, one in enumerate(self.maps[first:stop], first):
+            common = isinstance(one, Map) and one.shared
+            trail = (*trail, one.name) if trail is not None and common else None
+            if trail is not None and trail in self.call.memo:
+                x = self.call.memo[trail]
+            elif isinstance(one, Map):
+                label = one.label if making is None else making.labels[index]
+                self.call.key = ".".join(trail) if trail else f"{self.name}.{label}"
+                x = self._apply(one, x, self._module(one, label, making))
+                if trail is not None:
+                    self.call.memo[trail] = x
+            else:
+                x = one(x)
+            if is_source(one):
+                rows = x.shape[-1]  # a table over positions is the same for all groups
+                groups = 1 if making is None else making.groups
+                x = x.squeeze(2).unflatten(-1, (groups, rows // groups)) if rows > 1 else x.expand(-1, -1, groups, -1)
+        return x
+
+    def _module(self, one: Map, label: str | None, making: Making | None) -> nn.Module | None:
+        """The module of a map, where it has one."""
+        modules = self.shared._modules if one.shared else {} if making is None else making._modules
+        return modules.get(one.name if one.shared else label or "")
+
+    def _apply(self, one: Map, x: Tensor, module: nn.Module | None) -> Tensor:
+        made: Tensor = one(x, module, self.call) if module is None or one.linear else module(x, one, self.call)
+        return made
+
+
+class Making(nn.Module):
+    """What makes a view or gate of x, [B, N, D] -> [B, N, G * f], or what a read-out goes through, [B, N, H * f] both.
+
+    Its submodules are those of its maps, below each map's label (`conv.weight`). What is shared belongs to `Shared`.
+    """
 
     def __init__(self, maps: Sequence[Any], place: Place, entry: Place, shared: Shared) -> None:
-        super().__init__({})
+        super().__init__()
+        self.groups, self._entering = place.groups, entry.groups
         self.labels: list[str | None] = []
         for one, at in zip(maps, places(maps, place, entry), strict=True):
             label = None
             if isinstance(one, Map) and one.shared:
                 shared.claim(one, at)
-            elif isinstance(one, Map) and is_source(one):
-                self.add(one.parameters(at))
-                label = ""
             elif isinstance(one, Map) and (shapes := one.parameters(at)):
                 label = one.label if one.label not in self._modules else f"{one.label}_{len(self.labels)}"
-                self.add_module(label, Parameters(shapes))
+                self.add_module(label, module_of(one, shapes))
             self.labels.append(label)
 
-    def own(self, index: int) -> dict[str, Tensor]:
-        """The parameters of the map at `index`, where it has some of its own."""
-        label = self.labels[index]
-        if label is None:
-            return {}
-        module = self if label == "" else self.get_submodule(label)
-        return dict(module.named_parameters(recurse=False))
+    def forward(self, x: Tensor, route: Route) -> Tensor:
+        """x through the maps of `route`."""
+        return route.walk(x.unflatten(-1, (self._entering, x.shape[-1] // self._entering)), self).flatten(2)
+
+
+class Pooled(Making):
+    """What makes a gate from each chunk's mean token, its activation included: the same for all tokens of a chunk.
+
+    Inside a chunk, the mean of the tokens so far stands for it; each call makes up for what the one before gave, so
+    that the gates of a chunk's tokens, however split, add up to so many times the gate of its mean.
+    """
+
+    def forward(self, x: Tensor, route: Route) -> Tensor:
+        """x [B, N, D] -> [B, N, G * f]."""
+        call, size, name = route.call, route.call.chunk, route.name
+        at = next(i for i, m in enumerate(route.maps) if is_source(m))
+        x = route.walk(x[:, :, None], self, stop=at)
+        means, lengths, left = pool(x, call.position, size, call.carried.get(f"{name}.sum"))
+        made = Route(name, route.maps, route.shared, call.apart()).walk(means, self, at)
+        if route.activate is not None:
+            made = route.activate(made)  # [B, M, G, f]
+        after = (call.position + x.shape[1]) % size
+        call.kept[f"{name}.sum"], call.kept[f"{name}.given"] = left, after * made[:, -1]
+        seen = call.position % size
+        if seen:
+            given = call.carried[f"{name}.given"].to(made.dtype)[:, None]
+            first = ((seen + lengths[0]) * made[:, :1] - given) / max(lengths[0], 1)
+            made = torch.cat([first, made[:, 1:]], 1)
+        counts = torch.tensor(lengths, device=made.device)
+        return made.repeat_interleave(counts, 1, output_size=sum(lengths)).flatten(2)
+
+
+def through(module: nn.Module, x: Tensor, route: Route) -> Tensor:
+    """x through a `Making`, or through what stands in its place: what wraps one hands on all that it is given (FSDP,
+    peft's modules to save), another module sees x alone."""
+    made: Tensor = module(x, route) if any(isinstance(part, Making) for part in module.modules()) else module(x)
+    return made
 
 
 def places(maps: Sequence[Any], place: Place, entry: Place) -> list[Place]:
@@ -101,41 +213,6 @@ def places(maps: Sequence[Any], place: Place, entry: Place) -> list[Place]:
         elif isinstance(one, Map):
             features = one.takes(features)
     return found[::-1]
-
-
-def walk(
-    maps: Sequence[Any],
-    x: Tensor,
-    groups: int,
-    making: Making | None,
-    shared: Shared,
-    call: Call,
-    key: str,
-    start: int = 0,
-) -> Tensor:
-    """x [B, N, G, f] through the maps, split into `groups` after the source.
-
-    What shared maps make of the token is made once a call: `call.memo` has it.
-
-    making: the parameters of maps that are not shared; None where all are. `maps` are its maps from `start` on.
-    """
-    trail: tuple[Any, ...] | None = ()
-    for index, one in enumerate(maps, start):
-        common = isinstance(one, Map) and one.shared
-        trail = (*trail, one.name) if trail is not None and common else None
-        if trail is not None and trail in call.memo:
-            x = call.memo[trail]
-        elif isinstance(one, Map):
-            call.key = ".".join(trail) if trail else f"{key}.{making.labels[index] if making else one.label}"
-            x = one(x, shared.own(one) if common or making is None else making.own(index), call)
-            if trail is not None:
-                call.memo[trail] = x
-        else:
-            x = one(x)
-        if is_source(one):
-            rows = x.shape[-1]  # a table over positions is the same for all groups
-            x = x.squeeze(2).unflatten(-1, (groups, rows // groups)) if rows > 1 else x.expand(-1, -1, groups, -1)
-    return x
 
 
 def pool(x: Tensor, position: int, size: int, before: Tensor | None) -> tuple[Tensor, list[int], Tensor]:

@@ -67,7 +67,7 @@ def test_a_shared_projection_convolutions_and_activations():
 @pytest.mark.parametrize("period", [None, 4, "chunk"])
 def test_rotary_positions(pairs, period):
     layer, x, made = views_of(k=nl.view("d", make=[nl.rope(100.0, period, pairs)]))
-    flat = heads(x @ layer.state_dict()["views.k.weight"].T)
+    flat = heads(x @ layer.state_dict()["views.k.project.weight"].T)
     place = torch.arange(N) % (N if period is None else 4)
     for i in range(d // 2):
         angle = (place * torch.tensor(100.0) ** (-2 * i / d)).double()
@@ -92,14 +92,14 @@ def test_norms_scales_and_position_weights():
     made, p = layer.make_views(x), layer.state_dict()
     assert list(p["views.k.affine.scale"].shape) == [H, d] and list(p["views.q.layer_norm.weight"].shape) == [D]
     normed = F.rms_norm(x, (D,), p["shared.store.weight"])
-    k = heads(normed @ p["views.k.weight"].T)
+    k = heads(normed @ p["views.k.project.weight"].T)
     k = k / (k.square().sum(-1, keepdim=True) + 0.1).sqrt()
     close(made["k"], k * p["views.k.affine.scale"][:, None] + p["views.k.affine.offset"][:, None])
     q = F.layer_norm(
-        normed @ p["views.q.weight"].T, (D,), p["views.q.layer_norm.weight"], p["views.q.layer_norm.bias"], 1e-3
+        normed @ p["views.q.project.weight"].T, (D,), p["views.q.layer_norm.weight"], p["views.q.layer_norm.bias"], 1e-3
     )
     close(made["q"], heads(q) / (heads(q).norm(dim=-1, keepdim=True) + 0.1))
-    c, angle = heads(x @ p["views.c.weight"].T), (math.pi / 2 * torch.arange(1, N + 1).double() / 16)[:, None]
+    c, angle = heads(x @ p["views.c.project.weight"].T), (math.pi / 2 * torch.arange(1, N + 1).double() / 16)[:, None]
     close(made["c"], torch.cat([c * angle.sin(), c * angle.cos()], -1))
 
 
@@ -110,8 +110,12 @@ def test_gates_of_low_rank_of_places_and_scaled():
         optimizer=nl.SGD(lr=0.1),
     )
     p = layer.state_dict()
-    assert list(p["views.a.down"].shape) == [3, D] and list(p["views.a.weight"].shape) == [H, 3]
-    expected = torch.sigmoid(x @ p["views.a.down"].T @ p["views.a.weight"].T + p["views.a.bias"]) / d
+    assert list(p["views.a.project.down.weight"].shape) == [3, D] and list(p["views.a.project.up.weight"].shape) == [
+        H,
+        3,
+    ]
+    low = x @ p["views.a.project.down.weight"].T
+    expected = torch.sigmoid(low @ p["views.a.project.up.weight"].T + p["views.a.project.up.bias"]) / d
     close(made["a"], expected.transpose(1, 2))
     close(made["tau"], (1 / (torch.arange(N).double() % 4 + 1)).expand(B, H, N))
 
@@ -129,7 +133,7 @@ def test_maps_of_the_read_out():
     z, _ = layer.op(layer.make_views(x), {"w": p["fast.w"]})
     z = F.rms_norm(z.transpose(1, 2), (d,), p["output.rms_norm.weight"], 1e-5)
     z = z * F.silu(x @ p["output.gated.weight"].T + p["output.gated.bias"])[..., None]
-    z = z.flatten(2) * torch.sigmoid(x @ p["output.gated_2.down"].T @ p["output.gated_2.weight"].T)
+    z = z.flatten(2) * torch.sigmoid(x @ p["output.gated_2.down.weight"].T @ p["output.gated_2.up.weight"].T)
     assert "out.bias" not in p
     close(layer(x), z @ p["out.weight"].T)
 

@@ -79,7 +79,7 @@ def layout_of(heads: int, causal: bool, attention: int | None) -> Layout:
         mapped |= {f"views.lr{i}.weight": rates[:, i] for i in range(3)}
         mapped |= {"output.rms_norm.weight": weights["o_norm.weight"], "out.weight": weights["o_proj.weight"]}
         if not causal:
-            return mapped | {"views.q.weight": q, "views.k.weight": k, "views.v.weight": v}
+            return mapped | {f"views.{name}.project.weight": rows for name, rows in zip("qkv", (q, k, v), strict=True)}
         mapped |= {"shared.to_q.weight": q, "shared.to_k.weight": k, "shared.to_v.weight": v}
         for index, name in enumerate("qk" if attention else ""):
             for here, there in (("scale", "qk_scale"), ("offset", "qk_offset")):

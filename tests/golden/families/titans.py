@@ -84,13 +84,13 @@ def layout_of(loop: Any, heads: int, order: int) -> Layout:
     def layout(weights: Weights) -> Weights:
         mapped = {f"shared.{name}.weight": weights[f"{name}_norm.weight"] for name in ("store", "retrieve")}
         for name, there in (("q", "to_queries"), ("k", "to_keys"), ("v", "to_values")):
-            mapped[f"views.{name}.weight"] = weights[f"{there}.weight"]
+            mapped[f"views.{name}.project.weight"] = weights[f"{there}.weight"]
         for kind in ("weight", "bias"):
-            mapped[f"views.theta.{kind}"] = weights[f"to_adaptive_step.0.{kind}"]
-            mapped[f"views.kept.{kind}"] = weights[f"to_decay_factor.0.{kind}"]
+            mapped[f"views.theta.project.{kind}"] = weights[f"to_adaptive_step.0.{kind}"]
+            mapped[f"views.kept.project.{kind}"] = weights[f"to_decay_factor.0.{kind}"]
             for i, gate in enumerate(loop.spec.optimizer.momentum or ()):
                 rows = weights[f"to_momentum.0.{kind}"].unflatten(0, (heads, order))
-                mapped[f"views.{gate.name}.{kind}"] = rows[:, i]
+                mapped[f"views.{gate.name}.project.{kind}"] = rows[:, i]
         for name in loop.spec.fast:
             mapped[f"fast.{name}"] = weights["W0." + official(name)]
         for name, there in (("q", "q_norm"), ("k", "k_norm")):

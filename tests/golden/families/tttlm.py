@@ -62,7 +62,7 @@ def layout_of(loop: Any) -> Layout:
             "views.v.weight": weights["v_proj.weight"],
             "views.eta.weight": weights["learnable_ttt_lr_weight"][:, 0],
             "views.eta.bias": weights["learnable_ttt_lr_bias"][:, 0],
-            "views.tau.table": table + rounding,
+            "views.tau.per_position.table": table + rounding,
             "slow.gamma": weights["ttt_norm_weight"],
             "slow.beta": weights["ttt_norm_bias"],
             "output.layer_norm.weight": weights["post_norm.weight"],
@@ -78,7 +78,7 @@ def layout_of(loop: Any) -> Layout:
                 mapped[f"views.{name}.conv.weight"] = weights[f"conv_{name}.weight"]
                 mapped[f"views.{name}.conv.bias"] = weights[f"conv_{name}.bias"]
         else:
-            mapped |= {f"views.{name}.weight": weights[f"{name}_proj.weight"] for name in ("q", "k")}
+            mapped |= {f"views.{name}.project.weight": weights[f"{name}_proj.weight"] for name in ("q", "k")}
         if "g_proj.weight" in weights:
             mapped["output.gated.weight"] = weights["g_proj.weight"]
         return mapped

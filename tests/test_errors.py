@@ -1469,6 +1469,15 @@ def test_layers_that_do_not_fit():
     def whole():
         layer(torch.ones(1, 3, 16, dtype=torch.int64))  # HERE
 
+    def wider():
+        nl.Layer(Good, 16, 2, D=7)  # HERE
+
+    def again():
+        layer(torch.randn(1, 3, 16), D=16)  # HERE
+
+    def many():
+        nl.Layer(Good, 16, 2, H=2)  # HERE
+
     def called():
         layer(torch.randn(1, 3, 16), h=3)  # HERE
 
@@ -1497,6 +1506,16 @@ def test_layers_that_do_not_fit():
         need="1 or more",
         fix="write nl.Layer(..., width=384, heads=6)",
     )
+    of_the_layer = ((wider, "D=7", "D", "width"), (again, "D=16", "D", "width"), (many, "H=2", "H", "heads"))
+    for step, given, name, own in of_the_layer:
+        refused(
+            step,
+            InputError,
+            f"The size of the dim '{name}' is the layer's own.",
+            given=given,
+            need=f"the {own} that the layer is made with",
+            fix=f"leave {name} out",
+        )
     for step, given, name in ((unknown, "e=3", "e"), (called, "h=3", "h")):
         refused(
             step,

@@ -106,14 +106,22 @@ class Layer(Branch):
     @staticmethod
     def _check_dims(specs: Sequence[LoopSpec], dims: dict[str, int]) -> None:
         beside = [spec.beside.spec for spec in specs if spec.beside is not None]
-        known = {"d", "D"}.union(*(spec.dim_names for spec in [*specs, *beside]))
+        known = {"d"}.union(*(spec.dim_names for spec in [*specs, *beside])) - {"D", "H"}
         for name in dims:
+            if name in ("D", "H"):
+                raise InputError(
+                    f"The size of the dim '{name}' is the layer's own.",
+                    where=caller(),
+                    given=f"{name}={dims[name]!r}",
+                    need="the " + ("width" if name == "D" else "heads") + " that the layer is made with",
+                    fix=f"leave {name} out",
+                )
             if name not in known:
                 raise InputError(
                     f"No loop of the layer has a dim '{name}'.",
                     where=caller(),
                     given=f"{name}={shown(dims[name])}",
-                    need=f"one of {', '.join(sorted(known - {'D'}))}",
+                    need=f"one of {', '.join(sorted(known))}",
                     fix=f"remove it, or declare {name} = nl.dim() in a loop",
                 )
 

@@ -33,11 +33,14 @@ class DimExpr:
     Attributes:
         text: the expression as written, with normal spacing.
         names: the dims it mentions, in order of appearance.
+        whole: whether whole numbers alone come of whole numbers, so that no fraction is needed. To torch.compile the
+            sizes of a state are symbols, which fractions do not take.
     """
 
     text: str
     names: tuple[str, ...]
     tree: ast.expr
+    whole: bool
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DimExpr) and self.text == other.text
@@ -72,8 +75,8 @@ class DimExpr:
         if isinstance(self.tree, ast.Name) and isinstance(size := sizes.get(self.text), int) and size > 0:
             return size  # nearly all are, and every call asks for dozens
         read = self.names if all(name in sizes for name in self.names) else sizes  # else for the error
-        value = self.evaluate({k: Fraction(sizes[k]) for k in read}, where)
-        if Fraction(value).denominator != 1 or value <= 0:
+        value = self.evaluate({k: sizes[k] if self.whole else Fraction(sizes[k]) for k in read}, where)
+        if value <= 0 or not (self.whole or Fraction(value).denominator == 1):
             known = ", ".join(f"{n} = {sizes[n]}" for n in self.names if n != self.text)
             raise UnresolvedDimError(
                 f"The dim '{self.text}' is not a whole positive number of elements.",
@@ -82,7 +85,7 @@ class DimExpr:
                 need="a positive integer",
                 fix=f"choose sizes that make {self.text} whole and positive" if self.names else "write another number",
             )
-        return Fraction(value).numerator
+        return value if self.whole else Fraction(value).numerator
 
 
 def parse(text: str | int | DimExpr, where: Location | None = None) -> DimExpr:
@@ -99,7 +102,9 @@ def parse(text: str | int | DimExpr, where: Location | None = None) -> DimExpr:
         raise _refused(f"{str(text)[:20]}...", "text that does not parse", where) from None
     names: list[str] = []
     _admit(tree, str(text), names, where)
-    return DimExpr(ast.unparse(tree), tuple(dict.fromkeys(names)), tree)
+    fractions = (ast.Div, ast.Pow)
+    whole = not any(isinstance(n, fractions) or isinstance(getattr(n, "value", 0), float) for n in ast.walk(tree))
+    return DimExpr(ast.unparse(tree), tuple(dict.fromkeys(names)), tree, whole)
 
 
 def _refused(text: object, found: str, where: Location | None) -> DimExpressionError:

@@ -26,7 +26,7 @@ over_loops = pytest.mark.parametrize("loop", SIZES, ids=lambda loop: loop.__name
 
 def layer(loop: type[nl.Loop]) -> nl.Layer:
     torch.manual_seed(0)
-    return nl.Layer(loop, 16, 2, **SIZES[loop]).eval()
+    return nl.Layer(loop, 16, 2, **SIZES.get(loop, {})).eval()
 
 
 def tokens(length: int) -> Tensor:
@@ -79,6 +79,18 @@ def test_tokens_one_at_a_time(graphs: Any):
             made.append(z)
         torch.testing.assert_close(torch.cat(made, 1), model(x), rtol=1e-4, atol=1e-5)
     assert graphs() <= 3
+
+
+def test_tokens_one_at_a_time_where_every_size_is_a_symbol(graphs: Any):
+    """Those of the state too, of which a dim may be an expression: "4*d"."""
+    model = layer(zoo.TTTMLP)
+    compiled = torch.compile(model, dynamic=True, backend="aot_eager")
+    x, state, made = tokens(4), None, []
+    with torch.no_grad():
+        for token in x.split(1, 1):
+            z, state = compiled(token, state=state, return_state=True)
+            made.append(z)
+        torch.testing.assert_close(torch.cat(made, 1), model(x), rtol=1e-4, atol=1e-5)
 
 
 @over_loops

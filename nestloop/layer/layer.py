@@ -242,7 +242,7 @@ class Layer(Branch):
                 need="float64, float32, bfloat16 or float16",
                 fix="pass x.float()",
             )
-        plain = (view.weight.dtype for part in self.parts for view in part.views.values() if type(view) is Linear)
+        plain = (view.weight.dtype for part in self.parts for view in part.views.values() if type(view) is nn.Linear)
         other = next((dtype for dtype in plain if dtype != x.dtype), None)
         if other is not None and not torch.is_autocast_enabled(x.device.type):
             raise InputError(

@@ -232,6 +232,10 @@ class DoubleBackwardError(NestloopError):
     """A compiled loop's gradient that is differentiated again."""
 
 
+class ForwardModeError(NestloopError):
+    """A derivative of a compiled loop in forward mode."""
+
+
 class SingularSystemError(NestloopError):
     """A linear system of a body that has no solution, or many: raised by the call that meets it."""
 

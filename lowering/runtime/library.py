@@ -23,6 +23,7 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime.batches import LOW, autocast_dtype, compute_dtype
 from nestloop.lowering.runtime.batching import batching_rule
 from nestloop.lowering.runtime.decision import Decision, known
+from nestloop.lowering.runtime.eager import in_one, transformed
 from nestloop.lowering.runtime.groups import in_groups
 from nestloop.lowering.runtime.instead import Instead
 from nestloop.lowering.runtime.launching import TritonCode
@@ -125,7 +126,8 @@ class NestedLoopOp:
         for op, made in ((self.forward_op, results), (self.backward_op, None)):
             torch.library.register_vmap(op, batching_rule(op, signature.heads, made))
         self.function = self._function()
-        self.eager = _in_one(self.function)
+        self.transformed = transformed(self.function, spec)
+        self.eager = in_one(self.transformed)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Inputs (and the order) -> results, differentiable."""
@@ -133,8 +135,8 @@ class NestedLoopOp:
         if compiling and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
             results = self.forward_op(*tensors)  # Dynamo would give the function's `forward` one argument too many
         else:
-            plain = compiling or torch._C._are_functorch_transforms_active()
-            results = (self.function if plain else self.eager).apply(*tensors)
+            called = self.transformed if torch._C._are_functorch_transforms_active() else self.eager
+            results = (self.function if compiling else called).apply(*tensors)
         return results if isinstance(results, tuple) else (results,)
 
     def _split(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor | None]:
@@ -341,23 +343,6 @@ class NestedLoopOp:
 
         NestedLoop.__name__ = f"NestedLoop_{self.name}"
         return NestedLoop
-
-
-def _in_one(function: Any) -> type[torch.autograd.Function]:
-    """The same with its context set up in `forward`: for those that set it up apart, which `torch.func` needs, PyTorch
-    binds the arguments of every call to the signature of `forward` first."""
-
-    class InOne(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *tensors: Tensor) -> Any:
-            made = function.forward(*tensors)
-            function.setup_context(ctx, tensors, made)
-            return made
-
-        backward = function.backward
-
-    InOne.__name__ = function.__name__
-    return InOne
 
 
 def _define(schema: str, kernel: Any, fake: Any, flops: Any) -> None:

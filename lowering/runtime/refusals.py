@@ -7,7 +7,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from nestloop.errors import DoubleBackwardError, Location, NoPlanError, SharedMemoryError, SingularSystemError
+from nestloop.errors import (
+    DoubleBackwardError,
+    ForwardModeError,
+    Location,
+    NoPlanError,
+    SharedMemoryError,
+    SingularSystemError,
+)
 from nestloop.lang.loop import LoopSpec, user_files
 from nestloop.lang.state import steps_with
 from nestloop.lowering.runtime.plan import Plan
@@ -119,4 +126,15 @@ def differentiated_twice(spec: LoopSpec) -> DoubleBackwardError:
         given="a gradient with a graph of its own (create_graph=True, or torch.func.grad inside another transform)",
         need="first derivatives of what a loop computes, its own gradients inside: generated code has no others",
         fix='write nl.compile(..., backend="reference"), which PyTorch differentiates as often as it is asked to',
+    )
+
+
+def forward_mode(spec: LoopSpec) -> ForwardModeError:
+    """The refusal of a derivative that is taken forward."""
+    return ForwardModeError(
+        f"{spec.name} is differentiated in forward mode.",
+        where=spec.where,
+        given="a tensor with a tangent (torch.func.jvp, jacfwd or hessian, or torch.autograd.forward_ad)",
+        need="derivatives in reverse mode: generated code has no others",
+        fix='write nl.compile(..., backend="reference"), or torch.func.vjp or jacrev',
     )

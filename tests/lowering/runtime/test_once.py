@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import nestloop as nl
 from nestloop import zoo
-from nestloop.errors import DoubleBackwardError
+from nestloop.errors import DoubleBackwardError, ForwardModeError
 from tests.lowering.comparison import random_inputs
 
 LOOPS: dict[str, tuple[type[nl.Loop], dict[str, int]]] = {
@@ -78,6 +79,42 @@ def test_torch_func_is_refused_too(name: str):
     assert gradient(x).isfinite().all()
     refused(lambda: torch.func.grad(lambda x: gradient(x).square().sum())(x), LOOPS[name][0])
     refused(lambda: torch.func.jacrev(gradient)(x), LOOPS[name][0])
+
+
+def forward_modes(op: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The derivative of `op` at x towards x, in forward mode."""
+
+    def dual() -> Tensor:
+        with forward_ad.dual_level():
+            tangent: Tensor = forward_ad.unpack_dual(op(forward_ad.make_dual(x, x))).tangent
+            return tangent
+
+    return {"jvp": lambda: torch.func.jvp(op, (x,), (x,))[1], "dual": dual, "jacfwd": lambda: torch.func.jacfwd(op)(x)}
+
+
+@over_loops
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("mode", ["jvp", "dual", "jacfwd"])
+def test_forward_mode_is_refused(name: str, backend: str, mode: str):
+    loop = LOOPS[name][0]
+    with pytest.raises(ForwardModeError) as caught:
+        forward_modes(*of_first_view(name, backend))[mode]()
+    assert str(caught.value) == (
+        f"{loop.__name__} is differentiated in forward mode.\n"
+        f"  at:    {loop.spec.where}   {loop.spec.where.text}\n"
+        "  given: a tensor with a tangent (torch.func.jvp, jacfwd or hessian, or torch.autograd.forward_ad)\n"
+        "  need:  derivatives in reverse mode: generated code has no others\n"
+        '  fix:   write nl.compile(..., backend="reference"), or torch.func.vjp or jacrev'
+    )
+
+
+@over_loops
+def test_the_reference_has_it(name: str):
+    op, x = of_first_view(name, "reference")
+    modes, towards = forward_modes(op, x), 1e-6 * x
+    slope = (op(x + towards) - op(x - towards)) / 2e-6
+    for mode in ("jvp", "dual"):
+        torch.testing.assert_close(modes[mode](), slope, rtol=1e-5, atol=1e-6)
 
 
 @over_loops

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import _FlopCounterMode, flop_registry, register_flop_formula
 
 from nestloop.errors import NoPlanError
 from nestloop.lang.loop import LoopSpec
@@ -350,7 +351,11 @@ def _define(schema: str, kernel: Any, fake: Any, flops: Any) -> None:
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nestloop::{name}", fake, lib=_LIBRARY)
-    register_flop_formula(getattr(torch.ops.nestloop, name))(flops)
+    op = getattr(torch.ops.nestloop, name)
+    register_flop_formula(op)(flops)
+    for mode in _get_current_dispatch_mode_stack():  # a counter around this call has read the formulas before
+        if isinstance(mode, _FlopCounterMode):
+            mode.counter.flop_registry[op] = flop_registry[op]
 
 
 def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor], factors: int = 0) -> tuple[list[Tensor], Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from nestloop.layer import Branch
+from nestloop.layer import Branch, Parameters
 from nestloop.models.recipe import Recipe
 
 
@@ -16,14 +16,17 @@ def matrices(model: nn.Module) -> set[str]:
     """Names of the learned parameters with two axes or more.
 
     The axes of a loop's fast and slow weights are those of their declaration: the axis of heads that the
-    parameter has in front is not one, so a bias [heads, d] is no matrix.
+    parameter has in front is not one, so a bias [heads, d] is no matrix. Nor are the scales, offsets and filters of
+    maps, which each channel has its own of.
     """
     axes = {name: parameter.ndim for name, parameter in model.named_parameters() if parameter.requires_grad}
     for prefix, module in model.named_modules():
         if isinstance(module, Branch):
             for name, weight in module.spec.weights.items():
                 kind = "fast" if name in module.spec.fast else "slow"
-                axes[f"{prefix}.{kind}.{name}"] = len(weight.dims)
+                axes[".".join(filter(None, (prefix, kind, name)))] = len(weight.dims)
+        if isinstance(module, Parameters):
+            axes.update((f"{prefix}.{name}", 1) for name, _ in module.named_parameters(recurse=False))
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad and axes[name] >= 2}
 
 

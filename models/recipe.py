@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
+from nestloop.layer import Branch
 from nestloop.models import settings
 from nestloop.models.data.transforms import Crop, EvalTransform, TrainTransform
 from nestloop.models.errors import RecipeError
@@ -31,7 +34,7 @@ class Recipe:
     patch_size: int | None = None
     """Edge of a patch in pixels, in place of the model's own; 1 makes every pixel a token."""
     view_gain: float = 1.0
-    """Factor on the initial weights of the views."""
+    """Factor on the initial weights of the views' projections."""
 
     image_size: int = 224
     """Edge of the images the model sees, in pixels."""
@@ -132,9 +135,11 @@ class Recipe:
             checkpoint=self.recompute,
             **{name: value for name, value in chosen.items() if value is not None},
         )
-        for name, parameter in model.named_parameters():
-            if ".views." in name and name.endswith(".weight"):
-                parameter.data.mul_(self.view_gain)
+        for branch in [module for module in model.modules() if isinstance(module, Branch)]:
+            for name in branch.spec.views.keys() & branch.views.keys():
+                linear = [module for module in branch.views[name].modules() if isinstance(module, nn.Linear)]
+                for last in linear[-1:]:  # of a projection of low rank, once
+                    last.weight.data.mul_(self.view_gain)
         return model
 
     def train_transform(self) -> TrainTransform:

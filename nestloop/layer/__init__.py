@@ -2,5 +2,6 @@
 
 from nestloop.layer.branch import Branch
 from nestloop.layer.layer import Layer
+from nestloop.layer.making import Parameters
 
-__all__ = ["Branch", "Layer"]
+__all__ = ["Branch", "Layer", "Parameters"]

@@ -135,6 +135,30 @@ def test_the_gain_scales_the_views_alone():
     assert all(torch.equal(2 * plain[name], scaled[name]) for name in changed)
 
 
+def test_the_gain_scales_the_projection_of_a_view_with_maps_once(monkeypatch):
+    import torch
+
+    import nestloop as nl
+    from nestloop import zoo
+    from nestloop.models import mixers
+
+    class Maps(zoo.MTTTLinear):
+        k = nl.view("d", of=nl.project(rank=3), make=[nl.conv(4), nl.rms_norm(), nl.affine()])
+        q = nl.view("d", of=nl.rms_norm(), bias=True)
+
+    monkeypatch.setitem(mixers.MIXERS, "maps", Maps)
+
+    def weights(gain: float) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        recipe = dataclasses.replace(digits, mixer="maps", view_gain=gain, depth=1, backend="reference")
+        return dict(recipe.create_model(10).named_parameters())
+
+    plain, scaled = weights(1.0), weights(2.0)
+    changed = {name for name in plain if not torch.equal(plain[name], scaled[name])}
+    assert changed == {f"blocks.0.mixer.views.{name}.weight" for name in ("k.project.up", "q.project")}
+    assert all(torch.equal(2 * plain[name], scaled[name]) for name in changed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "data", "flags"),

@@ -13,6 +13,8 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
+import nestloop as nl
+from nestloop import zoo
 from nestloop.models import checkpoint, evaluate
 from nestloop.models import train as training
 from nestloop.models.errors import CheckpointError, NonFiniteError, RecipeError, TooManyUnreadableError
@@ -64,6 +66,16 @@ class TestOptimizer:
             "fast.b2",
         }
         assert {"embedding.weight", "pre_logits.weight", "head.weight", "blocks.1.mlp.up.weight"} <= chosen
+
+    def test_scales_and_filters_of_maps_are_no_matrices(self):
+        class Maps(zoo.TTTLinear):
+            k = nl.view("d", make=[nl.conv(4), nl.affine()])
+
+        layer = nl.Layer(Maps, 16, 2, backend="reference")
+        assert matrices(layer) == {
+            *(f"views.{name}.weight" for name in ("k.project", "q.project", "v", "eta")),
+            *("fast.w", "out.weight"),
+        }
 
     def test_frozen_weights_are_left_to_themselves(self):
         model = dataclasses.replace(TINY, mixer="mttt_linear").create_model(10)

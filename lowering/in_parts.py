@@ -20,8 +20,8 @@ from nestloop.lang import coefficient
 from nestloop.lang.declare import Declaration, Fast
 from nestloop.lang.dims import DimExpr, parse
 from nestloop.lang.loop import LoopSpec
-from nestloop.lang.optim import GlobalClip
 from nestloop.lang.parts import Parts, StaysWhole
+from nestloop.lang.transforms import GlobalClip
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.fingerprint import fingerprint
 

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from nestloop.lang.learner import KernelEstimator, Learner
     from nestloop.lang.loop import Loop
     from nestloop.lang.maps import gated, per_position, project
-    from nestloop.lang.optim import SGD, global_clip, newton_schulz, restore_norm, soft_clip
+    from nestloop.lang.optim import SGD
     from nestloop.lang.schedule import Causal, Chunked, FullBatch, Online, Program, Shuffled, Sliding
     from nestloop.lang.solve import conjugate_gradient
+    from nestloop.lang.transforms import global_clip, newton_schulz, restore_norm, soft_clip
     from nestloop.layer import Layer
 
 __version__ = "0.1.0"
@@ -81,9 +82,10 @@ _HOME = {
     "nestloop.lang.learner": ("KernelEstimator", "Learner"),
     "nestloop.lang.loop": ("Loop",),
     "nestloop.lang.maps": ("gated", "per_position", "project"),
-    "nestloop.lang.optim": ("SGD", "global_clip", "newton_schulz", "restore_norm", "soft_clip"),
+    "nestloop.lang.optim": ("SGD",),
     "nestloop.lang.solve": ("conjugate_gradient",),
     "nestloop.lang.schedule": ("Causal", "Chunked", "FullBatch", "Online", "Program", "Shuffled", "Sliding"),
+    "nestloop.lang.transforms": ("global_clip", "newton_schulz", "restore_norm", "soft_clip"),
     "nestloop.layer": ("Layer",),
 }
 

@@ -16,9 +16,9 @@ from nestloop.lang import coefficient
 from nestloop.lang.declare import Declaration, Gate, Slow
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.maps import chunk_period
-from nestloop.lang.optim import GlobalClip
 from nestloop.lang.schedule import BatchSchedule, Causal, Chunked, Program, Sliding, Stream
 from nestloop.lang.state import averaged_gates
+from nestloop.lang.transforms import GlobalClip
 
 if TYPE_CHECKING:
     from nestloop.lang.loop import LoopSpec

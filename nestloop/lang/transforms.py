@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from nestloop.errors import TransformError
+from nestloop.lang.coefficient import is_number
+from nestloop.lang.declare import caller
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -85,13 +90,48 @@ class RestoreNorm:
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's coefficients: singular values in [0.02, 1] go to [0.68, 1.13]
 
 
+def _refused(what: str, given: str, need: str, fix: str) -> TransformError:
+    return TransformError(what, where=caller(), given=given, need=need, fix=f"write nl.SGD(lr=1.0, {fix})")
+
+
+def _is_axis(dim: Any) -> bool:
+    return isinstance(dim, int) and not isinstance(dim, bool)
+
+
+def _check_eps(eps: Any, name: str, fix: str) -> None:
+    if not (is_number(eps) and eps >= 0):
+        raise _refused(f"The eps of nl.{name} is none.", f"eps={eps!r}", "a finite number, 0 or more", fix)
+
+
 def soft_clip(*dims: int) -> Transform:
-    """ViT^3's clip: `g / (|g| + 1)`, the 2-norm taken over `dims` of each fast weight's gradient (2512.01643)."""
+    """ViT^3's clip: `g / (|g| + 1)`, the 2-norm taken over `dims` of each fast weight's gradient (2512.01643).
+
+    Raises:
+        TransformError: a dim that is no axis.
+    """
+    if not all(map(_is_axis, dims)):
+        raise _refused(
+            "nl.soft_clip takes its norm over axes of the fast weights.",
+            ", ".join(map(repr, dims)),
+            "whole numbers, counted from the last axis: -1, -2",
+            "transform=nl.soft_clip(-2)",
+        )
     return SoftClip(dims)
 
 
 def global_clip(norm: float) -> GlobalClip:
-    """All fast weights' updates scaled down together where their joint 2-norm is above `norm` (2512.23675)."""
+    """All fast weights' updates scaled down together where their joint 2-norm is above `norm` (2512.23675).
+
+    Raises:
+        TransformError: a norm that is none.
+    """
+    if not (is_number(norm) and norm > 0):
+        raise _refused(
+            "The norm of nl.global_clip is none.",
+            repr(norm),
+            "a finite number above 0: the largest norm of all updates together",
+            "transform=nl.global_clip(1.0)",
+        )
     return GlobalClip(norm)
 
 
@@ -103,10 +143,43 @@ def newton_schulz(
     Args:
         coefficients: one (a, b, c) a step.
         precision: the dtype it is computed in, bfloat16 say; None for the gradient's own.
+
+    Raises:
+        TransformError: coefficients that are not three numbers a step, an eps or a precision that is none.
     """
-    return NewtonSchulz(tuple(tuple(c) for c in coefficients), eps, precision)  # type: ignore[misc]
+    fix = "transform=nl.newton_schulz()"
+    steps = list(coefficients) if isinstance(coefficients, (list, tuple)) else []
+    if not steps or not all(isinstance(c, (list, tuple)) and len(c) == 3 and all(map(is_number, c)) for c in steps):
+        raise _refused(
+            "The coefficients of nl.newton_schulz are none.",
+            repr(coefficients),
+            "three numbers (a, b, c) for each step; without any given, Muon's five steps",
+            fix,
+        )
+    _check_eps(eps, "newton_schulz", fix)
+    if precision is not None and not (isinstance(precision, torch.dtype) and precision.is_floating_point):
+        raise _refused(
+            "The precision of nl.newton_schulz is not one of numbers.",
+            f"precision={precision!r}",
+            "a floating dtype of PyTorch's, or None for the gradient's own",
+            "transform=nl.newton_schulz(precision=torch.bfloat16)",
+        )
+    return NewtonSchulz(tuple(map(tuple, steps)), eps, precision)  # type: ignore[arg-type]
 
 
 def restore_norm(dim: int = -1, eps: float = 1e-5) -> RestoreNorm:
-    """LaCT's weight norm: each row's 2-norm over `dim` becomes that of the initial weights (2505.23884)."""
+    """LaCT's weight norm: each row's 2-norm over `dim` becomes that of the initial weights (2505.23884).
+
+    Raises:
+        TransformError: a dim that is no axis, or an eps that is none.
+    """
+    fix = "restore=nl.restore_norm(-1)"
+    if not _is_axis(dim):
+        raise _refused(
+            "nl.restore_norm takes its norm over an axis of the fast weights.",
+            f"dim={dim!r}",
+            "a whole number, counted from the last axis: -1",
+            fix,
+        )
+    _check_eps(eps, "restore_norm", fix)
     return RestoreNorm(dim, eps)

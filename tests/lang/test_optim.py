@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import nestloop as nl
+from nestloop.errors import TransformError
 from tests.lang.recall import Recall
 
 COEFFICIENTS = ((2.0, -1.5, 0.5),) * 3
@@ -100,3 +101,55 @@ def test_outer_gradients_of_a_chunk_that_teaches_nothing(name: str, backend: str
     made = outer_gradients(nl.Chunked(2), backend, transform=transform)
     plain = outer_gradients(nl.Chunked(2), "reference", transform=lambda gradient: gradient * factor)
     torch.testing.assert_close(made, plain)
+
+
+CLIP = "nl.soft_clip takes its norm over axes of the fast weights."
+AXES = "whole numbers, counted from the last axis: -1, -2"
+JOINT = "The norm of nl.global_clip is none."
+LARGEST = "a finite number above 0: the largest norm of all updates together"
+ORTHOGONAL = "The coefficients of nl.newton_schulz are none."
+TRIPLES = "three numbers (a, b, c) for each step; without any given, Muon's five steps"
+
+
+@pytest.mark.parametrize(
+    "make, what, given, need, fix",
+    [
+        (lambda: nl.soft_clip("a"), CLIP, "'a'", AXES, "transform=nl.soft_clip(-2)"),
+        (lambda: nl.soft_clip(-1, 0.5), CLIP, "-1, 0.5", AXES, "transform=nl.soft_clip(-2)"),
+        *(
+            (lambda norm=norm: nl.global_clip(norm), JOINT, repr(norm), LARGEST, "transform=nl.global_clip(1.0)")
+            for norm in (-1.0, 0, "a", True, math.inf)
+        ),
+        *(
+            (lambda c=c: nl.newton_schulz(c), ORTHOGONAL, repr(c), TRIPLES, "transform=nl.newton_schulz()")
+            for c in (5, [], [(1.0, 2.0)], "abc", ((1.0, 2.0, "c"),))
+        ),
+        (
+            lambda: nl.newton_schulz(eps=-1.0),
+            "The eps of nl.newton_schulz is none.",
+            "eps=-1.0",
+            "a finite number, 0 or more",
+            "transform=nl.newton_schulz()",
+        ),
+        (
+            lambda: nl.newton_schulz(precision="bf16"),
+            "The precision of nl.newton_schulz is not one of numbers.",
+            "precision='bf16'",
+            "a floating dtype of PyTorch's, or None for the gradient's own",
+            "transform=nl.newton_schulz(precision=torch.bfloat16)",
+        ),
+        (
+            lambda: nl.restore_norm("a"),
+            "nl.restore_norm takes its norm over an axis of the fast weights.",
+            "dim='a'",
+            "a whole number, counted from the last axis: -1",
+            "restore=nl.restore_norm(-1)",
+        ),
+    ],
+)
+def test_arguments_that_are_none(make, what, given, need, fix):
+    with pytest.raises(TransformError) as caught:
+        make()
+    error = caught.value
+    assert (error.what, error.given, error.need, error.fix) == (what, given, need, f"write nl.SGD(lr=1.0, {fix})")
+    assert error.where is not None and error.where.file == __file__

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nestloop.errors import Location, ShapeMismatchError, UnresolvedDimError
 from nestloop.lang.loop import LoopSpec
+from nestloop.lowering.ops import named_size
 
 # Multiples of 12, so that halves, thirds and quarters of a dim are whole; distinct primes, so that a size tells its
 # dim.
@@ -157,7 +158,7 @@ def shape_mismatch(
     if met is not None:
         pairs = [(shapes[i][axis], failed.operands[i].shape[axis]) for i, axis in met]
         listed[-1] += "; " + " meets ".join(
-            name if name == _plain(size) else f"{name} = {size}" for name, size in pairs
+            name if name == named_size(size) else f"{name} = {size}" for name, size in pairs
         )
     return ShapeMismatchError(
         f"In the {what} of {spec.name}, {failed.name} got axes that do not fit.",
@@ -168,14 +169,10 @@ def shape_mismatch(
     )
 
 
-def _plain(size: Any) -> str:
-    return str(size) if isinstance(size, int) else "n"
-
-
 def _axis(size: Any, actual: Any, names: Mapping[int, str], sizes: Mapping[str, int]) -> str:
     """An axis by its dim: itself, a multiple of one, a product of two, or else the number it is."""
     if not isinstance(size, int):
-        return "n"
+        return named_size(size)
     if size in names:
         return names[size]
     for name, value in sizes.items():
@@ -184,7 +181,7 @@ def _axis(size: Any, actual: Any, names: Mapping[int, str], sizes: Mapping[str, 
     for (one, a), (two, b) in combinations(sizes.items(), 2):
         if a * b == size and {a, b} <= set(names):
             return f"{one}*{two}"
-    return _plain(actual)
+    return named_size(actual)
 
 
 def _meeting(failed: OpFailed) -> list[tuple[int, int]] | None:
@@ -196,10 +193,10 @@ def _meeting(failed: OpFailed) -> list[tuple[int, int]] | None:
         axis = -1 if failed.name == "linear" or len(right) < 2 else -2
         return [(0, -1), (1, axis)] if left and right and _differ(left[-1], right[axis]) else None
     for axis in range(-1, -min(len(left), len(right)) - 1, -1):
-        if _differ(left[axis], right[axis]) and "1" not in (_plain(left[axis]), _plain(right[axis])):
+        if _differ(left[axis], right[axis]) and "1" not in (named_size(left[axis]), named_size(right[axis])):
             return [(0, axis), (1, axis)]
     return None
 
 
 def _differ(one: Any, two: Any) -> bool:
-    return _plain(one) != _plain(two)
+    return named_size(one) != named_size(two)

@@ -268,9 +268,34 @@ def test_a_loss_is_one_number_per_token():
 
         layer_of(loss)
 
-    what = "The loss of Loop is not one number per token."
-    for step, given in ((whole, "[]"), (features, "[n, 8]"), (nothing, "None: the body returns nothing")):
-        refused(step, LossNotPerTokenError, what, given=given, need=PER_TOKEN, fix=PER_TOKEN_FIX)
+    def averaged():
+        def loss(self, f, t):
+            return F.mse_loss(f(t.k), t.v)  # HERE
+
+        layer_of(loss)
+
+    def flat():
+        def loss(self, f, t):
+            return (f(t.k) - t.v).view(-1).square()  # HERE
+
+        layer_of(loss)
+
+    def shifted():
+        def loss(self, f, t):
+            return (f(t.k[:-1]) - t.v[1:]).square().sum(-1)  # HERE
+
+        layer_of(loss)
+
+    what, rows = "The loss of Loop is not one number per token.", "keep one row per token: no slice, no cat and no "
+    for step, given, fix in (
+        (whole, "[]", PER_TOKEN_FIX),
+        (features, "[n, 8]", PER_TOKEN_FIX),
+        (nothing, "None: the body returns nothing", "return the loss"),
+        (averaged, "[]", 'write reduction="none" in it, and .mean(-1) or .sum(-1) after it'),
+        (flat, "[8*n]", rows + ".view(-1) of the token axis"),
+        (shifted, "[n - 1]", rows + ".view(-1) of the token axis"),
+    ):
+        refused(step, LossNotPerTokenError, what, given=given, need=PER_TOKEN, fix=fix)
 
 
 def test_the_reference_refuses_what_bodies_return_too():
@@ -321,7 +346,16 @@ def test_a_readout_is_one_row_per_token():
 
     what = "The read-out of Loop is not one row per token."
     need, fix = "[n, *]: the output of each token", "return f(t.q), one row per token"
+
+    def doubled():
+        def readout(self, f, t):
+            return torch.cat([f(t.q), t.q])  # HERE
+
+        layer_of(readout, "readout")
+
     refused(turned, ReadoutShapeError, what, given="[8, n]", need=need, fix=fix)
+    rows = "keep one row per token: no slice, no cat and no .view(-1) of the token axis"
+    refused(doubled, ReadoutShapeError, what, given="[2*n, 8]", need=need, fix=rows)
     refused(several, ReadoutShapeError, what, given="a tuple", need=need, fix=fix)
 
 

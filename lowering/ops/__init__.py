@@ -68,8 +68,13 @@ def nearest(target: Any) -> list[str]:
 
 
 def named_shape(shape: Iterable[Any]) -> str:
-    """A traced shape as text, the token axis as n."""
-    return f"[{', '.join('n' if not isinstance(s, int) else str(s) for s in shape)}]"
+    """A traced shape as text, in n."""
+    return f"[{', '.join(map(named_size, shape))}]"
+
+
+def named_size(size: Any) -> str:
+    """A traced size as text, in n: the token axis is "n", all tokens' features "8*n"."""
+    return str(size) if isinstance(size, int) else str(size.node.expr)
 
 
 __all__ = [
@@ -92,6 +97,7 @@ __all__ = [
     "is_size_op",
     "literal",
     "named_shape",
+    "named_size",
     "nearest",
     "one_of_each_row",
     "pad",

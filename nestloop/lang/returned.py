@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -36,12 +37,23 @@ _BODIES: dict[str, tuple[type[CompileError], str, str, str]] = {
 def misshapen(spec: LoopSpec, body: str, given: str, where: Location | None) -> CompileError:
     """The error of a "loss", "readout" or "kernel" that returns what `given` says."""
     error, what, need, fix = _BODIES[body]
+    rows = given.strip("[]").split(", ")[0]
+    if given == _NOTHING:
+        fix = f"return the {body}"
+    elif given == "[]" and where is not None and _REDUCING.search(where.text):
+        fix = 'write reduction="none" in it, and .mean(-1) or .sum(-1) after it'
+    elif rows != "n" and re.search(r"\bn\b", rows):
+        fix = "keep one row per token: no slice, no cat and no .view(-1) of the token axis"
     return error(what.format(spec.name), where=where, given=given, need=need, fix=fix)
+
+
+_REDUCING = re.compile(r"\b(\w+_loss|cross_entropy)\(")  # whose default is the mean over all
+_NOTHING = "None: the body returns nothing"
 
 
 def described(made: Any) -> str:
     """What is no tensor, as text."""
-    return "None: the body returns nothing" if made is None else f"a {type(made).__name__}"
+    return _NOTHING if made is None else f"a {type(made).__name__}"
 
 
 def seen(made: Any, tokens: tuple[int, ...]) -> str:

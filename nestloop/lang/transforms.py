@@ -164,7 +164,7 @@ def newton_schulz(
             "a floating dtype of PyTorch's, or None for the gradient's own",
             "transform=nl.newton_schulz(precision=torch.bfloat16)",
         )
-    return NewtonSchulz(tuple(map(tuple, steps)), eps, precision)  # type: ignore[arg-type]
+    return NewtonSchulz(tuple(map(tuple, steps)), eps, precision)
 
 
 def restore_norm(dim: int = -1, eps: float = 1e-5) -> RestoreNorm:

@@ -1,4 +1,4 @@
-"""Plain functions among a layer's maps, tried on a few tokens: they keep the shape, and take tokens one by one."""
+"""Plain functions among a layer's maps, tried on some tokens: they keep the shape, and take tokens one by one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nestloop.errors import Location, ShapeMismatchError, TokenMixingError
 from nestloop.lang.binding import has_values
 from nestloop.lang.maps import Gated, Map, Place
 
-_TOKENS = 4
+_TOKENS = 16
 
 
 def check_function(one: Any, place: Place, what: str, where: Location, alone: bool) -> None:
@@ -74,7 +74,7 @@ def _try(function: Callable[[Tensor], Tensor], place: Place, what: str, where: L
 
 
 def _made(function: Callable[[Tensor], Tensor], x: Tensor) -> Any:
-    """What a function returns; None where it asks for more than these few tokens are: the call in which that fails says
+    """What a function returns; None where it asks for more than these tokens are: the call in which that fails says
     so."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -460,12 +460,13 @@ ALONG = "let it run over the last axis, the features (axis 1 has the tokens), or
     "mixing",
     [
         lambda x: x.softmax(1),
+        F.normalize,
         lambda x: x.cumsum(1),
         lambda x: x / len(x[0]),
         F.dropout,
-        lambda x: x.view(1, 4, *x.shape[2:]),
+        lambda x: x.view(1, 16, *x.shape[2:]),
     ],
-    ids=["softmax", "cumsum", "count", "dropout", "one length"],
+    ids=["softmax", "normalize", "cumsum", "count", "dropout", "one length"],
 )
 def test_functions_that_mix_tokens_where_later_ones_are_not_there(mixing, schedule):
     def view():
@@ -489,7 +490,7 @@ def test_functions_that_mix_tokens_where_later_ones_are_not_there(mixing, schedu
         layer_of(schedule, output)
 
     what = "The {} mixes tokens, or is not the same each time."
-    given = "4 tokens that come out otherwise in two pieces than at once"
+    given = "16 tokens that come out otherwise in two pieces than at once"
     for step, called in (
         (view, "map of the view 'k'"),
         (token, "map of the view 'k'"),
@@ -505,7 +506,7 @@ def test_functions_that_mix_tokens_where_all_are_there():
     for schedule in (nl.FullBatch(1), nl.Shuffled(2)):
         layer = layer_of(schedule, k=nl.view("d", make=[lambda x: x - x.mean(1, keepdim=True)]))
         assert layer(x).shape == x.shape
-    layer_of(nl.Online(), k=nl.view("d", make=[lambda x: x.softmax(-1), F.normalize]))
+    layer_of(nl.Online(), k=nl.view("d", make=[lambda x: x.softmax(-1), torch.tanh]))
     layer_of(nl.FullBatch(1), k=nl.view("d", make=[lambda x: x.view(1, 7, 2, 4)]))  # of seven tokens alone
 
 
@@ -530,8 +531,8 @@ def test_functions_that_change_the_shape(schedule):
     need = "a function of [B, N, groups, features] that returns as many: views and weights have declared sizes"
     fix = "declare the view with other dims and project to them, or reshape in the loop's bodies"
     for step, called, given in (
-        (view, "map of the view 'k'", "[1, 4, 2, 8] of [1, 4, 2, 4]"),
-        (gate, "activation of the gate 'e'", "[1, 4, 2] of [1, 4, 2, 1]"),
+        (view, "map of the view 'k'", "[1, 16, 2, 8] of [1, 16, 2, 4]"),
+        (gate, "activation of the gate 'e'", "[1, 16, 2] of [1, 16, 2, 1]"),
         (output, "map of the read-out", "a Size"),
     ):
         refused(step, ShapeMismatchError, what.format(called), given=given, need=need, fix=fix)
@@ -539,7 +540,7 @@ def test_functions_that_change_the_shape(schedule):
 
 def test_trying_functions_draws_from_no_generator_of_the_user_s():
     torch.manual_seed(0)
-    plain = layer_of(nl.FullBatch(1), k=nl.view("d"))
+    plain = layer_of(nl.FullBatch(1), k=nl.view("d", make=[F.silu]))
     torch.manual_seed(0)
     drawing = layer_of(nl.FullBatch(1), k=nl.view("d", make=[F.dropout]))
     assert torch.equal(plain.out.weight, drawing.out.weight)

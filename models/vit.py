@@ -11,7 +11,7 @@ W width, C channels, P patch edge.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,13 @@ class ViT(nn.Module, HubMixin):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ViT:
+        super()._apply(fn, recurse)
+        table = sincos_positions(*self.grid, self.positions.shape[1])
+        with torch.no_grad():
+            self.positions.copy_(table)  # no file has them, and `to_empty` leaves whatever memory held
+        return self
+
     def _grid(self, rows: int, cols: int) -> tuple[int, int]:
         if rows % self.patch_size or cols % self.patch_size:
             raise errors.ModelSizeError(
@@ -165,9 +172,9 @@ class ViT(nn.Module, HubMixin):
         patches = images.unflatten(3, (cols, p)).unflatten(2, (rows, p))  # [B, C, rows, P, cols, P]
         patches = patches.permute(0, 2, 4, 3, 5, 1)  # [B, rows, cols, P, P, C]
         patches = patches.flatten(3).flatten(1, 2)  # [B, N, P*P*C]
-        known = grid == self.grid
+        known = grid == self.grid and not self.positions.is_meta  # as they stay where weights are assigned
         positions = self.positions if known else sincos_positions(rows, cols, self.positions.shape[1])
-        return self.embedding(patches) + positions.to(self.positions), grid  # [B, N, W]
+        return self.embedding(patches) + positions.to(patches.device, self.positions.dtype), grid  # [B, N, W]
 
     def forward(
         self, images: Tensor, return_losses: bool = False, order: Sequence[Tensor] | None = None

@@ -75,6 +75,24 @@ def test_positions_are_not_saved():
     assert not [name for name in tiny("mttt_mlp").state_dict() if "positions" in name]
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_made_without_memory_has_positions(assign, dtype):
+    model, images = tiny("mttt_mlp").to(dtype), torch.randn(2, 3, 8, 8, dtype=dtype)
+    with torch.device("meta"):
+        empty = tiny("mttt_mlp").to(dtype)
+    if not assign:
+        empty.to_empty(device="cpu")
+        assert torch.equal(empty.positions, model.positions)
+    empty.load_state_dict(model.state_dict(), assign=assign)
+    assert torch.equal(empty(images), model(images))
+
+
+def test_positions_keep_their_precision():
+    model = tiny("mttt_mlp")
+    assert torch.equal(tiny("mttt_mlp").bfloat16().float().positions, model.positions)
+
+
 def test_tokens_are_a_strided_convolution_plus_positions():
     model = tiny("mttt_mlp", image_size=(8, 6)).double()
     images = torch.randn(2, 3, 8, 6, dtype=torch.float64)

@@ -109,13 +109,15 @@ JOINT = "The norm of nl.global_clip is none."
 LARGEST = "a finite number above 0: the largest norm of all updates together"
 ORTHOGONAL = "The coefficients of nl.newton_schulz are none."
 TRIPLES = "three numbers (a, b, c) for each step; without any given, Muon's five steps"
+TEXT: Any = "a"
+HALF: Any = 0.5
 
 
 @pytest.mark.parametrize(
     "make, what, given, need, fix",
     [
-        (lambda: nl.soft_clip("a"), CLIP, "'a'", AXES, "transform=nl.soft_clip(-2)"),  # type: ignore[arg-type]
-        (lambda: nl.soft_clip(-1, 0.5), CLIP, "-1, 0.5", AXES, "transform=nl.soft_clip(-2)"),  # type: ignore[arg-type]
+        (lambda: nl.soft_clip(TEXT), CLIP, "'a'", AXES, "transform=nl.soft_clip(-2)"),
+        (lambda: nl.soft_clip(-1, HALF), CLIP, "-1, 0.5", AXES, "transform=nl.soft_clip(-2)"),
         *(
             (lambda norm=norm: nl.global_clip(norm), JOINT, repr(norm), LARGEST, "transform=nl.global_clip(1.0)")
             for norm in (-1.0, 0, "a", True, math.inf)
@@ -132,14 +134,14 @@ TRIPLES = "three numbers (a, b, c) for each step; without any given, Muon's five
             "transform=nl.newton_schulz()",
         ),
         (
-            lambda: nl.newton_schulz(precision="bf16"),  # type: ignore[arg-type]
+            lambda: nl.newton_schulz(precision=TEXT),
             "The precision of nl.newton_schulz is not one of numbers.",
-            "precision='bf16'",
+            "precision='a'",
             "a floating dtype of PyTorch's, or None for the gradient's own",
             "transform=nl.newton_schulz(precision=torch.bfloat16)",
         ),
         (
-            lambda: nl.restore_norm("a"),  # type: ignore[arg-type]
+            lambda: nl.restore_norm(TEXT),
             "nl.restore_norm takes its norm over an axis of the fast weights.",
             "dim='a'",
             "a whole number, counted from the last axis: -1",

@@ -90,6 +90,7 @@ class Tracer:
                 return body(*tensors)
             with WatchedOps(self.spec), WatchedCalls(self.spec) as calls:
                 made = body(*tensors)
+                calls.check_surroundings()
             self.reads_dtype |= calls.reads_dtype
             return made
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -81,11 +84,13 @@ class WatchedCalls(TorchFunctionMode):
     def __init__(self, spec: LoopSpec) -> None:
         super().__init__()
         self.spec, self.reads_dtype = spec, False
+        self._generators, self._autocast = _generators(), _autocast()
         self._counted: list[Tensor] = []  # 0, 1, 2, ..
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        self.check_surroundings()
         if name == "__get__":
             if func.__self__.__name__ == "data":
                 raise UnadmittedOpError(
@@ -136,13 +141,7 @@ class WatchedCalls(TorchFunctionMode):
                 raise _captured(self.spec, args[0], user_line(self.spec))
             raise _data_dependent(self.spec, name, user_line(self.spec))
         if name in _RANDOM:
-            raise UnadmittedOpError(
-                f"{self.spec.name} uses {name}, which draws random numbers.",
-                where=user_line(self.spec),
-                given=name,
-                need="a body that is a function of its tensors: backward computes it again",
-                fix="leave it out of the inner loop, or draw outside and pass the numbers as a view",
-            )
+            raise _random(self.spec, name, user_line(self.spec))
         try:
             return func(*args, **kwargs)
         except (OpFailed, RuntimeError, ValueError, IndexError) as error:
@@ -151,6 +150,20 @@ class WatchedCalls(TorchFunctionMode):
                 raise
             frame = user_frame(self.spec)
             raise OpFailed(name, operands(frame, args, kwargs), message, user_line(self.spec)) from error
+
+    def check_surroundings(self) -> None:
+        """Refuse numbers drawn without torch, and autocast, of both of which a graph would have nothing."""
+        for name, state in _generators().items():
+            if self._generators.get(name, state) != state:
+                raise _random(self.spec, name, user_line(self.spec) or self.spec.where)
+        if _autocast() != self._autocast:
+            raise UnadmittedOpError(
+                f"A body of {self.spec.name} is under autocast.",
+                where=user_line(self.spec) or self.spec.where,
+                given="torch.autocast, which generated code has nothing of",
+                need="values in the compute dtype: float32, or float64 where a tensor of the call is",
+                fix="leave it out: products of low-precision views are in that precision, sums and states in float32",
+            )
 
     def _instead(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a function makes that PyTorch takes apart by looking at values or with tensors that hold some;
@@ -193,6 +206,36 @@ class WatchedCalls(TorchFunctionMode):
                 need="a body that computes the same on every device, with gradients or without",
                 fix="leave the question out of the body; backend='reference' asks the call's own tensors",
             )
+
+
+def _generators() -> dict[str, Any]:
+    """The states of the generators beside torch's, by what draws from them; none where another thread may draw too."""
+    if not _is_alone():
+        return {}
+    found: dict[str, Any] = {"random": random.getstate()}
+    if "numpy.random" in sys.modules:
+        found["numpy.random"] = pickle.dumps(sys.modules["numpy.random"].get_state(legacy=False))
+    return found
+
+
+def _is_alone() -> bool:
+    """Whether no thread of Python's runs but this one, and the main one, which waits for it."""
+    return {*threading.enumerate()} <= {threading.current_thread(), threading.main_thread()}
+
+
+def _autocast() -> list[bool]:
+    """Whether each device's operations are under autocast."""
+    return [torch.is_autocast_enabled(device) for device in ("cpu", "cuda", "xpu")]
+
+
+def _random(spec: LoopSpec, name: str, where: Location | None) -> UnadmittedOpError:
+    return UnadmittedOpError(
+        f"{spec.name} uses {name}, which draws random numbers.",
+        where=where,
+        given=name,
+        need="a body that is a function of its tensors: backward computes it again",
+        fix="leave it out of the inner loop, or draw outside and pass the numbers as a view",
+    )
 
 
 def _captured(spec: LoopSpec, value: Tensor, where: Location | None) -> CapturedTensorError:

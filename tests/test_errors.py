@@ -4,6 +4,8 @@ import copy
 import functools
 import inspect
 import pickle
+import random
+import threading
 
 import numpy as np
 import pytest
@@ -36,6 +38,7 @@ from nestloop.errors import (
     UnusedFastWeightError,
 )
 from nestloop.lang import binding
+from nestloop.lowering import watched
 from tests.refusals import marked, refused
 
 OUTER = torch.ones(8)
@@ -621,6 +624,62 @@ def test_bodies_draw_no_random_numbers():
         given="dropout",
         need="a body that is a function of its tensors: backward computes it again",
         fix="leave it out of the inner loop, or draw outside and pass the numbers as a view",
+    )
+
+
+def python_s(self, f, t):
+    return f(t.k).sum(-1) * random.gauss(0, 1)  # HERE
+
+
+def numpy_s(self, f, t):
+    return f(t.k).sum(-1) * float(np.random.rand())  # HERE
+
+
+@pytest.mark.parametrize("loss, name", [(python_s, "random"), (numpy_s, "numpy.random")])
+def test_bodies_draw_no_random_numbers_without_torch(loss, name, monkeypatch):
+    monkeypatch.setattr(watched, "_is_alone", lambda: True)  # other tests may have left threads
+    refused(
+        steps_into(loss),
+        UnadmittedOpError,
+        f"Loop uses {name}, which draws random numbers.",
+        given=name,
+        need="a body that is a function of its tensors: backward computes it again",
+        fix="leave it out of the inner loop, or draw outside and pass the numbers as a view",
+    )
+
+
+def test_numbers_that_other_threads_draw_are_no_body_s():
+    def loss(self, f, t):
+        other = threading.Thread(target=random.random)
+        other.start()
+        return f(t.k).square().sum(-1)
+
+    done = threading.Event()
+    waiting = threading.Thread(target=done.wait)
+    waiting.start()
+    try:
+        layer_of(loss)
+    finally:
+        done.set()
+        waiting.join()
+
+
+def under_autocast(self, f, t):
+    y = f(t.k)
+    with torch.autocast("cpu", torch.bfloat16):
+        return (y - t.v).sum(-1)  # HERE
+
+
+def test_bodies_are_not_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        layer_of(Squares.loss)  # a call's own is another matter
+    refused(
+        steps_into(under_autocast),
+        UnadmittedOpError,
+        "A body of Loop is under autocast.",
+        given="torch.autocast, which generated code has nothing of",
+        need="values in the compute dtype: float32, or float64 where a tensor of the call is",
+        fix="leave it out: products of low-precision views are in that precision, sums and states in float32",
     )
 
 

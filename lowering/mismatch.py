@@ -27,6 +27,8 @@ _TRIAL = [12 * prime for prime in (29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 7
 _PRODUCTS = {"matmul", "mm", "bmm", "addmm", "linear"}
 _ABOUT_SHAPES = re.compile(r"\b(sizes?|shapes?|dim|dims|dimensions?|broadcast\w*|subscript|axis|out of range)\b", re.I)
 
+_MISSING_AXIS = re.compile("Dimension out of range|number of subscripts|number of dimensions in the tensor input")
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -154,6 +156,17 @@ def shape_mismatch(
         for o, real in zip(source.operands, failed.operands, strict=True)
     ]
     listed = [f"{o.text} is [{', '.join(axes)}]" for o, axes in zip(failed.operands, shapes, strict=True)]
+    if _MISSING_AXIS.search(failed.message):
+        return ShapeMismatchError(
+            f"In the {what} of {spec.name}, {failed.name} names axes that its tensor does not have.",
+            where=failed.where,
+            given=", ".join(listed) or "no tensor",
+            need="axes of one head and sequence: a view is [n, *]; nestloop adds sequences and heads. PyTorch says: "
+            + failed.message,
+            fix='leave b and h out: torch.einsum("nd,de->ne", x, self.w)'
+            if failed.name == "einsum"
+            else "count axes from the last: .sum(-1), .transpose(-1, -2)",
+        )
     met = _meeting(source)
     if met is not None:
         pairs = [(shapes[i][axis], failed.operands[i].shape[axis]) for i, axis in met]

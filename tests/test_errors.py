@@ -232,6 +232,46 @@ def test_shapes_in_a_readout_a_learner_and_a_kernel():
     )
 
 
+def axis_that_is_not_there(self, f, t):
+    return (f(t.k) - t.v).square().sum(2)  # HERE
+
+
+def subscripts_of_sequences_and_heads(self, f, t):
+    return torch.einsum("bhnd,hde->bhne", t.k, f.w).sum(-1)  # HERE
+
+
+@pytest.mark.parametrize(
+    "loss, op, given, says, fix",
+    [
+        (
+            axis_that_is_not_there,
+            "sum",
+            "(f(t.k) - t.v).square() is [n, d]",
+            "Dimension out of range (expected to be in range of [-2, 1], but got 2)",
+            "count axes from the last: .sum(-1), .transpose(-1, -2)",
+        ),
+        (
+            subscripts_of_sequences_and_heads,
+            "einsum",
+            "t.k is [n, d], f.w is [d, d]",
+            "einsum(): the number of subscripts in the equation (4) does not match the number of dimensions (2) for "
+            "operand 0 and no ellipsis was given",
+            'leave b and h out: torch.einsum("nd,de->ne", x, self.w)',
+        ),
+    ],
+)
+def test_axes_that_a_body_does_not_see(loss, op, given, says, fix):
+    need = "axes of one head and sequence: a view is [n, *]; nestloop adds sequences and heads. PyTorch says: "
+    refused(
+        steps_into(loss),
+        ShapeMismatchError,
+        f"In the loss of Loop, {op} names axes that its tensor does not have.",
+        given=given,
+        need=need + says,
+        fix=fix,
+    )
+
+
 def test_a_body_whose_sizes_fit_at_these_sizes_alone_is_legal():
     def loss(self, f, t):
         return (f(t.k) @ self.g - t.v.repeat(1, 2)).square().sum(-1)

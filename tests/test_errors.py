@@ -1205,6 +1205,60 @@ def test_functions_of_the_optimizer_keep_shapes_and_are_bodies_too(part):
     )
 
 
+class Biased(nl.Learner):
+    w, b = nl.fast("d", "d"), nl.fast("d")
+
+    def forward(self, x):
+        return x @ self.w + self.b
+
+
+@pytest.mark.parametrize(
+    "part, made, text",
+    [
+        ("transform", nl.soft_clip(-2), "soft_clip(-2)"),
+        ("gradient_transform", nl.newton_schulz(), "newton_schulz(5 steps)"),
+        ("restore", nl.restore_norm(1), "restore_norm(1)"),
+    ],
+)
+def test_functions_of_the_optimizer_fit_every_fast_weight(part, made, text):
+    def step():
+        optimizer = nl.SGD(**{part: made})  # HERE
+        layer_of(Squares.loss, learner=Biased, optimizer=optimizer)
+
+    refused(
+        step,
+        TransformError,
+        f"The {part.replace('_', ' ')} of Loop's optimizer does not fit the fast weight 'b'.",
+        given=f"{text} for fast weight b[d]",
+        need="fast weights of 2 axes or more",
+        fix="write a function that takes [d] too, or join the weight to another: "
+        'w = nl.fast("d + 1", "d"), on x with a column of ones',
+    )
+    assert layer_of(Squares.loss, learner=Biased, optimizer=nl.SGD(transform=nl.soft_clip(-1))) is not None
+
+
+@pytest.mark.parametrize(
+    "part, maker, made",
+    [
+        ("transform", nl.soft_clip, "nl.soft_clip(-2)"),
+        ("gradient_transform", nl.newton_schulz, "nl.newton_schulz()"),
+        ("restore", nl.restore_norm, "nl.restore_norm(-1)"),
+    ],
+)
+def test_functions_of_the_optimizer_are_made(part, maker, made):
+    def step():
+        layer_of(Squares.loss, optimizer=nl.SGD(**{part: maker}))  # HERE
+
+    refused(
+        step,
+        TransformError,
+        f"The {part.replace('_', ' ')} of Loop's optimizer is not called.",
+        given=f"{part}=nl.{maker.__name__}",
+        need=f"what it makes, {made}",
+        fix=f"write nl.SGD(lr=1.0, {part}={made})",
+    )
+
+
 def test_masks_of_attention():
     layer, x = layer_of(Squares.loss), torch.randn(2, 5, 16)
     causal = layer_of(Squares.loss, schedule=nl.Causal(4))

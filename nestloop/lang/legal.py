@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from nestloop.errors import (
@@ -18,11 +19,13 @@ from nestloop.lang.dims import DimExpr
 from nestloop.lang.maps import chunk_period
 from nestloop.lang.schedule import BatchSchedule, Causal, Chunked, Program, Sliding, Stream
 from nestloop.lang.state import averaged_gates
-from nestloop.lang.transforms import GlobalClip
+from nestloop.lang.transforms import GlobalClip, global_clip, newton_schulz, restore_norm, soft_clip
 
 if TYPE_CHECKING:
     from nestloop.lang.loop import LoopSpec
 
+# What makes a function of the optimizer, with arguments for it.
+_MAKERS: dict[Any, str] = {soft_clip: "-2", global_clip: "1.0", newton_schulz: "", restore_norm: "-1"}
 _NAMES = {"lr": "learning rate"}
 
 
@@ -73,7 +76,17 @@ def _check_functions(spec: LoopSpec) -> None:
     optimizer = spec.optimizer
     for name in ("transform", "gradient_transform", "restore"):
         given = getattr(optimizer, name)
+        if isinstance(given, FunctionType) and given in _MAKERS:
+            made = f"nl.{given.__name__}({_MAKERS[given]})"
+            raise TransformError(
+                f"The {name.replace('_', ' ')} of {spec.name}'s optimizer is not called.",
+                where=optimizer.where,
+                given=f"{name}=nl.{given.__name__}",
+                need=f"what it makes, {made}",
+                fix=f"write nl.SGD(lr=1.0, {name}={made})",
+            )
         if given is None or callable(given) or (isinstance(given, GlobalClip) and name != "restore"):
+            _check_axes(spec, name, given)
             continue
         takes = "(W, initial W) to the weights" if name == "restore" else "one fast weight's gradient to its update"
         fix = "restore=nl.restore_norm(-1)" if name == "restore" else f"{name}=nl.soft_clip(-2)"
@@ -86,6 +99,22 @@ def _check_functions(spec: LoopSpec) -> None:
             need=f"a function from {takes}, or None",
             fix=f"write nl.SGD(lr=1.0, {fix})",
         )
+
+
+def _check_axes(spec: LoopSpec, name: str, given: Any) -> None:
+    """Refuse a function of axes that a fast weight does not have."""
+    least = getattr(given, "axes", 0)
+    for weight in spec.fast.values():
+        if len(weight.dims) < least:
+            raise TransformError(
+                f"The {name.replace('_', ' ')} of {spec.name}'s optimizer does not fit the fast weight "
+                f"'{weight.name}'.",
+                where=spec.optimizer.where,
+                given=f"{given} for {weight!r}",
+                need=f"fast weights of {least} axes or more",
+                fix=f"write a function that takes [{', '.join(map(str, weight.dims))}] too, or join the weight to "
+                'another: w = nl.fast("d + 1", "d"), on x with a column of ones',
+            )
 
 
 def _illegal(spec: LoopSpec, what: str, given: str, need: str, fix: str) -> IllegalScheduleError:

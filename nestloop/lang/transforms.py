@@ -22,11 +22,21 @@ def _root(squares: Tensor) -> Tensor:
     return torch.where(nothing, 0.0, torch.where(nothing, 1.0, squares).sqrt())
 
 
+def _axes_for(dim: int) -> int:
+    """How many axes a tensor has at least that has this one; PyTorch takes a number for one of one axis."""
+    return 0 if dim in (0, -1) else dim + 1 if dim > 0 else -dim
+
+
 @dataclass(frozen=True)
 class SoftClip:
     """A transform, made by `soft_clip`."""
 
     dims: tuple[int, ...]
+
+    @property
+    def axes(self) -> int:
+        """How many axes a fast weight has at least."""
+        return max(map(_axes_for, self.dims), default=0)
 
     def __call__(self, gradient: Tensor) -> Tensor:
         return gradient / (_root(gradient.square().sum(self.dims, keepdim=True)) + 1)
@@ -57,6 +67,7 @@ class NewtonSchulz:
     coefficients: tuple[tuple[float, float, float], ...]
     eps: float
     precision: torch.dtype | None
+    axes = 2  # that a fast weight has at least
 
     def __call__(self, gradient: Tensor) -> Tensor:
         x = gradient if self.precision is None else gradient.to(self.precision)
@@ -78,6 +89,11 @@ class RestoreNorm:
 
     dim: int
     eps: float
+
+    @property
+    def axes(self) -> int:
+        """How many axes a fast weight has at least."""
+        return _axes_for(self.dim)
 
     def __call__(self, weight: Tensor, initial: Tensor) -> Tensor:
         norm, wanted = (_root(w.square().sum(self.dim, keepdim=True)) for w in (weight, initial))

@@ -1069,9 +1069,10 @@ def test_an_undeclared_name_reads_the_same_on_the_reference():
     )
 
 
-def test_a_shuffled_body_does_not_know_the_length():
+@pytest.mark.parametrize("schedule", [nl.Shuffled(2), nl.Causal(4), nl.Online()])
+def test_a_body_of_a_part_of_the_tokens_does_not_know_the_length(schedule):
     def step():
-        layer_of(lambda self, f, t: f(t.k).sum(-1) / self.N, schedule=nl.Shuffled(2))  # HERE
+        layer_of(lambda self, f, t: f(t.k).sum(-1) / self.N, schedule=schedule)  # HERE
 
     refused(
         step,
@@ -1079,7 +1080,7 @@ def test_a_shuffled_body_does_not_know_the_length():
         "Loop declares no 'N'.",
         given="N",
         need="one of its weights and dims: D, H, d, n",
-        fix="use self.n, the tokens of the step's batch: a shuffled body is compiled for every length",
+        fix="use self.n, the tokens of one step: under this schedule a body is compiled for every length",
     )
 
 

@@ -25,7 +25,7 @@ class Body:
             where=caller(),
             given=name,
             need=f"one of its weights and dims: {', '.join(sorted(self.__dict__))}",
-            fix="use self.n, the tokens of the step's batch: a shuffled body is compiled for every length"
+            fix="use self.n, the tokens of one step: under this schedule a body is compiled for every length"
             if name == "N"
             else f'declare {name} = nl.fast("d", "d") in a learner, {name} = nl.slow("d") or {name} = nl.dim(64)',
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nestloop.lowering.ops import movement, pointwise, products, reductions, results
+from nestloop.lowering.ops import logic, movement, pointwise, products, reductions, results
 from nestloop.lowering.ops.calling import ONLY_TENSORS, call
 from nestloop.lowering.ops.decompose import cosine_similarity, decompositions, fused_rms_norm
 from nestloop.lowering.ops.detached import OP as DETACHED
@@ -23,7 +23,8 @@ from nestloop.lowering.ops.windows import pad
 
 aten = torch.ops.aten
 
-ROWS: dict[Any, Op] = {row.target: row for module in (pointwise, products, reductions, movement) for row in module.ROWS}
+MODULES = (pointwise, logic, products, reductions, movement)
+ROWS: dict[Any, Op] = {row.target: row for module in MODULES for row in module.ROWS}
 
 # Sizes are computed in Python, not on tensors: these may stand in a graph without a row.
 SIZE_OPS = {
@@ -79,6 +80,7 @@ def named_size(size: Any) -> str:
 
 __all__ = [
     "DETACHED",
+    "MODULES",
     "ONLY_TENSORS",
     "ROWS",
     "SOLVE",

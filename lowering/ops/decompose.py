@@ -287,7 +287,7 @@ def inverse(x: Tensor, *, check_errors: bool = False) -> tuple[Tensor, Tensor]:
 
 def rounded_down(x: Tensor) -> Tensor:
     """Towards zero."""
-    return torch.where(x < 0, -(-x).floor(), x.floor())
+    return copysign(x.abs().floor(), x)
 
 
 def whole_quotient(x: Tensor, y: Tensor | float, *, rounding_mode: str | None) -> Tensor:
@@ -300,12 +300,20 @@ def whole_quotient(x: Tensor, y: Tensor | float, *, rounding_mode: str | None) -
 
 
 def rounded(x: Tensor) -> Tensor:
-    """To the nearest whole number, to the even one of two as near."""
-    low = x.floor()
-    beyond = x - low
+    """To the nearest whole number, to the even one of two as near; what is rounded to zero keeps its sign."""
+    size = x.abs()
+    low = size.floor()
+    beyond = size - low
     odd = low - 2 * (low / 2).floor()
-    down = (beyond < 0.5) | (low == x)  # of an infinity `beyond` is none
-    return low + torch.where(beyond > 0.5, 1.0, torch.where(down, 0.0, odd))
+    down = (beyond < 0.5) | (low == size)  # of an infinity `beyond` is none
+    return copysign(low + torch.where(beyond > 0.5, 1.0, torch.where(down, 0.0, odd)), x)
+
+
+def rounded_up(x: Tensor) -> Tensor:
+    return copysign((-x).floor(), x)
+
+
+_ROUNDINGS = {aten.trunc.default: rounded_down, aten.round.default: rounded, aten.ceil.default: rounded_up}
 
 
 def copysign(x: Tensor, y: Tensor | float) -> Tensor:
@@ -347,8 +355,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.unfold.default] = unfold
     table[aten.copy.default] = lambda x, source, *_: source.to(x.dtype).expand(x.shape)
     table[aten.linalg_inv_ex.default] = inverse
-    table[aten.trunc.default], table[aten.round.default] = rounded_down, rounded
-    table[aten.ceil.default] = lambda x: -(-x).floor()
+    for op, function in _ROUNDINGS.items():
+        table[op] = lambda x, function=function: function(x) if x.is_floating_point() else x.clone()
     table.update(dict.fromkeys((aten.fmod.Scalar, aten.fmod.Tensor), lambda x, y: x - y * rounded_down(x / y)))
     table.update(dict.fromkeys((aten.remainder.Scalar, aten.remainder.Tensor), lambda x, y: x - y * (x / y).floor()))
     table.update(dict.fromkeys((aten.div.Tensor_mode, aten.div.Scalar_mode), whole_quotient))

@@ -16,6 +16,7 @@ from nestloop.lowering.ops.strided import NoSpelling
 
 aten = torch.ops.aten
 
+_WRAPPING = (torch.int8, torch.int16, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 Example = Callable[[Callable[..., Any]], tuple[Any, ...]]
 
 
@@ -43,8 +44,8 @@ def scalar(r: Callable[..., Any]) -> tuple[Any, ...]:
     return (r(5, 4), 0.7)
 
 
-def two_bools(r: Callable[..., Any]) -> tuple[Any, ...]:
-    return (r(5, 4) > 0, r(5, 4) > 0)
+def a_bool(r: Callable[..., Any]) -> tuple[Any, ...]:
+    return (r(5, 4) > 0,)
 
 
 def pointwise(
@@ -153,6 +154,8 @@ def _converted_triton(o: Operands) -> str:
 
 def _cuts(o: Operands) -> bool:
     """Whether numbers become whole ones, which in C++ and Triton are in the compute dtype like all others."""
+    if o.dtype in _WRAPPING:
+        raise NoSpelling(f"whole numbers of {o.dtype}, which wrap around")
     value = o.raw[0].meta["val"] if isinstance(o.raw[0], fx.Node) else None
     return isinstance(value, torch.Tensor) and value.is_floating_point() and not o.dtype.is_floating_point
 
@@ -165,6 +168,10 @@ def _where_triton(o: Operands) -> str:
     # Triton makes two numbers a tile of float32, whatever the compute dtype is.
     first = f"tl.full((), {o[1]}, S)" if o.numbers[1] and o.numbers[2] else exact(o, 1)
     return f"tl.where({o[0]}, {first}, {exact(o, 2)})"
+
+
+def _power_torch(o: Operands) -> str:
+    return f"{f'({o[0]})' if o[0].startswith('-') else o[0]} ** {o[1]}"  # a sign binds less than a power
 
 
 def _power(o: Operands) -> str:
@@ -219,13 +226,15 @@ ROWS = [
     pointwise(aten.pow.Tensor_Scalar, infix("**"), _power, lambda r: (r(5, 4), 3), triton=_power_triton),
     pointwise(
         aten.pow.Tensor_Tensor,
-        infix("**"),
+        _power_torch,
         form("std::pow({0}, {1})"),
         lambda r: (r(5, 4).abs() + 0.5, r(4)),
         10,
         Unsupported("Triton has no power of one tensor to another, of negative bases too"),
     ),
-    pointwise(aten.pow.Scalar, infix("**"), form("std::pow({0}, {1})"), lambda r: (0.7, r(5, 4)), 10, _power_of_number),
+    pointwise(
+        aten.pow.Scalar, _power_torch, form("std::pow({0}, {1})"), lambda r: (0.7, r(5, 4)), 10, _power_of_number
+    ),
     function(aten.sqrt.default, "sqrt", "std::sqrt", "tl.sqrt", positive, work=4),
     function(aten.rsqrt.default, "rsqrt", "rsqrt", "tl.rsqrt", positive, work=4),
     function(aten.exp.default, "exp", "exp_", "tl.exp", work=8),
@@ -333,27 +342,5 @@ ROWS = [
         lambda r: (r(5, 4) > 0, r(5, 4), r(4)),
         triton=_where_triton,
     ),
-    pointwise(aten.eq.Scalar, infix("=="), infix("=="), scalar),
-    pointwise(aten.ne.Scalar, infix("!="), infix("!="), scalar),
-    pointwise(aten.lt.Scalar, infix("<"), infix("<"), scalar),
-    pointwise(aten.le.Scalar, infix("<="), infix("<="), scalar),
-    pointwise(aten.gt.Scalar, infix(">"), infix(">"), scalar),
-    pointwise(aten.ge.Scalar, infix(">="), infix(">="), scalar),
-    pointwise(aten.eq.Tensor, infix("=="), infix("=="), two),
-    pointwise(aten.ne.Tensor, infix("!="), infix("!="), two),
-    pointwise(aten.lt.Tensor, infix("<"), infix("<"), two),
-    pointwise(aten.le.Tensor, infix("<="), infix("<="), two),
-    pointwise(aten.gt.Tensor, infix(">"), infix(">"), two),
-    pointwise(aten.ge.Tensor, infix(">="), infix(">="), two),
-    pointwise(aten.logical_and.default, infix("&"), form("{0} && {1}"), two_bools, triton=form("{0} & {1}")),
-    pointwise(aten.logical_or.default, infix("|"), form("{0} || {1}"), two_bools, triton=form("{0} | {1}")),
-    pointwise(
-        aten.logical_not.default, lambda o: f"~{o[0]}", form("!{0}"), lambda r: (r(5, 4) > 0,), triton=form("{0} == 0")
-    ),
-    pointwise(aten.bitwise_and.Tensor, infix("&"), form("{0} && {1}"), two_bools, triton=form("{0} & {1}")),
-    pointwise(aten.bitwise_or.Tensor, infix("|"), form("{0} || {1}"), two_bools, triton=form("{0} | {1}")),
-    pointwise(
-        aten.bitwise_not.default, lambda o: f"~{o[0]}", form("!{0}"), lambda r: (r(5, 4) > 0,), triton=form("{0} == 0")
-    ),
-    pointwise(aten._to_copy.default, _to_copy, _converted, lambda r: (r(5, 4) > 0,), triton=_converted_triton),
+    pointwise(aten._to_copy.default, _to_copy, _converted, a_bool, triton=_converted_triton),
 ]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nestloop as nl
+from nestloop.errors import NoPlanError
 from nestloop.lang.schedule import Schedule
 from tests.lowering.comparison import Inputs, differences, random_inputs, run, run_in_parts
 
@@ -259,6 +260,23 @@ class Whole(Recall):
         return f(t.q) * (4 * t.q).to(torch.int32)
 
 
+class Bits(Whole):
+    """Bits of whole numbers, and numbers as truth values."""
+
+    def readout(self, f, t):
+        q, k = (8 * t.q).long(), (8 * t.k).long()
+        signs = torch.logical_or(torch.logical_not(t.q.round()), t.k.round())
+        return f(t.q) * ((q & k) + (q | ~k) - (q & (t.q > t.k))) + signs
+
+
+class Zeros(Whole):
+    """Zeros, each with its sign."""
+
+    def readout(self, f, t):
+        x = t.q.clamp(-0.4, 0.4)
+        return f(t.q) * (x.round().reciprocal() > 0) + f(t.k) * (x.trunc().reciprocal() > 0)
+
+
 class WholeAtOnce(Whole):
     schedule = nl.FullBatch(steps=2)
 
@@ -379,6 +397,8 @@ LOOPS = [
     Mixture,
     Whole,
     WholeAtOnce,
+    Bits,
+    Zeros,
     Inverted,
     Flat,
     FlatAtOnce,
@@ -484,6 +504,19 @@ def test_a_place_that_is_not_there_is_nan(backend: str):
     inputs.views["v"] = torch.tensor([-1.0, 0.0, 1.0, 3.0, 4.0, 1e6, 2.0]).reshape(1, 1, 7, 1).expand(2, 2, 7, 4)
     z, _ = nl.compile(Beyond, backend=backend)(inputs.views, inputs.weights)
     assert z[0, 0].isnan().squeeze(-1).tolist() == [True, False, False, False, True, True, False]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_whole_numbers_that_wrap_around_are_pytorchs_alone(backend: str):
+    class Narrow(Recall):
+        def readout(self, f, t):
+            return f(t.q) * (300 * t.q).long().to(torch.int8)
+
+    inputs, wanted = inputs_of(Narrow, torch.float64)
+    errors = differences(run(nl.compile(Narrow, backend="torch"), inputs), wanted)
+    assert max(errors.values()) < 1e-10, errors
+    with pytest.raises(NoPlanError, match=r"whole numbers of torch\.int8, which wrap around"):
+        nl.compile(Narrow, backend=backend)(inputs.views, inputs.weights)
 
 
 def test_nothing_flows_through_what_is_detached():

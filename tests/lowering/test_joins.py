@@ -15,7 +15,7 @@ from nestloop.lang.parts import StaysWhole
 from nestloop.lowering import joins, ops
 from nestloop.lowering.joins import Joined
 from nestloop.lowering.ops import Op
-from tests.lowering.ops.test_rows import example, kwargs
+from tests.lowering.ops.cases import case
 
 aten = torch.ops.aten
 
@@ -45,7 +45,7 @@ def whole(value: Any) -> Tensor:
 
 def operands(row: Op) -> Iterator[tuple[tuple[Any, ...], list[Any], Any, int, int, int]]:
     """Each axis of each operand of a row's example, cut in two at every place."""
-    given = example(row)
+    _, given, _ = case(row.name)
     leaves, tree = tree_flatten(given)
     for index, leaf in enumerate(leaves):
         for axis in range(-leaf.ndim, 0) if isinstance(leaf, Tensor) else ():
@@ -56,15 +56,16 @@ def operands(row: Op) -> Iterator[tuple[tuple[Any, ...], list[Any], Any, int, in
 @pytest.mark.parametrize("row", [row for row in ops.ROWS.values() if list(operands(row))], ids=lambda row: row.name)
 def test_every_op_reads_parts_as_it_reads_the_whole(row: Op):
     refused = made = 0
+    _, _, settings = case(row.name)
     for given, leaves, tree, index, axis, cut in operands(row):
         parted = [in_parts(leaf, axis, cut) if i == index else leaf for i, leaf in enumerate(leaves)]
         try:
-            found = joins._apply(row.target, tree_unflatten(parted, tree), kwargs(row))
+            found = joins._apply(row.target, tree_unflatten(parted, tree), settings)
         except StaysWhole:
             refused += 1
             continue
         made += 1
-        wanted = row.target(*given, **kwargs(row))
+        wanted = row.target(*given, **settings)
         torch.testing.assert_close(whole(found), wanted, rtol=1e-12, atol=1e-12, equal_nan=True)
     assert made or refused
     assert bool(refused) == (row.name in WHOLE), (made, refused)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -19,99 +18,15 @@ from nestloop.lowering.emit.cpp import CppFunction
 from nestloop.lowering.ops import Op
 from nestloop.lowering.ops.row import Unsupported
 from nestloop.lowering.runtime import compiler
-from tests.lowering.ops.test_rows import example, kwargs
+from tests.lowering.ops.cases import CASES, case
 
-aten = torch.ops.aten
-SPELLED = [row for row in ops.ROWS.values() if not isinstance(row.cpp, Unsupported)]
 REFUSED = [row for row in ops.ROWS.values() if isinstance(row.cpp, Unsupported)]
-# What rows do beyond their example: (name, arguments, keyword arguments), arguments made as an example's are.
-MORE: dict[str, tuple[Any, Callable[..., tuple[Any, ...]], dict[str, Any]]] = {
-    "sum over two outer axes": (aten.sum.dim_IntList, lambda r: (r(3, 5, 4), [0, 1]), {}),
-    "sum over the middle": (aten.sum.dim_IntList, lambda r: (r(3, 5, 4), [1]), {}),
-    "sum over an axis of one": (aten.sum.dim_IntList, lambda r: (r(5, 1), [1], True), {}),
-    "mean over rows": (aten.mean.dim, lambda r: (r(5, 4), [0], True), {}),
-    "largest of a column": (aten.amax.default, lambda r: (r(5, 4), [0]), {}),
-    "1-norm": (aten.linalg_vector_norm.default, lambda r: (r(5, 4), 1, [-1]), {}),
-    "largest size": (aten.linalg_vector_norm.default, lambda r: (r(5, 4), float("inf"), [-1]), {}),
-    "softmax over the first axis": (aten._softmax.default, lambda r: (r(5, 4), 0, False), {}),
-    "cumsum over the last": (aten.cumsum.default, lambda r: (r(5, 4), 1), {}),
-    "add with a factor": (aten.add.Tensor, lambda r: (r(5, 4), r(5, 1)), {"alpha": 2}),
-    "square root as a power": (aten.pow.Tensor_Scalar, lambda r: (r(5, 4).abs() + 0.5, 0.5), {}),
-    "inverse square root as a power": (aten.pow.Tensor_Scalar, lambda r: (r(5, 4).abs() + 0.5, -0.5), {}),
-    "another power": (aten.pow.Tensor_Scalar, lambda r: (r(5, 4).abs() + 0.5, 1.7), {}),
-    "gelu by tanh": (aten.gelu.default, lambda r: (r(5, 4),), {"approximate": "tanh"}),
-    "one bound": (aten.clamp.default, lambda r: (r(5, 4), None, 0.5), {}),
-    "slice with a step": (aten.slice.Tensor, lambda r: (r(6, 9), 1, 1, 8, 3), {}),
-    "slice from the end": (aten.slice.Tensor, lambda r: (r(6, 9), 1, -4, 9), {}),
-    "three joined": (aten.cat.default, lambda r: ([r(2, 4), r(1, 4), r(3, 4)], 0), {}),
-    "flip both": (aten.flip.default, lambda r: (r(6, 4), [0, 1]), {}),
-    "lower triangle below": (aten.tril.default, lambda r: (r(5, 5), -1), {}),
-    "sum over axes apart": (aten.sum.dim_IntList, lambda r: (r(3, 5, 4), [0, 2]), {}),
-    "mean over axes apart": (aten.mean.dim, lambda r: (r(3, 5, 4), [0, 2], True), {}),
-    "norm over axes apart": (aten.linalg_vector_norm.default, lambda r: (r(3, 5, 4), 2, [0, 2]), {}),
-    "upper triangle, several blocks": (
-        aten.linalg_solve_triangular.default,
-        lambda r: (r(37, 37) / 37 + torch.eye(37), r(37, 20)),
-        {"upper": True},
-    ),
-    "triangle on the right": (
-        aten.linalg_solve_triangular.default,
-        lambda r: (r(20, 20) / 20 + torch.eye(20), r(3, 20)),
-        {"upper": False, "left": False},
-    ),
-    "a batch of triangles": (
-        aten.linalg_solve_triangular.default,
-        lambda r: (r(2, 19, 19) / 19, r(2, 19, 3)),
-        {"upper": False, "unitriangular": True},
-    ),
-    "a system with rows out of order": (
-        torch.ops.nestloop.solve.default,
-        lambda r: (torch.eye(20).flip(0) + r(20, 20) / 40, r(20, 3), False),
-        {},
-    ),
-    "a batch of systems": (
-        torch.ops.nestloop.solve.default,
-        lambda r: (r(2, 9, 9), r(2, 9, 3), True),
-        {},
-    ),
-    "a batch of systems, of a vector each": (
-        torch.ops.nestloop.solve.default,
-        lambda r: (r(3, 16, 16), r(3, 16, 1), False),
-        {},
-    ),
-    "a system of one vector": (
-        torch.ops.nestloop.solve.default,
-        lambda r: (torch.eye(19).roll(5, 0) + r(19, 19) / 20, r(19, 1), False),
-        {},
-    ),
-    "a triangle and one vector": (
-        aten.linalg_solve_triangular.default,
-        lambda r: (r(37, 37) / 37 + torch.eye(37), r(37, 1)),
-        {"upper": False},
-    ),
-    "a vector through a product": (aten.mm.default, lambda r: (r(1, 7), r(7, 1)), {}),
-    "a long product": (aten.mm.default, lambda r: (r(23, 300), r(300, 37)), {}),
-    **{
-        f"product {m} x {k} x {n}": (aten.mm.default, lambda r, m=m, k=k, n=n: (r(m, k), r(k, n)), {})
-        for m, k, n in [(1, 1, 1), (5, 16, 16), (6, 3, 17), (16, 48, 100), (100, 5, 64), (19, 64, 33), (4, 0, 3)]
-    },
-}
-CASES: dict[str, tuple[Any, Callable[..., tuple[Any, ...]], dict[str, Any]]] = {
-    **{row.name: (row.target, row.example, kwargs(row)) for row in SPELLED},
-    **MORE,
-}
-
-
-def made(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """A case's op and float64 arguments."""
-    target, arguments, more = CASES[name]
-    generator = torch.Generator().manual_seed(0)
-    return target, arguments(lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)), more
+SPELLED = [name for name in CASES if name not in {row.name for row in REFUSED}]
 
 
 def function(name: str, identifier: str) -> CppFunction:
     """The generated function of a case's op alone."""
-    target, arguments, more = made(name)
+    target, arguments, more = case(name)
     graph = fx.Graph()
     nodes = {}
     for index, tile in enumerate(t for t in tree_leaves(arguments) if isinstance(t, Tensor)):
@@ -131,7 +46,7 @@ Call = Callable[[str, str], tuple[Tensor, Tensor]]
 @pytest.fixture(scope="module")
 def results() -> Call:
     """(case, "float" or "double") -> what the C++ computes, and what the op does in float64."""
-    functions = {name: function(name, f"row_{i}") for i, name in enumerate(CASES)}
+    functions = {name: function(name, f"row_{i}") for i, name in enumerate(SPELLED)}
     parts = ['#include "tiles.h"', *[f.write() for f in functions.values()]]
     for f in functions.values():
         assert not f.has_once  # a result alone: nothing is shared by tiles
@@ -144,7 +59,7 @@ def results() -> Call:
     libraries = {s: compiler.loaded("rows", source, s) for s in ("float", "double")}
 
     def call(name: str, scalar: str) -> tuple[Tensor, Tensor]:
-        target, arguments, more = made(name)
+        target, arguments, more = case(name)
         dtype = torch.float32 if scalar == "float" else torch.float64
         tiles = [t.to(dtype).contiguous() for t in tree_leaves(arguments) if isinstance(t, Tensor)]
         exact = target(*arguments, **more)
@@ -156,7 +71,7 @@ def results() -> Call:
     return call
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SPELLED)
 def test_the_spelling_is_the_op(name: str, results: Call):
     found, exact = results(name, "double")
     torch.testing.assert_close(found, exact, rtol=1e-13, atol=1e-14)
@@ -167,7 +82,7 @@ def test_the_spelling_is_the_op(name: str, results: Call):
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row.name)
 def test_a_refusal_has_its_reason(row: Op):
     assert isinstance(row.cpp, Unsupported) and len(row.cpp.reason) > 10
-    assert example(row)
+    assert case(row.name)
 
 
 FUNCTIONS: dict[str, tuple[str, Callable[[Tensor], Tensor], float]] = {

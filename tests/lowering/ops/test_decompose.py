@@ -235,11 +235,14 @@ def test_inverse():
 
 
 def test_whole_numbers():
-    ends = [-2.5, -1.5, -0.5, 0.0, 0.5, 1.5, 2.5, 3.0, torch.inf, -torch.inf]
+    ends = [-2.5, -1.5, -0.5, -0.3, -0.0, 0.0, 0.3, 0.5, 1.5, 2.5, 3.0, torch.inf, -torch.inf]
     x = torch.cat([normal(20) * 3, torch.tensor(ends, dtype=torch.float64)])
-    assert torch.equal(decompose.rounded(x), x.round())
-    assert torch.equal(decompose.rounded_down(x), x.trunc())
-    assert torch.equal(decompose.decompositions()[aten.ceil.default](x), x.ceil())
+    for op in (aten.round.default, aten.trunc.default, aten.ceil.default):
+        rounded = decompose.decompositions()[op]
+        assert torch.equal(rounded(x), op(x))
+        assert torch.equal(rounded(x).signbit(), op(x).signbit())  # of zeros, too
+        counts = torch.arange(-3, 3)
+        assert torch.equal(rounded(counts), counts)
 
 
 @pytest.mark.parametrize("name", ["fmod", "remainder", "hypot", "log10"])

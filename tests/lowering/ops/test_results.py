@@ -13,7 +13,7 @@ from nestloop.lowering import ops
 from nestloop.lowering.length import HINT, LENGTHS, Length
 from nestloop.lowering.ops import results
 from nestloop.lowering.ops.results import META
-from tests.lowering.ops.test_rows import example, kwargs
+from tests.lowering.ops.cases import case
 
 aten = torch.ops.aten
 
@@ -24,13 +24,13 @@ def without_memory(value: Any) -> Any:
 
 @pytest.mark.parametrize("row", ops.ROWS.values(), ids=lambda row: row.name)
 def test_the_result_of_a_row(row: ops.Op, monkeypatch: pytest.MonkeyPatch):
-    arguments, settings = example(row), kwargs(row)
-    expected = row.target(*arguments, **settings)
+    target, arguments, settings = case(row.name)
+    expected = target(*arguments, **settings)
     monkeypatch.setattr(results, "enable_python_dispatcher", None)  # PyTorch's own rules are not asked
     given = tree_map(lambda a: without_memory(a) if isinstance(a, Tensor) else a, arguments)
     device = {"device": META} if "device" in settings else {}
-    made = ops.result_like(row.target, given, {**settings, **device})
-    assert made.shape == expected.shape and made.dtype == expected.dtype
+    found = ops.result_like(target, given, {**settings, **device})
+    assert found.shape == expected.shape and found.dtype == expected.dtype
 
 
 SYMBOLIC = {

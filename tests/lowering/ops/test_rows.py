@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from nestloop.lowering import ops
 from nestloop.lowering.emit.tile import TileFunction
 from nestloop.lowering.ops import Kind, Op
 from nestloop.lowering.runtime import tiles
+from tests.lowering.ops.cases import CASES, case
 
 HEADS, SEQUENCES = 2, 3
 LEADS = [(HEADS, SEQUENCES), (HEADS, 1), (1, SEQUENCES), (1, 1)]
@@ -26,19 +26,9 @@ NAMES = {
 }
 
 
-def example(row: Op, *lead: int) -> tuple[Any, ...]:
-    """A row's example, every tensor with leading axes."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*lead, *shape, generator=generator, dtype=torch.float64)
-
-    return row.example(normal)
-
-
-def spelled(row: Op) -> tuple[str, list[str], Tensor, list[Tensor]]:
-    """The generated function of the op alone: its source and arguments, its result's meta, the example's tiles."""
-    arguments = example(row)
+def spelled(name: str) -> tuple[str, list[str], Tensor, list[Tensor]]:
+    """The generated function of the op alone: its source and arguments, its result's meta, the case's tiles."""
+    target, arguments, more = case(name)
     graph = fx.Graph()
     tiles_given = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
     anchor = graph.placeholder("anchor")  # ops without operands take dtype and device from it
@@ -48,8 +38,8 @@ def spelled(row: Op) -> tuple[str, list[str], Tensor, list[Tensor]]:
         nodes[id(tile)] = graph.placeholder(f"x{index}")
         nodes[id(tile)].meta["val"] = tile
     args = tree_map(lambda a: nodes[id(a)] if isinstance(a, Tensor) else a, arguments)
-    node = graph.call_function(row.target, args, kwargs(row))
-    node.meta["val"] = row.target(*arguments, **kwargs(row))
+    node = graph.call_function(target, args, more)
+    node.meta["val"] = target(*arguments, **more)
     other = graph.call_function(torch.ops.aten.neg.default, (anchor,))
     other.meta["val"] = anchor.meta["val"]
     graph.output((node, other))
@@ -58,25 +48,14 @@ def spelled(row: Op) -> tuple[str, list[str], Tensor, list[Tensor]]:
     return function.write(None), function.signature, node.meta["val"], tiles_given
 
 
-def kwargs(row: Op) -> dict[str, Any]:
-    """What an op without operands is traced with, in a float64 body; the settings that a solve must be given."""
-    if row.target is torch.ops.aten.linalg_solve_triangular.default:
-        return {"upper": False, "unitriangular": True}
-    if row.target is torch.ops.aten._to_copy.default:
-        return {"dtype": torch.float64}
-    takes = {argument.name for argument in row.target._schema.arguments}
-    floats = row.kind is Kind.CREATE and row.target is not torch.ops.aten.arange.start_step
-    return {"dtype": torch.float64} if floats and "dtype" in takes else {}
-
-
-@pytest.mark.parametrize("row", ops.ROWS.values(), ids=lambda row: row.name)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("first", range(len(LEADS)))
-def test_the_spelling_is_the_op(row: Op, first: int):
-    text, signature, meta, tiles_given = spelled(row)
+def test_the_spelling_is_the_op(name: str, first: int):
+    text, signature, meta, tiles_given = spelled(name)
     names = dict(NAMES)
     exec(text, names)
     leads = [LEADS[(first + index) % len(LEADS)] for index in range(len(tiles_given))]
-    whole = [t for t in tree_leaves(example(row, HEADS, SEQUENCES)) if isinstance(t, Tensor)]
+    whole = [t for t in tree_leaves(case(name, HEADS, SEQUENCES)) if isinstance(t, Tensor)]
     given = [t[: lead[0], : lead[1]] for t, lead in zip(whole, leads, strict=True)]
     anchor = torch.zeros(HEADS, SEQUENCES, 5, 4, dtype=torch.float64)
     arguments = {"anchor": anchor, **{f"x{i}": t for i, t in enumerate(given)}}
@@ -88,12 +67,11 @@ def test_the_spelling_is_the_op(row: Op, first: int):
     if not tiles_given:
         torch.testing.assert_close(found, meta[None, None], rtol=0, atol=0)
         return
-    single = example(row)
+    target, single, more = case(name)
 
     def on_one_tile(*tensors: Tensor) -> Tensor:
         inside = iter(tensors)
-        args = tree_map(lambda a: next(inside) if isinstance(a, Tensor) else a, single)
-        return row.target(*args, **kwargs(row))
+        return target(*tree_map(lambda a: next(inside) if isinstance(a, Tensor) else a, single), **more)
 
     expanded = [t.expand(HEADS, SEQUENCES, *t.shape[2:]) for t in given]
     wanted = torch.vmap(torch.vmap(on_one_tile))(*expanded)
@@ -101,8 +79,7 @@ def test_the_spelling_is_the_op(row: Op, first: int):
 
 
 def test_no_op_has_two_rows():
-    modules = (ops.pointwise, ops.products, ops.reductions, ops.movement)
-    rows = [row for module in modules for row in module.ROWS]
+    rows = [row for module in ops.MODULES for row in module.ROWS]
     assert {name: count for name, count in Counter(row.name for row in rows).items() if count > 1} == {}
     assert len(rows) == len(ops.ROWS)
 
@@ -117,9 +94,9 @@ def test_work_is_what_the_kind_allows(row: Op):
 @pytest.mark.parametrize("row", ops.ROWS.values(), ids=lambda row: row.name)
 def test_the_result_of_a_pointwise_op_has_the_broadcast_shape(row: Op):
     if row.kind is Kind.POINTWISE:
-        arguments = example(row)
+        target, arguments, more = case(row.name)
         shapes = [t.shape for t in tree_leaves(arguments) if isinstance(t, Tensor)]
-        assert row.target(*arguments, **kwargs(row)).shape == torch.broadcast_shapes(*shapes)
+        assert target(*arguments, **more).shape == torch.broadcast_shapes(*shapes)
 
 
 def test_similar_names_are_offered():

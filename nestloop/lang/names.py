@@ -8,6 +8,7 @@ from nestloop.errors import DuplicateNameError, Location, UnknownDimError
 from nestloop.lang.declaration import Declaration
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.legal import check_rate_dims
+from nestloop.lang.schedule import Program
 
 if TYPE_CHECKING:
     from nestloop.lang.learner import Learner
@@ -20,6 +21,7 @@ BUILT_IN_DIMS = {
     "n": "tokens of the step's batch",
     "D": "width of the layer",
 }
+_OF_A_CALL = {"B", "N", "n"}
 
 
 def check_names(cls: type[Loop], learner: type[Learner], groups: list[dict[str, Any]]) -> None:
@@ -61,18 +63,26 @@ def check_dims(spec: LoopSpec) -> None:
                 fix=f"rename the weight, w_{name} = ...",
             )
 
-    def check(expr: DimExpr, what: str, where: Location) -> None:
+    def check(expr: DimExpr, what: str, where: Location, among: set[str]) -> None:
         for name in expr.names:
-            if name not in known:
+            if name not in among:
+                of_call = name in BUILT_IN_DIMS
                 raise UnknownDimError(
-                    f"{what} of {spec.name} uses the dim '{name}', which no view defines.",
+                    f"{what} of {spec.name} uses the dim '{name}', "
+                    + ("which only a call has." if of_call else "which no view defines."),
                     where=where,
                     given=f"'{expr}'",
-                    need=f"one of {', '.join(sorted(known))}",
-                    fix=f"use one of these, or declare the dim in the loop: {name} = nl.dim(64)",
+                    need=f"one of {', '.join(sorted(among))}",
+                    fix="use one of these"
+                    if of_call
+                    else f"use one of these, or declare the dim in the loop: {name} = nl.dim(64)",
                 )
 
     for name, weight in {**spec.fast, **spec.slow}.items():
         for expr in weight.dims:
-            check(expr, f"The {weight.kind} {name}", weight.where)
+            check(expr, f"The {weight.kind} {name}", weight.where, known - _OF_A_CALL)
+    if isinstance(spec.schedule, Program):
+        for _, *bounds in spec.schedule.operations:
+            for bound in bounds:
+                check(bound, "The schedule", spec.schedule.where, known - {"n"})
     check_rate_dims(spec, known)

@@ -6,7 +6,7 @@ while it learns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar
 
@@ -317,6 +317,7 @@ class Program(Stream):
     """
 
     operations: tuple[tuple[str, DimExpr, DimExpr], ...] = ()
+    where: Location = field(init=False, repr=False, compare=False)
 
     def __init__(self, *operations: tuple[str, str | int, str | int]) -> None:
         where = caller()
@@ -332,6 +333,7 @@ class Program(Stream):
                 )
             parsed.append((operation[0], parse(operation[1], where), parse(operation[2], where)))
         object.__setattr__(self, "operations", tuple(parsed))
+        object.__setattr__(self, "where", where)
 
     def on(self, sizes: dict[str, int], where: Location | None = None) -> list[tuple[str, int, int]]:
         """The operations on a sequence of these sizes, empty ranges left out; `where` is the loop they belong to.

@@ -290,8 +290,45 @@ def test_unknown_dim_of_a_weight():
         UnknownDimError,
         "The fast weight w of Loop uses the dim 'e', which no view defines.",
         given="'4 * e'",
-        need="one of B, D, H, N, d, n",
+        need="one of D, H, d",
         fix="use one of these, or declare the dim in the loop: e = nl.dim(64)",
+    )
+
+
+def test_a_weight_in_dims_of_a_call():
+    def step():
+        class PerToken(nl.Learner):
+            w = nl.fast("N", "d")  # HERE
+
+            def forward(self, x):
+                return x * self.w
+
+        class Loop(Squares):
+            learner = PerToken
+
+    refused(
+        step,
+        UnknownDimError,
+        "The fast weight w of Loop uses the dim 'N', which only a call has.",
+        given="'N'",
+        need="one of D, H, d",
+        fix="use one of these",
+    )
+
+
+def test_a_program_in_unknown_dims():
+    def step():
+        class Loop(Squares):
+            learner = Linear
+            schedule = nl.Program(("update", 0, "M"), ("apply", 0, "N"))  # HERE
+
+    refused(
+        step,
+        UnknownDimError,
+        "The schedule of Loop uses the dim 'M', which no view defines.",
+        given="'M'",
+        need="one of B, D, H, N, d",
+        fix="use one of these, or declare the dim in the loop: M = nl.dim(64)",
     )
 
 

@@ -23,6 +23,7 @@ from nestloop.errors import (
     Location,
     NestloopError,
     UnadmittedOpError,
+    UnknownNameError,
 )
 from nestloop.lang.loop import LoopSpec, user_files
 from nestloop.lowering import ops
@@ -271,6 +272,8 @@ def as_compile_error(spec: LoopSpec, user_body: str | None) -> Iterator[None]:
     except Exception as error:
         if user_body is None:
             raise
+        if isinstance(error, NameError) and not isinstance(error, UnboundLocalError):
+            _name_their_owner(spec, error)
         raise CompileError(
             f"The {user_body} of {spec.name} cannot be traced: {type(error).__name__}.",
             where=line_in_traceback(spec, error),
@@ -278,6 +281,23 @@ def as_compile_error(spec: LoopSpec, user_body: str | None) -> Iterator[None]:
             need="plain PyTorch on tensors, numbers and the declared names",
             fix="run the body by hand on small tensors; backend='reference' calls it unchanged",
         ) from error
+
+
+def _name_their_owner(spec: LoopSpec, error: NameError) -> None:
+    """Raise `UnknownNameError` for a bare name of what the loop declares."""
+    own = {"t": spec.inputs, "self": {**spec.slow, **spec.dims}}
+    owner = next((owner for owner, declared in own.items() if error.name in declared), None)
+    fix = f"write {owner}.{error.name}"
+    if error.name in {**spec.learner.fast, **spec.learner.slow}:
+        owner, fix = "self", f"write self.{error.name} in the learner, f.{error.name} in the loop"
+    if owner is not None:
+        raise UnknownNameError(
+            f"A body of {spec.name} names '{error.name}' alone.",
+            where=line_in_traceback(spec, error),
+            given=error.name,
+            need="names of a class body by their owner: Python looks for bare ones outside it",
+            fix=fix,
+        ) from None
 
 
 def user_frame(spec: LoopSpec) -> FrameType | None:

@@ -15,7 +15,7 @@ from nestloop.errors import MissingPartError, OrderError, ShapeMismatchError, Un
 from nestloop.lang import packed
 from nestloop.lang.binding import Binding, Bindings, check_dims
 from nestloop.lang.declare import caller
-from nestloop.lang.loop import Loop, LoopSpec
+from nestloop.lang.loop import Loop, LoopSpec, missing
 from nestloop.lang.schedule import Program
 from nestloop.lowering import lower, names
 from nestloop.lowering.runtime.executable import OPS
@@ -30,6 +30,8 @@ def spec_of(loop: Any) -> LoopSpec:
     """The validated declaration of a loop class. Raises `MissingPartError` for anything else."""
     if isinstance(loop, type) and issubclass(loop, Loop) and hasattr(loop, "spec"):
         return loop.spec
+    if isinstance(loop, type) and issubclass(loop, Loop) and loop is not Loop:
+        raise missing(loop, "it has no learner", "no learner", "learner = MLP, the class itself")
     raise MissingPartError(
         "Only a declared loop can be compiled.",
         where=caller(),

@@ -152,6 +152,10 @@ class UnusedFastWeightError(CompileError):
     """A fast weight the loss does not depend on: its gradient would be zero for ever."""
 
 
+class NothingReturnedError(CompileError):
+    """A learner's forward that returns nothing."""
+
+
 class LossNotPerTokenError(CompileError):
     """A loss that is not one number per token."""
 

@@ -24,6 +24,7 @@ from nestloop.errors import (
     KernelShapeError,
     LossNotPerTokenError,
     MissingPartError,
+    NothingReturnedError,
     OrderError,
     ReadoutShapeError,
     ShapeMismatchError,
@@ -1054,6 +1055,68 @@ def test_names_that_nothing_declares():
     )
 
 
+def test_names_that_another_owns():
+    def view():
+        layer_of(lambda self, f, t: f(self.k).sum(-1))  # HERE
+
+    def weight():
+        layer_of(lambda self, f, t: (t.k @ self.w).sum(-1))  # HERE
+
+    def bare():
+        class Plain(nl.Learner):
+            w = nl.fast("d", "d")
+
+            def forward(self, x):
+                return x @ w  # type: ignore[name-defined]  # noqa: F821  # HERE
+
+        layer_of(Squares.loss, learner=Plain)
+
+    refused(
+        view,
+        UnknownNameError,
+        "Loop reads 'k' from itself, but every token has its own.",
+        given="self.k",
+        need="views and gates from t, weights and dims from self",
+        fix="write t.k",
+    )
+    refused(
+        weight,
+        UnknownNameError,
+        "Loop reads 'w' from itself, but it is its learner's.",
+        given="self.w",
+        need="weights of the learner from f, the loop's own from self",
+        fix="write f.w",
+    )
+    refused(
+        bare,
+        UnknownNameError,
+        "A body of Loop names 'w' alone.",
+        given="w",
+        need="names of a class body by their owner: Python looks for bare ones outside it",
+        fix="write self.w in the learner, f.w in the loop",
+    )
+
+
+def test_a_forward_returns_something():
+    def step():
+        class Forgetful(nl.Learner):
+            w = nl.fast("d", "d")
+
+            def forward(self, x):  # HERE
+                x @ self.w
+
+        layer_of(Squares.loss, learner=Forgetful)
+
+    refused(
+        step,
+        NothingReturnedError,
+        "The forward of Forgetful returns nothing.",
+        given="None",
+        need="f(W; x), a tensor [n, *]",
+        fix="return what it has computed",
+    )
+
+
 def test_an_undeclared_name_reads_the_same_on_the_reference():
     def step():
         loop = type("Loop", (Good,), {"loss": lambda self, f, t: f(t.k).sum(-1) * self.scale})  # HERE
@@ -1392,16 +1455,13 @@ def test_a_learner_without_forward():
 
 
 def test_only_declared_loops_are_compiled():
-    def compiled():
-        nl.compile(Squares)  # HERE
-
     def layer():
         nl.Layer(3, 16, 2)  # type: ignore[arg-type]  # HERE
 
     def branches():
         nl.Layer((Good, Linear), 16, 2)  # type: ignore[arg-type]  # HERE
 
-    for step, given in ((compiled, Squares), (layer, 3), (branches, Linear)):
+    for step, given in ((layer, 3), (branches, Linear)):
         refused(
             step,
             MissingPartError,
@@ -1410,6 +1470,21 @@ def test_only_declared_loops_are_compiled():
             need="a subclass of nl.Loop with a learner (the class, not an instance)",
             fix="write class MTTT(nl.Loop): learner = MLP; ..., then nl.compile(MTTT) or nl.Layer(MTTT, ...)",
         )
+
+
+def test_a_compiled_loop_has_a_learner():
+    class Bare(nl.Loop):
+        k = nl.view("d")
+
+    with pytest.raises(MissingPartError) as caught:
+        nl.compile(Bare)
+    assert str(caught.value).splitlines() == [
+        "The loop Bare: it has no learner.",
+        f"  at:    {Bare.declared_at}   class Bare(nl.Loop):",
+        "  given: no learner",
+        f"  need:  {PARTS}",
+        "  fix:   learner = MLP, the class itself",
+    ]
 
 
 def test_messages_do_not_hold_whole_tensors_arrays_and_modules():

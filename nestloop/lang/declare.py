@@ -47,7 +47,16 @@ class Slow(Declaration):
         self.shared, self.learned = shared, learned
 
 
-class View(Declaration):
+class OfTokens(Declaration):
+    """What there is one of for each token: a body reads it from its tokens, not from itself."""
+
+    def __get__(self, body: Any, cls: type | None = None) -> Any:
+        if body is None:
+            return self
+        raise AttributeError(self.name)  # `Body.__getattr__` says why
+
+
+class View(OfTokens):
     """What the inner loop sees of each token. See `view`."""
 
     kind = "view"
@@ -68,7 +77,7 @@ class View(Declaration):
             )
 
 
-class Gate(Declaration):
+class Gate(OfTokens):
     """One number (or one per channel) for each token and head, made from the token. See `gate`."""
 
     kind = "gate"

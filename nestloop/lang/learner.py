@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
 
-from nestloop.errors import Location, MissingPartError, SideEffectError, UnknownNameError
-from nestloop.lang.declare import Dim, Fast, Slow, caller, collect
+from nestloop.errors import Location, MissingPartError, NothingReturnedError, SideEffectError, UnknownNameError
+from nestloop.lang.declare import Dim, Fast, OfTokens, Slow, caller, collect
 from nestloop.lang.purity import check_body
 
 
@@ -19,9 +20,26 @@ class Body:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # Python's own protocols ask for these
             raise AttributeError(name)
-        kind = type(self).__name__
+        cls = type(self)
+        if isinstance(getattr(cls, name, None), OfTokens):
+            raise UnknownNameError(
+                f"{cls.__name__} reads '{name}' from itself, but every token has its own.",
+                where=caller(),
+                given=f"self.{name}",
+                need="views and gates from t, weights and dims from self",
+                fix=f"write t.{name}",
+            )
+        learner = getattr(cls, "learner", None)  # of a loop
+        if learner is not None and name in {*learner.fast, *learner.slow}:
+            raise UnknownNameError(
+                f"{cls.__name__} reads '{name}' from itself, but it is its learner's.",
+                where=caller(),
+                given=f"self.{name}",
+                need="weights of the learner from f, the loop's own from self",
+                fix=f"write f.{name}",
+            )
         raise UnknownNameError(
-            f"{kind} declares no '{name}'.",
+            f"{cls.__name__} declares no '{name}'.",
             where=caller(),
             given=name,
             need=f"one of its weights and dims: {', '.join(sorted(self.__dict__))}",
@@ -87,7 +105,17 @@ class Learner(Body):
         raise NotImplementedError
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.forward(*args, **kwargs)
+        made = self.forward(*args, **kwargs)
+        if made is None:
+            code = getattr(inspect.unwrap(type(self).forward), "__code__", None)
+            raise NothingReturnedError(
+                f"The forward of {type(self).__name__} returns nothing.",
+                where=Location(code.co_filename, code.co_firstlineno) if code else self.declared_at,
+                given="None",
+                need="f(W; x), a tensor [n, *]",
+                fix="return what it has computed",
+            )
+        return made
 
 
 class KernelEstimator(Learner):

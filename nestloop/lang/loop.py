@@ -221,7 +221,7 @@ def _specify(cls: type[Loop]) -> LoopSpec:
     """Check a loop's class body. Everything that can be wrong without sizes is found here."""
     learner = cls.learner
     if not (isinstance(learner, type) and issubclass(learner, Learner)):
-        raise _missing(cls, "learner is not a Learner class", shown(learner), "learner = MLP, the class itself")
+        raise missing(cls, "learner is not a Learner class", shown(learner), "learner = MLP, the class itself")
     views, gates, slow = collect(cls, View), collect(cls, Gate), collect(cls, Slow)
     dims = {**collect(learner, Dim), **collect(cls, Dim)}
     estimator = issubclass(learner, KernelEstimator)
@@ -302,7 +302,8 @@ def _check_signature(spec: LoopSpec, body: str, arguments: tuple[str, ...]) -> N
         ) from None
 
 
-def _missing(cls: type, what: str, given: str, fix: str) -> MissingPartError:
+def missing(cls: type, what: str, given: str, fix: str) -> MissingPartError:
+    """The error of a loop without one of its parts."""
     return MissingPartError(
         f"The loop {cls.__name__}: {what}.",
         where=cls.declared_at,  # type: ignore[attr-defined]
@@ -315,17 +316,17 @@ def _missing(cls: type, what: str, given: str, fix: str) -> MissingPartError:
 def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View], estimator: bool) -> None:
     own = {name for base in cls.__mro__[: cls.__mro__.index(Loop)] for name in vars(base)}
     if cls.beside is not None and not (isinstance(cls.beside, type) and issubclass(cls.beside, Loop)):
-        raise _missing(cls, "what is beside it is not a loop", shown(cls.beside), "beside = Window, the class itself")
+        raise missing(cls, "what is beside it is not a loop", shown(cls.beside), "beside = Window, the class itself")
     if cls.heads is not None and not isinstance(cls.heads, str) and not whole(cls.heads):
-        raise _missing(cls, "its heads are not a number of them", shown(cls.heads), 'heads = 4, or heads = "D/64"')
+        raise missing(cls, "its heads are not a number of them", shown(cls.heads), 'heads = 4, or heads = "D/64"')
     if not views:
-        raise _missing(cls, "it has no view", "no nl.view", 'declare k = nl.view("d")')
+        raise missing(cls, "it has no view", "no nl.view", 'declare k = nl.view("d")')
     if estimator:
         absent = [name for name in ("q", "k", "v") if name not in views]
         if "kernel" not in own:
-            raise _missing(cls, "it has no kernel", "no method kernel", "add def kernel(self, q, k): return ...")
+            raise missing(cls, "it has no kernel", "no method kernel", "add def kernel(self, q, k): return ...")
         if absent:
-            raise _missing(
+            raise missing(
                 cls,
                 "its kernel estimator takes views q, k and v",
                 f"views {', '.join(views)}",
@@ -333,13 +334,13 @@ def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View]
             )
         return
     if not learner.fast:
-        raise _missing(
+        raise missing(
             cls, f"its learner {learner.__name__} has no fast weight", "no nl.fast", 'declare w = nl.fast("d", "d")'
         )
     for body in ("loss", "readout"):
         if body not in own:
-            raise _missing(cls, f"it has no {body}", f"no method {body}", f"add def {body}(self, f, t): return ...")
+            raise missing(cls, f"it has no {body}", f"no method {body}", f"add def {body}(self, f, t): return ...")
     if not isinstance(cls.schedule, Schedule) or isinstance(cls.schedule, Sliding):
-        raise _missing(cls, "its schedule is not one", shown(cls.schedule), "schedule = nl.FullBatch(steps=1)")
+        raise missing(cls, "its schedule is not one", shown(cls.schedule), "schedule = nl.FullBatch(steps=1)")
     if not isinstance(cls.optimizer, SGD):
-        raise _missing(cls, "its optimizer is not one", shown(cls.optimizer), "optimizer = nl.SGD(lr=1.0)")
+        raise missing(cls, "its optimizer is not one", shown(cls.optimizer), "optimizer = nl.SGD(lr=1.0)")

@@ -14,7 +14,7 @@ from nestloop.lowering import ops
 from nestloop.lowering.any_length import record_for_any_length
 from nestloop.lowering.length import HINT, Length
 from nestloop.lowering.runtime.fingerprint import whole_numbers
-from nestloop.lowering.watched import WatchedCalls, WatchedOps, as_compile_error
+from nestloop.lowering.watched import WatchedCalls, WatchedOps, as_compile_error, rounding
 
 # What a value may be converted to, beside the compute dtype. Of that, float32 is a lower bound: it is not rounded to.
 _KEPT = (torch.float32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -119,13 +119,7 @@ def _check_admitted(spec: LoopSpec, module: fx.GraphModule, dtype: torch.dtype) 
                 fix="write the number itself, or declare it: scale = nl.slow('d', init='constant(0.5)')",
             )
         if node.target is torch.ops.aten._to_copy.default and node.meta["val"].dtype not in (*_KEPT, dtype):
-            raise UnadmittedOpError(
-                f"{spec.name} rounds a value to another precision.",
-                where=node.meta.get("where", spec.where),
-                given=f"a conversion to {node.meta['val'].dtype}",
-                need="values in the compute dtype: float32, or float64 where a tensor of the call is",
-                fix="leave it out: products of low-precision views are in that precision, sums and states in float32",
-            )
+            raise rounding(spec, node.meta["val"].dtype, node.meta.get("where", spec.where))
         if node.op != "call_function" or ops.admitted(node.target):
             continue
         near = ops.nearest(node.target)

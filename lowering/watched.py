@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -50,11 +51,16 @@ _RANDOM = {
 
 
 class WatchedOps(Mode):
-    """Watches a user's body while it is traced: refuses what cannot be compiled, notes each op's line."""
+    """Watches a user's body while it is traced: refuses what cannot be compiled, notes each op's line.
+
+    Attributes:
+        rounded: the first conversion to a floating type other than float32, and its line.
+    """
 
     def __init__(self, spec: LoopSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.rounded: tuple[torch.dtype, Location | None] | None = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -65,11 +71,16 @@ class WatchedOps(Mode):
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and value.device.type != "meta":
                 raise _captured(self.spec, value, where)
+        dtype = kwargs.get("dtype") if name == "_to_copy" else None
+        if dtype is not None and dtype.is_floating_point and dtype != torch.float32 and self.rounded is None:
+            self.rounded = dtype, where
         try:
             with noting(where=where, called=name):
                 return func(*args, **kwargs)
         except (RuntimeError, ValueError, IndexError) as error:
             message = str(error).splitlines()[0]
+            if self.rounded is not None and re.search("dtype|scalar type", message):  # of two that meet in a product
+                raise rounding(self.spec, *self.rounded) from None
             if isinstance(error, NestloopError) or not about_shapes(message):
                 raise
             raise OpFailed(name, operands(None, args, kwargs), message, where) from error
@@ -236,6 +247,17 @@ def _random(spec: LoopSpec, name: str, where: Location | None) -> UnadmittedOpEr
         given=name,
         need="a body that is a function of its tensors: backward computes it again",
         fix="leave it out of the inner loop, or draw outside and pass the numbers as a view",
+    )
+
+
+def rounding(spec: LoopSpec, dtype: torch.dtype, where: Location | None) -> UnadmittedOpError:
+    """The error of a conversion to another floating type than the compute dtype."""
+    return UnadmittedOpError(
+        f"{spec.name} rounds a value to another precision.",
+        where=where,
+        given=f"a conversion to {dtype}",
+        need="values in the compute dtype: float32, or float64 where a tensor of the call is",
+        fix="leave it out: products of low-precision views are in that precision, sums and states in float32",
     )
 
 

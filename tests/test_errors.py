@@ -876,7 +876,23 @@ def widens(self, f, t):
     return f(t.k).double().square().sum(-1).float()  # HERE
 
 
-@pytest.mark.parametrize("loss, dtype", [(rounds, "torch.bfloat16"), (widens, "torch.float64")])
+def rounds_a_factor(self, f, t):
+    return f(t.k.half()).square().sum(-1)  # HERE
+
+
+def widens_a_factor(self, f, t):
+    return (t.k.double() @ f.w).float().square().sum(-1)  # HERE
+
+
+@pytest.mark.parametrize(
+    "loss, dtype",
+    [
+        (rounds, "torch.bfloat16"),
+        (widens, "torch.float64"),
+        (rounds_a_factor, "torch.float16"),
+        (widens_a_factor, "torch.float64"),
+    ],
+)
 def test_values_have_the_compute_dtype(loss, dtype):
     refused(
         steps_into(loss),

@@ -36,6 +36,12 @@ _LOOKS_AT_VALUES = {
     *("_local_scalar_dense", "item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__"),
     *("nonzero", "is_nonzero", "equal", "allclose", "masked_select", "unique"),
 }
+_INSTEAD = {
+    "item": "leave .item() out: a tensor of one number is multiplied as a number is",
+    "__float__": "leave float() out, and write torch.sqrt(x) for math.sqrt(x)",
+    "numpy": "call PyTorch's function of that name: torch.tanh(x) for np.tanh(x)",
+}
+_INSTEAD["__array__"] = _INSTEAD["numpy"]
 _OF_A_CALL = {"requires_grad", "is_leaf", "grad", "grad_fn", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"}
 _TAKEN_APART = {
     "cosine_similarity": ops.cosine_similarity,
@@ -43,6 +49,7 @@ _TAKEN_APART = {
     "quantile": ops.quantile,
     "take_along_dim": ops.take_along,
 }
+_BY_TAPE = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 _OURS = ("nestloop.lang", "nestloop.reference", "nestloop.lowering")
 _RANDOM = {
     *("dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "bernoulli", "multinomial", "rrelu"),
@@ -147,6 +154,14 @@ class WatchedCalls(TorchFunctionMode):
                 given="torch.no_grad or torch.set_grad_enabled(False)",
                 need="values that say themselves whether gradients flow through them",
                 fix="write x.detach() where nothing is to flow back, f.held(x) for the learner's weights",
+            )
+        if func in _BY_TAPE and not _by_functorch(self.spec):
+            raise UnadmittedOpError(
+                f"A body of {self.spec.name} takes a derivative of what it has recorded.",
+                where=user_line(self.spec),
+                given=name,
+                need="derivatives of functions: a body is traced, and records nothing",
+                fix="write torch.func.grad(energy)(x), where energy is a function of x that returns one number",
             )
         if name in _LOOKS_AT_VALUES:
             if isinstance(args[0], Tensor) and not torch._is_functional_tensor(args[0]):
@@ -277,7 +292,7 @@ def _data_dependent(spec: LoopSpec, name: str, where: Location | None, more: str
         where=where,
         given=f"{name}, which needs them, as an if, int(), float(), .item() and .tolist() on a tensor do",
         need="control flow that depends on shapes and numbers only: the body is traced once for all values",
-        fix=f"choose between values with torch.where(condition, a, b){more}",
+        fix=_INSTEAD.get(name, f"choose between values with torch.where(condition, a, b){more}"),
     )
 
 
@@ -303,6 +318,17 @@ def as_compile_error(spec: LoopSpec, user_body: str | None) -> Iterator[None]:
             need="plain PyTorch on tensors, numbers and the declared names",
             fix="run the body by hand on small tensors; backend='reference' calls it unchanged",
         ) from error
+
+
+def _by_functorch(spec: LoopSpec) -> bool:
+    """Whether the body calls something of `torch.func` at the moment."""
+    files = user_files(spec)
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename not in files:
+        if frame.f_globals.get("__name__", "").startswith("torch._functorch"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _name_their_owner(spec: LoopSpec, error: NameError) -> None:

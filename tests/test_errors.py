@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import math
 import pickle
 import random
 import threading
@@ -612,18 +613,59 @@ def nonzero(self, f, t):
     return f(t.k).sum(-1) * len(torch.nonzero(t.k))  # HERE
 
 
+def root(self, f, t):
+    return f(t.k).sum(-1) / math.sqrt(t.k.square().sum())  # HERE
+
+
+def array(self, f, t):
+    return torch.from_numpy(np.tanh(f(t.k))).sum(-1)  # HERE
+
+
+CHOICE = "choose between values with torch.where(condition, a, b)"
+
+
 @pytest.mark.parametrize(
-    "loss, name",
-    [(branch, "__bool__"), (item, "item"), (integer, "__int__"), (numbers, "tolist"), (nonzero, "nonzero")],
+    "loss, name, fix",
+    [
+        (branch, "__bool__", CHOICE),
+        (item, "item", "leave .item() out: a tensor of one number is multiplied as a number is"),
+        (integer, "__int__", CHOICE),
+        (numbers, "tolist", CHOICE),
+        (nonzero, "nonzero", CHOICE),
+        (root, "__float__", "leave float() out, and write torch.sqrt(x) for math.sqrt(x)"),
+        (array, "__array__", "call PyTorch's function of that name: torch.tanh(x) for np.tanh(x)"),
+    ],
 )
-def test_bodies_do_not_look_at_values(loss, name):
+def test_bodies_do_not_look_at_values(loss, name, fix):
     refused(
         steps_into(loss),
         DataDependentError,
         "A body of Loop looks at the values of a tensor.",
         given=f"{name}, which needs them, as an if, int(), float(), .item() and .tolist() on a tensor do",
         need="control flow that depends on shapes and numbers only: the body is traced once for all values",
-        fix="choose between values with torch.where(condition, a, b)",
+        fix=fix,
+    )
+
+
+def backward(self, f, t):
+    f(t.k).sum().backward()  # HERE
+    return t.k.grad.sum(-1)
+
+
+def taken_of_values(self, f, t):
+    (slope,) = torch.autograd.grad(f(t.k).sum(), t.k)  # HERE
+    return slope.sum(-1)
+
+
+@pytest.mark.parametrize("loss, name", [(backward, "backward"), (taken_of_values, "grad")])
+def test_derivatives_in_a_body_are_of_functions(loss, name):
+    refused(
+        steps_into(loss),
+        UnadmittedOpError,
+        "A body of Loop takes a derivative of what it has recorded.",
+        given=name,
+        need="derivatives of functions: a body is traced, and records nothing",
+        fix="write torch.func.grad(energy)(x), where energy is a function of x that returns one number",
     )
 
 

@@ -339,12 +339,12 @@ class Program(Stream):
         """The operations on a sequence of these sizes, empty ranges left out; `where` is the loop they belong to.
 
         Raises:
-            InputError: a range outside the sequence, a token read twice or not at all.
+            InputError: a bound that is a fraction, a range outside the sequence, a token read twice or not at all.
         """
         tokens = sizes["N"]
         made, read = [], [0] * tokens
         for kind, first, last in self.operations:
-            start, stop = (int(bound.evaluate(sizes)) for bound in (first, last))
+            start, stop = (_whole(bound, sizes, where) for bound in (first, last))
             if not 0 <= start <= stop <= tokens:
                 raise InputError(
                     "An operation of Program lies outside the sequence.",
@@ -367,6 +367,20 @@ class Program(Stream):
                 fix='end with ("apply", 0, "N")',
             )
         return made
+
+
+def _whole(bound: DimExpr, sizes: dict[str, int], where: Location | None) -> int:
+    value = bound.evaluate(sizes, where)
+    if value != int(value):
+        known = ", ".join(f"{name} = {sizes[name]}" for name in bound.names)
+        raise InputError(
+            "A bound of Program is not a number of tokens.",
+            where=where,
+            given=f"{bound} = {value:.4g}" + (f", {known}" if known else ""),
+            need="a whole number",
+            fix=f'write "{str(bound).replace(" / ", " // ")}"' if " / " in str(bound) else "write another number",
+        )
+    return int(value)
 
 
 @dataclass(frozen=True)

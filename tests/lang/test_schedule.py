@@ -198,6 +198,20 @@ def test_an_unknown_operation(operation):
             "every token in one apply",
             'end with ("apply", 0, "N")',
         ),
+        (
+            [("update", 0, "N/3"), ("apply", 0, "N")],
+            "A bound of Program is not a number of tokens.",
+            "N / 3 = 1.333, N = 4",
+            "a whole number",
+            'write "N // 3"',
+        ),
+        (
+            [("update", "N-2.5", "N"), ("apply", 0, "N")],
+            "A bound of Program is not a number of tokens.",
+            "N - 2.5 = 1.5, N = 4",
+            "a whole number",
+            "write another number",
+        ),
     ],
 )
 def test_programs_that_do_not_fit_a_sequence(operations, what, given, need, fix):
@@ -208,3 +222,8 @@ def test_programs_that_do_not_fit_a_sequence(operations, what, given, need, fix)
         nl.compile(Loop)({name: torch.randn(1, 1, 4, 3) for name in "kv"}, {})
 
     refused(step, InputError, what, given=given, need=need, fix=fix)
+
+
+def test_bounds_that_come_out_whole():
+    program = nl.Program(("update", 0, "N/2"), ("apply", 0, "N"))
+    assert program.on({"N": 4}) == [("update", 0, 2), ("apply", 0, 4)]

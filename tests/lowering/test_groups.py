@@ -57,8 +57,10 @@ def grouped(name: str, schedule: str, declare: Callable[..., Any]) -> type[nl.Lo
         def forward(self, x):
             return product(x, self.p) @ self.w
 
+    timed = SCHEDULES[schedule]
+
     class Loop(nl.Loop):
-        learner, optimizer = Grouped, nl.SGD(lr=0.02)
+        learner, optimizer, schedule = Grouped, nl.SGD(lr=0.02), timed
         k, v, q = nl.view(8), nl.view(8), nl.view(8)
 
         def loss(self, f, t):
@@ -67,7 +69,6 @@ def grouped(name: str, schedule: str, declare: Callable[..., Any]) -> type[nl.Lo
         def readout(self, f, t):
             return f(t.q)
 
-    Loop.schedule = SCHEDULES[schedule]
     return Loop
 
 
@@ -133,7 +134,7 @@ MOVES: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 
 
-def moved(moves: list[tuple[str, int]], schedule: Any) -> type[nl.Loop]:
+def moved(moves: list[tuple[str, int]], timed: Any) -> type[nl.Loop]:
     """A loop whose learner reads what such moves make of its rows."""
 
     class Moved(nl.Learner):
@@ -145,9 +146,8 @@ def moved(moves: list[tuple[str, int]], schedule: Any) -> type[nl.Loop]:
             return (x.reshape(-1, 2, 4) @ self.p).reshape(-1, 8) @ self.w
 
     class Loop(grouped("of a view", "causal", nl.slow)):  # type: ignore[misc]
-        learner = Moved
+        learner, schedule = Moved, timed
 
-    Loop.schedule = schedule
     return Loop
 
 

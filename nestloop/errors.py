@@ -132,6 +132,10 @@ class IllegalScheduleError(DeclarationError):
     """A schedule that the loop's learner or optimizer does not allow, with the nearest legal one."""
 
 
+class UnreadDeclarationError(DeclarationError):
+    """A declaration where nothing reads it: in the wrong class, under the wrong name, or once the class is made."""
+
+
 class SideEffectError(DeclarationError):
     """A body that does more than compute its result: prints, keeps state, writes to outer names."""
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from nestloop.errors import Location, MissingPartError, NothingReturnedError, SideEffectError, UnknownNameError
 from nestloop.lang.declare import Dim, Fast, OfTokens, Slow, caller, collect
 from nestloop.lang.purity import check_body
+from nestloop.lang.unread import Made, check_learner
 
 
-class Body:
+class Body(metaclass=Made):
     """Attribute access inside a traced body: weights and dims by name, writes refused."""
 
     declared_at: Location
@@ -78,6 +79,7 @@ class Learner(Body):
 
     Raises (when the class is created):
         MissingPartError: no `forward`, or no fast weight.
+        UnreadDeclarationError: a view, gate, optimizer or schedule, which only a loop has.
         SideEffectError: `forward` prints, keeps state or writes to outer names.
     """
 
@@ -88,6 +90,7 @@ class Learner(Body):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.declared_at = caller()
+        check_learner(cls)
         cls.fast, cls.slow, cls.dims = collect(cls, Fast), collect(cls, Slow), collect(cls, Dim)
         for value in vars(cls).values():
             check_body(value)

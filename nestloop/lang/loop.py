@@ -30,6 +30,7 @@ from nestloop.lang.parts import Parts, joined
 from nestloop.lang.purity import check_body
 from nestloop.lang.schedule import FullBatch, Schedule, Sliding, Stream
 from nestloop.lang.state import Entry, entries
+from nestloop.lang.unread import check_loop
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,8 @@ class Loop(Body):
 
     Raises (when the class is created):
         MissingPartError, UnknownDimError, DuplicateNameError, LearningRateError, CoefficientError, ViewError,
-        IllegalScheduleError, SideEffectError, SignatureError, TransformError: with the user's file and line, what was
-            given, what is needed and the fix.
+        IllegalScheduleError, SideEffectError, SignatureError, TransformError, UnreadDeclarationError: with the user's
+            file and line, what was given, what is needed and the fix.
     """
 
     learner: type[Learner]
@@ -201,6 +202,7 @@ class Loop(Body):
         cls.declared_at = caller()
         for value in vars(cls).values():
             check_body(value)
+        check_loop(cls)
         if "learner" in {name for base in cls.__mro__ for name in vars(base)}:
             cls.spec = _specify(cls)
 

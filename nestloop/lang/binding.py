@@ -225,14 +225,8 @@ class _Axes:
         found = [sizes[letter] for letter in self.lead]
         if self.group > 1:
             at = self.lead.index("H")
-            if found[at] % self.group:
-                raise InputError(
-                    f"The heads of the view '{declaration.name}' do not group.",
-                    where=declaration.where,
-                    given=f"H = {found[at]}, group = {self.group}",
-                    need=f"a number of heads that is a multiple of {self.group}",
-                    fix=f"pass the other views with {max(found[at] // self.group, 1) * self.group} heads",
-                )
+            many = max(found[at] // self.group, 1) * self.group
+            check_groups(declaration, found[at], self.group, f"pass the other views with {many} heads")
             found[at] //= self.group
         found += [n for n in (self.micro, self.rows) if n]
         return found + [expr.size(sizes, declaration.where) for expr in declaration.dims]
@@ -256,6 +250,18 @@ def grouped_heads(spec: LoopSpec, name: str, tensor: Tensor) -> Tensor:
     """A view of fewer heads [B, H / group, N, *], repeated for every head it stands for [B, H, N, *]."""
     group = spec.inputs[name].group
     return tensor if group == 1 else tensor.repeat_interleave(group, 1)
+
+
+def check_groups(view: Declaration, heads: int, group: int, fix: str) -> None:
+    """Raise `InputError` where so many heads do not make groups of a view."""
+    if heads % group:
+        raise InputError(
+            f"The heads of the view '{view.name}' do not group.",
+            where=view.where,
+            given=f"H = {heads}, group = {group}",
+            need=f"a number of heads that is a multiple of {group}",
+            fix=fix,
+        )
 
 
 def check_dims(spec: LoopSpec, dims: Mapping[str, int]) -> None:

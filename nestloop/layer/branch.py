@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nestloop.compiled import CompiledLoop, spec_of
 from nestloop.errors import InputError, ShapeMismatchError
 from nestloop.lang import init
+from nestloop.lang.binding import check_groups
 from nestloop.lang.declare import Gate, Slow, View
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import Loop, LoopSpec
@@ -124,6 +125,8 @@ class Branch(nn.Module):
 
     def _groups(self, view: View | Gate) -> int:
         """How many rows of features a token has in a view: one a head, and one a micro-step."""
+        many = max(self.heads // view.group, 1) * view.group
+        check_groups(view, self.heads, view.group, f"write nl.Layer(..., heads={many})")
         heads = 1 if view.shared else self.heads // view.group
         return heads * (getattr(self.spec.schedule, "micro", 1) if view.micro else 1)
 

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 import os
 import sys
 import traceback
@@ -21,6 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from nestloop import __version__
 from nestloop.errors import Location, NestloopError
 
 TARGET = "FILE.py:Name or package.module:Name of a declared loop, for example nestloop.zoo:MTTTMLP"
@@ -71,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nestloop", description="A compiler for nested learning loops.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"nestloop {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[..., int] | None, summary: str) -> argparse.ArgumentParser:
@@ -94,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     tune.add_argument("target", help=TARGET)
     tune.add_argument("--device", default="h200", help="h200, h100, b200, a100 or mi300x; none need be there")
     tune.add_argument("--dtype", default="bf16", help="of the views: bf16, fp16 or fp32")
-    tune.add_argument("--budget", type=float, default=120, metavar="SECONDS", help="that it may take")
+    tune.add_argument("--budget", type=parse_budget, default=120, metavar="SECONDS", help="that it may take")
     tune.add_argument("--out", type=Path, help="the file (default: beside the declaration, as NAME.tuned.json)")
     for added in (inspect, explain, cost, tune):
         added.add_argument("--shape", default="", metavar="B=2,H=2,N=16,d=16", help="sizes of the dims")
@@ -296,6 +299,17 @@ def _import(name: str) -> Any:
             told = f"there is no module {name!r}; for a file write its path, as in loops.py:Name"
             raise UsageError(told) from None
         raise  # the module exists; something that it imports does not
+
+
+def parse_budget(text: str) -> float:
+    """Seconds. Raises `UsageError`."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"--budget cannot read '{text}'; write seconds, as in --budget 120")
+    return seconds
 
 
 def parse_shape(text: str) -> dict[str, int]:

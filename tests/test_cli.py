@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import nestloop
 from nestloop import cli
 
 LOOPS = """
@@ -138,6 +139,13 @@ def test_doctor_speaks_json(capsys):
             ["inspect", "{file}:Recall", "--shape", "N=0"],
             "--shape cannot read 'N=0'; write NAME=SIZE,... as in --shape B=2,H=2,N=16,d=16",
         ),
+        *(
+            (
+                ["tune", "{file}:Recall", "--budget", budget],
+                f"--budget cannot read '{budget}'; write seconds, as in --budget 120",
+            )
+            for budget in ("-1", "0", "long", "inf")
+        ),
     ],
 )
 def test_wrong_usage_exits_2(capsys, monkeypatch, loops: Path, words: list[str], message: str):
@@ -151,6 +159,10 @@ def test_wrong_usage_exits_2(capsys, monkeypatch, loops: Path, words: list[str],
 def test_what_the_parser_does_not_know_exits_2(capsys, words: list[str]):
     status, out, err = run(capsys, *words)
     assert (status, out) == (2, "") and err.startswith("usage: nestloop")
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"nestloop {nestloop.__version__}\n", "")
 
 
 def test_train_without_a_recipe_lists_them(capsys):

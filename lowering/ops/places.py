@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestloop.lowering.ops.products import exact
 from nestloop.lowering.ops.results import same_size
 
 aten = torch.ops.aten
@@ -69,10 +70,10 @@ def _of_every_row(x: Tensor, dim: int, index: Tensor) -> Tensor:
 
 
 def rows_of(table: Tensor, index: Tensor) -> Tensor:
-    """Rows [*, d] of a table [m, d] at places, as a product, which keeps what is linear in the table so; NaN at a place
-    that is not there."""
+    """Rows [*, d] of a table [m, d] at places, as a product, which keeps what is linear in the table so, and is exact,
+    since what is read is not computed with; NaN at a place that is not there."""
     count = table.shape[0]
-    chosen = (index.reshape(-1, 1) == torch.arange(count, device=table.device)).to(table.dtype) @ table
+    chosen = exact((index.reshape(-1, 1) == torch.arange(count, device=table.device)).to(table.dtype), table)
     there = ((index >= 0) & (index < count)).unsqueeze(-1)
     return torch.where(there, chosen.reshape([*index.shape, table.shape[1]]), math.nan)
 

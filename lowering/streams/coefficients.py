@@ -17,7 +17,8 @@ from torch import Tensor
 from nestloop.lang import coefficient
 from nestloop.lang.declare import Declaration
 from nestloop.lang.optim import SGD
-from nestloop.lowering.streams.halves import Halves, exact, halves
+from nestloop.lowering.ops.products import exact
+from nestloop.lowering.streams.halves import Halves, halves
 
 
 @dataclass(frozen=True)

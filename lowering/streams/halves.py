@@ -22,6 +22,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from nestloop.lowering.ops.products import exact
+
 _FORGOTTEN = -1e30  # a logarithm whose factor is 0; sums of products with -inf would be NaN
 
 
@@ -107,11 +109,6 @@ def _sum(terms: list[Tensor]) -> Tensor:
     for term in terms[1:]:
         total = total + term
     return total
-
-
-def exact(left: Tensor, right: Tensor) -> Tensor:
-    """A product that low precision leaves alone: a decay of 0.999 is 1 in bfloat16."""
-    return torch.bmm(left.unsqueeze(0), right.unsqueeze(0)).squeeze(0)
 
 
 def halves(value: Tensor, logarithm: bool, longest: int) -> tuple[Halves, Tensor]:

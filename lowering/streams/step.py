@@ -17,8 +17,9 @@ from nestloop.lang.optim import momentum_name
 from nestloop.lang.schedule import Causal, Chunked
 from nestloop.lang.state import identifier
 from nestloop.lowering.capture import Captured
+from nestloop.lowering.ops.products import exact
 from nestloop.lowering.runtime.streams import VALID
-from nestloop.lowering.streams.coefficients import Coefficients, Rows, combine, exact
+from nestloop.lowering.streams.coefficients import Coefficients, Rows, combine
 from nestloop.lowering.streams.uses import NotAffine
 from nestloop.lowering.tracer import Tracer
 

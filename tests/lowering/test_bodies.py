@@ -506,6 +506,22 @@ def test_a_place_that_is_not_there_is_nan(backend: str):
     assert z[0, 0].isnan().squeeze(-1).tolist() == [True, False, False, False, True, True, False]
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
+def test_rows_of_a_table_are_read_as_they_are(backend: str):
+    """In bfloat16 products round; what a table holds is not computed with."""
+
+    class Read(Recall):
+        table = nl.slow(5, "d")
+
+        def readout(self, f, t):
+            return self.table[t.q.argmax(-1)]
+
+    inputs = random_inputs(Read.spec, SIZES, tokens=7, dtype=torch.float32)
+    views = {**inputs.views, "k": inputs.views["k"].bfloat16()}
+    found, wanted = (nl.compile(Read, backend=one)(views, inputs.weights)[0] for one in (backend, "reference"))
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
 def test_whole_numbers_that_wrap_around_are_pytorchs_alone(backend: str):
     class Narrow(Recall):

@@ -123,7 +123,7 @@ def expm1(x):
     # Kahan: the error of u cancels in the quotient.
     u = tl.exp(x)
     below = u - 1
-    exact = below * x / tl.log(u)
+    exact = below * (x / tl.log(u))  # which does not overflow before u does
     return tl.where(u == 1, x, tl.where((below == -1) | (u == float("inf")), below, exact))
 
 
@@ -131,7 +131,7 @@ def expm1(x):
 def log1p(x):
     # Kahan: the error of u cancels in the quotient.
     u = 1 + x
-    return tl.where((u == 1) | (u == float("inf")), x, tl.log(u) * x / (u - 1))
+    return tl.where((u == 1) | (u == float("inf")), x, tl.log(u) * (x / (u - 1)))
 
 
 @triton.jit
@@ -144,13 +144,15 @@ def sinh(x):
 @triton.jit
 def asinh(x):
     size = tl.abs(x)
-    far = log1p(size + x * x / (1 + tl.sqrt(1 + x * x)))
+    near = log1p(size + x * x / (1 + tl.sqrt(1 + x * x)))
+    far = tl.where(size > 1e9, tl.log(size) + 0.6931471805599453, near)  # whose square may overflow
     return tl.where(x < 0, -far, far)
 
 
 @triton.jit
 def acosh(x):
-    return tl.log(x + tl.sqrt(x - 1) * tl.sqrt(x + 1))
+    near = tl.log(x + tl.sqrt(x - 1) * tl.sqrt(x + 1))
+    return tl.where(x > 1e9, tl.log(x) + 0.6931471805599453, near)
 
 
 @triton.jit
@@ -160,7 +162,21 @@ def atanh(x):
 
 @triton.jit
 def erfc(x):
-    return 1 - tl.erf(x)
+    # t exp(r - z z), r a polynomial of t = 2 / (2 + z) (Press et al., Numerical Recipes, 6.2.2): no digits cancel.
+    z = minimum(tl.abs(x), 30.0)
+    t = 2 / (2 + z)
+    u = 2 * t - 1
+    r = (-1.18182903808e-07 * u + 1.64150378496e-07) * u + 8.549446451199999e-07
+    r = ((r * u - 1.723317223423999e-06) * u - 2.352940777472e-06) * u + 8.966702268415998e-06
+    r = ((r * u - 4.063842795519992e-07) * u - 3.0432771907584e-05) * u + 3.206559937331199e-05
+    r = ((r * u + 7.150155859763198e-05) * u - 0.000174425972878336) * u - 9.376250539366399e-05
+    r = ((r * u + 0.00067370905235584) * u - 0.000146242063788416) * u - 0.00234581704061376
+    r = ((r * u + 0.001758933059610464) * u + 0.008824938935285152) * u - 0.00987268933950617
+    r = ((r * u - 0.04689561024571256) * u + 0.04734330684133281) * u + 0.6726432239778217
+    r = r * u - 0.6717940840566903
+    high = z.to(tl.bfloat16).to(z.dtype)  # whose square is exact
+    beyond = t * tl.exp(-high * high) * tl.exp(r - (z - high) * (z + high))
+    return tl.where(x < 0, 2 - beyond, beyond)
 
 
 @triton.jit

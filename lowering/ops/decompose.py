@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._decomp import _core_aten_decompositions_post_autograd, get_decompositions
 
-from nestloop.lowering.ops import orders, places, solve, windows
+from nestloop.lowering.ops import orders, places, rounding, solve, windows
 from nestloop.lowering.ops.detached import detached
 from nestloop.lowering.ops.results import END, same_size
 
@@ -285,42 +285,30 @@ def inverse(x: Tensor, *, check_errors: bool = False) -> tuple[Tensor, Tensor]:
     return torch.linalg.solve(x, eye), x.new_zeros(x.shape[:-2], dtype=torch.int32)
 
 
-def rounded_down(x: Tensor) -> Tensor:
-    """Towards zero."""
-    return copysign(x.abs().floor(), x)
+def hypot(x: Tensor, y: Tensor) -> Tensor:
+    """Squares of neither overflow, or vanish: both are divided by the larger, by which no derivative is taken."""
+    largest = detached(torch.maximum(x.abs(), y.abs()))
+    scale = torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
+    x, y = x / scale, y / scale
+    return (x * x + y * y).sqrt() * scale
 
 
-def whole_quotient(x: Tensor, y: Tensor | float, *, rounding_mode: str | None) -> Tensor:
-    """A quotient, rounded down or towards zero; of whole numbers a whole one."""
-    quotient = x / y
-    if rounding_mode is None:
-        return quotient
-    whole = quotient.floor() if rounding_mode == "floor" else rounded_down(quotient)
-    return whole.to(torch.result_type(x, y))
+def celu(x: Tensor, alpha: float = 1.0) -> Tensor:
+    return aten.elu.default(x, alpha, 1.0, 1.0 / alpha)
 
 
-def rounded(x: Tensor) -> Tensor:
-    """To the nearest whole number, to the even one of two as near; what is rounded to zero keeps its sign."""
-    size = x.abs()
-    low = size.floor()
-    beyond = size - low
-    odd = low - 2 * (low / 2).floor()
-    down = (beyond < 0.5) | (low == size)  # of an infinity `beyond` is none
-    return copysign(low + torch.where(beyond > 0.5, 1.0, torch.where(down, 0.0, odd)), x)
+def hardswish(x: Tensor) -> Tensor:
+    """At either bound the derivative is that of what is beyond."""
+    inside = x.clamp(-3.0, 3.0)
+    return torch.where(x >= 3.0, x, torch.where(x <= -3.0, 0.0, inside * (inside + 3.0) / 6.0))
 
 
-def rounded_up(x: Tensor) -> Tensor:
-    return copysign((-x).floor(), x)
-
-
-_ROUNDINGS = {aten.trunc.default: rounded_down, aten.round.default: rounded, aten.ceil.default: rounded_up}
-
-
-def copysign(x: Tensor, y: Tensor | float) -> Tensor:
-    """The size of one number with the sign of another, that of a zero too."""
-    if not isinstance(y, Tensor):
-        return x.abs() * math.copysign(1.0, y)
-    return x.abs() * torch.where((y < 0) | (y.reciprocal() < 0), -1.0, 1.0)
+def smooth_l1_loss(x: Tensor, target: Tensor, reduction: int = 1, beta: float = 1.0) -> Tensor:
+    difference = x - target
+    size = difference.abs()
+    near = difference.clamp(-beta, beta)  # a square may overflow
+    losses = torch.where(size < beta, 0.5 * near * near / beta, size - 0.5 * beta) if beta else size
+    return losses if reduction == 0 else losses.mean() if reduction == 1 else losses.sum()
 
 
 def safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -355,17 +343,12 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.unfold.default] = unfold
     table[aten.copy.default] = lambda x, source, *_: source.to(x.dtype).expand(x.shape)
     table[aten.linalg_inv_ex.default] = inverse
-    for op, function in _ROUNDINGS.items():
-        table[op] = lambda x, function=function: function(x) if x.is_floating_point() else x.clone()
-    table.update(dict.fromkeys((aten.fmod.Scalar, aten.fmod.Tensor), lambda x, y: x - y * rounded_down(x / y)))
-    table.update(dict.fromkeys((aten.remainder.Scalar, aten.remainder.Tensor), lambda x, y: x - y * (x / y).floor()))
-    table.update(dict.fromkeys((aten.div.Tensor_mode, aten.div.Scalar_mode), whole_quotient))
     table[aten.logspace.default] = lambda start, end, steps, base=10.0, *, dtype=None, **_: (
         torch.linspace(start, end, steps, dtype=dtype) * math.log(base)
     ).exp()
     table[aten.log10.default] = lambda x: x.log() / math.log(10)
-    table[aten.copysign.Tensor] = table[aten.copysign.Scalar] = copysign
-    table[aten.hypot.default] = lambda x, y: (x * x + y * y).sqrt()
+    table[aten.hypot.default], table[aten.celu.default] = hypot, celu
+    table[aten.hardswish.default], table[aten.smooth_l1_loss.default] = hardswish, smooth_l1_loss
     table[aten._safe_softmax.default] = safe_softmax
     table[aten._fused_rms_norm.default] = fused_rms_norm
     table[aten.rms_norm.default] = lambda x, shape, weight=None, eps=None: fused_rms_norm(x, shape, weight, eps)[0]
@@ -376,4 +359,5 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table.update(places.DECOMPOSITIONS)
     table.update(orders.DECOMPOSITIONS)
     table.update(windows.DECOMPOSITIONS)
+    table.update(rounding.DECOMPOSITIONS)
     return table

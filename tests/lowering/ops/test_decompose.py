@@ -258,6 +258,50 @@ def test_functions_by_others(name):
         assert_same(decompose.decompositions()[op.default], op.default, *arguments)
 
 
+# Where a square or an exponential overflows or vanishes in float32, and where branches meet.
+ENDS = [0.0, 1e-30, 0.5, 1.0, 3.0, 89.0, 1e4, 1e10, 1e19, 1e30, 3e38]
+AT_ENDS: dict[str, tuple[Any, Callable[[Tensor], tuple[Any, ...]]]] = {
+    "celu": (aten.celu.default, lambda x: (x,)),
+    "celu, steeper": (aten.celu.default, lambda x: (x, 0.5)),
+    "hardswish": (aten.hardswish.default, lambda x: (x,)),
+    "hypot": (aten.hypot.default, lambda x: (x, (0.3 * x).flip(0))),
+    "hypot of both small": (aten.hypot.default, lambda x: (x[1:], 0.3 * x[1:])),
+    "smooth L1": (aten.smooth_l1_loss.default, lambda x: (x, torch.ones_like(x), 0, 1.5)),
+    "smooth L1 without a bend": (aten.smooth_l1_loss.default, lambda x: (x, torch.full_like(x, 0.3), 0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", AT_ENDS)
+def test_the_ends_of_float32(name: str):
+    """Values and gradients as PyTorch's in float64."""
+    op, arguments = AT_ENDS[name]
+    ends = torch.tensor(ENDS)
+    found: list[Tensor] = []
+    wanted: list[Tensor] = []
+    for x in (ends, -ends):
+        for function, dtype, made in ((decompose.decompositions()[op], x.dtype, found), (op, torch.float64, wanted)):
+            leaf = x.to(dtype).requires_grad_()
+            value = function(*arguments(leaf))
+            made += [t.float() for t in (value.detach(), *torch.autograd.grad(value.sum(), leaf))]
+    torch.testing.assert_close(found, wanted, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("beta", [0.0, 0.6])
+def test_smooth_l1(beta: float, reduction: int):
+    def of(function):
+        return lambda x, y: function(x, y, reduction, beta)
+
+    op = aten.smooth_l1_loss.default
+    assert_same(of(decompose.smooth_l1_loss), of(op), normal(4, 5), normal(4, 5, seed=1))
+
+
+@pytest.mark.parametrize("name", ["celu", "hardswish"])
+def test_activations(name: str):
+    op = getattr(aten, name).default
+    assert_same(decompose.decompositions()[op], op, 4 * normal(4, 5))
+
+
 def test_softmax_where_everything_is_hidden():
     x = normal(3, 4)
     assert_same(lambda x: decompose.safe_softmax(x, -1), lambda x: aten._safe_softmax.default(x, -1), x)

@@ -124,6 +124,28 @@ def test_what_is_spelled_is_what_the_op_computes(name: str) -> None:
     torch.testing.assert_close(found.to(expected.dtype), expected, rtol=1e-12, atol=1e-13)
 
 
+UNARY = [
+    row.name
+    for row in ops.ROWS.values()
+    if row.kind is ops.Kind.POINTWISE and row.name not in REFUSED and len(row.target._schema.arguments) == 1
+]
+ENDS = [1e-30, 1e-8, 1e-4, 0.03, 0.3, 0.9, 1.0, 1.5, 3.0, 5.0, 6.0, 9.0, 20.0, 50.0, 80.0, 88.0, 1e4, 1e10, 1e20, 3e38]
+
+
+@pytest.mark.parametrize("name", UNARY)
+def test_the_ends_of_float32(name: str) -> None:
+    """As accurate as PyTorch there, or to some units of the last place."""
+    target, (given,), settings = case(name)
+    if given.dtype == torch.bool:
+        return
+    ends = torch.tensor(ENDS)
+    x = torch.cat([ends, -ends])
+    exact = target(x.double(), **settings)
+    found, usual = run(target, (x,), settings, "tf32x3"), target(x, **settings)
+    fine = torch.isclose(found.double(), exact.float().double(), rtol=3e-6, atol=1e-38, equal_nan=True)
+    assert (fine | (found == usual) | (found.isnan() & usual.isnan())).all(), x[~fine].tolist()
+
+
 TRIANGLE = torch.ops.aten.linalg_solve_triangular.default
 
 

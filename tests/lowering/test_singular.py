@@ -40,7 +40,20 @@ class Triangle(Whole):
         return f(torch.linalg.solve_triangular(system, t.q.T, upper=False).T)  # HERE
 
 
-LOOPS = pytest.mark.parametrize("loop", [Ridge, Whole, Triangle])
+class Twice(Whole):
+    """Two systems, of which the second is the singular one."""
+
+    def readout(self, f, t):
+        system = f.kk + torch.diag(self.lamb)
+        queries = torch.linalg.solve(system + torch.eye(4), t.q.T)
+        return f(torch.linalg.solve(system, queries).T)  # HERE
+
+
+SOLVES: dict[Any, str] = {
+    Triangle: "torch.linalg.solve_triangular(system, t.q.T, upper=False)",
+    Twice: "torch.linalg.solve(system, queries)",
+}
+LOOPS = pytest.mark.parametrize("loop", [Ridge, Whole, Triangle, Twice])
 
 
 def inputs_of(loop: type[nl.Loop]) -> Inputs:
@@ -66,11 +79,7 @@ def test_a_singular_system_is_refused_at_its_line(loop: Any, backend: str):
         op(inputs.views, inputs.weights)
     body = (Ridge if loop is Whole else loop).readout
     line, file = marked(body), body.__code__.co_filename
-    solve = (
-        "torch.linalg.solve(system, t.q.T)"
-        if loop is not Triangle
-        else ("torch.linalg.solve_triangular(system, t.q.T, upper=False)")
-    )
+    solve = SOLVES.get(loop, "torch.linalg.solve(system, t.q.T)")
     assert str(caught.value) == (
         f"A linear system of {loop.__name__} is singular.\n"
         f"  at:    {file}:{line}   return f({solve}.T)  # HERE\n"

@@ -26,6 +26,7 @@ OTHER: dict[str, Callable[[Tensor], Tensor]] = {
     "what is given, masked": lambda x: x * (x > 0).to(x.dtype),
     "fractions": lambda x: (x > 0).to(x.dtype) * 0.5,
     "too many": lambda x: (x > 0).to(x.dtype) * 200 + 57,
+    "20 times 20 is too many": lambda x: (20 * (x > 0).to(x.dtype)) * (20 * (x > 1).to(x.dtype)),
     "far too large": lambda x: (x > 0).to(x.dtype) * 1e30,
     "infinities": lambda x: (x > 0).to(x.dtype) * float("inf"),
     "whole by chance": lambda x: x.round(),

@@ -37,6 +37,8 @@ MORE: dict[str, Case] = {
     "sum over an axis of one": (aten.sum.dim_IntList, lambda r: (r(5, 1), [1], True), {}),
     "mean over rows": (aten.mean.dim, lambda r: (r(5, 4), [0], True), {}),
     "largest of a column": (aten.amax.default, lambda r: (r(5, 4), [0]), {}),
+    "largest where all are negative": (aten.amax.default, lambda r: (-r(5, 3).abs() - 1, [1]), {}),
+    "smallest where all are positive": (aten.amin.default, lambda r: (r(5, 3).abs() + 1, [1]), {}),
     "1-norm": (aten.linalg_vector_norm.default, lambda r: (r(5, 4), 1, [-1]), {}),
     "largest size": (aten.linalg_vector_norm.default, lambda r: (r(5, 4), float("inf"), [-1]), {}),
     "softmax over the first axis": (aten._softmax.default, lambda r: (r(5, 4), 0, False), {}),

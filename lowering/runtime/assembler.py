@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,9 @@ from typing import Any
 RIGHT = (13, 3)  # CUDA's release notes of 13.3 name the fix
 HOPPER = 9  # major compute capability
 _NO_WGMMA = "DISABLE_MMA_V3"  # read by Triton's compiler, in whose caches' keys it is
+
+_LOCK = threading.Lock()
+_INSIDE: dict[str, tuple[int, Any]] = {}  # of each setting: how many threads need it, and what was there before
 
 
 @dataclass(frozen=True)
@@ -103,15 +107,28 @@ def assembling(major: int, driver: int | None = None) -> Iterator[Assembler | No
         yield chosen
         return
     where, name, value = (os.environ, _NO_WGMMA, "1") if chosen.path is None else (vars(nvidia), "ptxas", chosen.path)
-    before = where.get(name)
-    where[name] = value
-    try:
+    with _set(where, name, value):
         yield chosen
+
+
+@contextmanager
+def _set(where: MutableMapping[str, Any], name: str, value: Any) -> Iterator[None]:
+    """A setting of the process: the last thread to leave puts back what the first one found."""
+    with _LOCK:
+        inside, before = _INSIDE.get(name, (0, where.get(name)))
+        _INSIDE[name] = inside + 1, before
+        where[name] = value
+    try:
+        yield
     finally:
-        if before is None:
-            del where[name]
-        else:
-            where[name] = before
+        with _LOCK:
+            inside, before = _INSIDE.pop(name)
+            if inside > 1:
+                _INSIDE[name] = inside - 1, before
+            elif before is None:
+                del where[name]
+            else:
+                where[name] = before
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,39 @@ def test_without_one_kernels_do_without_wgmma_and_say_so(tmp_path: Path, monkeyp
         "name one."
     ]
     assert "DISABLE_MMA_V3" not in os.environ
+
+
+@pytest.mark.parametrize("versions", [("12.8", "13.1"), ("12.8", "13.4")], ids=["without", "another"])
+def test_threads_that_come_and_go(versions: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """While one of two is still there, what it needs is; afterwards nothing is left of it."""
+    only(monkeypatch, *[ptxas(tmp_path, version) for version in versions])
+
+    def settings() -> tuple[str | None, str]:
+        return os.environ.get("DISABLE_MMA_V3"), triton.knobs.nvidia.ptxas.path
+
+    before, seen = settings(), []
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with assembler.assembling(assembler.HOPPER):
+            first_in.set()
+            second_in.wait(20)
+        first_out.set()
+
+    def second() -> None:
+        first_in.wait(20)
+        with assembler.assembling(assembler.HOPPER):
+            seen.append(settings())
+            second_in.set()
+            first_out.wait(20)
+            seen.append(settings())
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen[0] == seen[1] != before and settings() == before
 
 
 def test_other_devices_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nestloop.lang.kept import Kept
 from nestloop.lowering.runtime.batches import (
     BatchCode,
     BatchLoop,
@@ -129,7 +130,7 @@ class TritonBatches(BatchCode, TritonCode):
     def __init__(self, name: str, plan: TritonPlan, module: ModuleType, loop: BatchLoop) -> None:
         TritonCode.__init__(self, name, plan)
         BatchCode.__init__(self, plan, module, loop)
-        self._numbers: dict[Any, list[Tensor]] = {}
+        self._numbers: Kept[list[Tensor]] = Kept()
 
     def prepared(self) -> ModuleType:
         pieces: dict[str, Callable[..., Any]] = {}
@@ -231,9 +232,10 @@ class TritonBatches(BatchCode, TritonCode):
 
     def _steps(self, call: Call) -> list[Tensor]:
         """Bounds, weights and rates where the tensors are: kept, so that only the first call moves them there."""
-        key = (call.length, call.sequences, call.dtype, call.like.device)
-        if key not in self._numbers:
+
+        def moved() -> list[Tensor]:
             like = {"device": call.like.device, "dtype": call.dtype}
             bounds = torch.tensor(call.bounds, dtype=torch.int32, device=call.like.device)
-            self._numbers[key] = [bounds, torch.tensor(call.weights, **like), torch.tensor(call.rates, **like)]
-        return self._numbers[key]
+            return [bounds, torch.tensor(call.weights, **like), torch.tensor(call.rates, **like)]
+
+        return self._numbers.of((call.length, call.sequences, call.dtype, call.like.device), moved)

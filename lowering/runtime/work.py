@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from nestloop.lang.dims import parse
+from nestloop.lang.kept import Kept
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime.native import ranges_of
 from nestloop.lowering.runtime.plan import Plan
@@ -99,9 +99,8 @@ def flops(spec: LoopSpec, plan: Plan, heads: int) -> Callable[[int, int], tuple[
 
 def expected(spec: LoopSpec, plan: Plan) -> Callable[[int, int, int, int], Expected]:
     """(heads, sequences, tokens, threads) -> what C++ and generated PyTorch are expected to take."""
-    work = _work(spec, plan)
+    work, found = _work(spec, plan), Kept[Expected]()
 
-    @cache
     def compare(heads: int, sequences: int, length: int, threads: int) -> Expected:
         items = heads * sequences
         native = other = 0.0
@@ -118,7 +117,7 @@ def expected(spec: LoopSpec, plan: Plan) -> Callable[[int, int, int, int], Expec
         turns = -(-items * ranges // threads)  # of each thread, a range of a head's sequence at a time
         return Expected(native / ranges * turns, other, max(0, threads - items * ranges), products / max(values, 1))
 
-    return compare
+    return lambda *call: found.of(call, lambda: compare(*call))
 
 
 def pays(spec: LoopSpec, plan: Plan) -> Callable[[int, int, int], bool]:

@@ -12,10 +12,12 @@ import nestloop as nl
 from benchmarks import static
 from nestloop import zoo
 from nestloop.errors import NoPlanError
+from nestloop.lang import kept
 from nestloop.lang.names import BUILT_IN_DIMS
 from nestloop.lowering import pipeline
 from nestloop.lowering.emit import triton_fitting, triton_pieces
 from nestloop.lowering.runtime import offline
+from nestloop.lowering.runtime.triton import TritonBatches
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 from tests.lowering.comparison import Inputs, assert_equal, differences, random_inputs, run
 from tests.lowering.runtime.test_native import Recall, doubled, single
@@ -226,6 +228,23 @@ class Names(nl.Loop):
 
 
 @pytest.mark.slow
+def test_steps_of_ever_new_lengths_are_not_kept_without_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kept, "MOST", 2)
+    made: list[TritonBatches] = []
+
+    def steps(self: TritonBatches, call: Any) -> list[Tensor]:
+        made.append(self)
+        return original(self, call)
+
+    original = TritonBatches._steps
+    monkeypatch.setattr(TritonBatches, "_steps", steps)
+    op = nl.compile(zoo.LinearAttention, backend="triton")
+    for tokens in range(1, 6):
+        inputs = inputs_of(zoo.LinearAttention, tokens, sequences=1)
+        op(inputs.views, inputs.weights)
+    assert len(made) == 5 and all(len(code._numbers) <= 2 for code in made)
+
+
 def test_any_name_will_do():
     assert_equal(both(Names, inputs_of(Names)), 1e-9)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import nestloop as nl
 from nestloop import zoo
+from nestloop.lang.kept import MOST
 from nestloop.lowering.lower import plan_for
 from nestloop.lowering.runtime.library import Code
 from nestloop.lowering.runtime.plan import Plan
@@ -37,6 +39,18 @@ def test_pieces_are_counted_by_their_tokens():
 def choice(loop: type[nl.Loop], call: tuple[int, int, int, int], **sizes: int) -> Expected:
     """For (heads, sequences, tokens, threads)."""
     return expected(loop.spec, plan_of(loop, H=call[0], **sizes))(*call)
+
+
+def test_what_is_expected_of_ever_new_lengths_is_not_kept_without_end():
+    compare = expected(zoo.DeltaNet.spec, plan_of(zoo.DeltaNet, dk=4, dv=4, H=1))
+
+    def alive() -> int:
+        return sum(isinstance(one, Expected) for one in gc.get_objects())
+
+    before = alive()
+    for length in range(1, MOST + 50):
+        compare(1, 1, length, 1)
+    assert alive() - before <= MOST
 
 
 # Forward and backward of PyTorch and of C++, one core of a Xeon with AVX-512: the ratio of their CPU times.

@@ -109,12 +109,14 @@ def build_parser() -> argparse.ArgumentParser:
     command("train", None, "train RECIPE [--key value ...]: run a recipe, any of its fields overridden")
     command("eval", None, "eval CHECKPOINT [--key value ...]: accuracy of a checkpoint on its evaluation images")
     command("demo", None, "train four small vision transformers side by side on handwritten digits")
-    for added in commands.choices.values():
-        added.add_argument("--trace", action="store_true", help="show the traceback of an error")
+    for added in commands.choices.values():  # for their help: `main` reads it, wherever it stands
+        added.add_argument(
+            "--trace", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+        )
     return parser
 
 
-def run_inspect(target: str, stage: str | None, device: str, shape: str, trace: bool) -> int:
+def run_inspect(target: str, stage: str | None, device: str, shape: str) -> int:
     loop, dims = load_target(target), parse_shape(shape)
     from nestloop import inspection
 
@@ -122,7 +124,7 @@ def run_inspect(target: str, stage: str | None, device: str, shape: str, trace: 
     return 0
 
 
-def run_explain(target: str, shape: str, trace: bool) -> int:
+def run_explain(target: str, shape: str) -> int:
     loop, dims = load_target(target), parse_shape(shape)
     from nestloop import inspection
 
@@ -130,7 +132,7 @@ def run_explain(target: str, shape: str, trace: bool) -> int:
     return 0
 
 
-def run_cost(target: str, device: str, dtype: str, shape: str, as_json: bool, trace: bool) -> int:
+def run_cost(target: str, device: str, dtype: str, shape: str, as_json: bool) -> int:
     loop, dims = load_target(target), parse_shape(shape)
     from nestloop import cost_table, costs, inspection
 
@@ -153,7 +155,6 @@ def run_tune(
     out: Path | None,
     shape: str,
     as_json: bool,
-    trace: bool,
 ) -> int:
     loop, dims = load_target(target), parse_shape(shape)
     from nestloop import inspection, tuning
@@ -169,7 +170,7 @@ def run_tune(
     return 0
 
 
-def run_list(kind: str, as_json: bool, trace: bool) -> int:
+def run_list(kind: str, as_json: bool) -> int:
     rows = CATALOGUES[kind]()
     if as_json:
         print(json.dumps(rows, indent=2, default=str))
@@ -178,7 +179,7 @@ def run_list(kind: str, as_json: bool, trace: bool) -> int:
     return 0
 
 
-def run_doctor(as_json: bool, trace: bool) -> int:
+def run_doctor(as_json: bool) -> int:
     from nestloop import doctor
 
     return doctor.main(as_json, console())

@@ -8,6 +8,7 @@ A local rewrite of the products in the read-out, whatever the learner around the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -290,8 +291,10 @@ def finish(
             values[name] = Vector(name, vector(reads[name], found.vectors[name], count))
     micro = {name: value for name, value in tokens.items() if name not in queries}
     z = call(readout, {**values, **slow, **queries, **micro}, Uses(readout, axes, of_product))
-    left = [state for name in spec.fast for state in [_ends(step, name, carried, slow, keys, found, every[name])]]
-    made = {key: value for one in left for key, value in one.items()}
+    made: Tensors = {}
+    for name in spec.fast:
+        mixed = _mixed(name, found, every[name], is_matrix(spec, name))
+        made |= ends(step, name, carried, slow, keys, every[name], mixed)
     return (step.with_halo(z), *[made[name] for name in step.left], step.token_losses(found.losses))
 
 
@@ -327,40 +330,50 @@ def _first_of_token(step: Step, c: Coefficients) -> Coefficients:
     return of_rows(c, first)
 
 
-def _ends(
-    step: Step, name: str, carried: Tensors, slow: Tensors, keys: Tensors, found: Gradients, c: Coefficients
-) -> Tensors:
-    """What the tile's last step leaves of one fast weight: the weight, its momenta, its scaled sum."""
-    spec = step.spec
-    matrix = is_matrix(spec, name)
+def _mixed(name: str, found: Gradients, c: Coefficients, is_pairs: bool) -> Callable[[Tensor | Halves], Tensor]:
+    """The last row of a mix, over every row's gradient of a fast weight."""
 
-    def mixed_rows(mix: Tensor | Halves) -> Tensor:
+    def of(mix: Tensor | Halves) -> Tensor:
         row = None if mix is c.mix and c.plain else last_row(mix)
-        if matrix:
+        if is_pairs:
             return gathered(row, found.pairs[name])
-        rows = found.vectors[name]
-        if row is not None:
-            rows = row.reshape(-1, *[1] * (rows.ndim - 1)) * rows if row.ndim == 1 else row * rows
-        return rows.sum(0)
+        return found.vectors[name].sum(0) if row is None else summed_rows(row, found.vectors[name])
 
+    return of
+
+
+def summed_rows(row: Tensor, rows: Tensor) -> Tensor:
+    """sum_s row[s] rows[s], one weight for each row [r] or for each element of it [r, *dims]."""
+    return (row.reshape(-1, *[1] * (rows.ndim - 1)) * rows if row.ndim == 1 else row * rows).sum(0)
+
+
+def ends(
+    step: Step,
+    name: str,
+    carried: Tensors,
+    slow: Tensors,
+    keys: Tensors,
+    c: Coefficients,
+    mixed: Callable[[Tensor | Halves], Tensor],
+) -> Tensors:
+    """What the tile's last step leaves of one fast weight: the weight, its momenta, its scaled sum; `mixed` is the last
+    row of a mix, over every row's gradient."""
+    spec = step.spec
     momenta = momentum_names(spec, name)
     made: Tensors = {}
     for key, (starts, mix) in zip(momenta, c.kept, strict=True):
-        total = mixed_rows(mix)
+        made[key] = mixed(mix)
         for start, momentum in zip(starts, momenta, strict=False):
-            total = total + last(start) * carried[momentum]
-        made[key] = total
+            made[key] = made[key] + last(start) * carried[momentum]
     if spec.optimizer.scale is not None:
-        total = mixed_rows(c.mix)
         waiting = carried.get(f"{name}.update")
-        total = total if waiting is None else total + waiting
+        total = mixed(c.mix) if waiting is None else mixed(c.mix) + waiting
         scale = last(step.row_scale(name, slow, keys)).reshape(())
         return {name: step.anchor(carried)[name] - scale * total, f"{name}.update": total}
-    weight = carried[name]
-    made[name] = weight if c.base is None else last(c.base) * weight
+    weight = carried[name] if c.base is None else last(c.base) * carried[name]
     for factor, momentum in zip(c.momenta, momenta, strict=True):
-        made[name] = made[name] - last(factor) * carried[momentum]
-    made[name] = made[name] - mixed_rows(c.mix)
+        weight = weight - last(factor) * carried[momentum]
+    made[name] = weight - mixed(c.mix)
     return made
 
 

@@ -9,7 +9,7 @@ from nestloop.lang.declare import Gate
 from nestloop.lowering.derivative import grad
 from nestloop.lowering.recorder import call
 from nestloop.lowering.streams.coefficients import Coefficients, Rows, before, coefficients, last, last_row, strict
-from nestloop.lowering.streams.dual import summed
+from nestloop.lowering.streams.dual import ends, summed, summed_rows
 from nestloop.lowering.streams.halves import Halves
 from nestloop.lowering.streams.step import VALID, Step, Tensors, causal, momentum_names
 
@@ -60,7 +60,11 @@ def primal_step(step: Step, given: Tensors, anchored: bool = True) -> tuple[Tens
     z = _read(step, weights, slow, step.queries(tokens))
     left: Tensors = {}
     for name in spec.fast:
-        left |= _ends(step, name, carried, slow, keys, found[name], every[name])
+
+        def mixed(mix: Tensor | Halves, rows_of: Tensor = found[name]) -> Tensor:
+            return summed_rows(last_row(mix), rows_of)
+
+        left |= ends(step, name, carried, slow, keys, every[name], mixed)
     if not anchored:
         losses = _losses(step, carried, rows, slow, keys, found, every)
     return (step.with_halo(z), *[left[name] for name in step.left], step.token_losses(losses))
@@ -136,30 +140,3 @@ def _losses(
         return call(loss, step.loss_inputs(fast, fast, slow, tile)).reshape(())
 
     return vmap(one)(weights, keys)
-
-
-def _ends(
-    step: Step, name: str, carried: Tensors, slow: Tensors, keys: Tensors, found: Tensor, c: Coefficients
-) -> Tensors:
-    spec = step.spec
-    momenta = momentum_names(spec, name)
-
-    def total(mix: Tensor | Halves) -> Tensor:
-        row = last_row(mix)
-        return (row.reshape(-1, *[1] * (found.ndim - 1)) * found if row.ndim == 1 else row * found).sum(0)
-
-    made: Tensors = {}
-    for key, (starts, mix) in zip(momenta, c.kept, strict=True):
-        made[key] = total(mix)
-        for start, momentum in zip(starts, momenta, strict=False):
-            made[key] = made[key] + last(start) * carried[momentum]
-    if spec.optimizer.scale is not None:
-        waiting = carried.get(f"{name}.update")
-        taken = total(c.mix) if waiting is None else total(c.mix) + waiting
-        scale = last(step.row_scale(name, slow, keys)).reshape(())
-        return {name: step.anchor(carried)[name] - scale * taken, f"{name}.update": taken}
-    weight = carried[name] if c.base is None else last(c.base) * carried[name]
-    for f, momentum in zip(c.momenta, momenta, strict=True):
-        weight = weight - last(f) * carried[momentum]
-    made[name] = weight - total(c.mix)
-    return made

@@ -100,7 +100,7 @@ class Uses(Located):
                 return Vector(vector.name, vector.value.reshape(vector.value.shape[0], *shape))
             return Vector(vector.name, self._padded(vector, len(shape)).expand(-1, *shape))
         if row.kind is Kind.VIEW and n.target is aten.expand.default and is_token(self.axes[n][0]):
-            return self._at_tokens(vector, len(n.meta["val"].shape)).expand(*self._shape_of(n, args))
+            return self._at_tokens(vector, len(n.meta["val"].shape)).expand(*args[1])
         if row.kind is Kind.POINTWISE:
             rank = len(n.meta["val"].shape)
             tokens = [
@@ -113,9 +113,6 @@ class Uses(Located):
             given = [self._padded(a, rank) if isinstance(a, Vector) else a for a in args]
             return Vector(vector.name, ops.call(n.target, tuple(given), n.kwargs))
         raise NotAffine(f"{vector.name} enters by {_name(n)}, not as a term or factor of each token{_at(n)}")
-
-    def _shape_of(self, n: fx.Node, args: Any) -> list[Any]:
-        return list(args[1])
 
     @staticmethod
     def _padded(vector: Vector, rank: int) -> Tensor:

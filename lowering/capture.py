@@ -169,7 +169,8 @@ def _traced_functions(tracer: Tracer) -> SGD:
         for name in tracer.spec.fast:
             given = [name, f"{name}__held"] if part == "restore" else [name]
             shape = tuple(map(int, tracer.tile(name).shape))
-            graphs[shape] = _once(_trace(tracer, partial(_constantly, run), given, part.replace("_", " ")))
+            if shape not in graphs:
+                graphs[shape] = _once(_trace(tracer, partial(_constantly, run), given, part.replace("_", " ")))
         traced[part] = TracedFunction(original, graphs)
     return optimizer.with_functions(**traced)
 

@@ -36,6 +36,10 @@ _LOOKS_AT_VALUES = {
     *("_local_scalar_dense", "item", "tolist", "numpy", "__array__", "__bool__", "__int__", "__float__", "__index__"),
     *("nonzero", "is_nonzero", "equal", "allclose", "masked_select", "unique"),
 }
+_ONE_PRECISION = {
+    "need": "values in the compute dtype: float32, or float64 where a tensor of the call is",
+    "fix": "leave it out: products of low-precision views are in that precision, sums and states in float32",
+}
 _INSTEAD = {
     "item": "leave .item() out: a tensor of one number is multiplied as a number is",
     "__float__": "leave float() out, and write torch.sqrt(x) for math.sqrt(x)",
@@ -188,8 +192,7 @@ class WatchedCalls(TorchFunctionMode):
                 f"A body of {self.spec.name} is under autocast.",
                 where=user_line(self.spec) or self.spec.where,
                 given="torch.autocast, which generated code has nothing of",
-                need="values in the compute dtype: float32, or float64 where a tensor of the call is",
-                fix="leave it out: products of low-precision views are in that precision, sums and states in float32",
+                **_ONE_PRECISION,
             )
 
     def _instead(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -271,8 +274,7 @@ def rounding(spec: LoopSpec, dtype: torch.dtype, where: Location | None) -> Unad
         f"{spec.name} rounds a value to another precision.",
         where=where,
         given=f"a conversion to {dtype}",
-        need="values in the compute dtype: float32, or float64 where a tensor of the call is",
-        fix="leave it out: products of low-precision views are in that precision, sums and states in float32",
+        **_ONE_PRECISION,
     )
 
 

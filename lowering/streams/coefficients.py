@@ -78,8 +78,8 @@ def coefficients(optimizer: SGD, weight: Declaration, rows: Rows, first_only: Te
     lower = rows.lower()
     mix = lower
     starts: tuple[Tensor, ...] = ()
-    for order, eta in enumerate(optimizer.momentum or ()):
-        one, start = running(rows, _per_row(rows, weight, coefficient.of(eta, weight.name, 0.0), False, None), False)
+    for order, eta in enumerate(optimizer.momenta_of(weight.name)):
+        one, start = running(rows, _per_row(rows, weight, eta, False, None), False)
         mix = one if order == 0 else combine(one, mix)
         starts = (*[applied(one, s) for s in starts], start)
         mixes.append(mix)

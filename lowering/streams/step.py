@@ -200,7 +200,7 @@ class Step:
     def row_scale(self, name: str, slow: Tensors, keys: Tensors) -> Tensor:
         """The scale of each row, [r, 1]. Raises `NotAffine` for one per channel."""
         keys = self.own(keys)
-        part = coefficient.of(self.spec.optimizer.scale, name, 1.0)
+        part = self.spec.optimizer.scale_of(name)
         value = self.value(keys, slow)(self.spec.fast[name], part)
         first = next(iter(keys.values()))
         if not isinstance(value, Tensor):

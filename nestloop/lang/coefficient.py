@@ -17,10 +17,8 @@ from nestloop.errors import CoefficientError, Location, NestloopError, shown
 from nestloop.lang.declare import Declaration, Gate, Slow
 from nestloop.lang.dims import DimExpr, parse
 
-Coefficient = float | DimExpr | Slow | Gate | tuple[float, ...]
 
-
-def read(value: Any, what: str, where: Location, per_step: bool = False) -> Any:
+def read(value: Any, what: str, where: Location) -> Any:
     """A coefficient as written, its text parsed; a dict of them by fast weight.
 
     Raises:
@@ -28,14 +26,12 @@ def read(value: Any, what: str, where: Location, per_step: bool = False) -> Any:
         DimExpressionError: text that is not arithmetic.
     """
     if isinstance(value, Mapping):
-        return {name: read(item, what, where, per_step) for name, item in value.items()}
+        return {name: read(item, what, where) for name, item in value.items()}
     if isinstance(value, str):
         return parse(value, where)
     if isinstance(value, list):
         value = tuple(value)
     if isinstance(value, (DimExpr, Gate, Slow)) or is_number(value):
-        return value
-    if per_step and isinstance(value, tuple) and value and all(map(is_number, value)):
         return value
     raise CoefficientError(
         f"The {what} of SGD is not one it takes.",

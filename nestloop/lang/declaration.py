@@ -29,6 +29,11 @@ def caller() -> Location:
     return Location(frame.f_code.co_filename, frame.f_lineno)
 
 
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number, 1 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 class Declaration:
     """One line of a learner's or loop's class body."""
 

@@ -13,7 +13,7 @@ import torch
 
 from nestloop.errors import DimExpressionError, ViewError, shown
 from nestloop.lang import init as initialisers
-from nestloop.lang.declaration import Declaration, caller
+from nestloop.lang.declaration import Declaration, caller, is_count
 from nestloop.lang.dims import parse
 from nestloop.lang.maps import Project, all_maps, check_module
 
@@ -67,7 +67,7 @@ class View(OfTokens):
         super().__init__(dims)
         self.maps = all_maps(of, Project(bias, gain, None), make, self.kind, self.where)
         self.shared, self.bias, self.gain, self.group, self.micro = shared, bias, gain, group, micro
-        if isinstance(group, bool) or not isinstance(group, int) or group < 1 or (group > 1 and shared):
+        if not is_count(group) or (group > 1 and shared):
             raise ViewError(
                 "The heads of a view do not group.",
                 where=self.where,
@@ -223,7 +223,7 @@ def dim(default: int | None = None) -> Any:
     Raises:
         DimExpressionError: a default that is no size.
     """
-    if default is not None and (isinstance(default, bool) or not isinstance(default, int) or default < 1):
+    if default is not None and not is_count(default):
         raise DimExpressionError(
             "The default of a dim is not a size.",
             where=caller(),

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nestloop.errors import InputError
 from nestloop.lang.coefficient import is_number
-from nestloop.lang.maps import Call, Map, Place, Shape, read_period, refused, whole
+from nestloop.lang.declaration import is_count
+from nestloop.lang.maps import Call, Map, Place, Shape, read_period, refused
 
 
 class Conv(Map):
@@ -22,7 +23,7 @@ class Conv(Map):
     def __init__(self, size: int, bias: bool) -> None:
         super().__init__()
         self.size, self.bias = size, bias
-        if not whole(size):
+        if not is_count(size):
             raise refused(
                 "The size of a convolution is not a number of tokens.",
                 self.where,
@@ -108,7 +109,7 @@ class CosReweight(Map):
     def __init__(self, length: int) -> None:
         super().__init__()
         self.length = length
-        if not whole(length):
+        if not is_count(length):
             raise refused(
                 "The length of cosFormer's weights is not a number of tokens.",
                 self.where,

@@ -10,7 +10,6 @@ from nestloop.errors import (
     IllegalScheduleError,
     LearningRateError,
     TransformError,
-    UnknownDimError,
     ViewError,
 )
 from nestloop.lang import coefficient
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 # What makes a function of the optimizer, with arguments for it.
 _MAKERS: dict[Any, str] = {soft_clip: "-2", global_clip: "1.0", newton_schulz: "", restore_norm: "-1"}
-_NAMES = {"lr": "learning rate"}
 
 
 def check_optimizer(spec: LoopSpec) -> None:
@@ -45,7 +43,8 @@ def check_optimizer(spec: LoopSpec) -> None:
     _check_micro(spec)
 
 
-def _coefficients(spec: LoopSpec) -> list[tuple[str, Any]]:
+def coefficients_of(spec: LoopSpec) -> list[tuple[str, Any]]:
+    """What the optimizer calls each of its coefficients, and its value."""
     optimizer = spec.optimizer
     found = [(name, getattr(optimizer, name)) for name in ("lr", "scale", "decay", "log_decay")]
     return [*found, *[("momentum", order) for order in optimizer.momentum or ()]]
@@ -53,8 +52,8 @@ def _coefficients(spec: LoopSpec) -> list[tuple[str, Any]]:
 
 def _check_coefficients(spec: LoopSpec) -> None:
     declared: dict[str, Declaration] = {**spec.slow, **spec.gates}
-    for name, value in _coefficients(spec):
-        what = _NAMES.get(name, name)
+    for name, value in coefficients_of(spec):
+        what = called(name)
         error = LearningRateError if name == "lr" else CoefficientError
         coefficient.check_declared(value, what, spec.name, declared, error)
         if isinstance(value, dict) and not set(value) <= set(spec.fast):
@@ -70,6 +69,11 @@ def _check_coefficients(spec: LoopSpec) -> None:
             one = coefficient.of(value, weight.name)
             if isinstance(one, (Slow, Gate)):
                 coefficient.along(one, weight)
+
+
+def called(coefficient: str) -> str:
+    """A coefficient in a sentence."""
+    return "learning rate" if coefficient == "lr" else coefficient
 
 
 def _check_functions(spec: LoopSpec) -> None:
@@ -90,8 +94,6 @@ def _check_functions(spec: LoopSpec) -> None:
             continue
         takes = "(W, initial W) to the weights" if name == "restore" else "one fast weight's gradient to its update"
         fix = "restore=nl.restore_norm(-1)" if name == "restore" else f"{name}=nl.soft_clip(-2)"
-        if name == "transform":
-            fix = "transform=nl.soft_clip(-2)"
         raise TransformError(
             f"The {name.replace('_', ' ')} of {spec.name}'s optimizer is not a function.",
             where=optimizer.where,
@@ -138,7 +140,7 @@ def _check_batch(spec: LoopSpec) -> None:
             need=f"rates: {schedule.steps}",
             fix=f"write nl.SGD(lr={(1.0,) * schedule.steps}), or one number for all steps",
         )
-    for name, value in _coefficients(spec):
+    for name, value in coefficients_of(spec):
         each = list(value.values()) if isinstance(value, dict) else [value]
         if value is lr and not isinstance(value, dict):
             each = [part for part in each if isinstance(part, Gate)]  # of numbers and text, any
@@ -149,7 +151,7 @@ def _check_batch(spec: LoopSpec) -> None:
 def _check_of_batches(spec: LoopSpec, name: str, part: Any) -> None:
     """Refuse a coefficient that is no number before the batch, and a learning rate of one fast weight that changes from
     step to step."""
-    what = _NAMES.get(name, name)
+    what = called(name)
     if isinstance(part, Gate) and (name != "lr" or part.dims):
         each = "token and channel" if part.dims else "token"
         raise _illegal(
@@ -171,7 +173,7 @@ def _check_of_batches(spec: LoopSpec, name: str, part: Any) -> None:
 
 
 def _check_stream(spec: LoopSpec) -> None:
-    for name, value in _coefficients(spec):
+    for name, value in coefficients_of(spec):
         if any(isinstance(part, tuple) for part in (value.values() if isinstance(value, dict) else [value])):
             raise _illegal(
                 spec,
@@ -184,7 +186,7 @@ def _check_stream(spec: LoopSpec) -> None:
             if isinstance(part, DimExpr) and {"N", "n"} & set(part.names):
                 raise _illegal(
                     spec,
-                    f"its {_NAMES.get(name, name)} depends on how many tokens there are.",
+                    f"its {called(name)} depends on how many tokens there are.",
                     f"{part}; {_shown(spec)}",
                     "sizes that are the same wherever a sequence is split",
                     "write it without N and n, or make it a gate",
@@ -355,18 +357,3 @@ def check_maps_of(spec: LoopSpec) -> None:
                 need="a decay, momentum or scale of a schedule that steps once a chunk",
                 fix="leave pooled out, or write schedule = nl.Chunked(16)",
             )
-
-
-def check_rate_dims(spec: LoopSpec, known: set[str]) -> None:
-    """Every dim that a coefficient's text uses is one of the loop's."""
-    for name, value in _coefficients(spec):
-        for part in coefficient.parts(value):
-            for dim in part.names if isinstance(part, DimExpr) else ():
-                if dim not in known:
-                    raise UnknownDimError(
-                        f"The {_NAMES.get(name, name)} of {spec.name} uses the dim '{dim}', which no view defines.",
-                        where=spec.optimizer.where,
-                        given=f"'{part}'",
-                        need=f"one of {', '.join(sorted(known))}",
-                        fix=f"use one of these, or declare the dim in the loop: {dim} = nl.dim(64)",
-                    )

@@ -18,12 +18,13 @@ from nestloop.errors import (
     UnknownNameError,
     shown,
 )
+from nestloop.lang.declaration import is_count
 from nestloop.lang.declare import Dim, Fast, Gate, Slow, View, caller, collect
 from nestloop.lang.dims import DimExpr, parse
 from nestloop.lang.held import reads_held
 from nestloop.lang.learner import Body, KernelEstimator, Learner
 from nestloop.lang.legal import check_estimator, check_maps_of, check_optimizer
-from nestloop.lang.maps import check_output, whole
+from nestloop.lang.maps import check_output
 from nestloop.lang.names import check_dims, check_names
 from nestloop.lang.optim import SGD
 from nestloop.lang.parts import Parts, joined
@@ -319,7 +320,7 @@ def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View]
     own = {name for base in cls.__mro__[: cls.__mro__.index(Loop)] for name in vars(base)}
     if cls.beside is not None and not (isinstance(cls.beside, type) and issubclass(cls.beside, Loop)):
         raise missing(cls, "what is beside it is not a loop", shown(cls.beside), "beside = Window, the class itself")
-    if cls.heads is not None and not isinstance(cls.heads, str) and not whole(cls.heads):
+    if cls.heads is not None and not isinstance(cls.heads, str) and not is_count(cls.heads):
         raise missing(cls, "its heads are not a number of them", shown(cls.heads), 'heads = 4, or heads = "D/64"')
     if not views:
         raise missing(cls, "it has no view", "no nl.view", 'declare k = nl.view("d")')

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from nestloop.errors import ViewError, shown
-from nestloop.lang.declaration import Declaration
+from nestloop.lang.declaration import Declaration, is_count
 from nestloop.products import apply
 
 Shape = tuple[list[int], str, bool]  # sizes, initialiser, whether the first axis is the heads
@@ -105,10 +105,6 @@ def refused(what: str, where: Any, given: str, need: str, fix: str) -> ViewError
     return ViewError(what, where=where, given=given, need=need, fix=fix)
 
 
-def whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 class Project(Map):
     """A projection, made by `project`."""
 
@@ -117,7 +113,7 @@ class Project(Map):
     def __init__(self, bias: bool, gain: float, rank: int | None) -> None:
         super().__init__()
         self.bias, self.gain, self.rank = bias, gain, rank
-        if rank is not None and not whole(rank):
+        if rank is not None and not is_count(rank):
             raise refused(
                 "The rank of a projection is not a number of features.",
                 self.where,
@@ -161,7 +157,7 @@ class PerPosition(Map):
 
 
 def read_period(period: Any, name: str, where: Any) -> int | str | None:
-    if period is None or period == "chunk" or whole(period):
+    if period is None or period == "chunk" or is_count(period):
         return period
     raise refused(
         f"The period of {name} is not a number of tokens.",

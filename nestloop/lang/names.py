@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nestloop.errors import DuplicateNameError, Location, UnknownDimError
+from nestloop.lang import coefficient
 from nestloop.lang.declaration import Declaration
 from nestloop.lang.dims import DimExpr
-from nestloop.lang.legal import check_rate_dims
+from nestloop.lang.legal import called, coefficients_of
 from nestloop.lang.schedule import Program
 
 if TYPE_CHECKING:
@@ -85,4 +86,7 @@ def check_dims(spec: LoopSpec) -> None:
         for _, *bounds in spec.schedule.operations:
             for bound in bounds:
                 check(bound, "The schedule", spec.schedule.where, known - {"n"})
-    check_rate_dims(spec, known)
+    for name, value in coefficients_of(spec):
+        for part in coefficient.parts(value):
+            if isinstance(part, DimExpr):
+                check(part, f"The {called(name)}", spec.optimizer.where, known)

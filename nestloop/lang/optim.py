@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nestloop.errors import CoefficientError, LearningRateError, Location, TransformError, shown
 from nestloop.lang import coefficient
+from nestloop.lang.declaration import is_count
 from nestloop.lang.declare import Gate, Slow, caller
 from nestloop.lang.dims import DimExpr, parse
 from nestloop.lang.transforms import GlobalClip
@@ -129,7 +130,7 @@ class SGD:
                 fix='write decay_order="after"',
             )
         window = self.window
-        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        if window is not None and not is_count(window):
             raise CoefficientError(
                 "The window of SGD is not a number of tokens.",
                 where=where,
@@ -172,6 +173,14 @@ class SGD:
     def rate_of(self, weight: str) -> Any:
         """The learning rate of one fast weight."""
         return coefficient.of(self.lr, weight, 1.0)
+
+    def scale_of(self, weight: str) -> Any:
+        """The scale of one fast weight."""
+        return coefficient.of(self.scale, weight, 1.0)
+
+    def momenta_of(self, weight: str) -> list[Any]:
+        """The momenta of one fast weight, one for each order."""
+        return [coefficient.of(eta, weight, 0.0) for eta in self.momentum or ()]
 
     @property
     def steps_by_number(self) -> bool:
@@ -242,10 +251,10 @@ class SGD:
         """
         moved = self._each("gradient_transform", gradients)
         kept: dict[str, Tensor] = {}
-        for order, eta in enumerate(self.momentum or ()):
+        for order in range(self.orders):
             for name in moved:
                 key = momentum_name(name, order)
-                kept[key] = factor(name, coefficient.of(eta, name, 0.0)) * momenta[key] + moved[name]
+                kept[key] = factor(name, self.momenta_of(name)[order]) * momenta[key] + moved[name]
             moved = {name: kept[momentum_name(name, order)] for name in moved}
         moved = self._each("transform", moved)
         made = {}
@@ -253,7 +262,7 @@ class SGD:
             rate = self.rate_of(name)
             scaled = moved[name] if isinstance(rate, Gate) else factor(name, rate) * moved[name]
             if self.scale is not None:
-                scaled = factor(name, coefficient.of(self.scale, name, 1.0)) * scaled
+                scaled = factor(name, self.scale_of(name)) * scaled
             made[name] = self.decayed(weight, name, factor) - scaled
             if self.restore is not None:
                 made[name] = self.restored(made[name], initial[name])

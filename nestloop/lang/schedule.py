@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 
 from nestloop.errors import IllegalScheduleError, InputError, Location, shown
+from nestloop.lang.declaration import is_count
 from nestloop.lang.declare import caller
 from nestloop.lang.dims import DimExpr, parse
 
@@ -64,7 +65,7 @@ class BatchSchedule(Schedule):
 
     def _check(self, count: int, name: str) -> None:
         kind = type(self).__name__
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if not is_count(count):
             raise IllegalScheduleError(
                 f"{kind} takes at least one step.",
                 where=caller(),
@@ -155,7 +156,7 @@ class Stream(Schedule):
     def _positive(self, **counts: int | None) -> None:
         kind = type(self).__name__
         for name, count in counts.items():
-            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            if count is not None and not is_count(count):
                 raise IllegalScheduleError(
                     f"The {name} of {kind} is not a count.",
                     where=caller(),

@@ -189,15 +189,15 @@ class Branch(nn.Module):
             else:
                 activate = partial(self._activated, view) if isinstance(view, Gate) else None
                 flat = through(self.views[name], call.input, Route(name, view.maps, shared, call, activate))
-            self._check_made(name, view, flat, call.input)
+            dims = self._dims(view)
+            self._check_made(name, view, flat, self._groups(view) * math.prod(dims), call.input)
             if isinstance(view, Gate) and not view.pooled:
                 flat = self._activated(view, flat)
-            made[name] = self._split(view, flat)
+            made[name] = self._split(view, flat, dims)
         return made
 
-    def _check_made(self, name: str, view: View | Gate, flat: Tensor, x: Tensor) -> None:
+    def _check_made(self, name: str, view: View | Gate, flat: Tensor, features: int, x: Tensor) -> None:
         """Raise `InputError` for a module, put in the place of what made a view, that makes something else."""
-        features = self._groups(view) * math.prod(self._dims(view))
         if flat.ndim != 3 or flat.shape[:2] != x.shape[:2] or flat.shape[2] != features:
             raise InputError(
                 f"What stands in views.{name} does not make the {view.kind} '{name}'.",
@@ -207,9 +207,8 @@ class Branch(nn.Module):
                 fix=f"put nn.Linear({x.shape[2]}, {features}) there, or a module that gives as many features",
             )
 
-    def _split(self, view: View | Gate, flat: Tensor) -> Tensor:
+    def _split(self, view: View | Gate, flat: Tensor, dims: list[int]) -> Tensor:
         """[B, N, ...] with all features of a token, as the op takes them: [B, H, N, *dims]."""
-        dims = self._dims(view)
         steps = [getattr(self.spec.schedule, "micro", 1)] if view.micro else []
         if view.shared:
             return flat.reshape(*flat.shape[:2], *steps, *dims)

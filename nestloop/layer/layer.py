@@ -168,7 +168,7 @@ class Layer(Branch):
         """
         self._check_input(x)
         if attn_mask is not None or is_causal:
-            self._check_mask(attn_mask, is_causal)
+            self._check_mask(attn_mask)
         if cu_seqlens is not None:
             return self._packed(x, order, return_losses, state, return_state, cu_seqlens, dims)
         if dims:
@@ -253,7 +253,7 @@ class Layer(Branch):
                 fix=f"pass x.to({other}), or make the layer with dtype={x.dtype}",
             )
 
-    def _check_mask(self, mask: Any, is_causal: bool) -> None:
+    def _check_mask(self, mask: Any) -> None:
         if mask is not None:
             raise InputError(
                 "A nested loop takes no mask of attention.",

@@ -34,22 +34,13 @@ def batch_gradient(
         found, total = {}, None
         for gate, names in alike.items():
 
-            def objective(
-                own: Tensors,
-                fast: Tensors,
-                slow: Tensors,
-                tokens: Tensors,
-                weight: Any,
-                held: Tensors | None,
-                gate: str | None = gate,
-            ) -> tuple[Tensor, Tensor]:
+            def objective(own: Tensors, gate: str | None = gate) -> tuple[Tensor, Tensor]:
                 whole = {**fast, **own}
-                losses = loss(whole, slow, tokens, held) if spec.holds else loss(whole, slow, tokens)
+                losses = loss(whole, slow, tokens, held or fast) if spec.holds else loss(whole, slow, tokens)
                 counted = losses if gate is None else losses * tokens[gate]
                 return (counted * weight).sum(), losses.sum()
 
-            own = {name: fast[name] for name in names}
-            gradients, total = grad(objective, has_aux=True)(own, fast, slow, tokens, weight, held or fast)
+            gradients, total = grad(objective, has_aux=True)({name: fast[name] for name in names})
             found.update(gradients)
         return {name: found[name] for name in fast}, total
 

@@ -165,10 +165,10 @@ class _Walk:
             moved = self._windowed(taken, moved, index, at)
         moved = {n: g if isinstance(self.optimizer.rate_of(n), Gate) else factor(n, self.optimizer.rate_of(n)) * g
                  for n, g in moved.items()}  # fmt: skip
-        for order, eta in enumerate(self.optimizer.momentum or ()):
+        for order in range(self.optimizer.orders):
             for name, gradient in moved.items():
                 key = momentum_name(name, order)
-                self.carry[key] = factor(name, coefficient.of(eta, name, 0.0)) * self.carry[key] + gradient
+                self.carry[key] = factor(name, self.optimizer.momenta_of(name)[order]) * self.carry[key] + gradient
             moved = {name: self.carry[momentum_name(name, order)] for name in moved}
         for name, update in moved.items():
             if self.optimizer.scale is None:
@@ -177,7 +177,7 @@ class _Walk:
                 key = f"{name}.update"
                 total = self.carry.get(key, torch.zeros_like(update)) + update
                 self.carry[key] = total
-                scale = factor(name, coefficient.of(self.optimizer.scale, name, 1.0))
+                scale = factor(name, self.optimizer.scale_of(name))
                 self.carry[name] = anchor[name] - scale * total
 
     def _windowed(self, at: Tensors, newest: Tensors, index: int, place: int) -> Tensors:

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from unittest import mock
 
 from nestloop import zoo
-from nestloop.inspection import trial_sizes
 from nestloop.lang.schedule import Program
 from nestloop.lowering import lower, names
 from nestloop.lowering.runtime import compiler
+from nestloop.targets import trial_sizes
 
 
 def timed(function: Callable[[], object]) -> tuple[float, float]:

@@ -34,13 +34,13 @@ from benchmarks import machine
 from benchmarks.mttt_layer import RESULTS
 from nestloop import zoo
 from nestloop.errors import NoPlanError
-from nestloop.inspection import trial_sizes
 from nestloop.lang.schedule import Program
 from nestloop.lowering import names, pipeline
 from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.runtime import offline
 from nestloop.lowering.runtime.assembler import hopper_assembler
 from nestloop.lowering.runtime.triton_plan import TritonPlan
+from nestloop.targets import trial_sizes
 
 TABLE = RESULTS / "static.json"
 # Features of a head, and the devices compiled for at each.

@@ -3,13 +3,15 @@
     import nestloop as nl
 
 Declare a learner and a loop (`Learner`, `Loop`, `fast`, `slow`, `view`, `gate`), compile it (`compile`), or make it a
-layer (`Layer`); look at every stage (`inspect`, `explain`), and at what it should take on a GPU (`cost`).
+layer (`Layer`); look at every stage (`inspect`, `explain`), at whether it is right (`check`), and at what it should
+take on a GPU (`cost`).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nestloop.checks import check
     from nestloop.compiled import CompiledLoop, compile
     from nestloop.cost_table import cost
     from nestloop.errors import NestloopError
@@ -43,6 +45,7 @@ __all__ = [
     "Shuffled",
     "Sliding",
     "affine",
+    "check",
     "compile",
     "conjugate_gradient",
     "conv",
@@ -73,6 +76,7 @@ __all__ = [
 # Where each name is at home, imported when it is first used: the command line answers without torch, a declaration
 # comes without the compiler.
 _HOME = {
+    "nestloop.checks": ("check",),
     "nestloop.compiled": ("CompiledLoop", "compile"),
     "nestloop.cost_table": ("cost",),
     "nestloop.errors": ("NestloopError",),

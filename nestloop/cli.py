@@ -89,6 +89,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     explain = command("explain", run_explain, "say what is fast, what is slow, where gradients flow and what runs")
     explain.add_argument("target", help=TARGET)
+    check = command("check", run_check, "compare what is generated from a loop with its definition, on random inputs")
+    check.add_argument("target", help=TARGET)
+    check.add_argument("--stress", action="store_true", help="also on inputs at which layers go wrong in training")
+    check.add_argument("--dtypes", default="fp32,bf16", help="of the views, beside fp64: of fp32, bf16 and fp16")
+    check.add_argument("--backends", help="of torch, cpp and triton (default: those that are fast on the device)")
+    check.add_argument("--device", default="cpu", help="cpu or cuda")
+    check.add_argument("--seed", type=int, default=0, help="of the inputs")
     cost = command("cost", run_cost, "say what every plan of a loop should take on a GPU, and why one is chosen")
     cost.add_argument("--device", default="h200", help="h200, h100, b200, a100 or mi300x; none need be there")
     cost.add_argument("--dtype", default="bf16", help="of the views: bf16, fp16 or fp32")
@@ -99,12 +106,12 @@ def build_parser() -> argparse.ArgumentParser:
     tune.add_argument("--dtype", default="bf16", help="of the views: bf16, fp16 or fp32")
     tune.add_argument("--budget", type=parse_budget, default=120, metavar="SECONDS", help="that it may take")
     tune.add_argument("--out", type=Path, help="the file (default: beside the declaration, as NAME.tuned.json)")
-    for added in (inspect, explain, cost, tune):
+    for added in (inspect, explain, check, cost, tune):
         added.add_argument("--shape", default="", metavar="B=2,H=2,N=16,d=16", help="sizes of the dims")
     catalogue = command("list", run_list, "list the loops, models and recipes that come with nestloop")
     catalogue.add_argument("--kind", choices=list(CATALOGUES), default="loops")
     doctor = command("doctor", run_doctor, "compare what is installed with what nestloop was tested with")
-    for added in (cost, tune, catalogue, doctor):
+    for added in (check, cost, tune, catalogue, doctor):
         added.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
     command("train", None, "train RECIPE [--key value ...]: run a recipe, any of its fields overridden")
     command("eval", None, "eval CHECKPOINT [--key value ...]: accuracy of a checkpoint on its evaluation images")
@@ -132,11 +139,38 @@ def run_explain(target: str, shape: str) -> int:
     return 0
 
 
+def run_check(
+    target: str,
+    stress: bool,
+    dtypes: str,
+    backends: str | None,
+    device: str,
+    seed: int,
+    shape: str,
+    as_json: bool,
+) -> int:
+    loop, dims = load_target(target), parse_shape(shape)
+    from nestloop import checks, targets
+    from nestloop.lowering.schedule.roofline import DTYPES
+
+    targets.check_dims(loop, dims)
+    several = loop if isinstance(loop, (tuple, list)) else (loop,)
+    options: dict[str, Any] = {"dtypes": [DTYPES.get(name, name) for name in parse_names(dtypes)]}
+    options |= {"backends": None if backends is None else parse_names(backends), **dims}
+    found = [checks.check(one, stress=stress, device=device, seed=seed, **options) for one in several]
+    if as_json:
+        made = [{"nestloop": __version__, **one.as_json()} for one in found]
+        print(json.dumps(made if len(made) > 1 else made[0], indent=2))
+    else:
+        print("\n\n".join(map(str, found)))
+    return 0 if all(one.holds for one in found) else 1
+
+
 def run_cost(target: str, device: str, dtype: str, shape: str, as_json: bool) -> int:
     loop, dims = load_target(target), parse_shape(shape)
-    from nestloop import cost_table, costs, inspection
+    from nestloop import cost_table, costs, targets
 
-    inspection.check_dims(loop, dims)
+    targets.check_dims(loop, dims)
     several = loop if isinstance(loop, (tuple, list)) else (loop,)
     found = [costs.costs_of(one, dims, device, dtype) for one in several]
     if as_json:
@@ -157,9 +191,9 @@ def run_tune(
     as_json: bool,
 ) -> int:
     loop, dims = load_target(target), parse_shape(shape)
-    from nestloop import inspection, tuning
+    from nestloop import targets, tuning
 
-    inspection.check_dims(loop, dims)
+    targets.check_dims(loop, dims)
     several = loop if isinstance(loop, (tuple, list)) else (loop,)
     found = [tuning.tune(one, dims, device, dtype, budget / len(several), out) for one in several]
     if as_json:
@@ -311,6 +345,11 @@ def parse_budget(text: str) -> float:
     if not 0 < seconds < math.inf:
         raise UsageError(f"--budget cannot read '{text}'; write seconds, as in --budget 120")
     return seconds
+
+
+def parse_names(text: str) -> list[str]:
+    """'fp32,bf16' -> ["fp32", "bf16"]."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def parse_shape(text: str) -> dict[str, int]:

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from nestloop.costs import DIRECTIONS, LONGEST, NOTE, Costs, Row, costs_of, roofline
-from nestloop.inspection import check_dims, loops_of
 from nestloop.lowering.schedule.roofline import ATTENTION, DTYPES
+from nestloop.targets import check_dims, loops_of
 
 _HEAD = ("plan", "warps", "GFLOP", "MB", "FLOP/B", "registers", "spills", "shared", "programs", "held", "waves", "us")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from nestloop.compiled import spec_of
 from nestloop.errors import NoPlanError, UnknownDtypeError
-from nestloop.inspection import trial_sizes
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Program
 from nestloop.lowering import names
@@ -30,6 +29,7 @@ from nestloop.lowering.schedule.roofline import (
     least,
     over_lengths,
 )
+from nestloop.targets import trial_sizes
 
 DIRECTIONS = ("forward", "backward")
 LONGEST = 1 << 20  # tokens, up to which a loop may overtake attention

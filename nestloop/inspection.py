@@ -9,14 +9,12 @@ from typing import Any
 import torch
 
 from nestloop.compiled import CompiledLoop, spec_of
-from nestloop.errors import UnknownDimError, UnknownStageError
+from nestloop.errors import UnknownStageError
 from nestloop.lang.declare import caller
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import LoopSpec
-from nestloop.lang.names import BUILT_IN_DIMS
 from nestloop.lang.schedule import Chunked, Program
 from nestloop.lang.state import counts_tokens, state_numbers, state_size
-from nestloop.layer import Branch
 from nestloop.lowering import names, pipeline
 from nestloop.lowering.in_parts import told
 from nestloop.lowering.pipeline import Lowered, LoweredStream
@@ -30,8 +28,7 @@ from nestloop.lowering.runtime.tiles import LOST_BITS
 from nestloop.lowering.runtime.triton_plan import FEW, WORTH, TritonPlan
 from nestloop.lowering.runtime.work import expected
 from nestloop.stages import STAGES, AnyLowered, compiled, optimizer_text, schedule_text
-
-_TRIAL = {"d": 16, "H": 2, "B": 2, "N": 16}
+from nestloop.targets import check_dims, loops_of, trial_sizes
 
 
 def inspect(loop: Any, stage: str | None = None, device: str = "sm_90", **dims: int) -> str:
@@ -71,32 +68,6 @@ def explain(loop: Any, **dims: int) -> str:
     return "\n\n".join(parts)
 
 
-def loops_of(loop: Any) -> list[tuple[LoopSpec, dict[str, int], CompiledLoop | None]]:
-    """The loops of whatever was given, with the sizes it knows."""
-    if isinstance(loop, CompiledLoop):
-        return [(loop.spec, dict(loop.dims), loop)]
-    if isinstance(loop, Branch):
-        parts = getattr(loop, "parts", [loop])
-        return [(part.spec, dict(part.sizes), part.op) for part in parts]
-    several = loop if isinstance(loop, (tuple, list)) else (loop,)
-    return [(spec_of(part), {}, None) for part in several]
-
-
-def check_dims(loop: Any, dims: Mapping[str, int]) -> None:
-    """Raise `UnknownDimError` for a size of a dim that whatever was given does not have."""
-    specs = [spec for spec, _, _ in loops_of(loop)]
-    known = sorted({*BUILT_IN_DIMS}.union(*(spec.dim_names for spec in specs)))
-    for name, size in dims.items():
-        if name not in known:
-            raise UnknownDimError(
-                f"{' and '.join(spec.name for spec in specs)} has no dim '{name}'.",
-                where=caller(),
-                given=f"{name}={size}",
-                need=f"sizes of {', '.join(known)}",
-                fix="leave it out: dims are those that views, weights and the grid are declared with",
-            )
-
-
 def inspect_text(loop: Any, stage: str | None, dims: Mapping[str, int], device: str = "sm_90") -> str:
     """`inspect` of one loop class (or several, as a tuple)."""
     if isinstance(loop, (tuple, list)):
@@ -127,23 +98,6 @@ def explain_text(loop: Any, dims: Mapping[str, int], op: CompiledLoop | None = N
     spec = names.safe(spec_of(loop), triton)
     sizes = trial_sizes(spec, dims)
     return "\n".join(_explain(_lower(spec, sizes, triton), sizes, op))
-
-
-def trial_sizes(spec: LoopSpec, dims: Mapping[str, int]) -> dict[str, int]:
-    """A size for every dim of a loop: the given ones, the declaration's defaults, then small ones."""
-    sizes = {**_TRIAL, **spec.default_dims, **dims}
-    if isinstance(spec.heads, int):
-        sizes["H"] = spec.heads
-    sizes.setdefault("D", sizes["d"] * dims.get("H", _TRIAL["H"]))
-    if spec.grid is not None:
-        rows, columns = spec.grid
-        sizes.setdefault(rows, 4)
-        sizes.setdefault(columns, 4)
-        sizes["N"] = sizes[rows] * sizes[columns]
-    declared = {**spec.fast, **spec.slow, **spec.inputs}.values()
-    for index, name in enumerate(n for d in declared for e in d.dims for n in e.names):
-        sizes.setdefault(name, 8 + 4 * index)
-    return sizes
 
 
 def _lower(spec: LoopSpec, sizes: dict[str, int], triton: bool = False) -> AnyLowered:

@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import re
 
 import pytest
 import torch
@@ -405,3 +406,14 @@ def test_views_of_groups_take_a_multiple_of_heads(heads, fitting):
         need="a number of heads that is a multiple of 3",
         fix=f"write nl.Layer(..., heads={fitting})",
     )
+
+
+def test_explain_of_a_layer_has_the_loops_beside():
+    class Second(zoo.RetNet):
+        beside = zoo.LightningAttention
+
+    class First(zoo.CausalLinearAttention):
+        beside = Second
+
+    text = nl.explain(nl.Layer(First, width=8, heads=2, dk=4, dv=4))
+    assert re.findall(r"^(\w+)  \(", text, re.MULTILINE) == ["First", "Second", "LightningAttention"]

@@ -14,6 +14,8 @@ _OWN_MODULES = (
     "nestloop.layer",
     "nestloop.inspection",
     "nestloop.stages",
+    "nestloop.targets",
+    "nestloop.checks",
     "nestloop.cost",
     "nestloop.tuning",
     "nestloop.models.",

@@ -19,7 +19,16 @@ from torch import Tensor
 
 import nestloop as nl
 from nestloop.errors import NestloopError, NoPlanError
-from tests.lowering.comparison import Inputs, assert_equal, assert_exact, differences, run, run_in_parts, with_gradients
+from tests.lowering.comparison import (
+    Inputs,
+    assert_equal,
+    assert_exact,
+    differences,
+    named_outputs,
+    run,
+    run_in_parts,
+    with_gradients,
+)
 from tests.lowering.random_cases import drawn
 from tests.lowering.random_streams import FAMILIES, LENGTHS, LONG, RandomStream, random_streams
 
@@ -159,7 +168,7 @@ def check_reset(case: RandomStream, calls: random.Random) -> None:
     views = {n: apart(n, t) for n, t in inputs.views.items()}
     z, state, losses = nl.compile(alone, backend=backend)(views, inputs.weights, return_losses=True)
     last = {n: t[-1:] for n, t in state.items() if isinstance(t, Tensor)}
-    assert_equal(differences(with_gradients(together(z), last, together(losses), inputs), wanted), 1e-10)
+    assert_equal(differences(with_gradients(named_outputs(together(z), last, together(losses)), inputs), wanted), 1e-10)
 
 
 def without_reset(schedule: nl.Causal | nl.Chunked) -> nl.Causal | nl.Chunked:
@@ -185,14 +194,14 @@ def check_packed(case: RandomStream, calls: random.Random) -> None:
     bounds = [0, *accumulate(calls.choices([4, 5, 9], k=3))]
     inputs = case.inputs(loop, bounds[-1], sequences=1, seed=calls.randrange(1000))
     z, states, losses = op(inputs.views, inputs.weights, return_losses=True, cu_seqlens=bounds)
-    found = with_gradients(z, named(states), losses, inputs)
+    found = with_gradients(named_outputs(z, named(states), losses), inputs)
     parts = []
     for start, stop in pairwise(bounds):
         axis = {n: 1 if view.shared else 2 for n, view in loop.spec.inputs.items()}
         views = {n: t.narrow(axis[n], start, stop - start) for n, t in inputs.views.items()}
         parts.append(op(views, inputs.weights, return_losses=True))
     z, states, losses = zip(*parts, strict=True)
-    wanted = with_gradients(torch.cat(z, 2), named(states), torch.cat(losses, 2), inputs)
+    wanted = with_gradients(named_outputs(torch.cat(z, 2), named(states), torch.cat(losses, 2)), inputs)
     assert_equal(differences(found, wanted), 1e-10)
 
 

@@ -15,7 +15,6 @@ import pytest
 import nestloop as nl
 from nestloop import cost_table, costs, zoo
 from nestloop.errors import NestloopError, NoPlanError, UnknownDeviceError, UnknownDtypeError
-from nestloop.inspection import trial_sizes
 from nestloop.lowering import names
 from nestloop.lowering.candidates import Candidate, candidates
 from nestloop.lowering.runtime import offline, plan
@@ -23,6 +22,7 @@ from nestloop.lowering.runtime.tiles import spacing_within
 from nestloop.lowering.schedule.devices import DEVICES
 from nestloop.lowering.schedule.plan_work import attention
 from nestloop.lowering.schedule.roofline import Estimate, Facts, Work, estimate, least, registers, resident
+from nestloop.targets import trial_sizes
 
 H200 = DEVICES["h200"]
 

@@ -15,11 +15,11 @@ import pytest
 
 import nestloop as nl
 from nestloop import zoo
-from nestloop.inspection import trial_sizes
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering import pipeline
 from nestloop.lowering.runtime.compiler import FLAGS, HEADER
 from nestloop.lowering.runtime.native import NativePlan
+from nestloop.targets import trial_sizes
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="no ziglang")
 OURS = ("-march=native", "-fopenmp", "-shared")  # of FLAGS, what is for this machine and its libraries

@@ -1,0 +1,218 @@
+"""What must hold of any loop: a property is one function here, which `nl.check` finds by itself, and yields rows.
+
+A claim that is algebra is compared in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from nestloop.checks.certificate import Row
+from nestloop.checks.comparison import call, run, run_in_parts, weighted, with_gradients
+from nestloop.checks.inputs import Inputs
+from nestloop.checks.subject import Subject, furthest
+from nestloop.lang.binding import lead
+from nestloop.lang.schedule import Chunked, Program, Stream, sees_later
+from nestloop.lowering.capture import capture
+from nestloop.lowering.ops import DETACHED
+
+Property = Callable[[Subject], Iterator[Row]]
+PROPERTIES: dict[str, Property] = {}
+
+# Of a central difference over five points: errors of the fourth power, and of eps over it; a kink in between, as elu
+# has one, is not met by both.
+STEPS = (1e-4, 1e-5)
+DIFFERENCES = 1e-5  # what these may be off by
+SPLIT_TOKENS = 23  # of a sequence that is walked token by token
+
+
+def declared(function: Property) -> Property:
+    PROPERTIES[function.__name__.replace("_", " ")] = function
+    return function
+
+
+@declared
+def definition(subject: Subject) -> Iterator[Row]:
+    """The reference's gradients are derivatives: of all it computes along a random direction, by central differences.
+
+    They are not where a body holds values constant (`detach`, `f.held`).
+    """
+    tokens = subject.short
+    if _holds(subject, tokens):
+        why = "not compared: a body holds values constant, which differences do not"
+        yield Row("definition", "reference", "float64", tokens, None, DIFFERENCES, why)
+        return
+    inputs = subject.inputs(tokens)
+    gradients = subject.reference(inputs)
+    torch.manual_seed(subject.seed + 1)
+    errors: dict[str, tuple[float, float]] = {}
+    for name, leaf in inputs.leaves().items():
+        direction = torch.randn_like(leaf)
+
+        def moved(by: float, name: str = name, direction: Tensor = direction) -> float:
+            near = inputs.map(lambda other, value: value + by * direction if other == name else value)
+            return weighted(call(subject.op("reference"), near)).item()
+
+        slopes = [(8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))) / (12 * h) for h in STEPS]
+        claimed = (gradients[f"gradient of {name}"] * direction).sum().item()
+        errors[name] = (min(abs(slope - claimed) for slope in slopes), abs(claimed))
+    largest = max(size for _, size in errors.values())
+    relative = {n: off / max(size, 1e-3 * largest, 1e-9) for n, (off, size) in errors.items()}
+    worst = max(relative, key=relative.__getitem__)
+    yield Row("definition", "reference", "float64", tokens, relative[worst], DIFFERENCES, f"gradient of {worst}")
+
+
+def _holds(subject: Subject, tokens: int) -> bool:
+    """Whether a body, or a function of the optimizer, holds a value constant."""
+    if subject.spec.holds:
+        return True
+    plain = {name: size for name, size in subject.sizes.items() if name not in ("B", "N", "n")}
+    captured = capture(subject.op("reference").renamed, plain, tokens)
+    optimizer = captured.spec.optimizer
+    functions = (getattr(optimizer, part) for part in ("transform", "gradient_transform", "restore"))
+    graphs = [graph for function in functions for graph in getattr(function, "graphs", {}).values()]
+    graphs += [graph for graph in (captured.loss, captured.readout) if graph is not None]
+    return any(node.target is DETACHED for graph in graphs for node in graph.graph.nodes)
+
+
+@declared
+def agreement(subject: Subject) -> Iterator[Row]:
+    """Generated code computes what the reference does: values, states, inner losses and every gradient."""
+    for dtype in ("float64", *subject.dtypes):
+        lengths = subject.lengths if dtype == "float64" else subject.lengths[-1:]
+        given = [(tokens, subject.given(subject.inputs(tokens), dtype)) for tokens in lengths]
+        yield from _agreement("agreement", subject, dtype, given)
+
+
+def _agreement(check: str, subject: Subject, dtype: str, calls: Sequence[tuple[int, Inputs]]) -> Iterator[Row]:
+    """Every backend with code for a dtype against the reference, on calls of so many tokens."""
+    wanted = [subject.reference(given) for _, given in calls]
+    bounds = [subject.bound(given, right, dtype) for (_, given), right in zip(calls, wanted, strict=True)]
+    for backend in subject.having(dtype):
+        for (tokens, given), right, bound in zip(calls, wanted, bounds, strict=True):
+            error, worst = furthest(subject.run(backend, given), right)
+            yield Row(check, backend, dtype, tokens, error, bound, worst)
+
+
+@declared
+def from_a_state(subject: Subject) -> Iterator[Row]:
+    """The same of a batch schedule that starts from fast weights of each sequence's own."""
+    spec, tokens = subject.spec, subject.short
+    if spec.streams or spec.is_kernel_estimator:
+        return  # what `splits` is about
+    inputs = subject.inputs(tokens)
+    _, ended, *_ = subject.op("reference")(inputs.views, inputs.weights, None, inputs.order)
+    inputs.state = {name: value.detach().requires_grad_() for name, value in ended.items()}
+    yield from _agreement("from a state", subject, "float64", [(tokens, subject.given(inputs, "float64"))])
+
+
+@declared
+def splits(subject: Subject) -> Iterator[Row]:
+    """A sequence in several calls, its state handed on, also token by token, is the whole."""
+    schedule = subject.spec.schedule
+    if not isinstance(schedule, Stream) or isinstance(schedule, Program):
+        return
+    tokens = subject.lengths[-1] if len(subject.lengths) == 1 else min(subject.lengths[-1], SPLIT_TOKENS)
+    own = schedule.period if isinstance(schedule, Chunked) and schedule.order == "update-apply" else 1
+    several = [cut for cut in (1, 4, tokens - 2) if 0 < cut < tokens] if own == 1 else [own]
+    for cuts in (sorted({*several}), list(range(own, tokens, own))):
+        if not cuts or cuts[-1] >= tokens:
+            continue
+        inputs = subject.inputs(tokens)
+        for backend in subject.walking:
+            given = subject.given(inputs, subject.exact(backend))
+            whole, parts = run(subject.op(backend), given), run_in_parts(subject.op(backend), given, cuts)
+            dtype = subject.exact(backend)
+            what = "token by token" if len(cuts) == tokens - 1 else f"cut before {', '.join(map(str, cuts[:4]))}"
+            yield subject.between(f"splits, {what}", backend, dtype, tokens, parts, whole, given)
+
+
+@declared
+def packed(subject: Subject) -> Iterator[Row]:
+    """Sequences packed one after another are each as if it were alone."""
+    spec, tokens = subject.spec, subject.lengths[-1]
+    if spec.schedule.needs_order or spec.grid or isinstance(spec.schedule, Program) or tokens < 4:
+        return
+    inputs = subject.inputs(tokens).of_sequence(0)
+    bounds = [0, tokens // 3, tokens // 3 + 1, tokens]
+    for backend in subject.walking:
+        dtype = subject.exact(backend)
+        given, op = subject.given(inputs, dtype), subject.op(backend)
+        together, *_ = op(given.views, given.weights, cu_seqlens=bounds, **given.dims)
+        alone = [
+            op(given.of_tokens(spec, start, stop), given.weights, **given.dims)[0] for start, stop in pairwise(bounds)
+        ]
+        found, wanted = (with_gradients({"z": z}, given) for z in (together, torch.cat(alone, 2)))
+        yield subject.between("packed", backend, dtype, tokens, found, wanted, given)
+
+
+@declared
+def a_sequence_alone(subject: Subject) -> Iterator[Row]:
+    """A sequence does not depend on the others of its batch."""
+    if subject.sizes["B"] < 2:
+        return
+    tokens = subject.lengths[-1]
+    for backend in subject.here:
+        dtype = subject.exact(backend)
+        given = subject.given(subject.inputs(tokens), dtype)
+        with torch.no_grad():
+            batch, alone = (call(subject.op(backend), one) for one in (given, given.of_sequence(1)))
+        wanted = {name: value[1:2] for name, value in batch.items()}
+        yield subject.between("a sequence alone", backend, dtype, tokens, alone, wanted, given)
+
+
+@declared
+def strides(subject: Subject) -> Iterator[Row]:
+    """Views are read, and their gradients written, in any layout: here [B, N, H, *] behind the axes [B, H, N, *]."""
+    tokens = subject.lengths[-1]
+
+    def turned(name: str, value: Tensor) -> Tensor:
+        if name not in subject.spec.inputs:
+            return value
+        axes = lead(subject.spec.inputs[name])
+        return value.transpose(1, axes.index("N")).contiguous().transpose(1, axes.index("N"))
+
+    for backend in subject.here:
+        dtype = subject.exact(backend)
+        given = subject.given(subject.inputs(tokens), dtype)
+        wanted, found = (run(subject.op(backend), one) for one in (given, given.map(turned)))
+        yield subject.between("strides", backend, dtype, tokens, found, wanted, given)
+
+
+@declared
+def causality(subject: Subject) -> Iterator[Row]:
+    """Where a token is read with what came before it alone, no later one changes its read-out."""
+    tokens = subject.lengths[-1]
+    if sees_later(subject.spec.schedule) or tokens < 2:
+        return
+    cut = tokens // 2
+    for backend in subject.here:
+        dtype = subject.exact(backend)
+        given = subject.given(subject.inputs(tokens), dtype)
+
+        def later(name: str, value: Tensor) -> Tensor:
+            if name not in subject.spec.inputs:
+                return value
+            axis = lead(subject.spec.inputs[name]).index("N")
+            return torch.cat([value.narrow(axis, 0, cut), value.narrow(axis, cut, tokens - cut).flip(axis) / 2], axis)
+
+        with torch.no_grad():
+            wanted, found = (
+                {"z": call(subject.op(backend), one)["z"][:, :, :cut]} for one in (given, given.map(later))
+            )
+        yield subject.between("causality", backend, dtype, tokens, found, wanted, given)
+
+
+@declared
+def determinism(subject: Subject) -> Iterator[Row]:
+    """A call made again gives the same bits, gradients too."""
+    tokens, dtype = subject.lengths[-1], "float32"
+    for backend in subject.here:
+        given = subject.given(subject.inputs(tokens), dtype)
+        once, again = (subject.run(backend, given) for _ in range(2))
+        error, worst = furthest(again, once)
+        yield Row("determinism", backend, dtype, tokens, error, 0.0, worst)

@@ -1,0 +1,187 @@
+"""A loop under check: its sizes, its backends, and what the reference makes of one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from nestloop.checks.certificate import Row
+from nestloop.checks.comparison import differences, moved_by_rounding, run
+from nestloop.checks.inputs import Inputs, draw
+from nestloop.compiled import CompiledLoop
+from nestloop.errors import NoPlanError
+from nestloop.lang.loop import LoopSpec
+from nestloop.lang.schedule import Program, Stream
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# What an error may be at least: where the claim is algebra, rounding of a few hundred sums; else what sums in float32
+# of products in that precision come to.
+LEAST = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
+# An error may be so many times what moving the inputs by an eps moves the reference by; half is rounding them once.
+ROUNDINGS = {"float64": 10, "float32": 10, "bfloat16": 0.5, "float16": 0.5}
+SHARE = 1e-4  # of the largest gradient (or output), by which one that should be zero is measured
+FEW_TOKENS = 7
+MOST_TOKENS = 67  # where the length is not given: generated code takes up to 64 at once, the reference one by one
+
+
+@dataclass
+class Subject:
+    """One loop with its sizes.
+
+    Attributes:
+        spec: its declaration.
+        sizes: of every dim; N aside, which each check chooses.
+        backends: that are checked.
+        device: that they run on.
+        dtypes: names of `DTYPES` that are checked beside float64.
+        lengths: tokens of a sequence, ascending; one where it is given.
+        seed: of the inputs.
+    """
+
+    spec: LoopSpec
+    sizes: Mapping[str, int]
+    backends: Sequence[str]
+    device: str
+    dtypes: Sequence[str]
+    lengths: Sequence[int]
+    seed: int
+    _ops: dict[str, CompiledLoop] = field(default_factory=dict)
+    _whys: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The sizes that a call may be given by name."""
+        return {name: size for name, size in self.sizes.items() if name in self.spec.dim_names}
+
+    def op(self, backend: str) -> CompiledLoop:
+        """The loop on a backend."""
+        if backend not in self._ops:
+            self._ops[backend] = CompiledLoop(self.spec.cls, backend, False, **self.dims)
+        return self._ops[backend]
+
+    def inputs(self, tokens: int) -> Inputs:
+        """Random inputs, float64; a token's views have norms of about one, as those of trained layers do."""
+        torch.manual_seed(self.seed)
+        inputs = draw(self.spec, {**self.sizes, "N": tokens})
+        views = self.spec.views
+
+        def of_norm_one(name: str, value: Tensor) -> Tensor:
+            axes = len(views[name].dims) if name in views else 0
+            return value / math.sqrt(max(math.prod(value.shape[value.ndim - axes :]), 1))
+
+        return inputs.map(of_norm_one)
+
+    def given(self, inputs: Inputs, dtype: str) -> Inputs:
+        """The inputs as a call in a dtype gets them: views in it, weights in float32 (float64 beside float64)."""
+        wide = torch.float64 if dtype == "float64" else torch.float32
+
+        def cast(name: str, value: Tensor) -> Tensor:
+            return value.to(self.device, DTYPES[dtype] if name in self.spec.inputs else wide)
+
+        made = inputs.map(cast)
+        made.order = None if inputs.order is None else inputs.order.to(self.device)
+        return made
+
+    def reference(self, inputs: Inputs) -> dict[str, Tensor]:
+        """What the definition makes of inputs, computed in float64."""
+        return run(self.op("reference"), _exactly(inputs))
+
+    def run(self, backend: str, inputs: Inputs) -> dict[str, Tensor]:
+        """What a backend makes of inputs, as float64 on the CPU."""
+        return {name: value.cpu().double() for name, value in run(self.op(backend), inputs).items()}
+
+    def bound(self, inputs: Inputs, wanted: Mapping[str, Tensor], dtype: str) -> float:
+        """How far off code may be that computes in a dtype what the reference makes of inputs."""
+        eps = torch.finfo(DTYPES[dtype]).eps
+        moved = moved_by_rounding(self.reference, _exactly(inputs), wanted, eps, SHARE)
+        return max(LEAST[dtype], ROUNDINGS[dtype] * moved)
+
+    def between(
+        self,
+        check: str,
+        backend: str,
+        dtype: str,
+        tokens: int,
+        found: Mapping[str, Tensor],
+        wanted: Mapping[str, Tensor],
+        given: Inputs,
+    ) -> Row:
+        """Two results of one backend as a row. What rounding explains is asked only where they differ by more than the
+        least bound."""
+        error, worst = furthest(found, wanted)
+        row = Row(check, backend, dtype, tokens, error, LEAST[dtype], worst)
+        return row if row.holds else replace(row, bound=self.bound(given, self.reference(given), dtype))
+
+    @cached_property
+    def missing(self) -> dict[str, str]:
+        """Backends that have no code for the loop, each with the reason."""
+        found = {}
+        for backend in self.backends:
+            try:
+                with torch.no_grad():
+                    inputs = self.given(self.inputs(self.lengths[0]), "float32")
+                    self.op(backend)(inputs.views, inputs.weights, None, inputs.order)
+            except NoPlanError as error:
+                found[backend] = str(error.given)
+        return found
+
+    @property
+    def here(self) -> list[str]:
+        """Backends that have code for the loop."""
+        return [backend for backend in self.backends if backend not in self.missing]
+
+    @property
+    def walking(self) -> list[str]:
+        """The same, and the reference."""
+        return ["reference", *self.here]
+
+    def having(self, dtype: str) -> list[str]:
+        """Backends with code for views of a dtype."""
+        return [backend for backend in self.here if dtype != "float64" or self.exact(backend) == "float64"]
+
+    def exact(self, backend: str) -> str:
+        """The dtype in which a backend is closest to algebra."""
+        return "float32" if backend == "triton" else "float64"
+
+    @property
+    def fixed(self) -> bool:
+        """Whether there is one length."""
+        return len(self.lengths) == 1
+
+    @property
+    def short(self) -> int:
+        """Tokens of a call that is made many times."""
+        return next((tokens for tokens in self.lengths if tokens >= FEW_TOKENS), self.lengths[-1])
+
+
+def _exactly(inputs: Inputs) -> Inputs:
+    """The same numbers in float64, on the CPU."""
+    made = inputs.map(lambda name, value: value.cpu().double())
+    made.order = None if inputs.order is None else inputs.order.cpu()
+    return made
+
+
+def furthest(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], share: float = SHARE) -> tuple[float, str]:
+    """The largest difference of all tensors, and of which it is; NaN before any other. `share` as in `differences`."""
+    errors = differences(found, wanted, share=share)
+    worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+    return errors[worst], worst
+
+
+def lengths_of(spec: LoopSpec, sizes: Mapping[str, int]) -> list[int]:
+    """Lengths at which code goes different ways: a token, a chunk less or more one, and more than a tile's tokens."""
+    if spec.grid or isinstance(spec.schedule, Program):
+        return [sizes["N"]]
+    schedule = spec.schedule
+    period = schedule.period if isinstance(schedule, Stream) else schedule.steps
+    return sorted(n for n in {1, FEW_TOKENS, period - 1, period + 1, MOST_TOKENS} if 0 < n <= MOST_TOKENS)

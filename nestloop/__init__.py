@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nestloop.lang.solve import conjugate_gradient
     from nestloop.lang.transforms import global_clip, newton_schulz, restore_norm, soft_clip
     from nestloop.layer import Layer
+    from nestloop.page import page
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "l2_norm",
     "layer_norm",
     "newton_schulz",
+    "page",
     "per_position",
     "project",
     "restore_norm",
@@ -91,6 +93,7 @@ _HOME = {
     "nestloop.lang.schedule": ("Causal", "Chunked", "FullBatch", "Online", "Program", "Shuffled", "Sliding"),
     "nestloop.lang.transforms": ("global_clip", "newton_schulz", "restore_norm", "soft_clip"),
     "nestloop.layer": ("Layer",),
+    "nestloop.page": ("page",),
 }
 
 

@@ -87,6 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--device", default="sm_90", help="of the stages ttir, ttgir, ptx, sass and amdgcn: sm_80, sm_90, ..."
     )
+    inspect.add_argument(
+        "--html", type=Path, metavar="FILE", help="write them all, with the declaration beside, as a page"
+    )
     explain = command("explain", run_explain, "say what is fast, what is slow, where gradients flow and what runs")
     explain.add_argument("target", help=TARGET)
     check = command("check", run_check, "compare what is generated from a loop with its definition, on random inputs")
@@ -123,11 +126,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_inspect(target: str, stage: str | None, device: str, shape: str) -> int:
+def run_inspect(target: str, stage: str | None, device: str, html: Path | None, shape: str) -> int:
+    if html is not None and stage is not None:
+        raise UsageError("--html writes every stage: leave --stage out")
     loop, dims = load_target(target), parse_shape(shape)
-    from nestloop import inspection
+    if html is None:
+        from nestloop import inspection
 
-    print(inspection.inspect(loop, stage, device, **dims))
+        print(inspection.inspect(loop, stage, device, **dims))
+        return 0
+    from nestloop.lowering.runtime import cache
+    from nestloop.page import page
+
+    sizes: dict[str, Any] = dict(dims)
+    cache.put(html, page(loop, **sizes))
+    print(f"written: {html}")
     return 0
 
 

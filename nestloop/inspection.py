@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,14 +80,20 @@ def inspect_text(loop: Any, stage: str | None, dims: Mapping[str, int], device: 
             need=", ".join([*STAGES, *offline.STAGES]),
             fix='write stage="emit"',
         )
-    triton = stage in (None, "triton", *offline.STAGES)
+    if stage in offline.STAGES:
+        spec = names.safe(spec_of(loop), triton=True)
+        return compiled(_lower(spec, trial_sizes(spec, dims), triton=True), stage, device)
+    texts = stage_texts(loop, (stage,) if stage is not None else tuple(STAGES), dims)
+    return texts[stage] if stage is not None else "\n\n".join(f"== {name} ==\n{text}" for name, text in texts.items())
+
+
+def stage_texts(loop: Any, stages: Sequence[str], dims: Mapping[str, int]) -> dict[str, str]:
+    """Some of `STAGES` of one loop class, by name."""
+    triton = "triton" in stages
     spec = names.safe(spec_of(loop), triton)
     sizes = trial_sizes(spec, dims)
     lowered = _lower(spec, sizes, triton)
-    if stage in offline.STAGES:
-        return compiled(lowered, stage, device)
-    parts = [f"== {name} ==\n{STAGES[name](lowered, sizes)}" for name in STAGES if stage in (None, name)]
-    return "\n\n".join(parts) if stage is None else parts[0].split("\n", 1)[1]
+    return {name: STAGES[name](lowered, sizes) for name in stages}
 
 
 def explain_text(loop: Any, dims: Mapping[str, int], op: CompiledLoop | None = None) -> str:

@@ -28,6 +28,7 @@ from nestloop.lowering.schedule.cost import cost
 
 
 def _declare(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
+    """What was declared: weights, views, the optimizer and the schedule, with their sizes."""
     spec = lowered.spec
     lines = [f"loop {spec.name}  {spec.where.short}", f"learner {spec.learner.__name__}"]
     for kind in (spec.fast, spec.slow, spec.views, spec.gates):
@@ -87,6 +88,7 @@ def schedule_text(spec: LoopSpec) -> str:
 
 
 def _capture(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
+    """The bodies as graphs of one head's tile, traced once on symbolic tokens."""
     captured = lowered.captured
     parts = [] if captured.loss is None else [f"loss:\n{graph_text(lowered.spec, captured.loss)}"]
     name = "readout" if captured.loss is not None else "kernel"
@@ -127,6 +129,7 @@ def _argument(value: Any) -> str:
 
 
 def _check(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
+    """The axes of every value, and whether tokens mix: which forms and schedules are legal."""
     if lowered.typing is None:
         return "a kernel estimator: every query meets every key, by declaration"
     axes = sorted({a for names in lowered.typing.axes.values() for a in names if not a.isdigit()})
@@ -141,6 +144,7 @@ def _check(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
 
 
 def _differentiate(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
+    """The inner gradient, and the outer backward of every piece, derived by PyTorch and simplified."""
     output = readout_axes(lowered.captured)
     parts = []
     for name, piece in lowered.pieces.items():
@@ -152,10 +156,12 @@ def _differentiate(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
 
 
 def _rewrite(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
+    """The rules that change the computation: whether each fired, and why."""
     return "\n".join(str(rule) for rule in lowered.rewrites)
 
 
 def _cost(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
+    """What each piece computes and writes, and what backward keeps or computes again."""
     tokens = sizes["N"]
     lines = [f"per head and sequence; n tokens in the piece's tile, numbers for n = {tokens}"]
     for name, piece in lowered.pieces.items():
@@ -194,16 +200,19 @@ def _kept(lowered: LoweredStream, sizes: Mapping[str, int]) -> list[str]:
 
 
 def _emit(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
+    """The generated PyTorch."""
     if lowered.source is None:
         return "nothing: z = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=...)"
     return lowered.source.text.rstrip()
 
 
 def _cpp(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
+    """The generated C++, or why there is none."""
     return f"none: {lowered.not_native}" if lowered.native is None else lowered.native.text.rstrip()
 
 
 def _triton(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
+    """The generated Triton, or why there is none."""
     if lowered.triton is None:
         return f"none: {lowered.not_triton}"
     texts = [module.text.rstrip() for module in lowered.triton.modules]
@@ -241,6 +250,7 @@ def compiled(lowered: AnyLowered, stage: str, device: str) -> str:
 
 
 def _run(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
+    """The registered ops, and the file in the cache that they run."""
     if lowered.source is None:
         return "PyTorch's scaled_dot_product_attention, called as it is"
     if isinstance(lowered, LoweredStream):

@@ -77,9 +77,11 @@ def test_a_wheel_holds_every_module_once_under_its_full_name(root: Path, tmp_pat
     ]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("nestloop-*.whl")
-    names = [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".py")]
+    held = zipfile.ZipFile(wheel).namelist()
+    names = [n for n in held if n.endswith(".py")]
     assert len(names) == len(set(names))
     assert set(names) == modules(tree)
+    assert {"nestloop/lowering/emit/tiles.h", "nestloop/page/page.html"} <= set(held)
 
 
 def canonical(requirement: str) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import secrets
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,22 +62,22 @@ def digest(text: str) -> str:
 
 def put(path: Path, text: str) -> None:
     """Write a file whole or not at all; another process never sees half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "w") as file:
+        with open(temporary, "x", encoding="utf-8") as file:  # open to whom the user's files are
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def write(name: str, text: str) -> Path:
     """Put a source in the cache under its content's address; a file that is not its content is written again."""
     path = cache_dir() / f"{name}_{digest(text)}.py"
-    if not path.exists() or path.read_text() != text:
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
         put(path, text)
     return path
 

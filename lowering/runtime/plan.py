@@ -73,7 +73,7 @@ def read(fingerprint: str | None) -> Plan | None:
     if fingerprint is None:
         return None
     try:
-        kept = json.loads(_path(fingerprint).read_text())
+        kept = json.loads(_path(fingerprint).read_text(encoding="utf-8"))
         tiles, shared = ({n: tuple(shape) for n, shape in kept.pop(k).items()} for k in ("tiles", "shared"))
         pieces = {name: tuple(flops) for name, flops in kept.pop("pieces").items()}
         native = _remade(NativePlan, kept.pop("native"))

@@ -103,7 +103,7 @@ def read(path: Path) -> list[Entry]:
         TunedFileError: it is not what `write` writes.
     """
     try:
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["format"] != FORMAT:
             raise ValueError(f"format {kept['format']}")
         return [_entry(one) for one in kept["tuned"]]

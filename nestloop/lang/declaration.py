@@ -19,6 +19,7 @@ _OWN_MODULES = (
     "nestloop.cost",
     "nestloop.tuning",
     "nestloop.models.",
+    "nestloop.page",
     "torch.nn.modules.",
 )
 

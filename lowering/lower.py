@@ -18,7 +18,8 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.parts import StaysWhole
 from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.runtime import plan as plans
-from nestloop.lowering.runtime.executable import EXECUTABLES, build, settled
+from nestloop.lowering.runtime.choice import Asked, runs_triton
+from nestloop.lowering.runtime.executable import EXECUTABLES, build
 from nestloop.lowering.runtime.fingerprint import fingerprint
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.streams import STREAM_OPS, build_stream
@@ -122,24 +123,19 @@ def lower(
     tokens: int | None,
     losses: bool,
     carried: bool,
-    inductor: bool,
-    double: bool = False,
-    backend: str = "torch",
+    asked: Asked,
     part: str = "",
-    gpu: bool = False,
 ) -> str:
     """The name in `EXECUTABLES` (of a stream, in `STREAM_OPS`) of the op for one set of sizes; "" where a body holds
     for one length only and `tokens` does not say which.
 
-    Args:
-        backend: "torch", "cpp", "triton" or "auto" (`runtime.executable.build`).
-        gpu: whether "auto" may be Triton: tensors lie on a GPU.
+    `asked`: what is to run; the other arguments as for `plan_for`.
     """
-    triton = backend == "triton" or (backend == "auto" and gpu)
+    triton, double = asked.may_be_triton, asked.double
     parted = _apart(in_parts, spec, sizes, tokens) if triton and not spec.parts else spec
     if parted is not spec:
         with suppress(StaysWhole):  # with other tokens, say
-            name = lower(parted, sizes, tokens, losses, carried, inductor, double, backend, part, gpu)
+            name = lower(parted, sizes, tokens, losses, carried, asked, part)
             if name:
                 return called_whole(parted, name)
     tiling = tiling_for(spec, sizes) if triton else UNTUNED
@@ -149,14 +145,14 @@ def lower(
         plan = plan_for(spec, sizes, tokens, losses, carried, part=part, triton=triton)
     if tokens is None and plan.tokens is not None:
         return ""
-    if spec.parts and (plan.triton is None or settled(plan, backend, gpu) != "triton"):
+    if spec.parts and (plan.triton is None or not runs_triton(plan, asked)):
         return ""  # parts are for Triton alone
     if double and plan.reads_dtype:
         plan = plan_for(spec, sizes, tokens, losses, carried, double, part, triton, tiling)
     if spec.streams:
-        return build_stream(spec, plan, sizes["H"], inductor, backend, double, gpu)
+        return build_stream(spec, plan, sizes["H"], asked)
 
     def wide() -> Plan:
         return plan_for(spec, sizes, tokens, losses, carried, double and plan.reads_dtype, "wide", triton)
 
-    return build(spec, plan, sizes["H"], losses, inductor, backend, double, wide, gpu)
+    return build(spec, plan, sizes["H"], losses, asked, wide)

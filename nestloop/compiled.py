@@ -18,6 +18,7 @@ from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec, missing
 from nestloop.lang.schedule import Program
 from nestloop.lowering import lower, names
+from nestloop.lowering.runtime.choice import Asked
 from nestloop.lowering.runtime.executable import OPS
 from nestloop.lowering.runtime.refusals import singular_system
 from nestloop.lowering.runtime.streams import StreamOp, run_stream
@@ -271,18 +272,8 @@ class CompiledLoop:
         key = (losses, carried, tokens, sizes, double, part, gpu)
         if key not in self._names:
             try:
-                name = lower.lower(
-                    self.renamed,
-                    dict(sizes),
-                    tokens or None,
-                    losses,
-                    carried,
-                    self.inductor,
-                    double,
-                    self.requested,
-                    part,
-                    gpu,
-                )
+                asked = Asked(self.requested, self.inductor, double, gpu)
+                name = lower.lower(self.renamed, dict(sizes), tokens or None, losses, carried, asked, part)
             except ShapeMismatchError:
                 if tokens:
                     raise

@@ -21,8 +21,8 @@ from nestloop.lowering.pipeline import Lowered, LoweredStream
 from nestloop.lowering.rewrites import Rewrite
 from nestloop.lowering.rewrites.gram import NAME as GRAM_FORM
 from nestloop.lowering.runtime import offline
+from nestloop.lowering.runtime.choice import Asked, why_no_cpp
 from nestloop.lowering.runtime.compiler import find
-from nestloop.lowering.runtime.executable import not_native
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.tiles import LOST_BITS
 from nestloop.lowering.runtime.triton_plan import FEW, WORTH, TritonPlan
@@ -268,9 +268,9 @@ def _backend(
     requested = "auto" if op is None else op.requested
     if requested == "triton":
         return _of_triton(plan), False, []
-    missing = not_native(plan, build_now=False)
+    missing = why_no_cpp(plan, Asked(requested, inductor), build_now=False)
     chosen: list[str] = []
-    native = requested != "torch" and not inductor and not missing
+    native = not missing
     if native and requested == "auto":
         threads = torch.get_num_threads()
         call = expected(spec, plan)(sizes["H"], sizes["B"], sizes["N"], threads)

@@ -18,6 +18,7 @@ from nestloop.lowering.axes import is_token, readout_axes, type_axes
 from nestloop.lowering.emit.tile import size_text
 from nestloop.lowering.pipeline import AnyLowered, LoweredStream
 from nestloop.lowering.runtime import cache, offline
+from nestloop.lowering.runtime.choice import Asked
 from nestloop.lowering.runtime.executable import OPS, build
 from nestloop.lowering.runtime.library import NestedLoopOp
 from nestloop.lowering.runtime.refusals import check_triton
@@ -254,9 +255,9 @@ def _run(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     if lowered.source is None:
         return "PyTorch's scaled_dot_product_attention, called as it is"
     if isinstance(lowered, LoweredStream):
-        name = build_stream(lowered.spec, pipeline.stream_plan(lowered), sizes["H"], inductor=False)
+        name = build_stream(lowered.spec, pipeline.stream_plan(lowered), sizes["H"], Asked("torch"))
         return _registered(STREAM_OPS[name].op)
-    name = build(lowered.spec, pipeline.plan(lowered), sizes["H"], losses=False, inductor=False, backend="torch")
+    name = build(lowered.spec, pipeline.plan(lowered), sizes["H"], losses=False, asked=Asked("torch"))
     return _registered(OPS[name])
 
 

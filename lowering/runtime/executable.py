@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import types
-import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 from nestloop.lang.binding import grouped_heads
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.state import identifier, steps_with
-from nestloop.lowering.runtime import cache, compiler
+from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.batches import BatchLoop, autocast_dtype, compute_dtype, output_dtype, with_pieces
+from nestloop.lowering.runtime.choice import Asked, Choice, choose
 from nestloop.lowering.runtime.library import Code, NestedLoopOp
 from nestloop.lowering.runtime.native import NativeModule, NativePlan
 from nestloop.lowering.runtime.plan import Plan
-from nestloop.lowering.runtime.refusals import check_arguments, check_triton, no_native
+from nestloop.lowering.runtime.refusals import check_arguments
 from nestloop.lowering.runtime.signature import Signature
 from nestloop.lowering.runtime.triton import TritonBatches
 from nestloop.lowering.runtime.triton_plan import TritonPlan
@@ -28,9 +29,6 @@ from nestloop.lowering.runtime.work import flops, pays
 
 Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
 
-LONGEST_MODULE = 3000  # lines of Triton; of more, one kernel takes minutes to compile
-# Numbers alive at once, over four times a multiprocessor's registers: such a kernel runs slowly, or on no device.
-MOST_ALIVE = 280_000
 EXECUTABLES: dict[str, Executable] = {}
 OPS: dict[str, NestedLoopOp] = {}  # what those of them call that are no attention
 _BY_CODE: dict[str, NestedLoopOp] = {}  # the same by what they run, which does not say how views come
@@ -38,58 +36,39 @@ _BY_CODE: dict[str, NestedLoopOp] = {}  # the same by what they run, which does 
 
 @cache.one_thread()
 def build(
-    spec: LoopSpec,
-    plan: Plan,
-    heads: int,
-    losses: bool,
-    inductor: bool,
-    backend: str = "torch",
-    double: bool = False,
-    wide: Callable[[], Plan] | None = None,
-    gpu: bool = False,
+    spec: LoopSpec, plan: Plan, heads: int, losses: bool, asked: Asked, wide: Callable[[], Plan] | None = None
 ) -> str:
     """Make a plan runnable; its name in `EXECUTABLES`.
 
     Args:
-        backend: "torch"; "cpp"; "triton"; or "auto": where the plan has C++ and it can be built, C++ or PyTorch by the
-            sizes of a call; else PyTorch; on a GPU Triton, where the plan has it (`settled`).
-        double: whether it is float64 that will be computed in.
+        asked: what is to run (`choose`).
         wide: gives the plan for weights that this one is not precise with (`rewrites.gram`), when they come.
-        gpu: whether "auto" may be Triton.
 
     Raises:
-        NoPlanError: "cpp" was asked for, and the loop has no C++ or it cannot be built.
+        NoPlanError: "cpp" or "triton" was asked for, and the loop has none, or it cannot be built.
     """
-    asked, backend = backend, settled(plan, backend, gpu)
-    if plan.form == "attention" and backend != "cpp":
+    if plan.form == "attention" and asked.backend != "cpp":
         name = f"softmax_attention_{plan.scale}_{heads}_{_layout(spec)}"
         EXECUTABLES.setdefault(name, _attention(spec, plan.scale, heads))
         return name
-    if backend == "triton":
-        check_triton(spec, plan)
-    reason = no_native_reason(plan, inductor, backend, double)
-    native = plan.triton if backend == "triton" else plan.native if backend != "torch" and not reason else None
-    path = cache.write(plan.name, plan.source)
-    name = f"{path.stem}_inductor" if inductor else path.stem
-    if native is not None:  # a module of PyTorch goes with several of C++
-        name = f"{path.stem}_{named_backend(asked, backend)}_{cache.digest(native.text)}"
+    chosen = choose(spec, plan, asked)
+    name = cache.write(plan.name, plan.source).stem + chosen.suffix
     if name not in _BY_CODE:
-        low = plan.low if backend == "triton" else ()
+        low = plan.low if isinstance(chosen.native, TritonPlan) else ()
         signature = _signature(spec, plan, heads, losses, wide is not None, low)
         check_arguments(spec, signature)
-        code = _code(spec, plan, signature, inductor, backend, double)
 
         def other() -> Code:
             assert wide is not None
             found = wide()
-            return _code(spec, found, signature, inductor, settled(found, asked, gpu), double)
+            return _code(spec, found, signature, asked, choose(spec, found, asked))
 
         def instead() -> NestedLoopOp:
-            return OPS[build(spec, plan, heads, losses, inductor, "torch", double, wide)]
+            return OPS[build(spec, plan, heads, losses, replace(asked, backend="torch"), wide)]
 
-        work, falls_back = flops(spec, plan, heads), backend == "triton" != asked
+        code, work = _code(spec, plan, signature, asked, chosen), flops(spec, plan, heads)
         _BY_CODE[name] = NestedLoopOp(
-            name, code, signature, work, spec, wide and other, instead if falls_back else None
+            name, code, signature, work, spec, wide and other, instead if chosen.falls_back else None
         )
     made = f"{name}_{_layout(spec)}"
     if made not in EXECUTABLES:
@@ -103,78 +82,13 @@ def _layout(spec: LoopSpec) -> str:
     return cache.digest(repr([*views, *[(name, weight.shared) for name, weight in spec.slow.items()]]))
 
 
-def _code(spec: LoopSpec, plan: Plan, signature: Signature, inductor: bool, backend: str, double: bool) -> Code:
-    """A plan's generated code, loaded. Raises `NoPlanError` as `build` does."""
-    reason = no_native_reason(plan, inductor, backend, double)
-    if backend == "cpp" and reason:
-        raise no_native(spec, reason)
+def _code(spec: LoopSpec, plan: Plan, signature: Signature, asked: Asked, chosen: Choice) -> Code:
+    """A plan's generated code, loaded."""
     module = cache.load(cache.write(plan.name, plan.source))
-    module = compiled_pieces(module, plan) if inductor else module
-    if backend == "triton":
-        check_triton(spec, plan)
-    native = plan.triton if backend == "triton" else plan.native if backend != "torch" and not reason else None
-    library = None if native is None else _library(spec, plan.name, native, module, signature)
+    module = compiled_pieces(module, plan) if asked.inductor else module
+    library = None if chosen.native is None else _library(spec, plan.name, chosen.native, module, signature)
     module = module if library is None else library.prepared()
-    return Code(module, plan.rows, tuple(plan.shared), library, pays(spec, plan) if backend == "auto" else None)
-
-
-def settled(plan: Plan, backend: str, gpu: bool) -> str:
-    """What "auto" is on a GPU: Triton where a plan has it that does not take minutes to compile, nor far more registers
-    than there are; else PyTorch."""
-    if backend != "auto" or not gpu:
-        return backend
-    if plan.triton is None or plan.triton.text.count("\n") > LONGEST_MODULE:
-        return "torch"
-    alive = [function["alive"] for function in plan.triton.work["functions"].values()]
-    return "triton" if max(alive, default=0) <= MOST_ALIVE else "torch"
-
-
-def named_backend(asked: str, settled: str) -> str:
-    """Of an op, in its name: what was asked for and what that is, which only "auto" tells apart."""
-    return settled if asked == settled else f"{asked}_{settled}"
-
-
-def no_native_reason(plan: Plan, inductor: bool, backend: str, double: bool) -> str:
-    """Why a backend that may be C++ is not; "" where it is, or was not asked for."""
-    if inductor:
-        return "inductor compiles generated PyTorch"
-    return "" if backend in ("torch", "triton") else not_native(plan, double)
-
-
-def not_native(plan: Plan, double: bool = False, build_now: bool = True) -> str:
-    """Why a plan does not run as C++ here, "" where it does. A compiler that is missing or fails is announced once.
-
-    `build_now`: find out by building it; else a compiler's being there is enough.
-    """
-    if plan.native is None:
-        return plan.not_native
-    scalar = "double" if double else "float"
-    key = (plan.native.text, scalar)
-    if key in _FAILED:
-        return _FAILED[key]
-    try:
-        if build_now:
-            compiler.loaded(plan.name, plan.native.text, scalar)
-        else:
-            compiler.find()
-    except compiler.BuildError as error:
-        if build_now:
-            _announce(str(error))
-            _FAILED[key] = str(error)
-        return str(error)
-    return ""
-
-
-def _announce(cause: str) -> None:
-    if not _FAILED:
-        warnings.warn(
-            f"nestloop runs generated PyTorch instead of C++, which is slower: {cause}. "
-            "Install g++ or clang++, or name one with CXX; backend='torch' says that this is intended.",
-            stacklevel=2,
-        )
-
-
-_FAILED: dict[tuple[str, str], str] = {}
+    return Code(module, plan.rows, tuple(plan.shared), library, pays(spec, plan) if chosen.by_size else None)
 
 
 def _library(

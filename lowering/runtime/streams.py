@@ -7,7 +7,7 @@ one scan, each span between two resets on its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,14 +20,17 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Chunked, Program, resets_at
 from nestloop.lang.state import Entry, State, counts_tokens
 from nestloop.lowering.runtime import cache
-from nestloop.lowering.runtime.executable import compiled_pieces, heads_first, named_backend, no_native_reason, settled
+from nestloop.lowering.runtime.choice import Asked, choose
+from nestloop.lowering.runtime.executable import compiled_pieces, heads_first
 from nestloop.lowering.runtime.library import Code, NestedLoopOp
+from nestloop.lowering.runtime.native import NativePlan
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan
-from nestloop.lowering.runtime.refusals import check_arguments, check_triton, no_native
+from nestloop.lowering.runtime.refusals import check_arguments
 from nestloop.lowering.runtime.signature import Signature, seen
 from nestloop.lowering.runtime.tiles import join, spacing
 from nestloop.lowering.runtime.triton import TritonStream
+from nestloop.lowering.runtime.triton_plan import TritonPlan
 from nestloop.lowering.runtime.work import flops, pays
 
 VALID = "window__valid"  # 1 for a row that holds a token, 0 before a sequence begins
@@ -120,67 +123,50 @@ STREAM_OPS: dict[str, StreamOp] = {}
 
 
 @cache.one_thread()
-def build_stream(
-    spec: LoopSpec,
-    plan: Plan,
-    heads: int,
-    inductor: bool,
-    backend: str = "torch",
-    double: bool = False,
-    gpu: bool = False,
-) -> str:
+def build_stream(spec: LoopSpec, plan: Plan, heads: int, asked: Asked) -> str:
     """Make one op of a stream runnable; its name in `STREAM_OPS`. Arguments, and what it raises, as for `build`."""
-    asked, backend = backend, settled(plan, backend, gpu)
-    if backend == "triton":
-        check_triton(spec, plan)
-    reason = no_native_reason(plan, inductor, backend, double)
-    if backend == "cpp" and reason:
-        raise no_native(spec, reason)
+    chosen = choose(spec, plan, asked)
     path = cache.write(plan.name, plan.source)
-    name = f"{path.stem}_inductor" if inductor else path.stem
-    native = plan.native if backend in ("auto", "cpp") and not reason else None
-    if native is not None:
-        name = f"{path.stem}_{backend}_{cache.digest(native.text)}"
-    triton = plan.triton if backend == "triton" else None
-    if triton is not None:
-        name = f"{path.stem}_{named_backend(asked, backend)}_{cache.digest(''.join(one.text for one in triton.forms))}"
+    name = path.stem + chosen.suffix
     if name not in STREAM_OPS:
-        module = cache.load(path)
-        halo = (spec.optimizer.window or 1) - 1
-        module = compiled_pieces(module, plan) if inductor else module
-        signature = StreamSignature(
-            tokens=(*spec.inputs, *([VALID] if halo else [])),
-            fast=plan.inputs,
-            slow=tuple(spec.slow),
-            tiles={**plan.tiles, "z": plan.output},
-            ends=(),
-            losses="losses" in plan.results,
-            steps=lambda length: 1,
-            ordered=False,
-            heads=heads,
-            made=plan.results,
-            kept=plan.kept,
-            chunk=plan.chunk if triton is None or not plan.chunk else triton.rows,
-            chunk_cpp=0 if native is None else native.rows,
-            halo=halo,
-        )
+        signature = _signature(spec, plan, heads, chosen.native)
         check_arguments(spec, signature)
+        module = cache.load(path)
+        module = compiled_pieces(module, plan) if asked.inductor else module
         library: NativeStream | TritonStream | None = None
-        if native is not None:
-            library = NativeStream(plan.name, native, module, signature)
-        elif triton is not None:
-            library = TritonStream(plan.name, triton, module, signature)
-        # C++ with chunks of its own keeps other states than PyTorch: neither can go back from the other's.
-        alike = native is not None and native.rows == plan.chunk
-        code = Code(module, plan.rows, (), library, pays(spec, plan) if backend == "auto" and alike else None)
+        if isinstance(chosen.native, NativePlan):
+            library = NativeStream(plan.name, chosen.native, module, signature)
+        elif chosen.native is not None:
+            library = TritonStream(plan.name, chosen.native, module, signature)
+        code = Code(module, plan.rows, (), library, pays(spec, plan) if chosen.by_size else None)
 
         def instead() -> NestedLoopOp:
-            return STREAM_OPS[build_stream(spec, plan, heads, inductor, "torch", double)].op
+            return STREAM_OPS[build_stream(spec, plan, heads, replace(asked, backend="torch"))].op
 
-        work, falls_back = flops(spec, plan, heads), backend == "triton" != asked
-        op = NestedLoopOp(name, code, signature, work, spec, instead=instead if falls_back else None)
+        work = flops(spec, plan, heads)
+        op = NestedLoopOp(name, code, signature, work, spec, instead=instead if chosen.falls_back else None)
         STREAM_OPS[name] = StreamOp(op, signature)
     return name
+
+
+def _signature(spec: LoopSpec, plan: Plan, heads: int, native: NativePlan | TritonPlan | None) -> StreamSignature:
+    halo = (spec.optimizer.window or 1) - 1
+    return StreamSignature(
+        tokens=(*spec.inputs, *([VALID] if halo else [])),
+        fast=plan.inputs,
+        slow=tuple(spec.slow),
+        tiles={**plan.tiles, "z": plan.output},
+        ends=(),
+        losses="losses" in plan.results,
+        steps=lambda length: 1,
+        ordered=False,
+        heads=heads,
+        made=plan.results,
+        kept=plan.kept,
+        chunk=native.rows if plan.chunk and isinstance(native, TritonPlan) else plan.chunk,
+        chunk_cpp=native.rows if isinstance(native, NativePlan) else 0,
+        halo=halo,
+    )
 
 
 def run_stream(

@@ -16,6 +16,7 @@ from nestloop import zoo
 from nestloop.lang.schedule import Schedule
 from nestloop.lowering import in_parts, lower, pipeline
 from nestloop.lowering.runtime import cache, executable, offline
+from nestloop.lowering.runtime.choice import Asked
 from nestloop.lowering.runtime.fingerprint import fingerprint
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 from tests.lowering.comparison import assert_equal, differences, random_inputs, run, run_in_parts
@@ -227,7 +228,7 @@ def test_tokens_may_be_joined_too():
     inputs = random_inputs(Next.spec, sizes, tokens=7)
     wanted = run(nl.compile(Next, backend="reference"), inputs)
     made = pipeline.stages(parted, sizes, None, False, False)  # generated PyTorch: a tile of all tokens has no Triton
-    name = executable.build(parted, pipeline.plan(made), 2, losses=False, inductor=False)
+    name = executable.build(parted, pipeline.plan(made), 2, losses=False, asked=Asked("torch"))
     w = inputs.weights["w"]
     weights = {"w_part1": w[:, :16], "w_part2": w[:, 16:]}
     z, _, _ = executable.EXECUTABLES[name](inputs.views, weights, None, None)
@@ -270,12 +271,13 @@ def test_what_bodies_say_is_kept(monkeypatch: pytest.MonkeyPatch):
 def test_a_kept_plan_runs_without_tracing():
     """In a process of its own, after this one has lowered it."""
     sizes = {"d": 16, "H": 2}
-    lower.lower(zoo.LinearAttentionElu.spec, sizes, None, False, False, False, backend="triton")
+    lower.lower(zoo.LinearAttentionElu.spec, sizes, None, False, False, Asked("triton"))
     code = f"""
 import sys
 from nestloop import zoo
 from nestloop.lowering import lower
-print(lower.lower(zoo.LinearAttentionElu.spec, {sizes!r}, None, False, False, False, backend="triton"))
+from nestloop.lowering.runtime.choice import Asked
+print(lower.lower(zoo.LinearAttentionElu.spec, {sizes!r}, None, False, False, Asked("triton")))
 assert "nestloop.lowering.pipeline" not in sys.modules and "nestloop.lowering.capture" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -15,7 +15,8 @@ from nestloop import compiled, zoo
 from nestloop.errors import SharedMemoryError
 from nestloop.lang.names import BUILT_IN_DIMS
 from nestloop.lowering import lower
-from nestloop.lowering.runtime import executable
+from nestloop.lowering.runtime import choice, executable
+from nestloop.lowering.runtime.choice import Asked
 from nestloop.lowering.runtime.launching import TritonCode
 from tests.drawn import draw
 
@@ -50,7 +51,7 @@ def test_it_is_pytorch_where_there_is_no_triton():
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_it_is_pytorch_where_triton_takes_minutes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(executable, "LONGEST_MODULE", 10)
+    monkeypatch.setattr(choice, "LONGEST_MODULE", 10)
     assert not any("_triton_" in name for name in ops_of(zoo.GLA))
 
 
@@ -59,7 +60,7 @@ def test_it_is_pytorch_where_registers_are_far_too_few():
 
     def op(backend: str) -> str:
         sizes = {"d": 128, "H": 2, "D": 256}
-        return lower.lower(zoo.Atlas.spec, sizes, None, False, False, False, backend=backend, part="scan", gpu=True)
+        return lower.lower(zoo.Atlas.spec, sizes, None, False, False, Asked(backend, gpu=True), "scan")
 
     assert "_triton_" in op("triton") and "_triton_" not in op("auto")
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import nestloop as nl
 from nestloop import zoo
 from nestloop.errors import NoPlanError
-from nestloop.lowering.runtime import compiler, executable
+from nestloop.lowering.runtime import choice, compiler
 from nestloop.lowering.runtime.native import ranges_of
 from tests.lowering.comparison import Inputs, assert_equal, differences, random_inputs, run
 
@@ -260,7 +260,8 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fresh cache, and no compiler."""
     monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", "g++-99")
-    monkeypatch.setattr(executable, "_FAILED", {})
+    monkeypatch.setattr(choice, "_FAILED", {})
+    monkeypatch.setattr(choice, "_ANNOUNCED", [])
 
 
 def test_without_a_compiler_pytorch_runs_and_says_so_once(nowhere: None):
@@ -278,6 +279,16 @@ def test_without_a_compiler_pytorch_runs_and_says_so_once(nowhere: None):
     ]
     assert_equal(differences(found, wanted), 0.0)
     assert "(backend 'torch': no C++ here: CXX names g++-99, which does not run)" in nl.explain(Elsewhere)
+
+
+def test_what_was_asked_for_by_name_is_refused_where_pytorch_has_run(nowhere: None):
+    class There(Recall):
+        schedule = nl.Shuffled(2)
+
+    inputs = random_inputs(There.spec, {"a": 3, "e": 4, "H": 2}, tokens=7)
+    run(nl.compile(There, backend="torch"), inputs)
+    with pytest.raises(NoPlanError, match="CXX names g"):
+        run(nl.compile(There, backend="cpp"), inputs)
 
 
 def test_a_compiler_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

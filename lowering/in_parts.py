@@ -102,8 +102,8 @@ def _comes_apart(parted: LoopSpec, spec: LoopSpec, sizes: Mapping[str, int], tok
 def _ways(spec: LoopSpec, sizes: Mapping[str, int]) -> list[LoopSpec]:
     """The loop with fast weights in parts, as far as that makes their tiles smaller: the parts as they are written in
     the declaration, and the other way around."""
-    transforms = (spec.optimizer.transform, spec.optimizer.gradient_transform, spec.optimizer.restore)
-    if spec.is_kernel_estimator or any(t is not None and not isinstance(t, GlobalClip) for t in transforms):
+    functions = spec.optimizer.functions.values()
+    if spec.is_kernel_estimator or any(not isinstance(function, GlobalClip) for function in functions):
         return []  # what may see a weight as a whole
     found: dict[tuple[Parts, ...], LoopSpec] = {}
     for turned in (False, True):

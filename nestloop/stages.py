@@ -65,10 +65,8 @@ def optimizer_text(spec: LoopSpec) -> str:
         parts.append(f"decay {optimizer.decay_order} the gradient")
     parts += [f"momentum {_coefficient(order)}" for order in optimizer.momentum or ()]
     parts += [] if optimizer.window is None else [f"window of {optimizer.window} tokens"]
-    for name in ("gradient_transform", "transform", "restore"):
-        given = getattr(optimizer, name)
-        if given is not None:
-            parts.append(f"{name.replace('_', ' ')} {getattr(given, '__name__', given)}")
+    for name, given in optimizer.functions.items():
+        parts.append(f"{name.replace('_', ' ')} {getattr(given, '__name__', given)}")
     return ", ".join(parts)
 
 

@@ -78,8 +78,7 @@ def called(coefficient: str) -> str:
 
 def _check_functions(spec: LoopSpec) -> None:
     optimizer = spec.optimizer
-    for name in ("transform", "gradient_transform", "restore"):
-        given = getattr(optimizer, name)
+    for name, given in optimizer.functions.items():
         if isinstance(given, FunctionType) and given in _MAKERS:
             made = f"nl.{given.__name__}({_MAKERS[given]})"
             raise TransformError(
@@ -89,7 +88,7 @@ def _check_functions(spec: LoopSpec) -> None:
                 need=f"what it makes, {made}",
                 fix=f"write nl.SGD(lr=1.0, {name}={made})",
             )
-        if given is None or callable(given) or (isinstance(given, GlobalClip) and name != "restore"):
+        if callable(given) or (isinstance(given, GlobalClip) and name != "restore"):
             _check_axes(spec, name, given)
             continue
         takes = "(W, initial W) to the weights" if name == "restore" else "one fast weight's gradient to its update"
@@ -204,16 +203,14 @@ def _check_stream(spec: LoopSpec) -> None:
 def _check_causal(spec: LoopSpec) -> None:
     optimizer, schedule = spec.optimizer, spec.schedule
     assert isinstance(schedule, Causal)
-    for name in ("transform", "gradient_transform", "restore"):
-        given = getattr(optimizer, name)
-        if given is not None:
-            raise _illegal(
-                spec,
-                f"its {name.replace('_', ' ')} needs a whole chunk's gradient, but each token is read with weights of "
-                "its own.",
-                f"{given if not callable(given) or isinstance(given, type) else _function(given)}; {_shown(spec)}",
-                *_stepping_once(schedule),
-            )
+    for name, given in optimizer.functions.items():
+        raise _illegal(
+            spec,
+            f"its {name.replace('_', ' ')} needs a whole chunk's gradient, but each token is read with weights of "
+            "its own.",
+            f"{given if not callable(given) or isinstance(given, type) else _function(given)}; {_shown(spec)}",
+            *_stepping_once(schedule),
+        )
     if optimizer.scale is not None and (optimizer.decays is not None or optimizer.momentum is not None):
         raise _illegal(
             spec,

@@ -277,9 +277,10 @@ def user_files(spec: LoopSpec) -> set[str]:
                 files.add(code.co_filename)
         if not inside and module is not None and getattr(module, "__file__", None):
             files.add(module.__file__)
-    transform = getattr(spec.optimizer.transform, "__code__", None)
-    if transform is not None and not getattr(spec.optimizer.transform, "__module__", "").startswith("nestloop.lang"):
-        files.add(transform.co_filename)
+    for function in spec.optimizer.functions.values():
+        code = getattr(function, "__code__", None)
+        if code is not None and not getattr(function, "__module__", "").startswith("nestloop.lang"):
+            files.add(code.co_filename)
     return files
 
 

@@ -145,6 +145,12 @@ class SGD:
         return len(self.momentum or ())
 
     @property
+    def functions(self) -> dict[str, Any]:
+        """The functions of fast weights and their gradients that are given, by name, as a step calls them."""
+        named = {name: getattr(self, name) for name in ("gradient_transform", "transform", "restore")}
+        return {name: function for name, function in named.items() if function is not None}
+
+    @property
     def decays(self) -> Any:
         """The coefficient of the decay, whichever way it is given."""
         return self.decay if self.log_decay is None else self.log_decay

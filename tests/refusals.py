@@ -23,7 +23,7 @@ def refused(step: Any, error: type[nl.NestloopError], what: str, *, given: str, 
     """`step()` raises exactly this error, at its marked line, with this whole message."""
     with pytest.raises(nl.NestloopError) as caught:
         step()
-    file = inspect.getsourcefile(step)
+    file = inspect.getsourcefile(inspect.unwrap(step))  # as `getsourcelines` has it
     assert file is not None
     line = marked(step)
     text = Path(file).read_text().splitlines()[line - 1].strip()

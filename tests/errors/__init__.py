@@ -1,0 +1,1 @@
+"""Refusals with their whole messages: of declarations, of bodies, of layers and of calls."""

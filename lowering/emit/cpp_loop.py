@@ -10,6 +10,7 @@ depends on sizes alone, and what sequences share is summed in their order, so no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from nestloop.lowering.emit.cpp_calls import CppCalls
 from nestloop.lowering.emit.cpp_prepare import CppPrepare
@@ -51,38 +52,12 @@ class CppEmitter(CppCalls):
         )
 
     def _forward(self) -> str:
-        states, at = self.states, 1 + len(self.states) + self.losses
-        step, begin, new = list(_STEP), [], []
-        end = [f"S* end_{n} = made[{1 + i}].at(head, sequence); (void)end_{n};" for i, n in enumerate(states)]
-        losses = [f"S* losses = made[{1 + len(states)}].at(head, sequence);"] if self.losses else []
-        for i, n in enumerate(states):
-            width, first = self.widths[n], f"{n}_all.at(head, sequence)" if n in self.starts else "nullptr"
-            between = f"made[{at + i}].at(head, sequence)"
-            step.append(f"const S* {n} = step ? {between} + (step - 1) * made[{at + i}].token : {first};")
-            step.append(f"(void){n};")
-            new.append(f"S* {n}_new = step + 1 < steps ? {between} + step * made[{at + i}].token : end_{n};")
-            begin.append(f"copy({first}, {width}, end_{n});" if n in self.starts else f"zero(end_{n}, {width});")
-        update = [*self._given_lines("update"), *step, *end, *new, *losses]
-        update += ["losses[step] = total / S(stop - start);"] if self.losses else []
-        update += self._each_variant(lambda v: self._update(f"{v}update"))
-        tile = [self._call("readout", "n", {"z": "z_tile"})]
-        tile.append(
-            f"put(z_tile, nullptr, from, n, {self.widths['z']}, made[0].at(head, sequence), made[0].token, false);"
-        )
-        given = self._given_lines("readout", *(["final_loss"] if self.losses else []))
-        read = [*given, *end, *[f"const S* {n} = end_{n}; (void){n};" for n in states]]
-        read += [*self._once("readout"), *self._over_tiles("readout", ("0L", "N"), "nullptr", tile)]
-        if self.losses:
-            call = self._call("final_loss", "n", {"loss_after": "&total"})
-            read += ["total = 0;", *self._once("final_loss")]
-            read += self._over_tiles("final_loss", ("0L", "N"), "nullptr", [call])
-        after = [*losses, "losses[steps] = total / S(N);"] if self.losses else []
+        after = [*self._losses_line, "losses[steps] = total / S(N);"] if self.losses else []
         # A range sums up gradients, and the loss behind them.
         loss = ["parts[part * PART + STATE] = total;"] if self.losses else []
         total = ["total = 0;", f"{_EACH_PART} total += parts[part * PART + STATE];"] if self.losses else []
-        size = "STATE" if states == self.fast else str(self._gradients.constant)
+        size = "STATE" if self.states == self.fast else str(self._gradients.constant)
         add = f"{_EACH_PART} if (part % ranges) add_to(parts + part * PART, {size}, parts + item * ranges * PART);"
-        gradients = {f"gradient_{n}": n for n in self.fast}
         whole = [
             "if (steps == 0) begin(head, sequence);",
             "for (long step = 0; step < steps; step++) {",
@@ -103,7 +78,42 @@ class CppEmitter(CppCalls):
             *_over_parts(["read(head, sequence, range);", *loss]),
             *(_over_items([*total, *after]) if self.losses else []),
         ]
-        lines = [
+        lines = [*self._phases(), *_whole_or_shared(_over_items(whole), shared)]
+        return self._unit("forward", _FORWARD, "", 0, self._state.constant + 16, lines)
+
+    @property
+    def _losses_line(self) -> list[str]:
+        """Where a sequence's losses go, behind its fast weights."""
+        return [f"S* losses = made[{1 + len(self.states)}].at(head, sequence);"] if self.losses else []
+
+    def _phases(self) -> list[str]:
+        """The phases of forward as functions."""
+        states, at = self.states, 1 + len(self.states) + self.losses
+        step, begin, new = list(_STEP), [], []
+        end = [f"S* end_{n} = made[{1 + i}].at(head, sequence); (void)end_{n};" for i, n in enumerate(states)]
+        for i, n in enumerate(states):
+            width, first = self.widths[n], f"{n}_all.at(head, sequence)" if n in self.starts else "nullptr"
+            between = f"made[{at + i}].at(head, sequence)"
+            step.append(f"const S* {n} = step ? {between} + (step - 1) * made[{at + i}].token : {first};")
+            step.append(f"(void){n};")
+            new.append(f"S* {n}_new = step + 1 < steps ? {between} + step * made[{at + i}].token : end_{n};")
+            begin.append(f"copy({first}, {width}, end_{n});" if n in self.starts else f"zero(end_{n}, {width});")
+        update = [*self._given_lines("update"), *step, *end, *new, *self._losses_line]
+        update += ["losses[step] = total / S(stop - start);"] if self.losses else []
+        update += self._each_variant(lambda v: self._update(f"{v}update"))
+        tile = [self._call("readout", "n", {"z": "z_tile"})]
+        tile.append(
+            f"put(z_tile, nullptr, from, n, {self.widths['z']}, made[0].at(head, sequence), made[0].token, false);"
+        )
+        given = self._given_lines("readout", *(["final_loss"] if self.losses else []))
+        read = [*given, *end, *[f"const S* {n} = end_{n}; (void){n};" for n in states]]
+        read += [*self._once("readout"), *self._over_tiles("readout", ("0L", "N"), "nullptr", tile)]
+        if self.losses:
+            call = self._call("final_loss", "n", {"loss_after": "&total"})
+            read += ["total = 0;", *self._once("final_loss")]
+            read += self._over_tiles("final_loss", ("0L", "N"), "nullptr", [call])
+        gradients = {f"gradient_{n}": n for n in self.fast}
+        return [
             *local_function("begin", "long head, long sequence", [*end, *begin]),
             *local_function(
                 "descend", _AT_STEP + ", long range", [*self._given_lines("gradient"), *step, *self._gradient()]
@@ -111,9 +121,7 @@ class CppEmitter(CppCalls):
             *local_function("end_step", _AT_STEP, update),
             *local_function("read", "long head, long sequence, long range", read),
             *local_function("at_part", "long part", self._at("parts + part * PART", gradients)),
-            *_whole_or_shared(_over_items(whole), shared),
         ]
-        return self._unit("forward", _FORWARD, "", 0, self._state.constant + 16, lines)
 
     def _update(self, name: str) -> list[str]:
         """A step of the optimizer; a fast weight that stays zero is set to it."""
@@ -122,29 +130,65 @@ class CppEmitter(CppCalls):
         return [*self._once(name), self._call(name, "0L"), *lines]
 
     def _backward(self) -> str:
-        states, shared = self.states, self._shared
-        made = {n: f"made[{i}]" for i, n in enumerate(self.gradients)}
+        at_shared, size = shared_out(
+            [(f"d_{n}", Extent(0, self.widths[n])) for n in self._shared], "parts + part * PART + 2 * STATE"
+        )
+        totals = [*self._sums_of_starts(), *self._sums_of_shared()]
+        lines = [
+            *self._pulls(),
+            *self._places(at_shared),
+            *_whole_or_shared(_in_turn(self._pulled_whole(), totals), self._pulled_in_ranges()),
+        ]
+        part = 2 * self._state.constant + size.constant
+        return self._unit("backward", _BACKWARD, "bool separate, ", 4 * self._state.constant, part, lines)
+
+    @cached_property
+    def _made(self) -> dict[str, str]:
+        """The cotangents that backward gives, as C++."""
+        return {n: f"made[{i}]" for i, n in enumerate(self.gradients)}
+
+    @cached_property
+    def _descends_again(self) -> bool:
+        """Whether backward sums up the gradient of a step once more."""
         pulls = [self.functions[f"{v}update_vjp"] for v in self.variants]
-        again = any(f"gradient_{n}" in pull.inputs for pull in pulls for n in self.fast)
-        ends = [f"copy(d_{n}_all.at(head, sequence), {self.widths[n]}, d_{n});" for n in states]
-        zeros = [f"zero(d_{n}, {self.widths[n]});" for n in shared]
-        # Sums over sequences, and over ranges of one, in their order.
-        sums = [f"(sequence + range ? add_to : copy)(d_{n}, {self.widths[n]}, {made[n]}.at(head, 0));" for n in shared]
-        starts = [
-            f"(separate || !sequence ? copy : add_to)(d_{n}, {self.widths[n]}, {made[n]}.at(head, sequence));"
+        return any(f"gradient_{n}" in pull.inputs for pull in pulls for n in self.fast)
+
+    def _ends(self) -> list[str]:
+        """The cotangents of fast weights before any step is pulled."""
+        return [f"copy(d_{n}_all.at(head, sequence), {self.widths[n]}, d_{n});" for n in self.states]
+
+    def _sums_of_starts(self) -> list[str]:
+        """Sums over sequences, in their order, of what these share as they start."""
+        return [
+            f"(separate || !sequence ? copy : add_to)(d_{n}, {self.widths[n]}, {self._made[n]}.at(head, sequence));"
             for n in self.starts
         ]
-        whole = [
-            *zeros,
-            *ends,
+
+    def _sums_of_shared(self) -> list[str]:
+        """The same of what all steps share, over ranges of one sequence too."""
+        return [
+            f"(sequence + range ? add_to : copy)(d_{n}, {self.widths[n]}, {self._made[n]}.at(head, 0));"
+            for n in self._shared
+        ]
+
+    def _pulled_whole(self) -> list[str]:
+        """Backward of a head and sequence, one core's work."""
+        again = ["    descend(head, sequence, step, 0);"] if self._descends_again else []
+        return [
+            *[f"zero(d_{n}, {self.widths[n]});" for n in self._shared],
+            *self._ends(),
             "pull_read(head, sequence, 0);",
             "for (long step = steps - 1; step >= 0; step--) {",
-            *(["    descend(head, sequence, step, 0);"] if again else []),
+            *again,
             "    pull_update(head, sequence, step);",
-            *[f"    std::swap(d_{n}, d_{n}_before);" for n in states],
+            *[f"    std::swap(d_{n}, d_{n}_before);" for n in self.states],
             "    pull_gradient(head, sequence, step, 0);",
             "}",
         ]
+
+    def _pulled_in_ranges(self) -> list[str]:
+        """Backward of all of them, each phase a loop of its own."""
+        again = self._descends_again
         state = f"{_EACH_PART} add_to(parts + part * PART, STATE, items + item * ITEM + slot * STATE);"
         summed = [
             "zero(items + item * ITEM + 3 * STATE, STATE);",
@@ -157,16 +201,16 @@ class CppEmitter(CppCalls):
             "    const long item = head * B + sequence;",
             f"    {state}",
             "    at_item(item, slot);",
-            *inside(starts),
+            *inside(self._sums_of_starts()),
             "    for (long range = 0; range < ranges; range++) {",
             "        at_part(item * ranges + range);",
-            *inside(inside(sums)),
+            *inside(inside(self._sums_of_shared())),
             "    }",
             "}",
         ]
-        in_ranges = [
+        return [
             "long slot = 0;  // of an item's two cotangents of its state",
-            *_over_items(["at_item(item, slot);", *ends]),
+            *_over_items(["at_item(item, slot);", *self._ends()]),
             *_over_parts(["zero(parts + part * PART, PART);", "at_part(part);", "pull_read(head, sequence, range);"]),
             "for (long step = steps - 1; step >= 0; step--) {",
             *inside(_over_parts(["at_part(part);", "descend(head, sequence, step, range);"]) if again else []),
@@ -180,7 +224,11 @@ class CppEmitter(CppCalls):
             "}",
             *loop_over("head", "H", last),
         ]
-        cotangents, gradients = {f"d_{n}": n for n in states}, {f"gradient_{n}": n for n in self.fast}
+
+    def _places(self, at_shared: Sequence[str]) -> list[str]:
+        """Functions that say where an item's cotangents lie, and those of a range: in memory of their own."""
+        again = self._descends_again
+        cotangents, gradients = {f"d_{n}": n for n in self.states}, {f"gradient_{n}": n for n in self.fast}
         item = "items + item * ITEM"
         at_item = [
             *self._at(f"{item} + slot * STATE", cotangents),
@@ -188,26 +236,19 @@ class CppEmitter(CppCalls):
             *self._at(f"{item} + 2 * STATE", {f"d_{name}": n for name, n in gradients.items()}),
             *(self._at(f"{item} + 3 * STATE", gradients) if again else []),
         ]
-        at_shared, size = shared_out(
-            [(f"d_{n}", Extent(0, self.widths[n])) for n in shared], "parts + part * PART + 2 * STATE"
-        )
         at_part = [
             *self._at("parts + part * PART", cotangents),
             *(self._at("parts + part * PART + STATE", gradients) if again else []),
             *at_shared,
         ]
-        lines = [
-            *self._pulls(made, again),
+        return [
             *local_function("at_item", "long item, long slot", at_item),
             *local_function("at_part", "long part", at_part),
-            *_whole_or_shared(_in_turn(whole, [*starts, *sums]), in_ranges),
         ]
-        part = 2 * self._state.constant + size.constant
-        return self._unit("backward", _BACKWARD, "bool separate, ", 4 * self._state.constant, part, lines)
 
-    def _pulls(self, made: dict[str, str], again: bool) -> list[str]:
-        """The phases of backward as functions; `again`: whether the gradient of a step is summed up once more."""
-        states = self.states
+    def _pulls(self) -> list[str]:
+        """The phases of backward as functions."""
+        states, made = self.states, self._made
         finals = ["final_loss_vjp"] if self.losses else []
         places = [
             f"S* d_{n}_rows = {made[n]}.at(head, sequence); const long d_{n}_apart = {made[n]}.token;"
@@ -249,7 +290,7 @@ class CppEmitter(CppCalls):
         update = [*self._given_lines("update_vjp"), *step, *self._each_variant(pull_update)]
         return [
             *local_function("pull_read", "long head, long sequence, long range", read),
-            *(local_function("descend", _AT_STEP + ", long range", descend) if again else []),
+            *(local_function("descend", _AT_STEP + ", long range", descend) if self._descends_again else []),
             *local_function("pull_update", _AT_STEP, update),
             *local_function("pull_gradient", _AT_STEP + ", long range", gradient),
         ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -182,7 +183,7 @@ def triton_work(
         for what in ("products", "traffic")
     )
     first, *rest = (
-        _kernel_work(spec, plan, triton, launch, parts, every, direction, dtype)
+        _Kernel(spec, plan, triton, launch, direction, dtype, parts, every).work()
         for launch in triton.launches(direction)
     )
     first = replace(
@@ -195,118 +196,143 @@ def triton_work(
     return (first, *rest)
 
 
-def _kernel_work(
-    spec: LoopSpec,
-    plan: Plan,
-    triton: TritonPlan,
-    launch: Launch,
-    parts: Mapping[str, Expr],
-    every: Expr,
-    direction: str,
-    dtype: str,
-) -> Work:
-    """What one kernel does; `parts`: programs of each head and sequence, by what they are over."""
-    functions, kernel = triton.work["functions"], triton.work["kernels"][launch.kernel]
-    stream, alone = plan.form == "stream", len(triton.launches(direction)) == 1
-    plain = {name.removesuffix("_vjp") for name in (functions if stream else kernel["calls"])}
-    flops = exact = instructions = moved = depth = sympy.Integer(0)
-    calls: list[tuple[int, Expr]] = []
-    handed = kernel["alive"] - max((functions[n]["alive"] for n in kernel["calls"]), default=0)
-    products: dict[int, Expr] = {}
-    for name in kernel["calls"]:
+@dataclass(frozen=True)
+class _Kernel:
+    """One kernel of a plan.
+
+    Attributes:
+        parts: programs of each head and sequence, by what they are over.
+        every: chunks from one state that is kept for backward to the next.
+    """
+
+    spec: LoopSpec
+    plan: Plan
+    triton: TritonPlan
+    launch: Launch
+    direction: str
+    dtype: str
+    parts: Mapping[str, Expr]
+    every: Expr
+
+    @property
+    def recorded(self) -> Mapping[str, Any]:
+        """What the emitter counted."""
+        return self.triton.work["kernels"][self.launch.kernel]
+
+    @property
+    def is_stream(self) -> bool:
+        return self.plan.form == "stream"
+
+    @cached_property
+    def steps_taken(self) -> Expr:
+        """Steps of a loop of batches, chunks of a stream."""
+        if self.is_stream:
+            return sympy.ceiling(N / self.triton.rows)
+        return sum((often for often, _ in batches(self.spec)), sympy.Integer(0))
+
+    def work(self) -> Work:
+        """What it does."""
+        functions, kernel, launch = self.triton.work["functions"], self.recorded, self.launch
+        flops = exact = instructions = moved = depth = sympy.Integer(0)
+        calls: list[tuple[int, Expr]] = []
+        handed = kernel["alive"] - max((functions[n]["alive"] for n in kernel["calls"]), default=0)
+        products: dict[int, Expr] = {}
+        for name in kernel["calls"]:
+            function = functions[name]
+            runs, rows, count = self._calls_of(name)
+            flops += in_all(parse(function["flops"]).evaluate({"n": N_TOKENS}), runs, rows)
+            for height, padded in function["products"].items():
+                products[int(height)] = products.get(int(height), sympy.Integer(0)) + count * padded
+            walks = sum((often for often, _ in runs), sympy.Integer(0))
+            moved += FLOAT * (walks * function["around"] + count * function["moved"])
+            exact += count * function["exact"]
+            instructions += count * function["instructions"]
+            depth += count * function["depth"]
+            calls.append((function["alive"] + handed, count))
+        if self.direction == "backward" and len(self.triton.launches("backward")) == 1:
+            # States, read and written between; of batches, the cotangent that is given.
+            passed = self.triton.state * 2 * self.steps_taken if self.is_stream else _state(self.plan) * 2
+            moved += FLOAT * passed
+        often = self.steps_taken if launch.each_step else sympy.Integer(1)
+        if launch.over != "chunks":  # whose functions read and write it themselves
+            own = self._left(kernel["own"] if self.is_stream else kernel["handed"])
+            moved += often * own / (self.parts[launch.over] * launch.strips)
+        return Work(
+            flops=B * H * flops,
+            traffic=self._passes() * self._traffic() + B * H * often * self._left(kernel["handed"]),
+            launches=often,
+            programs=B * H * self.parts[launch.over] * launch.strips,
+            products=products,
+            exact=exact,
+            instructions=instructions,
+            moved=moved,
+            calls=tuple(calls),
+            depth=depth,
+            scratch=FLOAT * (launch.scratch + self.every * launch.states),
+        )
+
+    def _calls_of(self, name: str) -> tuple[list[Run], int | None, Expr]:
+        """The calls of one of its functions: the runs of its piece, the tokens of a tile, where a run is several, and
+        how often a program of the kernel calls it."""
+        functions = self.triton.work["functions"]
         function, piece = functions[name], name.removeprefix("prepare_").removesuffix("_vjp").removesuffix("_state")
         piece = piece.removeprefix("sums_")
-        if stream:
-            piece = "chunk" if piece == "advance" and direction == "forward" else piece
-            runs, rows = chunks(piece, triton.rows, plain, every), None
-            count = sum((often for often, _ in runs), sympy.Integer(0))
-        else:
-            runs, rows = steps(spec, piece, plain), function["tokens"]
-            whole = piece.endswith("update")
-            shares = parts["ranges"] if launch.over == "ranges" else sympy.Integer(1)
-            tiles = [(often, 1 if whole else sympy.ceiling(sympy.ceiling(n / rows) / shares)) for often, n in runs]
-            count = sum((often * each for often, each in tiles), sympy.Integer(0)) * function["blocks"]
-            rows = None if whole else rows
-        flops += in_all(parse(function["flops"]).evaluate({"n": N_TOKENS}), runs, rows)
-        count = count / parts[launch.over] if stream else count
-        for height, padded in function["products"].items():
-            products[int(height)] = products.get(int(height), sympy.Integer(0)) + count * padded
-        walks = sum((often for often, _ in runs), sympy.Integer(0))
-        moved += FLOAT * walks * function["around"]
-        exact += count * function["exact"]
-        instructions += count * function["instructions"]
-        moved += FLOAT * count * function["moved"]
-        depth += count * function["depth"]
-        calls.append((function["alive"] + handed, count))
-    steps_taken = (
-        sympy.ceiling(N / triton.rows) if stream else sum((often for often, _ in batches(spec)), sympy.Integer(0))
-    )
-    state = triton.state if stream else _state(plan)
-    if alone and direction == "backward":  # states, read and written between; of batches, the cotangent that is given
-        moved += FLOAT * state * (2 * steps_taken if stream else 2)
-    left, own = (  # bytes
-        sum(
+        plain = {n.removesuffix("_vjp") for n in (functions if self.is_stream else self.recorded["calls"])}
+        if self.is_stream:
+            piece = "chunk" if piece == "advance" and self.direction == "forward" else piece
+            runs = chunks(piece, self.triton.rows, plain, self.every)
+            return runs, None, sum((often for often, _ in runs), sympy.Integer(0)) / self.parts[self.launch.over]
+        runs, rows = steps(self.spec, piece, plain), None if piece.endswith("update") else function["tokens"]
+        shares = self.parts["ranges"] if self.launch.over == "ranges" else sympy.Integer(1)
+        tiles = [
+            (often, 1 if rows is None else sympy.ceiling(sympy.ceiling(tokens / rows) / shares))
+            for often, tokens in runs
+        ]
+        return runs, rows, sum((often * each for often, each in tiles), sympy.Integer(0)) * function["blocks"]
+
+    def _left(self, names: Collection[str]) -> Expr:
+        """Bytes of these among what kernels leave for one another."""
+        return sum(
             (
-                parts[one.over] * one.elements * (BYTES[dtype] if one.low else FLOAT)
-                for one in triton.handed(direction)
+                self.parts[one.over] * one.elements * (BYTES[self.dtype] if one.low else FLOAT)
+                for one in self.triton.handed(self.direction)
                 if one.name in names
             ),
             sympy.Integer(0),
         )
-        for names in (kernel["handed"], kernel["own"] if stream else kernel["handed"])
-    )
-    often = steps_taken if launch.each_step else sympy.Integer(1)
-    if launch.over != "chunks":  # whose functions read and write it themselves
-        moved += often * own / (parts[launch.over] * launch.strips)
-    kept = sympy.ceiling(sympy.ceiling(N / triton.rows) / every) - 1 if stream else steps_taken - 1
-    passes = sympy.Integer(1)  # over the tokens
-    if launch.each_step and launch.over == "ranges":
-        passes = sum((count * tokens for count, tokens in batches(spec)), sympy.Integer(0)) / N
-    return Work(
-        flops=B * H * flops,
-        traffic=passes * _traffic(spec, triton, kernel, direction, dtype, kept) + B * H * often * left,
-        launches=often,
-        programs=B * H * parts[launch.over] * launch.strips,
-        products=products,
-        exact=exact,
-        instructions=instructions,
-        moved=moved,
-        calls=tuple(calls),
-        depth=depth,
-        scratch=FLOAT * (launch.scratch + every * launch.states),
-    )
 
+    def _passes(self) -> Expr:
+        """Passes over the tokens."""
+        if not self.launch.each_step or self.launch.over != "ranges":
+            return sympy.Integer(1)
+        return sum((count * tokens for count, tokens in batches(self.spec)), sympy.Integer(0)) / N
 
-def _traffic(
-    spec: LoopSpec,
-    triton: TritonPlan,
-    kernel: Mapping[str, Any],
-    direction: str,
-    dtype: str,
-    kept: Expr,
-) -> Expr:
-    """Bytes of a kernel's tensors, each once; `kept`: states between steps or chunks."""
-    elements: Mapping[str, int] = triton.work["elements"]
-    total = sympy.Integer(0)
-    for name in triton.forward if direction == "forward" else triton.backward:
-        if name not in kernel["reads"]:
-            continue  # a kernel takes it, and no function of it needs it
-        if name in spec.inputs:
-            total += BYTES[dtype] * _lead(spec, name) * N * elements[name]
-        elif name == "d_z":
-            total += BYTES[dtype] * B * H * N * elements["z"]
-        elif name.startswith("projected_"):
-            total += FLOAT * B * H * N * elements[name]
-        elif name.startswith("between_"):
-            total += FLOAT * kept * B * H * elements[name.removeprefix("between_")]
-        elif name.startswith(("end_", "d_")):  # a state after the last step, or its cotangent
-            plain = name.removeprefix("d_").removeprefix("end_")
-            total += FLOAT * B * H * elements[plain]
-        else:  # weights, which all sequences share
-            one = getattr(spec.slow.get(name), "shared", False)
-            total += FLOAT * (1 if one else H) * elements.get(name, 0)
-    for name in kernel["writes"]:
-        plain = name.removeprefix("between_").removeprefix("end_")
-        often = N if name == "z" or name in spec.inputs or name.startswith("projected_") else 1
-        total += FLOAT * B * H * elements.get(plain, 0) * (kept if name.startswith("between_") else often)
-    return total
+    def _traffic(self) -> Expr:
+        """Bytes of its tensors, each once."""
+        spec, triton, kernel = self.spec, self.triton, self.recorded
+        elements: Mapping[str, int] = triton.work["elements"]
+        # States that are kept between steps or chunks.
+        kept = (sympy.ceiling(self.steps_taken / self.every) if self.is_stream else self.steps_taken) - 1
+        total = sympy.Integer(0)
+        for name in triton.forward if self.direction == "forward" else triton.backward:
+            if name not in kernel["reads"]:
+                continue  # a kernel takes it, and no function of it needs it
+            if name in spec.inputs:
+                total += BYTES[self.dtype] * _lead(spec, name) * N * elements[name]
+            elif name == "d_z":
+                total += BYTES[self.dtype] * B * H * N * elements["z"]
+            elif name.startswith("projected_"):
+                total += FLOAT * B * H * N * elements[name]
+            elif name.startswith("between_"):
+                total += FLOAT * kept * B * H * elements[name.removeprefix("between_")]
+            elif name.startswith(("end_", "d_")):  # a state after the last step, or its cotangent
+                plain = name.removeprefix("d_").removeprefix("end_")
+                total += FLOAT * B * H * elements[plain]
+            else:  # weights, which all sequences share
+                one = getattr(spec.slow.get(name), "shared", False)
+                total += FLOAT * (1 if one else H) * elements.get(name, 0)
+        for name in kernel["writes"]:
+            plain = name.removeprefix("between_").removeprefix("end_")
+            often = N if name == "z" or name in spec.inputs or name.startswith("projected_") else 1
+            total += FLOAT * B * H * elements.get(plain, 0) * (kept if name.startswith("between_") else often)
+        return total

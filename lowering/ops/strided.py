@@ -132,6 +132,12 @@ def product(sizes: Sequence[Extent]) -> Extent:
 
 def dense(shape: Sequence[Extent]) -> tuple[Extent, ...]:
     """The strides of a row-major array."""
+    return _dense(tuple(shape))
+
+
+@cache
+def _dense(shape: tuple[Extent, ...]) -> tuple[Extent, ...]:
+    """The same shapes come again with every value of a graph."""
     strides, step = [], ONE
     for size in reversed(shape):
         strides.append(step)

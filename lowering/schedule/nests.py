@@ -8,6 +8,7 @@ operands makes fewer values cross between the two. Products, transposes and the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from itertools import pairwise
 
 from nestloop.lowering.schedule.values import Value, Values
@@ -41,6 +42,8 @@ class _Fusion:
         self.after: dict[Unit, set[Unit]] = {unit: set() for unit in self.unit.values()}  # those that read its values
         self.before: dict[Unit, set[Unit]] = {unit: set() for unit in self.unit.values()}
         self._link(*self.unit.values())
+        self.order = list(self.unit.values())  # each before those that read it
+        self.place = {unit: index for index, unit in enumerate(self.order)}
 
     def run(self) -> list[Unit]:
         for value in reversed(self.values.computed):
@@ -74,6 +77,11 @@ class _Fusion:
             for value in second.values:
                 self.unit[value] = first
             second.values = []
+            former, latter = sorted((first, second), key=self.place.__getitem__)
+            self._move(former, self.place[latter])
+            places = self.place[former], self.place[latter]
+            for place, unit in zip(places, (first, second), strict=True):  # of the second nothing is left
+                self.order[place], self.place[unit] = unit, place
             self._link(first, second)
 
     def _apart(self, a: Unit, b: Unit) -> bool:
@@ -82,15 +90,24 @@ class _Fusion:
 
     def _leads(self, starts: set[Unit], end: Unit) -> bool:
         """Whether there is a path from some units to another."""
-        seen, stack = set(starts), list(starts)
+        return end in self._reached(starts, self.place[end])
+
+    def _reached(self, starts: set[Unit], last: int) -> set[Unit]:
+        """Some units and what paths from them lead to, up to a place in the order: what stands behind leads no further
+        back."""
+        seen = {unit for unit in starts if self.place[unit] <= last}
+        stack = list(seen)
         while stack:
-            unit = stack.pop()
-            if unit is end:
-                return True
-            fresh = self.after[unit] - seen
+            fresh = {unit for unit in self.after[stack.pop()] - seen if self.place[unit] <= last}
             seen |= fresh
             stack.extend(fresh)
-        return False
+        return seen
+
+    def _move(self, unit: Unit, last: int) -> None:
+        """Put a unit, and what paths from it lead to, behind the others up to a place in the order."""
+        start, reached = self.place[unit], self._reached({unit}, last)
+        for place, one in enumerate(sorted(self.order[start : last + 1], key=reached.__contains__), start):
+            self.order[place], self.place[one] = one, place
 
     def _link(self, *changed: Unit) -> None:
         """Note who reads whom, where the values of some units have changed."""
@@ -137,6 +154,7 @@ class _Fusion:
                     for value in moved:
                         self.unit[value] = earlier
                     self._link(earlier, later)
+                    self._move(earlier, max((self.place[unit] for unit in self.before[earlier]), default=0))
 
     def _feeds(self, earlier: Unit, later: Unit) -> bool:
         if earlier.per_tile != later.per_tile or earlier.values[0].domain != later.values[0].domain:
@@ -180,11 +198,19 @@ class _Fusion:
             unit: {self.unit[o.base] for v in unit.values for o in v.reads if o.base.kind != "input"} - {unit}
             for unit in units
         }
+        last = {unit: max(self.position[value] for value in unit.values) for unit in units}
+        of = {place: unit for unit, place in last.items()}
+        users: dict[Unit, list[Unit]] = {unit: [] for unit in units}
+        for unit, needed in needs.items():
+            for other in needed:
+                users[other].append(unit)
+        waits = {unit: len(needed) for unit, needed in needs.items()}
+        ready = sorted(last[unit] for unit in units if not waits[unit])
         ordered: list[Unit] = []
-        done: set[Unit] = set()
-        while len(ordered) < len(units):
-            ready = [unit for unit in units if unit not in done and needs[unit] <= done]
-            chosen = min(ready, key=lambda unit: max(self.position[value] for value in unit.values))
-            ordered.append(chosen)
-            done.add(chosen)
+        while ready:
+            ordered.append(of[heappop(ready)])
+            for unit in users[ordered[-1]]:
+                waits[unit] -= 1
+                if not waits[unit]:
+                    heappush(ready, last[unit])
         return ordered

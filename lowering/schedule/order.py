@@ -79,12 +79,13 @@ def _least_next(values: Sequence[Value], weight: Weight, given: Collection[Value
             if operand.base not in position:
                 left[operand.base] = len(set(operand.base.users))
     waits = {v: len({o.base for o in v.reads if o.base in position}) for v in values}
+    bases = {v: {o.base for o in v.reads} for v in values}
     ready = [v for v in values if not waits[v]]
     alive, ordered = set(given), []
 
     def change(value: Value) -> int:
         born = weight(value) if value.users or _stays(value) else 0
-        for base in {o.base for o in value.reads}:
+        for base in bases[value]:
             if left[base] == 1 and not _stays(base):
                 born -= weight(base) if base in alive else 0
             elif base not in alive:
@@ -95,8 +96,8 @@ def _least_next(values: Sequence[Value], weight: Weight, given: Collection[Value
         value = min(ready, key=lambda v: (change(v), position[v]))
         ready.remove(value)
         ordered.append(value)
-        alive |= {value, *[o.base for o in value.reads]}
-        for base in {o.base for o in value.reads}:
+        alive |= {value, *bases[value]}
+        for base in bases[value]:
             left[base] -= 1
             if not left[base] and not _stays(base):
                 alive.discard(base)

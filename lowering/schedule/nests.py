@@ -7,10 +7,12 @@ operands makes fewer values cross between the two. Products, transposes and the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import pairwise
 
+from nestloop.lowering.ops.strided import Strided
 from nestloop.lowering.schedule.values import Value, Values
 
 
@@ -38,6 +40,7 @@ class _Fusion:
     def __init__(self, values: Values) -> None:
         self.values = values
         self.position = {value: index for index, value in enumerate(values.computed)}
+        self.reads = {value: value.reads for value in values.computed}
         self.unit: dict[Value, Unit] = {value: Unit([value]) for value in values.computed}
         self.after: dict[Unit, set[Unit]] = {unit: set() for unit in self.unit.values()}  # those that read its values
         self.before: dict[Unit, set[Unit]] = {unit: set() for unit in self.unit.values()}
@@ -62,13 +65,20 @@ class _Fusion:
         first, second = a.values[0], b.values[0]
         if first.is_scalar or second.is_scalar or first.domain != second.domain:
             return False
-        for ours, theirs in ((a, b), (b, a)):
-            inside = set(ours.values)
-            for value in theirs.values:
-                for operand in value.reads:
-                    if operand.base in inside and not (operand.base.kind == "element" and value.in_step(operand)):
-                        return False
-        return True
+        return all(
+            operand.base.kind == "element" and value.in_step(operand)
+            for ours, theirs in ((a, b), (b, a))
+            for value, operand in self._read(ours, theirs)
+        )
+
+    def _read(self, ours: Unit, theirs: Unit) -> Iterator[tuple[Value, Strided]]:
+        """What values of another unit read of one's."""
+        readers = theirs.values
+        if len(ours.values) < len(readers):  # the fewer are gone through
+            users = dict.fromkeys(user for value in ours.values for user in value.users)
+            readers = [user for user in users if self.unit[user] is theirs]
+        for value in readers:
+            yield from ((value, operand) for operand in self.reads[value] if self.unit.get(operand.base) is ours)
 
     def _merge(self, a: Value, b: Value) -> None:
         first, second = self.unit[a], self.unit[b]
@@ -77,12 +87,21 @@ class _Fusion:
             for value in second.values:
                 self.unit[value] = first
             second.values = []
-            former, latter = sorted((first, second), key=self.place.__getitem__)
-            self._move(former, self.place[latter])
-            places = self.place[former], self.place[latter]
-            for place, unit in zip(places, (first, second), strict=True):  # of the second nothing is left
-                self.order[place], self.place[unit] = unit, place
-            self._link(first, second)
+            self._replace(second, first)
+
+    def _replace(self, second: Unit, first: Unit) -> None:
+        """Put one unit in the place of two."""
+        former, latter = sorted((first, second), key=self.place.__getitem__)
+        self._move(former, self.place[latter])
+        places = self.place[former], self.place[latter]
+        for place, unit in zip(places, (first, second), strict=True):
+            self.order[place], self.place[unit] = unit, place
+        for links, back in ((self.after, self.before), (self.before, self.after)):
+            for other in links[second] - {first}:
+                back[other].discard(second)
+                back[other].add(first)
+            links[first] = (links[first] | links[second]) - {first, second}
+            links[second] = set()
 
     def _apart(self, a: Unit, b: Unit) -> bool:
         """Whether something outside must run between two units: a path from one to the other through it."""
@@ -118,7 +137,7 @@ class _Fusion:
                 self.after[other].discard(unit)
         for unit in changed:
             self.after[unit] = {self.unit[user] for value in unit.values for user in value.users} - {unit}
-            reads = [o.base for value in unit.values for o in value.reads if o.base.kind != "input"]
+            reads = [o.base for value in unit.values for o in self.reads[value] if o.base.kind != "input"]
             self.before[unit] = {self.unit[base] for base in reads} - {unit}
             for other in self.after[unit]:
                 self.before[other].add(unit)
@@ -195,7 +214,7 @@ class _Fusion:
         """Units whose operands are there, the one first whose last value came first."""
         units = list(dict.fromkeys(self.unit[value] for value in self.values.computed))
         needs = {
-            unit: {self.unit[o.base] for v in unit.values for o in v.reads if o.base.kind != "input"} - {unit}
+            unit: {self.unit[o.base] for v in unit.values for o in self.reads[v] if o.base.kind != "input"} - {unit}
             for unit in units
         }
         last = {unit: max(self.position[value] for value in unit.values) for unit in units}

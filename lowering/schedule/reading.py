@@ -79,25 +79,36 @@ class _Reader:
 
     def _terms(self, node: fx.Node, factor: float) -> list[tuple[float, fx.Node]]:
         """A sum as its terms with their factors, as far as nothing else reads the sums on the way."""
-        shape = [extent(s) for s in node.meta["val"].shape]
+        terms, left = [], [(factor, node)]
+        while left:
+            factor, node = left.pop()
+            parts = self._parts(node, factor)
+            if parts:
+                self.split.add(node)
+                left += reversed(parts)
+            else:
+                terms.append((factor, node))
+        return terms
+
+    def _parts(self, node: fx.Node, factor: float) -> list[tuple[float, Any]]:
+        """What a sum that one other alone reads is the sum of, with factors; nothing where it is none."""
+        shape = _shape(node)
 
         def same(value: Any) -> bool:
             return isinstance(value, fx.Node) and _shape(value) == shape
 
-        if len(node.users) == 1 and shape:
-            parts: list[tuple[float, Any]] = []
-            if node.target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs.get("alpha", 1) == 1:
-                a, b = node.args[:2]
-                if same(a) and same(b):
-                    parts = [(factor, a), (-factor if node.target is aten.sub.Tensor else factor, b)]
-            elif node.target is aten.neg.default:
-                parts = [(-factor, node.args[0])]
-            elif node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)) and same(node.args[0]):
-                parts = [(factor * node.args[1], node.args[0])]
-            if parts:
-                self.split.add(node)
-                return [term for part in parts for term in self._terms(part[1], part[0])]
-        return [(factor, node)]
+        if len(node.users) != 1 or not shape:
+            return []
+        if node.target in (aten.add.Tensor, aten.sub.Tensor) and node.kwargs.get("alpha", 1) == 1:
+            a, b = node.args[:2]
+            return (
+                [(factor, a), (-factor if node.target is aten.sub.Tensor else factor, b)] if same(a) and same(b) else []
+            )
+        if node.target is aten.neg.default:
+            return [(-factor, node.args[0])]
+        if node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)) and same(node.args[0]):
+            return [(factor * node.args[1], node.args[0])]
+        return []
 
     def _input(self, node: fx.Node) -> None:
         if node.name in SCALARS:
@@ -257,11 +268,13 @@ class _Reader:
             value.result = name
 
     def _drop_unread(self) -> None:
-        for value in reversed(list(self.computed)):
+        unread: set[Value] = set()
+        for value in reversed(self.computed):
             if not value.users and not value.sinks and value.result is None:
-                self.computed.remove(value)
+                unread.add(value)
                 for operand in value.reads:
                     operand.base.users.remove(value)
+        self.computed = [value for value in self.computed if value not in unread]
 
 
 def _unit(view: Strided, axis: int) -> bool:

@@ -44,7 +44,7 @@ class NativeStream(NativeLibrary):
     def forward(self, *tensors: Tensor) -> Sequence[Tensor]:
         """Inputs [H, B, ..] and no order -> results, as the PyTorch module's `forward`, but in the compute dtype."""
         inputs = list(tensors[:-1])
-        if not self._tokens(inputs):
+        if not self.signature.length(inputs):
             return self.module.forward(*tensors, None, 1)
         values = dict(zip(self.signature.inputs, inputs, strict=True))
         made = self.signature.empty(inputs)
@@ -57,11 +57,11 @@ class NativeStream(NativeLibrary):
         for zero."""
         signature = self.signature
         inputs = list(tensors[: len(signature.inputs)])
-        if not self._tokens(inputs):
+        if not self.signature.length(inputs):
             return self.module.backward(*tensors, None, 1)
         names = [*signature.inputs, *signature.saved, *[f"d_{n}" for n in signature.made]]
         values = dict(zip(names, tensors[:-1], strict=True))
-        heads, sequences = self._lead(inputs)
+        heads, sequences = self.signature.lead(inputs)
         groups = groups_of(heads, sequences)
         made = {}
         for name in self.plan.gradients:
@@ -74,13 +74,6 @@ class NativeStream(NativeLibrary):
         self._run("backward", inputs, given, list(made.items()), groups)
         return [made.get(n) for n in signature.inputs]
 
-    def _tokens(self, inputs: Sequence[Tensor]) -> int:
-        return inputs[0].shape[2] - self.signature.halo
-
-    @staticmethod
-    def _lead(inputs: Sequence[Tensor]) -> tuple[int, int]:
-        return max(t.shape[0] for t in inputs), inputs[0].shape[1]  # the first is a view, which sequences never share
-
     def walks(self, name: str) -> bool:
         return name in (*self.signature.tokens, "z", "losses", "d_z", "d_losses") or name.startswith("between_")
 
@@ -92,7 +85,7 @@ class NativeStream(NativeLibrary):
         made: list[tuple[str, Tensor]],
         groups: int,
     ) -> None:
-        tokens = self._tokens(inputs)
+        tokens = self.signature.length(inputs)
         before = (
             ctypes.c_long(tokens),
             ctypes.c_long(self.signature.chunk_on(inputs) or tokens),
@@ -100,4 +93,4 @@ class NativeStream(NativeLibrary):
             ctypes.c_long(self.signature.spacing(inputs)),
             ctypes.c_long(groups),
         )
-        self.call(function, self._lead(inputs), inputs[0].dtype, before, given, (), made)
+        self.call(function, self.signature.lead(inputs), inputs[0].dtype, before, given, (), made)

@@ -69,8 +69,7 @@ class StreamSignature(Signature):
         return self.between
 
     def shapes(self, inputs: Sequence[Tensor]) -> list[list[Any]]:
-        heads = max(t.shape[0] for t in inputs)
-        sequences, length = inputs[0].shape[1], inputs[0].shape[2] - self.halo  # of a view, never shared
+        (heads, sequences), length = self.lead(inputs), self.length(inputs)
         found: list[list[Any]] = []
         for name in self.made:
             if name in ("z", "losses"):
@@ -85,8 +84,17 @@ class StreamSignature(Signature):
             found += [[states, heads, sequences, *self.tiles[n]] for n in self.kept]
         return found
 
+    @staticmethod
+    def lead(inputs: Sequence[Tensor]) -> tuple[int, int]:
+        """Heads and sequences of a call; the first of its inputs is a view, which sequences never share."""
+        return max(t.shape[0] for t in inputs), inputs[0].shape[1]
+
+    def length(self, inputs: Sequence[Tensor]) -> int:
+        """A call's own tokens."""
+        return inputs[0].shape[2] - self.halo
+
     def _chunks(self, inputs: Sequence[Tensor]) -> int:
-        return -(-int(inputs[0].shape[2] - self.halo) // self.chunk_on(inputs)) if self.chunk else 0
+        return -(-int(self.length(inputs)) // self.chunk_on(inputs)) if self.chunk else 0
 
     def chunk_on(self, inputs: Sequence[Tensor]) -> int:
         """Tokens of a chunk of what runs on the inputs' device."""

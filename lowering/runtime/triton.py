@@ -51,7 +51,7 @@ class TritonStream(TritonCode):
         """Inputs [H, B, ..] and no order -> results, as the PyTorch module's `forward`."""
         inputs = list(tensors[:-1])
         dtype = compute_dtype(inputs)
-        if not self._tokens(inputs):
+        if not self.signature.length(inputs):
             return self.module.forward(*[t.to(dtype) for t in inputs], None, None, 1)
         values = dict(zip(self.signature.inputs, inputs, strict=True))
         made = self.signature.empty(inputs)
@@ -65,11 +65,11 @@ class TritonStream(TritonCode):
         signature = self.signature
         inputs = list(tensors[: len(signature.inputs)])
         dtype = compute_dtype(inputs)
-        if not self._tokens(inputs):
+        if not self.signature.length(inputs):
             return self.module.backward(*[t.to(dtype) for t in tensors[:-1]], None, None, 1)
         names = [*signature.inputs, *signature.saved, *[f"d_{n}" for n in signature.made]]
         values = dict(zip(names, tensors[:-1], strict=True))
-        lead = self._lead(inputs)
+        lead = self.signature.lead(inputs)
         made = {
             n: self.cotangent(n, values[n], lead[0], dtype)
             if n in signature.tokens
@@ -79,19 +79,12 @@ class TritonStream(TritonCode):
         self._run("backward", inputs, {n: values[n] for n in self.plan.backward}, made)
         return [made.get(n) for n in signature.inputs]
 
-    def _tokens(self, inputs: Sequence[Tensor]) -> int:
-        return inputs[0].shape[2] - self.signature.halo
-
-    @staticmethod
-    def _lead(inputs: Sequence[Tensor]) -> tuple[int, int]:
-        return max(t.shape[0] for t in inputs), inputs[0].shape[1]  # the first is a view, which sequences never share
-
     def _run(self, direction: str, inputs: Sequence[Tensor], given: dict[str, Tensor], made: dict[str, Tensor]) -> None:
-        dtype, tokens, signature = compute_dtype(inputs), self._tokens(inputs), self.signature
+        dtype, tokens, signature = compute_dtype(inputs), self.signature.length(inputs), self.signature
         every = signature.spacing(inputs) if signature.chunk else 1
         chunks = -(-tokens // signature.chunk) if signature.chunk else 1
         parts = {"sequences": 1, "chunks": chunks, "boundaries": chunks + 1, "groups": -(-chunks // every)}
-        lead, counts = self._lead(inputs), (tokens, every)
+        lead, counts = self.signature.lead(inputs), (tokens, every)
         plan = self.plan.for_call(math.prod(lead), tokens, programs(inputs[0].device))  # the same in both directions
         self.launch(plan, direction, lead, given, made, (), counts, parts, every, inputs[0], dtype)
 

@@ -122,7 +122,7 @@ def _explain(lowered: AnyLowered, sizes: Mapping[str, int], op: CompiledLoop | N
     spec = lowered.spec
     lines = [
         f"{spec.name}  ({spec.where.short})",
-        next(iter((spec.cls.__doc__ or "").strip().splitlines()), ""),
+        spec.about,
     ]
     if spec.is_kernel_estimator:
         lines += ["", "fast weights: none. The state is the keys and values of the sequence."]

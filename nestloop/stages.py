@@ -82,7 +82,7 @@ def _coefficient(value: Any) -> str:
 def schedule_text(spec: LoopSpec) -> str:
     """The schedule with its settings."""
     schedule = spec.schedule
-    values = ", ".join(f"{name} = {value}" for name, value in vars(schedule).items())
+    values = ", ".join(f"{name} = {value}" for name, value in vars(schedule).items() if name != "where")
     return f"{type(schedule).__name__} ({values})"
 
 

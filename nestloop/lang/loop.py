@@ -104,10 +104,14 @@ class LoopSpec:
         return {name: dim.default for name, dim in self.dims.items() if dim.default is not None}
 
     @property
+    def about(self) -> str:
+        """The first line of its docstring."""
+        return next(iter((self.cls.__doc__ or "").strip().splitlines()), "")
+
+    @property
     def summary(self) -> str:
-        """The first line of its docstring, in letters that mean themselves in any generated comment."""
-        lines = (self.cls.__doc__ or "").strip().splitlines() or ["an inner loop"]
-        return lines[0].replace("\\", "/").replace('"', "'")
+        """The same, in letters that mean themselves in any generated comment."""
+        return (self.about or "an inner loop").replace("\\", "/").replace('"', "'")
 
     @property
     def grid(self) -> tuple[str, str] | None:

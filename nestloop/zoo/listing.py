@@ -45,7 +45,7 @@ def row(loop: type[Loop], golden: bool) -> dict[str, Any]:
         "legal": ", ".join(legal(loop)),
         "form": form(spec),
         "golden": "yes" if golden else "",
-        "about": (loop.__doc__ or "").strip().splitlines()[0],
+        "about": spec.about,
     }
 
 

@@ -7,6 +7,7 @@ and what is there of the same code, compiled by the same Triton, is not compiled
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import json
@@ -35,7 +36,7 @@ from benchmarks.mttt_layer import RESULTS
 from nestloop import zoo
 from nestloop.errors import NoPlanError
 from nestloop.lang.schedule import Program
-from nestloop.lowering import names, pipeline
+from nestloop.lowering import emit, names, pipeline
 from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.runtime import offline
 from nestloop.lowering.runtime.assembler import hopper_assembler
@@ -43,6 +44,7 @@ from nestloop.lowering.runtime.triton_plan import TritonPlan
 from nestloop.targets import trial_sizes
 
 TABLE = RESULTS / "static.json"
+TILES = Path(emit.__path__[0]) / "tiles.py"  # which generated modules import
 # Features of a head, and the devices compiled for at each.
 CASES = {64: ("sm_90", "sm_80", "gfx942"), 32: ("sm_90",), 128: ("sm_90",)}
 HEADS = 6
@@ -81,7 +83,8 @@ class Kernel:
     def code(self) -> str:
         """A digest of what is compiled, without its header and comments, which name lines of declarations, and by what
         assembler."""
-        text = re.sub(r"[ \t]*#.*", "", self.plan.text.split('"""', 2)[2])
+        text = without_comments(self.plan.text.split('"""', 2)[2])
+        text += "".join(called_of_tiles(text, TILES.read_text()).values())
         options = self.plan.options(self.kernel, offline.TARGETS[self.device][0] == "cuda")
         assembler = str(hopper_assembler()) if self.device == "sm_90" else ""
         return hashlib.sha256(f"{text}{sorted(options.items())}{assembler}".encode()).hexdigest()[:12]
@@ -106,6 +109,28 @@ class Kernel:
             **({"assembler": made.assembler} if made.assembler else {}),
             "seconds": round(made.seconds, 1),
         }
+
+
+def without_comments(text: str) -> str:
+    return re.sub(r"[ \t]*#.*", "", text)
+
+
+def called_of_tiles(module: str, tiles: str) -> dict[str, str]:
+    """The functions that a generated module calls on tiles, and those that these call, by name, without comments.
+
+    `tiles`: the text of `lowering/emit/tiles.py`.
+    """
+    defined = {node.name: node for node in ast.parse(tiles).body if isinstance(node, ast.FunctionDef)}
+    found: dict[str, str] = {}
+    left = set(re.findall(r"\btiles\.(\w+)", module))
+    while left:
+        name = left.pop()
+        function = defined[name]
+        documented = ast.get_source_segment(tiles, function.body[0]) if ast.get_docstring(function) else ""
+        text = ast.get_source_segment(tiles, function) or ""
+        found[name] = without_comments(text.replace(documented or "", "", 1))
+        left |= {node.id for node in ast.walk(function) if isinstance(node, ast.Name)} & {*defined} - {*found}
+    return dict(sorted(found.items()))
 
 
 def plans(loop: type[nl.Loop], d: int) -> dict[str, TritonPlan | str]:

@@ -109,6 +109,16 @@ def test_what_is_in_the_table_is_not_compiled_again(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out.count("CausalLinearAttention scan 64 sm_90 forward_states") == 1
 
 
+def test_what_a_kernel_calls_on_tiles_is_of_its_code():
+    text = static.TILES.read_text()
+    called = static.called_of_tiles("tiles.softplus(x)\ntiles.dot(a, b)", text)
+    assert list(called) == ["dot", "log1p", "softplus"]
+    assert "Kahan" not in called["log1p"] and "in the compute dtype" not in called["dot"] and "tl.dot" in called["dot"]
+    changed = text.replace("u = 1 + x\n", "u = x + 1\n")
+    again = static.called_of_tiles("tiles.softplus(x)", changed)
+    assert again["log1p"] != called["log1p"] and again["softplus"] == called["softplus"]
+
+
 def test_a_kernel_that_takes_too_long_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))  # what is kept there takes no time

@@ -6,8 +6,7 @@ definition, and reads out. No cleverness, any dtype. Every backend is a claim ab
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -74,54 +73,62 @@ def run(
     cast = {name: grouped_heads(spec, name, t).to(dtype) for name, t in views.items()}
     device = views[next(iter(views))].device
     slow = {name: weights[name].to(dtype) for name in spec.slow}
-    shared = {n for n in spec.views if spec.views[n].shared}
-    slow_axis = {n: None if spec.slow[n].shared else 0 for n in slow}
-    token_axis = {n: None if n in shared else 0 for n in cast}
-    if spec.streams:
-        initial = initial_fast(spec, binding, weights, None, dtype, device)
-        carry = {n: t.to(dtype) for n, t in carried.items()} or initial_state(spec, binding, initial, dtype, device)
-
-        def stream(initial: Tensors, carry: Tensors, slow: Tensors, tokens: Tensors) -> tuple[Tensor, Tensors, Tensor]:
-            if spec.is_kernel_estimator:
-                fitted, kept = one_window(spec, {**binding.dims, "H": binding.heads}, carry, slow, tokens, position)
-                return fitted, kept, fitted.new_zeros(0)
-            return one_stream(spec, binding, initial, carry, slow, tokens, position)
-
-        heads = vmap(stream, in_dims=({n: 0 for n in initial}, {n: 0 for n in carry}, slow_axis, token_axis))
-        none, first = {n: None for n in initial}, {n: 0 for n in carry}
-        sequences = vmap(heads, in_dims=(none, first, {n: None for n in slow}, {n: 0 for n in cast}))
-        with Composites():
-            z, end, losses = sequences(initial, carry, slow, cast)
-        counted: dict[str, Any] = {"position": position + binding.tokens} if counts_tokens(spec) else {}
-        wanted = return_losses and not spec.is_kernel_estimator
-        return z.to(out_dtype), {**_own(end), **counted}, losses if wanted else None
     initial = initial_fast(spec, binding, weights, None, dtype, device)
-    fast = initial_fast(spec, binding, weights, carried or None, dtype, device)
-    dims = {**binding.dims, "H": binding.heads, "N": binding.tokens}
-
-    def one(
-        initial: Tensors, fast: Tensors, slow: Tensors, tokens: Tensors, order: Tensor | None
-    ) -> tuple[Tensor, Tensors, Tensor]:
-        if spec.is_kernel_estimator:
-            fitted = kernel_fit(spec, dims)(slow, tokens)
-            return fitted, {}, fitted.new_zeros(0)
-        return one_sequence(spec, binding, dims, initial, fast, slow, tokens, order, return_losses)
-
-    order_axis = None if order is None else 0
-    each_head = vmap(one, in_dims=({n: 0 for n in initial}, {n: 0 for n in fast}, slow_axis, token_axis, order_axis))
+    if spec.streams:
+        start = {n: t.to(dtype) for n, t in carried.items()} or initial_state(spec, binding, initial, dtype, device)
+        apart = True
+    else:
+        start = initial_fast(spec, binding, weights, carried or None, dtype, device)
+        apart = state is not None
+    each_head = vmap(
+        _one_head(spec, binding, position, return_losses),
+        in_dims=(
+            {n: 0 for n in initial},
+            {n: 0 for n in start},
+            {n: None if spec.slow[n].shared else 0 for n in slow},
+            {n: None if spec.inputs[n].shared else 0 for n in cast},
+            None if order is None else 0,
+        ),
+    )
     per_sequence = vmap(
         each_head,
         in_dims=(
             {n: None for n in initial},
-            {n: 0 if state is not None else None for n in fast},
+            {n: 0 if apart else None for n in start},
             {n: None for n in slow},
             {n: 0 for n in cast},
             0 if order is not None and order.ndim == 3 else None,
         ),
     )
     with Composites():
-        z, end, losses = per_sequence(initial, fast, slow, cast, order)
-    return z.to(out_dtype), _own(end), None if spec.is_kernel_estimator or not return_losses else losses
+        z, end, losses = per_sequence(initial, start, slow, cast, order)
+    counted = {"position": position + binding.tokens} if counts_tokens(spec) else {}
+    wanted = return_losses and not spec.is_kernel_estimator
+    return z.to(out_dtype), {**_own(end), **counted}, losses if wanted else None
+
+
+def _one_head(
+    spec: LoopSpec, binding: Binding, position: int, return_losses: bool
+) -> Callable[..., tuple[Tensor, Tensors, Tensor]]:
+    """(initial fast weights, what to start from, slow weights, tokens, order) of one sequence and head -> its output,
+    what it ends with, and its losses."""
+    dims = {**binding.dims, "H": binding.heads}
+
+    def one(
+        initial: Tensors, start: Tensors, slow: Tensors, tokens: Tensors, order: Tensor | None
+    ) -> tuple[Tensor, Tensors, Tensor]:
+        if spec.streams and spec.is_kernel_estimator:
+            fitted, kept = one_window(spec, dims, start, slow, tokens, position)
+            return fitted, kept, fitted.new_zeros(0)
+        if spec.streams:
+            return one_stream(spec, binding, initial, start, slow, tokens, position)
+        whole = {**dims, "N": binding.tokens}
+        if spec.is_kernel_estimator:
+            fitted = kernel_fit(spec, whole)(slow, tokens)
+            return fitted, {}, fitted.new_zeros(0)
+        return one_sequence(spec, binding, whole, initial, start, slow, tokens, order, return_losses)
+
+    return one
 
 
 def _own(end: Tensors) -> Tensors:

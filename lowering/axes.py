@@ -212,7 +212,7 @@ def _rule(node: fx.Node, axes: Mapping[fx.Node, Axes]) -> tuple[Axes, bool]:
     if first is None or row.kind is Kind.CREATE:
         return _by_size(value), False
     if row.kind is Kind.POINTWISE:
-        return _broadcast([axes[a] for a in node.all_input_nodes if a in axes], value), False
+        return _broadcast([(axes[a], a.meta["val"]) for a in node.all_input_nodes if a in axes], value), False
     if row.kind is Kind.PRODUCT:
         left, right = axes[node.args[0]], axes[node.args[1]]
         return (*left[:-1], right[-1]), is_token(left[-1])
@@ -227,11 +227,13 @@ def _rule(node: fx.Node, axes: Mapping[fx.Node, Axes]) -> tuple[Axes, bool]:
     return _move(node, first, value, axes)
 
 
-def _broadcast(operands: list[Axes], value: torch.Tensor) -> Axes:
+def _broadcast(operands: list[tuple[Axes, torch.Tensor]], value: torch.Tensor) -> Axes:
+    """The axes of operands together. Those that are stretched, as that of a lone token may be, have no say."""
     result = []
     for position in range(1, value.ndim + 1):
-        names = [o[-position] for o in operands if len(o) >= position]
         size = value.shape[-position]
+        whole = [axes for axes, of in operands if len(axes) >= position and same_size(of.shape[-position], size)]
+        names = [axes[-position] for axes in whole]
         fallback = "n" if not isinstance(size, int) else str(size)
         result.append(_best(names, fallback))
     return tuple(reversed(result))
@@ -272,7 +274,7 @@ def _view(node: fx.Node, source: Axes, value: torch.Tensor) -> Axes:
         dim = node.args[1] % value.ndim
         return (*source[:dim], "1", *source[dim:])
     if node.target is aten.expand.default:
-        return _broadcast([source], value)
+        return _broadcast([(source, node.args[0].meta["val"])], value)
     before = node.args[0].meta["val"].shape
     return regroup(source, list(before), list(value.shape))
 

@@ -276,3 +276,20 @@ def test_a_window_sees_no_zeros_before_the_first_token(backend: str):
     op = nl.compile(loop, backend=backend)
     assert_equal(differences(run(op, inputs), wanted), 1e-9)
     assert_equal(differences(run_in_parts(op, inputs, (1, 2, 5)), wanted), 1e-9)
+
+
+def _rows_of_a_table(self: Any, x: Tensor) -> Tensor:
+    """Two rows of v, where x is largest, weighed."""
+    top, places = x.topk(2, -1)
+    return (torch.softmax(top, -1)[:, :, None] * self.v[places]).sum(1) + x @ self.w + self.u
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
+def test_rows_of_a_table_are_read_token_by_token(backend: str):
+    """The axis of a lone token is of size 1, and is not the one that it is stretched to."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    loop = declared(_rows_of_a_table, nl.Chunked(3, "apply-update"))
+    inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=7)
+    wanted = run(nl.compile(loop, backend="reference"), inputs)
+    assert_equal(differences(run_in_parts(nl.compile(loop, backend=backend), inputs, range(1, 7)), wanted), 1e-9)

@@ -172,6 +172,8 @@ class WatchedCalls(TorchFunctionMode):
                 raise _captured(self.spec, args[0], user_line(self.spec))
             raise _data_dependent(self.spec, name, user_line(self.spec))
         if name in _RANDOM:
+            if "dropout" in name and _drops_nothing(*args, **kwargs):
+                return args[0] if args else kwargs["input"]
             raise _random(self.spec, name, user_line(self.spec))
         try:
             return func(*args, **kwargs)
@@ -256,6 +258,11 @@ def _is_alone() -> bool:
 def _autocast() -> list[bool]:
     """Whether each device's operations are under autocast."""
     return [torch.is_autocast_enabled(device) for device in ("cpu", "cuda", "xpu")]
+
+
+def _drops_nothing(input: Tensor, p: float = 0.5, training: bool = True, *_: Any, **named: Any) -> bool:
+    """Whether a dropout leaves all as it is."""
+    return p == 0 or not named.get("train", training)
 
 
 def _random(spec: LoopSpec, name: str, where: Location | None) -> UnadmittedOpError:

@@ -354,6 +354,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.rms_norm.default] = lambda x, shape, weight=None, eps=None: fused_rms_norm(x, shape, weight, eps)[0]
     table[aten.slice_backward.default], table[aten.slice_scatter.default] = slice_backward, slice_scatter
     table[aten.select_backward.default] = select_backward
+    table[aten.addmv.default] = lambda x, matrix, vector, *, beta=1, alpha=1: beta * x + alpha * (matrix @ vector)
+    table[aten.addbmm.default] = lambda x, a, b, *, beta=1, alpha=1: beta * x + alpha * (a @ b).sum(0)
+    table[aten.dist.default] = lambda x, y, p=2: torch.linalg.vector_norm(x - y, p)
     table[aten.sgn.default] = aten.sign.default  # PyTorch's own would import all of Dynamo; so for all below
     table.update(solve.DECOMPOSITIONS)
     table.update(places.DECOMPOSITIONS)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ _DTYPES = (torch.float32, torch.float64, torch.int64, torch.int32)
 
 
 def literal(values: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """A number, or lists of them as PyTorch makes a tensor of them, rounded to its dtype; NotImplemented for anything
-    else."""
+    """A number or truth value, or lists of them as PyTorch makes a tensor of them, rounded to its dtype; NotImplemented
+    for anything else."""
     numbers, shape = _flat(values)
     if not 0 < len(numbers) <= MOST or math.prod(shape) != len(numbers):
         return NotImplemented
+    if all(isinstance(number, bool) for number in numbers) and dtype in (None, torch.bool):
+        return literal(_each(int, values)) != 0
     if any(isinstance(number, bool) or not isinstance(number, (int, float)) for number in numbers):
         return NotImplemented
     if dtype is None:
@@ -47,3 +50,8 @@ def _flat(values: Any) -> tuple[list[Any], list[int]]:
         return [values], []
     parts = [_flat(value) for value in values]
     return [number for numbers, _ in parts for number in numbers], [len(parts), *(parts[0][1] if parts else [])]
+
+
+def _each(function: Callable[[Any], Any], values: Any) -> Any:
+    """What a function makes of every number of nested lists, in lists like them."""
+    return [_each(function, value) for value in values] if isinstance(values, (list, tuple)) else function(values)

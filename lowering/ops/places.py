@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nestloop.lowering.ops.literals import MOST, literal
 from nestloop.lowering.ops.products import exact
 from nestloop.lowering.ops.results import same_size
 
@@ -100,14 +102,19 @@ def one_of_each_row(x: Tensor, index: Tensor) -> Tensor:
 
 
 def at_written_places(x: Tensor, places: tuple[Any, ...]) -> Tensor:
-    """x[.., [0, 2, 1]], or x[.., [True, False]]: places along one axis that a list names, as slices side by side;
-    NotImplemented without one.
+    """x[.., [0, 2, 1]], or x[.., [True, False]]: places along one axis that a list names, as slices side by side; those
+    of several lists as tensors of them. NotImplemented without one.
 
     Raises:
         IndexError: there is no such place.
     """
     lists = [i for i, place in enumerate(places) if isinstance(place, list)]
-    if len(lists) != 1 or not places[lists[0]] or any(isinstance(place, Tensor) for place in places):
+    if len(lists) > 1 or any(isinstance(place, Tensor) for place in places):
+        tensors = {i: literal(places[i]) for i in lists}
+        if not tensors or any(t is NotImplemented or t.dtype != torch.int64 for t in tensors.values()):
+            return NotImplemented
+        return x[tuple(tensors.get(i, place) for i, place in enumerate(places))]
+    if not lists or not places[lists[0]]:
         return NotImplemented
     (at,) = lists
     written = places[at]
@@ -141,14 +148,50 @@ def embedding(weight: Tensor, indices: Tensor, padding_idx: int = -1, *_: Any) -
 
 
 def index(x: Tensor, indices: list[Tensor | None]) -> Tensor:
-    """x[i], x[:, i]: whole numbers along one axis."""
+    """x[i], x[:, i], x[i, j]: whole numbers along one axis, or along several beside one another, which are joined."""
     given = [(dim, i) for dim, i in enumerate(indices) if i is not None]
-    if len(given) != 1 or given[0][1].dtype == torch.bool or not x.is_floating_point():
+    dims, sizes = [dim for dim, _ in given], [x.shape[dim] for dim, _ in given]
+    if any(i.dtype == torch.bool for _, i in given) or not x.is_floating_point():
         return NotImplemented
-    ((dim, places),) = given
-    if dim == 0 and x.ndim == 2:
-        return rows_of(x, torch.where(places < 0, places + x.shape[0], places))
-    return index_select(x, dim, torch.where(places < 0, places + x.shape[dim], places))
+    each = [torch.where(i < 0, i + size, i) for (_, i), size in zip(given, sizes, strict=True)]
+    dim, places = dims[0], each[0]
+    if len(given) > 1:
+        if dims != list(range(dim, dim + len(dims))) or not all(isinstance(size, int) for size in sizes):
+            return NotImplemented
+        for more, size in zip(each[1:], sizes[1:], strict=True):  # one that is not there is none of the joined ones
+            places = torch.where((more >= 0) & (more < size), places * size + more, -1)
+        x = x.flatten(dim, dims[-1])
+    shape, rest = list(places.shape), list(x.shape[dim + 1 :])
+    if dim == 0 and all(isinstance(size, int) for size in x.shape):
+        made = rows_of(x.reshape(x.shape[0], -1), places)
+        return made if x.ndim == 2 else made.reshape([*shape, *rest])
+    if len(shape) == 1:
+        return index_select(x, dim, places)
+    made = index_select(x, dim, places.reshape(-1))
+    return made if made is NotImplemented else made.reshape([*x.shape[:dim], *shape, *rest])
+
+
+def triu_indices(row: int, col: int, offset: int = 0, **_: Any) -> Tensor:
+    """Rows and columns of the elements on a diagonal and above it, row by row."""
+    return _in_rows([(max(r + offset, 0), col) for r in range(row)])
+
+
+def tril_indices(row: int, col: int, offset: int = 0, **_: Any) -> Tensor:
+    """Rows and columns of the elements on a diagonal and below it, row by row."""
+    return _in_rows([(0, min(r + offset + 1, col)) for r in range(row)])
+
+
+def _in_rows(columns: list[tuple[int, int]]) -> Tensor:
+    """Rows and columns of elements, of which each row has those from one column to before another."""
+    counts = [max(stop - first, 0) for first, stop in columns]
+    ends = list(accumulate(counts))
+    if not ends or not ends[-1] or len(ends) > MOST:
+        return NotImplemented
+    at = torch.arange(ends[-1])
+    row = (at[:, None] >= literal(ends)).sum(-1)
+    before = literal([first - end + count for (first, _), end, count in zip(columns, ends, counts, strict=True)])
+    column = at + torch.where(row[:, None] == torch.arange(len(ends)), before, 0).sum(-1)
+    return torch.stack([row, column])
 
 
 def scatter_add(x: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
@@ -238,15 +281,42 @@ def place_of(by: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
-    """The diagonal of square matrices, as a sum over their rows of what a mask leaves."""
-    rows, columns = dim1 % x.ndim, dim2 % x.ndim
-    size = x.shape[rows]
-    if offset or not same_size(size, x.shape[columns]):
+    """A diagonal of matrices, as a sum over their rows of what a mask leaves."""
+    found = _on_diagonal(x, offset, dim1, dim2)
+    if found is None:
         return NotImplemented
-    at = torch.arange(size, device=x.device)
-    shape = [[size if d == axis else 1 for d in range(x.ndim)] for axis in (rows, columns)]
-    kept = torch.where(at.reshape(shape[0]) == at.reshape(shape[1]), x, 0.0).sum(rows)
-    return kept.movedim(columns - (rows < columns), -1)
+    hit, rows, columns, start, count = found
+    kept = torch.where(hit, x, 0.0).sum(rows).movedim(columns - (rows < columns), -1)
+    return kept if same_size(count, x.shape[columns]) else kept.narrow(-1, start, count)
+
+
+def diagonal_scatter(x: Tensor, src: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    """Matrices with another diagonal, where a mask is."""
+    found = _on_diagonal(x, offset, dim1, dim2)
+    if found is None:
+        return NotImplemented
+    hit, rows, columns, start, count = found
+    size = x.shape[columns]
+    if not same_size(count, size):
+        sides = [src.new_zeros([*src.shape[:-1], width]) for width in (start, size - start - count)]
+        src = torch.cat([part for part in (sides[0], src, sides[1]) if part.shape[-1] != 0], -1)
+    return torch.where(hit, src.movedim(-1, columns - (rows < columns)).unsqueeze(rows), x)
+
+
+def _on_diagonal(x: Tensor, offset: int, dim1: int, dim2: int) -> tuple[Tensor, int, int, int, Any] | None:
+    """Whether each element is on the diagonal, the axes of rows and columns, its first column and how many it has; None
+    of an axis of tokens that is not that of the other."""
+    rows, columns = dim1 % x.ndim, dim2 % x.ndim
+    height, width = x.shape[rows], x.shape[columns]
+    start, count = max(offset, 0), width
+    if offset or not same_size(height, width):
+        if not isinstance(height, int) or not isinstance(width, int):
+            return None
+        count = min(height - max(-offset, 0), width - start)
+        if count <= 0:
+            return None
+    row, column = (along(axis, x.ndim, torch.arange(x.shape[axis], device=x.device)) for axis in (rows, columns))
+    return (row + offset if offset else row) == column, rows, columns, start, count
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
@@ -267,4 +337,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.embedding.default: embedding,
     aten.index.Tensor: index,
     aten.diagonal.default: diagonal,
+    aten.diagonal_scatter.default: diagonal_scatter,
+    aten.triu_indices.default: triu_indices,
+    aten.tril_indices.default: tril_indices,
 }

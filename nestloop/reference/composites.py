@@ -2,13 +2,15 @@
 
 In PyTorch 2.11 to 2.13 the third derivative of `layer_norm` is another one, and under `vmap`, with a weight for every
 sequence, the second too; losses of elements fail where only one side has the axis; in 2.11 `aminmax` has no derivative.
-`one_hot` and `gaussian_nll_loss` look at values, which no transform lets them; `cdist` has one derivative, not two.
+`one_hot` and `gaussian_nll_loss` look at values, which no transform lets them; `cdist`, `hardsigmoid` and the kernels
+of attention have one derivative, not two. Under `vmap` the derivative of `select_scatter` in its source is another one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -69,17 +71,50 @@ def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
     return (x.unsqueeze(-1) == torch.arange(num_classes, device=x.device)).to(torch.int64)
 
 
+def _multi_dot(matrices: Sequence[Tensor]) -> Tensor:
+    """One after the other: PyTorch's own looks at their sizes, of which one may be that of the tokens."""
+    return reduce(torch.matmul, matrices)
+
+
+def _select_scatter(x: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    start = index + x.shape[dim] if index < 0 else index
+    return torch.slice_scatter(x, src.unsqueeze(dim), dim, start, start + 1)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """By its formula: PyTorch's kernels have one derivative, not two."""
+    formula = torch.ops.aten._scaled_dot_product_attention_math
+    return formula(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+
+
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    return torch.where(x <= -3, 0.0, torch.where(x >= 3, 1.0, x / 6 + 0.5))
+
+
 # Those that the compiler takes apart so, too.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "bilinear": _bilinear,
     "cdist": _cdist,
     "gaussian_nll_loss": _gaussian_nll_loss,
+    "linalg_multi_dot": _multi_dot,
 }
 _INSTEAD: dict[str, Callable[..., Any]] = {
     **FUNCTIONS,
     "aminmax": _aminmax,
+    "hardsigmoid": _hardsigmoid,
     "layer_norm": _layer_norm,
     "one_hot": _one_hot,
+    "scaled_dot_product_attention": _attention,
+    "select_scatter": _select_scatter,
     "mse_loss": _of_elements(F.mse_loss),
     "huber_loss": _of_elements(F.huber_loss),
     "smooth_l1_loss": _of_elements(F.smooth_l1_loss),

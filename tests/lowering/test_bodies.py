@@ -30,6 +30,34 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "prod": lambda x, y: x.prod(-1),
     "trace": lambda x, y: torch.einsum("nii->n", x[:, :, None] * y[:, None, :]),
     "attention": lambda x, y: F.scaled_dot_product_attention(*(t.unflatten(-1, (2, 2)) for t in (x, y, x))).flatten(1),
+    "attention of groups": lambda x, y: F.scaled_dot_product_attention(
+        x.reshape(-1, 1, 2, 2), y.reshape(-1, 1, 2, 2), x.reshape(-1, 1, 2, 2), is_causal=True
+    ).flatten(1),
+    "truth values": lambda x, y: (
+        x.masked_fill(torch.tensor([[True, False, False, True]]), -1.0) * torch.tensor([True, True, False, False])
+    ),
+    "products of features": lambda x, y: (x[:, :, None] * y[:, None])[:, *torch.triu_indices(4, 4, 1)],
+    "elements of lists": lambda x, y: (x[:, :, None] * y[:, None])[:, [0, -1, 1], [1, 2, 2]],
+    "two places of numbers": lambda x, y: (x[:, :, None] * y[:, None])[:, *torch.tril_indices(4, 3, -1)[[1, 0]]],
+    "elements for each token": lambda x, y: (
+        torch.arange(16).to(x.dtype).reshape(4, 4)[x.argmax(-1), y.argmax(-1)][:, None] * x
+    ),
+    "another diagonal": lambda x, y: (
+        torch.diagonal_scatter(x[:, :, None] * y[:, None], y[:, 1:], 1, 1, 2).diagonal(-1, 1, 2) * y[:, :3]
+        + torch.diagonal_scatter(x[:, :, None] * y[:, None], y, 0, 2, 1).sum(1)[:, :3]
+    ),
+    "a derivative's diagonal": lambda x, y: (
+        torch.func.vmap(lambda a: torch.func.jacrev(lambda b: b.sin() * b.sum())(a).diagonal())(x) * y
+    ),
+    "other values": lambda x, y: torch.select_scatter(x, y[:, 0], 1, -2) * y,
+    "dropouts of nothing": lambda x, y: F.dropout(x, 0.0) + F.dropout(y, 0.3, training=False),
+    "sums of products": lambda x, y: (
+        torch.addmv(y[:, 0], x, y.new_ones(4), beta=0.5)[:, None]
+        + torch.linalg.multi_dot([x, torch.eye(4, dtype=x.dtype), x.new_ones(4, 3)])
+        + torch.addbmm(x.new_ones(4, 3), x.new_ones(2, 4, 4), x.new_ones(2, 4, 3), alpha=0.1).sum(0)
+        + torch.dist(x.new_ones(4), x.new_zeros(4))
+    ),
+    "a hard sigmoid": lambda x, y: F.hardsigmoid(4 * x) * y,
     "inverse": lambda x, y: (
         torch.linalg.inv(torch.eye(2, dtype=x.dtype, device=x.device) + y.unflatten(-1, (2, 2)) / 9).flatten(1).mul(x)
     ),

@@ -226,7 +226,31 @@ def test_product_along_an_axis(keepdim):
 def test_diagonal(dim1, dim2):
     x = normal(4, 4, 4)
     assert_same(lambda x: places.diagonal(x, 0, dim1, dim2), lambda x: torch.diagonal(x, 0, dim1, dim2), x)
-    assert places.diagonal(normal(4, 5)) is NotImplemented and places.diagonal(x, 1) is NotImplemented
+
+
+@pytest.mark.parametrize("offset", [-2, -1, 0, 1, 3])
+@pytest.mark.parametrize(("dim1", "dim2"), [(0, 1), (1, 2), (2, 0)])
+def test_diagonals_beside_it(dim1, dim2, offset):
+    x = normal(4, 5, 4)
+    assert_same(lambda x: places.diagonal(x, offset, dim1, dim2), lambda x: torch.diagonal(x, offset, dim1, dim2), x)
+    source = normal(*torch.diagonal(x, offset, dim1, dim2).shape)
+    assert_same(
+        lambda x, source: places.diagonal_scatter(x, source, offset, dim1, dim2),
+        lambda x, source: torch.diagonal_scatter(x, source, offset, dim1, dim2),
+        x,
+        source,
+    )
+
+
+@pytest.mark.parametrize("offset", [-5, -2, 0, 1, 3])
+@pytest.mark.parametrize("sizes", [(4, 4), (3, 5), (5, 3)])
+def test_places_of_triangles(sizes, offset):
+    rows, columns = sizes
+    for found, wanted in (
+        (places.triu_indices(rows, columns, offset), torch.triu_indices(rows, columns, offset)),
+        (places.tril_indices(rows, columns, offset), torch.tril_indices(rows, columns, offset)),
+    ):
+        assert torch.equal(found, wanted) if wanted.numel() else found is NotImplemented
 
 
 def test_inverse():

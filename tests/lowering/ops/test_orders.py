@@ -84,6 +84,7 @@ WRITTEN: dict[str, tuple[Any, Any]] = {
     "cut to whole ones": ([1.7, -1.7], torch.int64),
     "infinite": ([inf, -inf, 0.0], None),
     "one in three axes": ([[[0.5]]], None),
+    "truth values": ([[True, False], [False, True]], None),
 }
 
 
@@ -95,7 +96,7 @@ def test_numbers_that_are_written_down(name: str):
     assert torch.equal(found, exact)
 
 
-@pytest.mark.parametrize("values", [[], [[]], [[1], [2, 3]], [True, False], ["a"], [0.0] * 257, [torch.ones(())], None])
+@pytest.mark.parametrize("values", [[], [[]], [[1], [2, 3]], [True, 1], ["a"], [0.0] * 257, [torch.ones(())], None])
 def test_what_is_no_number_is_left_to_pytorch(values: Any):
     assert ops.literal(values) is NotImplemented
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestloop.errors import InputError
+from nestloop.errors import InputError, shown
 from nestloop.lang.coefficient import is_number
-from nestloop.lang.declaration import is_count
+from nestloop.lang.declaration import caller, is_count
 from nestloop.lang.maps import Call, Map, Place, Shape, read_period, refused
 
 
@@ -60,6 +60,14 @@ class Rope(Map):
 
     def __init__(self, theta: float, period: int | str | None, pairs: str) -> None:
         super().__init__()
+        if not (is_number(theta) and theta > 0):
+            raise refused(
+                "The theta of nl.rope is none.",
+                self.where,
+                f"theta={shown(theta)}",
+                "a finite number above 0: frequencies are theta^(-2i/f)",
+                "write nl.rope(theta=10000.0)",
+            )
         self.theta, self.period, self.pairs = float(theta), read_period(period, "nl.rope", self.where), pairs
         if pairs not in ("interleaved", "half"):
             raise refused(
@@ -201,13 +209,24 @@ def conv(size: int = 4, bias: bool = True) -> Conv:
     return Conv(size, bias)
 
 
-def rope(theta: float = 10000.0, period: int | str | None = None, pairs: str = "interleaved") -> Rope:
+def rope(*unnamed: Any, theta: float = 10000.0, period: int | str | None = None, pairs: str = "interleaved") -> Rope:
     """Rotary positions on each head's features, frequencies theta^(-2i/f).
 
+    All by name: where others take the number of features first, it is the view's own.
+
     Args:
+        theta: the base of the frequencies.
         period: positions start again every so many tokens; "chunk" for the schedule's chunk (TTT-LM).
         pairs: "interleaved" turns features (2i, 2i + 1), "half" features (i, i + f/2).
     """
+    if unnamed:
+        raise refused(
+            "nl.rope takes its arguments by name.",
+            caller(),
+            ", ".join(map(shown, unnamed)),
+            "theta=, period= or pairs=; the number of features is the view's own",
+            f"write nl.rope(), or nl.rope(theta={shown(unnamed[0])})",
+        )
     return Rope(theta, period, pairs)
 
 

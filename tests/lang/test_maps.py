@@ -66,7 +66,7 @@ def test_a_shared_projection_convolutions_and_activations():
 @pytest.mark.parametrize("pairs", ["interleaved", "half"])
 @pytest.mark.parametrize("period", [None, 4, "chunk"])
 def test_rotary_positions(pairs, period):
-    layer, x, made = views_of(k=nl.view("d", make=[nl.rope(100.0, period, pairs)]))
+    layer, x, made = views_of(k=nl.view("d", make=[nl.rope(theta=100.0, period=period, pairs=pairs)]))
     flat = heads(x @ layer.state_dict()["views.k.project.weight"].T)
     place = torch.arange(N) % (N if period is None else 4)
     for i in range(d // 2):
@@ -192,6 +192,20 @@ def test_decays_by_head():
             "period='batch'",
             'a whole number, 1 or more, or "chunk" for the schedule\'s',
             "write nl.rope(period=16)",
+        ),
+        (
+            lambda: nl.rope(64),
+            "nl.rope takes its arguments by name.",
+            "64",
+            "theta=, period= or pairs=; the number of features is the view's own",
+            "write nl.rope(), or nl.rope(theta=64)",
+        ),
+        (
+            lambda: nl.rope(theta=0.0),
+            "The theta of nl.rope is none.",
+            "theta=0.0",
+            "a finite number above 0: frequencies are theta^(-2i/f)",
+            "write nl.rope(theta=10000.0)",
         ),
         (
             lambda: nl.rope(pairs="odd"),

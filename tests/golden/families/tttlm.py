@@ -33,7 +33,7 @@ def declaration(case: Case) -> Any:
     plain: Any = zoo.TTTLinear if kind == "linear" else zoo.TTTMLP
     mamba: Any = zoo.TTTLinearMamba if kind == "linear" else zoo.TTTMLPMamba
     base: Any = mamba if shares else plain
-    rope = nl.rope(float(case.setting("rope_theta")), period="chunk")
+    rope = nl.rope(theta=float(case.setting("rope_theta")), period="chunk")
 
     class TTT(base):
         schedule = nl.Causal(case.setting("mini_batch_size"))

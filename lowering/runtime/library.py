@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import _FlopCounterMode, flop_registry, register_flop_formula
 
@@ -129,6 +130,7 @@ class NestedLoopOp:
         self.function = self._function()
         self.transformed = transformed(self.function, spec)
         self.eager = in_one(self.transformed)
+        _LIBRARY.impl(name, self._differentiable(), "Autograd")
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Inputs (and the order) -> results, differentiable."""
@@ -276,6 +278,20 @@ class NestedLoopOp:
         inputs, _ = self._split(tensors)
         made = self.signature.empty(inputs)
         return tuple(made) if len(made) > 1 else made[0]
+
+    def _differentiable(self) -> Callable[..., Any]:
+        """The op where it is called by its name, as a graph does that `torch.export` has made of a call."""
+        forward_op, function, eager = self.forward_op, self.function, self.eager
+
+        def kernel(*tensors: Tensor) -> Any:
+            if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+                return function.apply(*tensors)  # which calls the op again, without gradients
+            if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+                return eager.apply(*tensors)  # which refuses tangents
+            with torch._C._AutoDispatchBelowAutograd():
+                return forward_op(*tensors)
+
+        return kernel
 
     def _backward_kernel(self) -> Callable[..., Any]:
         count, tokens = len(self.signature.inputs), len(self.signature.tokens)

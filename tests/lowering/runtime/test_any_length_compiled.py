@@ -100,3 +100,20 @@ def test_an_exported_program_takes_every_length(loop: type[nl.Loop]):
     program = torch.export.export(model, (tokens(20),), dynamic_shapes=({1: several},)).module()
     for length in LENGTHS:
         torch.testing.assert_close(program(tokens(length)), model(tokens(length)))
+
+
+@over_loops
+def test_an_exported_program_has_all_gradients(loop: type[nl.Loop]):
+    """Its graph calls the op by its name."""
+    model = layer(loop)
+    program: Any = torch.export.export(
+        model, (tokens(20),), dynamic_shapes=({1: torch.export.Dim("N", min=8, max=4096)},)
+    )
+    program = program.module()
+    a, b = tokens(37).requires_grad_(), tokens(37).requires_grad_()
+    (made, of_program), (wanted, of_model) = (
+        (z, torch.autograd.grad(z.square().sum(), [x, *[p for p in module.parameters() if p.requires_grad]]))
+        for module, x, z in ((program, a, program(a)), (model, b, model(b)))
+    )
+    torch.testing.assert_close(made, wanted)
+    torch.testing.assert_close(of_program, of_model)

@@ -18,10 +18,11 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.parts import StaysWhole
 from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.runtime import plan as plans
-from nestloop.lowering.runtime.choice import Asked, runs_triton
+from nestloop.lowering.runtime.choice import runs_triton
 from nestloop.lowering.runtime.executable import EXECUTABLES, build
 from nestloop.lowering.runtime.fingerprint import fingerprint
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.recipe import Asked
 from nestloop.lowering.runtime.streams import STREAM_OPS, build_stream
 from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling
 from nestloop.lowering.runtime.tuned import tiling_for

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nestloop.lang.transforms import global_clip, newton_schulz, restore_norm, soft_clip
     from nestloop.layer import Layer
     from nestloop.page import page
+    from nestloop.saved import load_ops, save_ops
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "inspect",
     "l2_norm",
     "layer_norm",
+    "load_ops",
     "newton_schulz",
     "page",
     "per_position",
@@ -69,6 +71,7 @@ __all__ = [
     "restore_norm",
     "rms_norm",
     "rope",
+    "save_ops",
     "slow",
     "soft_clip",
     "view",
@@ -94,6 +97,7 @@ _HOME = {
     "nestloop.lang.transforms": ("global_clip", "newton_schulz", "restore_norm", "soft_clip"),
     "nestloop.layer": ("Layer",),
     "nestloop.page": ("page",),
+    "nestloop.saved": ("load_ops", "save_ops"),
 }
 
 

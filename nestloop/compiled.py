@@ -18,8 +18,8 @@ from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec, missing
 from nestloop.lang.schedule import Program
 from nestloop.lowering import lower, names
-from nestloop.lowering.runtime.choice import Asked
 from nestloop.lowering.runtime.executable import OPS
+from nestloop.lowering.runtime.recipe import Asked, Origin
 from nestloop.lowering.runtime.refusals import singular_system
 from nestloop.lowering.runtime.streams import StreamOp, run_stream
 
@@ -194,7 +194,7 @@ class CompiledLoop:
             except torch.linalg.LinAlgError as error:
                 from nestloop.lowering.watched import line_in_traceback  # all of tracing, which a call may do without
 
-                raise singular_system(self.spec, line_in_traceback(self.spec, error)) from None
+                raise singular_system(Origin.of(self.spec), line_in_traceback(self.spec, error)) from None
             return z if binding.tokens else z + _nothing_of(views, weights).to(z.dtype), end, losses
         views, weights = names.inward(self.renamed, views), names.inward(self.renamed, weights)
         state = None if state is None else names.inward(self.renamed, state)

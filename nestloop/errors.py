@@ -224,6 +224,14 @@ class StaleTuningError(TunedFileError):
     """A tiling that was tuned for another declaration or another Triton."""
 
 
+class SavedOpsError(NestloopError):
+    """A file of saved ops that cannot be read, or something without a graph to save the ops of."""
+
+
+class StaleOpsError(SavedOpsError):
+    """Ops that another version of nestloop has saved."""
+
+
 class InputError(NestloopError):
     """Tensors given to a compiled loop or a layer that do not fit its declaration."""
 

@@ -21,9 +21,10 @@ from nestloop.lowering.pipeline import Lowered, LoweredStream
 from nestloop.lowering.rewrites import Rewrite
 from nestloop.lowering.rewrites.gram import NAME as GRAM_FORM
 from nestloop.lowering.runtime import offline
-from nestloop.lowering.runtime.choice import Asked, why_no_cpp
+from nestloop.lowering.runtime.choice import why_no_cpp
 from nestloop.lowering.runtime.compiler import find
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.recipe import Asked
 from nestloop.lowering.runtime.tiles import LOST_BITS
 from nestloop.lowering.runtime.triton_plan import FEW, WORTH, TritonPlan
 from nestloop.lowering.runtime.work import expected

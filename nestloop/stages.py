@@ -18,9 +18,9 @@ from nestloop.lowering.axes import is_token, readout_axes, type_axes
 from nestloop.lowering.emit.tile import size_text
 from nestloop.lowering.pipeline import AnyLowered, LoweredStream
 from nestloop.lowering.runtime import cache, offline
-from nestloop.lowering.runtime.choice import Asked
 from nestloop.lowering.runtime.executable import OPS, build
 from nestloop.lowering.runtime.library import NestedLoopOp
+from nestloop.lowering.runtime.recipe import Asked
 from nestloop.lowering.runtime.refusals import check_triton
 from nestloop.lowering.runtime.streams import STREAM_OPS, build_stream
 from nestloop.lowering.runtime.tiles import spacing_within

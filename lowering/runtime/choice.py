@@ -9,38 +9,16 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime import cache, compiler
 from nestloop.lowering.runtime.native import NativePlan
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.recipe import Asked, Origin
 from nestloop.lowering.runtime.refusals import check_triton, no_native
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 
 LONGEST_MODULE = 3000  # lines of Triton; of more, one kernel takes minutes to compile
 # Numbers alive at once, over four times a multiprocessor's registers: such a kernel runs slowly, or on no device.
 MOST_ALIVE = 280_000
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is to run.
-
-    Attributes:
-        backend: "torch"; "cpp"; "triton"; or "auto": where the plan has C++ and it can be built, C++ or PyTorch by the
-            sizes of a call; else PyTorch; on a GPU Triton, where the plan has it (`runs_triton`).
-        inductor: whether `torch.compile` compiles generated PyTorch.
-        double: whether it is float64 that will be computed in.
-        gpu: whether "auto" may be Triton.
-    """
-
-    backend: str = "torch"
-    inductor: bool = False
-    double: bool = False
-    gpu: bool = False
-
-    @property
-    def may_be_triton(self) -> bool:
-        return self.backend == "triton" or (self.backend == "auto" and self.gpu)
 
 
 @dataclass(frozen=True)
@@ -60,7 +38,7 @@ class Choice:
     suffix: str
 
 
-def choose(spec: LoopSpec, plan: Plan, asked: Asked) -> Choice:
+def choose(origin: Origin, plan: Plan, asked: Asked) -> Choice:
     """What runs of a plan.
 
     Raises:
@@ -68,13 +46,13 @@ def choose(spec: LoopSpec, plan: Plan, asked: Asked) -> Choice:
     """
     auto = asked.backend == "auto"
     if runs_triton(plan, asked):
-        check_triton(spec, plan)
+        check_triton(origin, plan)
         assert plan.triton is not None
         text = "".join(form.text for form in plan.triton.forms)
         return Choice(plan.triton, False, auto, f"_{'auto_' if auto else ''}triton_{cache.digest(text)}")
     reason = why_no_cpp(plan, asked)
     if reason and asked.backend == "cpp":
-        raise no_native(spec, reason)
+        raise no_native(origin, reason)
     if reason:
         return Choice(None, False, False, "_inductor" if asked.inductor else "")
     assert plan.native is not None

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestloop.lang.loop import LoopSpec
+from nestloop.lowering.runtime.recipe import Origin
 from nestloop.lowering.runtime.refusals import forward_mode
 
 
-def transformed(function: Any, spec: LoopSpec) -> type[torch.autograd.Function]:
+def transformed(function: Any, origin: Origin) -> type[torch.autograd.Function]:
     """The function for `torch.func`. Raises `ForwardModeError` where that takes a jvp."""
 
     class Transformed(function):
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-            raise forward_mode(spec)
+            raise forward_mode(origin)
 
     Transformed.__name__ = function.__name__
     return Transformed

@@ -17,15 +17,16 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.state import identifier, steps_with
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.batches import BatchLoop, autocast_dtype, compute_dtype, output_dtype, with_pieces
-from nestloop.lowering.runtime.choice import Asked, Choice, choose
+from nestloop.lowering.runtime.choice import Choice, choose
 from nestloop.lowering.runtime.library import Code, NestedLoopOp
 from nestloop.lowering.runtime.native import NativeModule, NativePlan
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.recipe import Asked, Origin, Recipe
 from nestloop.lowering.runtime.refusals import check_arguments
 from nestloop.lowering.runtime.signature import Signature
 from nestloop.lowering.runtime.triton import TritonBatches
 from nestloop.lowering.runtime.triton_plan import TritonPlan
-from nestloop.lowering.runtime.work import flops, pays
+from nestloop.lowering.runtime.work import pays
 
 Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
 
@@ -34,7 +35,6 @@ OPS: dict[str, NestedLoopOp] = {}  # what those of them call that are no attenti
 _BY_CODE: dict[str, NestedLoopOp] = {}  # the same by what they run, which does not say how views come
 
 
-@cache.one_thread()
 def build(
     spec: LoopSpec, plan: Plan, heads: int, losses: bool, asked: Asked, wide: Callable[[], Plan] | None = None
 ) -> str:
@@ -51,29 +51,43 @@ def build(
         name = f"softmax_attention_{plan.scale}_{heads}_{_layout(spec)}"
         EXECUTABLES.setdefault(name, _attention(spec, plan.scale, heads))
         return name
-    chosen = choose(spec, plan, asked)
-    name = cache.write(plan.name, plan.source).stem + chosen.suffix
-    if name not in _BY_CODE:
-        low = plan.low if isinstance(chosen.native, TritonPlan) else ()
-        signature = _signature(spec, plan, heads, losses, wide is not None, low)
-        check_arguments(spec, signature)
-
-        def other() -> Code:
-            assert wide is not None
-            found = wide()
-            return _code(spec, found, signature, asked, choose(spec, found, asked))
-
-        def instead() -> NestedLoopOp:
-            return OPS[build(spec, plan, heads, losses, replace(asked, backend="torch"), wide)]
-
-        code, work = _code(spec, plan, signature, asked, chosen), flops(spec, plan, heads)
-        _BY_CODE[name] = NestedLoopOp(
-            name, code, signature, work, spec, wide and other, instead if chosen.falls_back else None
-        )
-    made = f"{name}_{_layout(spec)}"
-    if made not in EXECUTABLES:
-        OPS[made], EXECUTABLES[made] = _BY_CODE[name], _loop(_BY_CODE[name], spec)
+    op = batch_op(Recipe(Origin.of(spec), plan, heads, losses, asked, wide))
+    made = f"{op.name}_{_layout(spec)}"
+    with cache.one_thread():
+        if made not in EXECUTABLES:
+            OPS[made], EXECUTABLES[made] = op, _loop(op, spec)
     return made
+
+
+@cache.one_thread()
+def batch_op(recipe: Recipe, name: str = "") -> NestedLoopOp:
+    """The op of a loop of batches, made where there is none of that name.
+
+    Args:
+        name: that it was made under where the recipe was kept; "" for that which says what runs here.
+
+    Raises:
+        NoPlanError: as `build`.
+    """
+    origin, plan = recipe.origin, recipe.plan
+    chosen = choose(origin, plan, recipe.asked)
+    name = name or cache.write(plan.name, plan.source).stem + chosen.suffix
+    if name in _BY_CODE:
+        return _BY_CODE[name]
+    signature = _signature(recipe, plan.low if isinstance(chosen.native, TritonPlan) else ())
+    check_arguments(origin, signature)
+    code = _code(recipe, plan, signature, chosen)
+
+    def other() -> Code:
+        assert recipe.wide is not None
+        return _code(recipe, recipe.wide, signature, choose(origin, recipe.wide, recipe.asked))
+
+    def instead() -> NestedLoopOp:
+        return batch_op(replace(recipe, asked=replace(recipe.asked, backend="torch")))
+
+    wide = other if recipe.make_wide is not None else None
+    _BY_CODE[name] = NestedLoopOp(name, code, signature, recipe, wide, instead if chosen.falls_back else None)
+    return _BY_CODE[name]
 
 
 def _layout(spec: LoopSpec) -> str:
@@ -82,26 +96,27 @@ def _layout(spec: LoopSpec) -> str:
     return cache.digest(repr([*views, *[(name, weight.shared) for name, weight in spec.slow.items()]]))
 
 
-def _code(spec: LoopSpec, plan: Plan, signature: Signature, asked: Asked, chosen: Choice) -> Code:
+def _code(recipe: Recipe, plan: Plan, signature: Signature, chosen: Choice) -> Code:
     """A plan's generated code, loaded."""
     module = cache.load(cache.write(plan.name, plan.source))
-    module = compiled_pieces(module, plan) if asked.inductor else module
-    library = None if chosen.native is None else _library(spec, plan.name, chosen.native, module, signature)
+    module = compiled_pieces(module, plan) if recipe.asked.inductor else module
+    library = None if chosen.native is None else _library(recipe.origin, plan.name, chosen.native, module, signature)
     module = module if library is None else library.prepared()
-    return Code(module, plan.rows, tuple(plan.shared), library, pays(spec, plan) if chosen.by_size else None)
+    return Code(module, plan.rows, tuple(plan.shared), library, pays(recipe.origin, plan) if chosen.by_size else None)
 
 
 def _library(
-    spec: LoopSpec, name: str, plan: NativePlan | TritonPlan, module: types.ModuleType, signature: Signature
+    origin: Origin, name: str, plan: NativePlan | TritonPlan, module: types.ModuleType, signature: Signature
 ) -> NativeModule | TritonBatches:
+    assert origin.schedule is not None
     loop = BatchLoop(
         inputs=signature.inputs,
         tokens=signature.tokens,
         fast=signature.fast,
         ends=signature.ends,
         tiles=signature.tiles,
-        batches=spec.schedule.batches,
-        weight=spec.schedule.weight,
+        batches=origin.schedule.batches,
+        weight=origin.schedule.weight,
         losses=signature.losses,
         shared=signature.shared,
     )
@@ -152,20 +167,21 @@ def compiled_pieces(module: types.ModuleType, plan: Plan) -> types.ModuleType:
     return with_pieces(module, **{name: torch.compile(getattr(module, name)) for name in pieces})
 
 
-def _signature(spec: LoopSpec, plan: Plan, heads: int, losses: bool, decides: bool, low: tuple[str, ...]) -> Signature:
-    learns = plan.form == "loop"
+def _signature(recipe: Recipe, low: tuple[str, ...]) -> Signature:
+    origin, plan = recipe.origin, recipe.plan
+    schedule = origin.schedule if plan.form == "loop" else None
     return Signature(
-        tokens=tuple(spec.inputs),
+        tokens=origin.tokens,
         fast=plan.inputs,
-        slow=tuple(spec.slow),
+        slow=origin.slow,
         tiles={**plan.tiles, "z": plan.output},
         ends=tuple(plan.tiles),
-        losses=losses and learns,
-        steps=spec.schedule.steps_on if learns else lambda length: 1,
-        ordered=spec.schedule.needs_order and learns,
-        heads=heads,
+        losses=recipe.losses and schedule is not None,
+        steps=(lambda length: 1) if schedule is None else schedule.steps_on,
+        ordered=schedule is not None and schedule.needs_order,
+        heads=recipe.heads,
         shared=plan.shared,
-        decides=decides,
+        decides=recipe.make_wide is not None,
         low=low,
     )
 

@@ -53,7 +53,7 @@ class Instead:
                 if self._make is None:
                     raise
                 self.refused = refusal
-                _announce(self._op.spec.name, refusal)
+                _announce(self._op.origin.name, refusal)
         count, results = len(self._op.signature.inputs), self._other.signature.results
         inputs = tensors[:count]
         made = dict(zip(results, self._other.made("forward", inputs, order), strict=True))

@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import _FlopCounterMode, flop_registry, register_flop_formula
 
 from nestloop.errors import NoPlanError
-from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime.batches import LOW, autocast_dtype, compute_dtype
 from nestloop.lowering.runtime.batching import batching_rule
 from nestloop.lowering.runtime.decision import Decision, known
@@ -32,13 +31,16 @@ from nestloop.lowering.runtime.launching import TritonCode
 from nestloop.lowering.runtime.native import NativeModule
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.once import has_graph, once
+from nestloop.lowering.runtime.recipe import Recipe
 from nestloop.lowering.runtime.refusals import singular_system
 from nestloop.lowering.runtime.results import owned, strides_like, with_zeros
 from nestloop.lowering.runtime.signature import DECIDED, KEPT, Signature
 from nestloop.lowering.runtime.tiles import Singular, like_lead, or_zero
 from nestloop.lowering.runtime.triton import TritonBatches, TritonStream
+from nestloop.lowering.runtime.work import flops
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
+REGISTERED: dict[str, NestedLoopOp] = {}  # by the names of their ops in PyTorch, forward and backward
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,7 @@ class NestedLoopOp:
         name: a valid identifier, unique per content.
         code: what it runs.
         signature: its tensors.
-        flops: (sequences, length) -> FLOPs of the products in (forward, backward).
-        spec: the loop, for its errors.
+        recipe: all that it is made of.
         wide: makes the code for weights that `code` is not precise with. The weights of a call decide, inside the op:
             to `torch.compile` and the like it is one op all the same.
         instead: makes the op of generated PyTorch, which runs where a device has no room for kernels; None where these
@@ -96,14 +97,14 @@ class NestedLoopOp:
         name: str,
         code: Code,
         signature: Signature,
-        flops: Callable[[int, int], tuple[int, int]],
-        spec: LoopSpec,
+        recipe: Recipe,
         wide: Callable[[], Code] | None = None,
         instead: Callable[[], NestedLoopOp] | None = None,
     ) -> None:
         self.name, self.signature, self.code = name, signature, code
         self._took: tuple[Tensor, torch.device] | bool | None = None
-        self.spec, self._make_wide, self._instead = spec, wide, Instead(self, instead)
+        self.recipe, self.origin = recipe, recipe.origin
+        self._make_wide, self._instead = wide, Instead(self, instead)
         inputs = [f"Tensor {n}" for n in signature.inputs]
         order = ["Tensor order"] if signature.ordered else []
         results = signature.results
@@ -121,14 +122,16 @@ class NestedLoopOp:
             forward = forward.replace("(Tensor)", "Tensor")
         if len(inputs) == 1:
             backward = backward.replace("(Tensor)", "Tensor")
-        _define(forward, self._forward_kernel(), self._forward_fake, self._forward_flops(flops))
-        _define(backward, self._backward_kernel(), self._backward_fake, self._backward_flops(flops))
+        work = flops(self.origin, recipe.plan, recipe.heads)
+        _define(forward, self._forward_kernel(), self._forward_fake, self._forward_flops(work))
+        _define(backward, self._backward_kernel(), self._backward_fake, self._backward_flops(work))
         self.forward_op = getattr(torch.ops.nestloop, name).default
         self.backward_op = getattr(torch.ops.nestloop, f"{name}_backward").default
         for op, made in ((self.forward_op, results), (self.backward_op, None)):
             torch.library.register_vmap(op, batching_rule(op, signature.heads, made))
+            REGISTERED[op._opname] = self
         self.function = self._function()
-        self.transformed = transformed(self.function, spec)
+        self.transformed = transformed(self.function, self.origin)
         self.eager = in_one(self.transformed)
         _LIBRARY.impl(name, self._differentiable(), "Autograd")
 
@@ -241,7 +244,7 @@ class NestedLoopOp:
         try:
             yield
         except Singular as met:
-            raise singular_system(self.spec, str(met)) from None
+            raise singular_system(self.origin, str(met)) from None
 
     def _either(
         self, other: TritonBatches, own: Sequence[Tensor], inputs: Sequence[Tensor], order: Tensor | None, low: Any
@@ -314,16 +317,16 @@ class NestedLoopOp:
         made = [torch.empty_like(t) if i < tokens else t.new_empty(t.shape) for i, t in enumerate(inputs)]
         return tuple(made) if len(made) > 1 else made[0]
 
-    def _forward_flops(self, flops: Callable[[int, int], tuple[int, int]]) -> Callable[..., int]:
-        return lambda *shapes, out_shape=None, **_: flops(max(s[1] for s in shapes), shapes[0][2])[0]
+    def _forward_flops(self, work: Callable[[int, int], tuple[int, int]]) -> Callable[..., int]:
+        return lambda *shapes, out_shape=None, **_: work(max(s[1] for s in shapes), shapes[0][2])[0]
 
-    def _backward_flops(self, flops: Callable[[int, int], tuple[int, int]]) -> Callable[..., int]:
-        return lambda *shapes, out_shape=None, **_: flops(max(s[1] for s in shapes), shapes[0][2])[1]
+    def _backward_flops(self, work: Callable[[int, int], tuple[int, int]]) -> Callable[..., int]:
+        return lambda *shapes, out_shape=None, **_: work(max(s[1] for s in shapes), shapes[0][2])[1]
 
     def _function(self) -> type[torch.autograd.Function]:
         # What the methods below close over are ops, numbers and tuples: all that Dynamo can put in a graph.
         forward_op, backward_op = self.forward_op, self.backward_op
-        backward_once, results = once(self.spec, backward_op), self.signature.results
+        backward_once, results = once(self.origin, backward_op), self.signature.results
         states = tuple(results.index(name) for name in self.signature.saved)
         between = tuple(i for i, name in enumerate(results) if name.startswith(KEPT))
         inputs_count, cotangents, ordered = len(self.signature.inputs), len(self.cotangents), self.signature.ordered

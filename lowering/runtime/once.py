@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestloop.lang.loop import LoopSpec
+from nestloop.lowering.runtime.recipe import Origin
 from nestloop.lowering.runtime.refusals import differentiated_twice
 
 
-def once(spec: LoopSpec, op: Callable[..., Any]) -> Callable[..., Any]:
+def once(origin: Origin, op: Callable[..., Any]) -> Callable[..., Any]:
     """An op on tensors whose own gradient is refused, where somebody asks for it.
 
     Raises, on the way back:
@@ -32,7 +32,7 @@ def once(spec: LoopSpec, op: Callable[..., Any]) -> Callable[..., Any]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            raise differentiated_twice(spec)
+            raise differentiated_twice(origin)
 
     return Once.apply
 

@@ -73,16 +73,25 @@ def read(fingerprint: str | None) -> Plan | None:
     if fingerprint is None:
         return None
     try:
-        kept = json.loads(_path(fingerprint).read_text(encoding="utf-8"))
-        tiles, shared = ({n: tuple(shape) for n, shape in kept.pop(k).items()} for k in ("tiles", "shared"))
-        pieces = {name: tuple(flops) for name, flops in kept.pop("pieces").items()}
-        native = _remade(NativePlan, kept.pop("native"))
-        triton = _remade_triton(kept.pop("triton"))
-        for name in ("inputs", "output", "results", "kept", "low"):
-            kept[name] = tuple(kept[name])
-        return Plan(**kept, tiles=tiles, shared=shared, pieces=pieces, native=native, triton=triton)
+        return remade(json.loads(_path(fingerprint).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         return None  # absent, or written by another version: lowered again and written again
+
+
+def remade(kept: dict[str, Any]) -> Plan:
+    """A plan from its JSON.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    kept = dict(kept)
+    tiles, shared = ({n: tuple(shape) for n, shape in kept.pop(k).items()} for k in ("tiles", "shared"))
+    pieces = {name: tuple(flops) for name, flops in kept.pop("pieces").items()}
+    native = _remade(NativePlan, kept.pop("native"))
+    triton = _remade_triton(kept.pop("triton"))
+    for name in ("inputs", "output", "results", "kept", "low"):
+        kept[name] = tuple(kept[name])
+    return Plan(**kept, tiles=tiles, shared=shared, pieces=pieces, native=native, triton=triton)
 
 
 def _remade(kind: Any, kept: dict[str, Any] | None) -> Any:

@@ -15,25 +15,25 @@ from nestloop.errors import (
     SharedMemoryError,
     SingularSystemError,
 )
-from nestloop.lang.loop import LoopSpec, user_files
-from nestloop.lang.state import steps_with
+from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.recipe import Origin
 from nestloop.lowering.runtime.signature import MOST_ARGUMENTS, Signature
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 
 
-def no_native(spec: LoopSpec, reason: str) -> NoPlanError:
+def no_native(origin: Origin, reason: str) -> NoPlanError:
     """The refusal of a loop without C++, where that was asked for by name."""
     return NoPlanError(
-        f"{spec.name} has no C++ plan for these sizes.",
-        where=spec.where,
+        f"{origin.name} has no C++ plan for these sizes.",
+        where=origin.where,
         given=reason,
         need="ops with a C++ spelling in lowering/ops, and a C++ compiler",
         fix='write backend="auto": generated PyTorch runs where there is no C++',
     )
 
 
-def check_triton(spec: LoopSpec, plan: Plan) -> None:
+def check_triton(spec: LoopSpec | Origin, plan: Plan) -> None:
     """Raise `NoPlanError` for a loop that has no Triton, or where Triton is not installed."""
     if plan.not_triton:
         raise NoPlanError(
@@ -53,15 +53,14 @@ def check_triton(spec: LoopSpec, plan: Plan) -> None:
         )
 
 
-def check_arguments(spec: LoopSpec, signature: Signature) -> None:
+def check_arguments(origin: Origin, signature: Signature) -> None:
     """Raise `NoPlanError` for a state of more tensors than PyTorch lets an op have."""
     results, backward = len(signature.results), signature.backward_arguments
     if max(backward, results) > MOST_ARGUMENTS:
         raise NoPlanError(
-            f"No backend but the reference has a plan for {spec.name}: its state is too many tensors for one op.",
-            where=spec.where,
-            given=f"{len({**spec.entries, **steps_with(spec)})} tensors in the state, {backward} arguments of its "
-            "backward",
+            f"No backend but the reference has a plan for {origin.name}: its state is too many tensors for one op.",
+            where=origin.where,
+            given=f"{origin.state} tensors in the state, {backward} arguments of its backward",
             need=f"{MOST_ARGUMENTS} arguments at most",
             fix='write nl.compile(..., backend="reference"), or join fast weights: a bias as a row of its matrix',
         )
@@ -100,17 +99,17 @@ def shared_memory_of(plan: TritonPlan, kernel: str) -> Iterator[None]:
         raise no_room(plan, kernel, error.required, error.limit) from None
 
 
-def singular_system(spec: LoopSpec, line: str | Location) -> SingularSystemError:
+def singular_system(origin: Origin, line: str | Location) -> SingularSystemError:
     """The refusal of a linear system that has no solution; `line`: of the user's, as `Location.short` gives it."""
-    where: Location | None = spec.where
+    where: Location | None = origin.where
     if isinstance(line, Location):
         where = line
     elif line:
         name, _, number = line.rpartition(":")
-        file = next((f for f in sorted(user_files(spec)) if os.path.basename(f) == name), name)
+        file = next((f for f in origin.files if os.path.basename(f) == name), name)
         where = Location(file, int(number))
     return SingularSystemError(
-        f"A linear system of {spec.name} is singular.",
+        f"A linear system of {origin.name} is singular.",
         where=where,
         given="a matrix with a pivot that is exactly zero",
         need="a matrix with an inverse, for every head, sequence and token",
@@ -118,22 +117,22 @@ def singular_system(spec: LoopSpec, line: str | Location) -> SingularSystemError
     )
 
 
-def differentiated_twice(spec: LoopSpec) -> DoubleBackwardError:
+def differentiated_twice(origin: Origin) -> DoubleBackwardError:
     """The refusal of a gradient's gradient."""
     return DoubleBackwardError(
-        f"A gradient of {spec.name} is differentiated again.",
-        where=spec.where,
+        f"A gradient of {origin.name} is differentiated again.",
+        where=origin.where,
         given="a gradient with a graph of its own (create_graph=True, or torch.func.grad inside another transform)",
         need="first derivatives of what a loop computes, its own gradients inside: generated code has no others",
         fix='write nl.compile(..., backend="reference"), which PyTorch differentiates as often as it is asked to',
     )
 
 
-def forward_mode(spec: LoopSpec) -> ForwardModeError:
+def forward_mode(origin: Origin) -> ForwardModeError:
     """The refusal of a derivative that is taken forward."""
     return ForwardModeError(
-        f"{spec.name} is differentiated in forward mode.",
-        where=spec.where,
+        f"{origin.name} is differentiated in forward mode.",
+        where=origin.where,
         given="a tensor with a tangent (torch.func.jvp, jacfwd or hessian, or torch.autograd.forward_ad)",
         need="derivatives in reverse mode: generated code has no others",
         fix='write nl.compile(..., backend="reference"), or torch.func.vjp or jacrev',

@@ -20,18 +20,19 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Chunked, Program, resets_at
 from nestloop.lang.state import Entry, State, counts_tokens
 from nestloop.lowering.runtime import cache
-from nestloop.lowering.runtime.choice import Asked, choose
+from nestloop.lowering.runtime.choice import choose
 from nestloop.lowering.runtime.executable import compiled_pieces, heads_first
 from nestloop.lowering.runtime.library import Code, NestedLoopOp
 from nestloop.lowering.runtime.native import NativePlan
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.recipe import Asked, Origin, Recipe
 from nestloop.lowering.runtime.refusals import check_arguments
 from nestloop.lowering.runtime.signature import Signature, seen
 from nestloop.lowering.runtime.tiles import join, spacing
 from nestloop.lowering.runtime.triton import TritonStream
 from nestloop.lowering.runtime.triton_plan import TritonPlan
-from nestloop.lowering.runtime.work import flops, pays
+from nestloop.lowering.runtime.work import pays
 
 VALID = "window__valid"  # 1 for a row that holds a token, 0 before a sequence begins
 
@@ -130,50 +131,56 @@ class StreamOp:
 STREAM_OPS: dict[str, StreamOp] = {}
 
 
-@cache.one_thread()
 def build_stream(spec: LoopSpec, plan: Plan, heads: int, asked: Asked) -> str:
     """Make one op of a stream runnable; its name in `STREAM_OPS`. Arguments, and what it raises, as for `build`."""
-    chosen = choose(spec, plan, asked)
+    return stream_op(Recipe(Origin.of(spec), plan, heads, False, asked)).op.name
+
+
+@cache.one_thread()
+def stream_op(recipe: Recipe, name: str = "") -> StreamOp:
+    """The op of a stream, or of a part of it, made where there is none of that name. Arguments as for `batch_op`."""
+    origin, plan = recipe.origin, recipe.plan
+    chosen = choose(origin, plan, recipe.asked)
     path = cache.write(plan.name, plan.source)
-    name = path.stem + chosen.suffix
-    if name not in STREAM_OPS:
-        signature = _signature(spec, plan, heads, chosen.native)
-        check_arguments(spec, signature)
-        module = cache.load(path)
-        module = compiled_pieces(module, plan) if asked.inductor else module
-        library: NativeStream | TritonStream | None = None
-        if isinstance(chosen.native, NativePlan):
-            library = NativeStream(plan.name, chosen.native, module, signature)
-        elif chosen.native is not None:
-            library = TritonStream(plan.name, chosen.native, module, signature)
-        code = Code(module, plan.rows, (), library, pays(spec, plan) if chosen.by_size else None)
+    name = name or path.stem + chosen.suffix
+    if name in STREAM_OPS:
+        return STREAM_OPS[name]
+    signature = _signature(recipe, chosen.native)
+    check_arguments(origin, signature)
+    module = cache.load(path)
+    module = compiled_pieces(module, plan) if recipe.asked.inductor else module
+    library: NativeStream | TritonStream | None = None
+    if isinstance(chosen.native, NativePlan):
+        library = NativeStream(plan.name, chosen.native, module, signature)
+    elif chosen.native is not None:
+        library = TritonStream(plan.name, chosen.native, module, signature)
+    code = Code(module, plan.rows, (), library, pays(origin, plan) if chosen.by_size else None)
 
-        def instead() -> NestedLoopOp:
-            return STREAM_OPS[build_stream(spec, plan, heads, replace(asked, backend="torch"))].op
+    def instead() -> NestedLoopOp:
+        return stream_op(replace(recipe, asked=replace(recipe.asked, backend="torch"))).op
 
-        work = flops(spec, plan, heads)
-        op = NestedLoopOp(name, code, signature, work, spec, instead=instead if chosen.falls_back else None)
-        STREAM_OPS[name] = StreamOp(op, signature)
-    return name
+    op = NestedLoopOp(name, code, signature, recipe, instead=instead if chosen.falls_back else None)
+    STREAM_OPS[name] = StreamOp(op, signature)
+    return STREAM_OPS[name]
 
 
-def _signature(spec: LoopSpec, plan: Plan, heads: int, native: NativePlan | TritonPlan | None) -> StreamSignature:
-    halo = (spec.optimizer.window or 1) - 1
+def _signature(recipe: Recipe, native: NativePlan | TritonPlan | None) -> StreamSignature:
+    origin, plan = recipe.origin, recipe.plan
     return StreamSignature(
-        tokens=(*spec.inputs, *([VALID] if halo else [])),
+        tokens=(*origin.tokens, *([VALID] if origin.halo else [])),
         fast=plan.inputs,
-        slow=tuple(spec.slow),
+        slow=origin.slow,
         tiles={**plan.tiles, "z": plan.output},
         ends=(),
         losses="losses" in plan.results,
         steps=lambda length: 1,
         ordered=False,
-        heads=heads,
+        heads=recipe.heads,
         made=plan.results,
         kept=plan.kept,
         chunk=native.rows if plan.chunk and isinstance(native, TritonPlan) else plan.chunk,
         chunk_cpp=native.rows if isinstance(native, NativePlan) else 0,
-        halo=halo,
+        halo=origin.halo,
     )
 
 

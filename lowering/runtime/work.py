@@ -13,6 +13,7 @@ from nestloop.lang.kept import Kept
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime.native import ranges_of
 from nestloop.lowering.runtime.plan import Plan
+from nestloop.lowering.runtime.recipe import Origin
 from nestloop.lowering.runtime.tiles import chunks
 
 # Fitted to forward and backward of seventeen calls of zoo loops, heads of 64 to 384 features, CPU seconds of one core
@@ -61,20 +62,21 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2g} times" if ratio < 100 else f"{ratio:.0f} times"
 
 
-def runs(spec: LoopSpec, plan: Plan, length: int) -> Counter[tuple[str, int]]:
+def runs(spec: LoopSpec | Origin, plan: Plan, length: int) -> Counter[tuple[str, int]]:
     """How often a sequence runs each piece, by (piece, tokens)."""
     if plan.form == "stream":
         name = "chunk" if "chunk" in plan.pieces else next(iter(plan.pieces))
         tiles = [stop - start for start, stop in chunks(length, plan.chunk)] if plan.chunk else [length]
         return Counter((name, n) for n in tiles)
     found = Counter((name, length) for name in ("prepare", "project", "readout", "final_loss", "fit"))
-    for index, (start, stop) in enumerate(spec.schedule.batches(length) if plan.form == "loop" else []):
+    batches = spec.schedule.batches(length) if plan.form == "loop" and spec.schedule is not None else []
+    for index, (start, stop) in enumerate(batches):
         first = "first_" if index == 0 and "first_gradient" in plan.pieces else ""
         found.update([(f"{first}gradient", stop - start), (f"{first}update", stop - start)])
     return Counter({run: count for run, count in found.items() if run[0] in plan.pieces})
 
 
-def _work(spec: LoopSpec, plan: Plan) -> Callable[[int], list[tuple[int, tuple[int, ...]]]]:
+def _work(spec: LoopSpec | Origin, plan: Plan) -> Callable[[int], list[tuple[int, tuple[int, ...]]]]:
     """tokens -> (how often, the numbers of `Plan.pieces`) of each piece, per head and sequence."""
     costs = {name: [parse(text) for text in texts] for name, texts in plan.pieces.items()}
 
@@ -85,7 +87,7 @@ def _work(spec: LoopSpec, plan: Plan) -> Callable[[int], list[tuple[int, tuple[i
     return of
 
 
-def flops(spec: LoopSpec, plan: Plan, heads: int) -> Callable[[int, int], tuple[int, int]]:
+def flops(spec: LoopSpec | Origin, plan: Plan, heads: int) -> Callable[[int, int], tuple[int, int]]:
     """(sequences, tokens) -> FLOPs of the products of a call, forward and backward."""
     work = _work(spec, plan)
 
@@ -97,7 +99,7 @@ def flops(spec: LoopSpec, plan: Plan, heads: int) -> Callable[[int, int], tuple[
     return total
 
 
-def expected(spec: LoopSpec, plan: Plan) -> Callable[[int, int, int, int], Expected]:
+def expected(spec: LoopSpec | Origin, plan: Plan) -> Callable[[int, int, int, int], Expected]:
     """(heads, sequences, tokens, threads) -> what C++ and generated PyTorch are expected to take."""
     work, found = _work(spec, plan), Kept[Expected]()
 
@@ -120,7 +122,7 @@ def expected(spec: LoopSpec, plan: Plan) -> Callable[[int, int, int, int], Expec
     return lambda *call: found.of(call, lambda: compare(*call))
 
 
-def pays(spec: LoopSpec, plan: Plan) -> Callable[[int, int, int], bool]:
+def pays(spec: LoopSpec | Origin, plan: Plan) -> Callable[[int, int, int], bool]:
     """(heads, sequences, tokens) -> whether C++ is expected to be as fast as generated PyTorch here and now."""
     compare = expected(spec, plan)
     return lambda heads, sequences, length: compare(heads, sequences, length, torch.get_num_threads()).is_native

@@ -16,8 +16,8 @@ from nestloop import zoo
 from nestloop.lang.schedule import Schedule
 from nestloop.lowering import in_parts, lower, pipeline
 from nestloop.lowering.runtime import cache, executable, offline
-from nestloop.lowering.runtime.choice import Asked
 from nestloop.lowering.runtime.fingerprint import fingerprint
+from nestloop.lowering.runtime.recipe import Asked
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 from tests.lowering.comparison import assert_equal, differences, random_inputs, run, run_in_parts
 
@@ -276,7 +276,7 @@ def test_a_kept_plan_runs_without_tracing():
 import sys
 from nestloop import zoo
 from nestloop.lowering import lower
-from nestloop.lowering.runtime.choice import Asked
+from nestloop.lowering.runtime.recipe import Asked
 print(lower.lower(zoo.LinearAttentionElu.spec, {sizes!r}, None, False, False, Asked("triton")))
 assert "nestloop.lowering.pipeline" not in sys.modules and "nestloop.lowering.capture" not in sys.modules
 """

@@ -16,8 +16,8 @@ from nestloop.errors import SharedMemoryError
 from nestloop.lang.names import BUILT_IN_DIMS
 from nestloop.lowering import lower
 from nestloop.lowering.runtime import choice, executable
-from nestloop.lowering.runtime.choice import Asked
 from nestloop.lowering.runtime.launching import TritonCode
+from nestloop.lowering.runtime.recipe import Asked
 from tests.drawn import draw
 
 pytest.importorskip("triton")

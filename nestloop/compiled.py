@@ -242,6 +242,7 @@ class CompiledLoop:
 
         def op(part: str, tokens: int) -> StreamOp:
             rows = getattr(self.spec.schedule, "micro", 1) * (self.spec.optimizer.window or 1)
+            tokens = 1 if tokens == 1 else tokens  # which Dynamo may have as a symbol
             alone = tokens == 1 and rows == 1
             name = "" if alone else self._lowered(losses, False, 0, sizes, double, part, gpu)
             if not name:

@@ -320,12 +320,13 @@ class _Call:
     def _span(self, start: int, stop: int) -> None:
         schedule = self.spec.schedule
         size, period = self._periods()
+        waits = isinstance(schedule, Chunked) and schedule.order == "apply-update"
         while start < stop and (self.position + start) % period:
-            at = self.position + start
-            end = min(stop, start + size - at % size)
-            complete = (at + end - start) % size == 0
-            waits = isinstance(schedule, Chunked) and schedule.order == "apply-update"
-            self._run("inside" if complete or not waits else "inside partial", start, end)
+            # Only what decides is asked: while Dynamo traces a call, places are symbols, and each answer has a graph.
+            left = size - (self.position + start) % size
+            end = stop if stop - start <= left else start + left
+            complete = not waits or end - start == left
+            self._run("inside" if complete else "inside partial", start, end)
             if complete and waits:  # nothing waits any more
                 for name, entry in self.entries.items():
                     if entry.part == "pending":

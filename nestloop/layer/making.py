@@ -179,7 +179,7 @@ class Pooled(Making):
         call, size, name = route.call, route.call.chunk, route.name
         at = next(i for i, m in enumerate(route.maps) if is_source(m))
         x = route.walk(x[:, :, None], self, stop=at)
-        means, lengths, left = pool(x, call.position, size, call.carried.get(f"{name}.sum"))
+        means, first, left = pool(x, call.position, size, call.carried.get(f"{name}.sum"))
         made = Route(name, route.maps, route.shared, call.apart()).walk(means, self, at)
         if route.activate is not None:
             made = route.activate(made)  # [B, M, G, f]
@@ -188,10 +188,9 @@ class Pooled(Making):
         seen = call.position % size
         if seen:
             given = call.carried[f"{name}.given"].to(made.dtype)[:, None]
-            first = ((seen + lengths[0]) * made[:, :1] - given) / max(lengths[0], 1)
-            made = torch.cat([first, made[:, 1:]], 1)
-        counts = torch.tensor(lengths, device=made.device)
-        return made.repeat_interleave(counts, 1, output_size=sum(lengths)).flatten(2)
+            made = torch.cat([((seen + first) * made[:, :1] - given) / (first or 1), made[:, 1:]], 1)
+        chunk = (torch.arange(x.shape[1], device=made.device) + seen) // size  # of each token
+        return made[:, chunk].flatten(2)
 
 
 def through(module: nn.Module, x: Tensor, route: Route) -> Tensor:
@@ -215,25 +214,28 @@ def places(maps: Sequence[Any], place: Place, entry: Place) -> list[Place]:
     return found[::-1]
 
 
-def pool(x: Tensor, position: int, size: int, before: Tensor | None) -> tuple[Tensor, list[int], Tensor]:
+def pool(x: Tensor, position: int, size: int, before: Tensor | None) -> tuple[Tensor, int, Tensor]:
     """Means of x [B, N, ...] over chunks of `size` tokens, the first of which has seen `position % size` tokens.
 
+    While Dynamo traces a call, `position` and N are symbols: nothing here makes a list that is as long.
+
     Returns:
-        [B, M, ...]: the mean of each chunk that x is in, as far as it has been seen; how many tokens of x are in each;
-        and the sum of the last chunk where it is not complete (zero where it is), [B, ...].
+        [B, M, ...]: the mean of each chunk that x is in, as far as it has been seen; how many tokens of x are in the
+        first; and the sum of the last chunk where it is not complete (zero where it is), [B, ...].
     """
-    seen = position % size
-    first = min(size - seen, x.shape[1])
-    whole, rest = divmod(x.shape[1] - first, size)
-    lengths = [first, *[size] * whole, *([rest] if rest else [])]
+    tokens, seen = x.shape[1], position % size
+    first = tokens if tokens <= size - seen else size - seen
+    whole, rest = (tokens - first) // size, (tokens - first) % size
     head = x[:, :first].sum(1, keepdim=True)
     if before is not None:
         head = head + before.to(x.dtype)[:, None]
-    middle = x[:, first : first + whole * size].unflatten(1, (whole, size)).sum(2) if whole else head[:, :0]
-    tail = x[:, first + whole * size :].sum(1, keepdim=True)[:, : bool(rest)]
-    sums = torch.cat([head, middle, tail], 1)
-    counts = torch.tensor([seen + first, *[size] * whole, *([rest] if rest else [])], device=x.device, dtype=x.dtype)
-    counts = counts.clamp(min=1)  # no tokens have no mean
-    complete = (position + x.shape[1]) % size == 0
-    left = torch.zeros_like(sums[:, -1]) if complete else sums[:, -1]
-    return sums / counts.view(1, -1, *[1] * (x.ndim - 2)), lengths, left
+    parts = [head]
+    if whole:
+        parts.append(x[:, first : first + whole * size].unflatten(1, (whole, size)).sum(2))
+    if rest:
+        parts.append(x[:, first + whole * size :].sum(1, keepdim=True))
+    sums = torch.cat(parts, 1)
+    begun = torch.arange(sums.shape[1], device=x.device) * size  # tokens of the chunks before each
+    counts = (seen + tokens - begun).clamp(1, size).to(x.dtype)  # no tokens have no mean
+    left = torch.zeros_like(sums[:, -1]) if (position + tokens) % size == 0 else sums[:, -1]
+    return sums / counts.view(1, -1, *[1] * (x.ndim - 2)), first, left

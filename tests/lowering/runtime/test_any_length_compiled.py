@@ -81,6 +81,52 @@ def test_tokens_one_at_a_time(graphs: Any):
     assert graphs() <= 3
 
 
+class Waiting(zoo.TTTLinear):
+    """A chunk's gradient waits in the state until the chunk is complete."""
+
+    schedule = nl.Chunked(6, "apply-update")  # type: ignore[assignment]
+    optimizer = nl.SGD(lr=0.1)
+
+
+class Pooled(Waiting):
+    """Its decay is of a chunk's mean token."""
+
+    kept = nl.gate(pooled=True)
+    optimizer = nl.SGD(lr=0.1, decay=kept)
+
+
+class Windowed(zoo.OmegaNet):
+    """Each step takes the gradients of the last tokens."""
+
+    schedule = nl.Causal(6)
+
+
+@pytest.mark.parametrize("loop", [zoo.TTTLinear, Waiting, Pooled, Windowed], ids=lambda loop: loop.__name__)
+def test_tokens_of_a_chunk_one_at_a_time(loop: type[nl.Loop], graphs: Any):
+    """No place in a chunk has a graph of its own."""
+    model = layer(loop)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x, state, made = 0.1 * tokens(20), None, []
+    with torch.no_grad():
+        for token in x.split(1, 1):
+            z, state = compiled(token, state=state, return_state=True)
+            made.append(z)
+        torch.testing.assert_close(torch.cat(made, 1), model(x), rtol=1e-4, atol=1e-5)
+    # no state yet, its first place as a number, then inside a chunk, at its end, at its beginning, in a full window
+    assert graphs() <= 6
+
+
+def test_pooled_gates_take_every_length(graphs: Any):
+    model = layer(Pooled)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (20, 37, 66, 9, 131, 5, 130, 64, 3):
+        a, b = tokens(length).requires_grad_(), tokens(length).requires_grad_()
+        made, wanted = compiled(a), model(b)
+        torch.testing.assert_close(made, wanted)
+        torch.testing.assert_close(*(torch.autograd.grad(z.square().sum(), x)[0] for z, x in ((made, a), (wanted, b))))
+    assert graphs() <= 5  # with whole chunks or without, with a part of one or without, which may be one token
+
+
 def test_tokens_one_at_a_time_where_every_size_is_a_symbol(graphs: Any):
     """Those of the state too, of which a dim may be an expression: "4*d"."""
     model = layer(zoo.TTTMLP)

@@ -42,14 +42,21 @@ def record(function: Callable[..., Any], examples: Sequence[Tensor], names: Sequ
 
 @contextmanager
 def of_single_precision() -> Iterator[None]:
-    """Numbers without a dtype of their own are float32 in here, as graphs have them, whatever PyTorch's default, which
-    is the process's, not a thread's."""
+    """Numbers without a dtype of their own are float32 in here, as graphs have them, whatever PyTorch's default.
+
+    That is the process's, not a thread's: where it is float32 already nothing is set, and so nothing put back that
+    another thread has set meanwhile.
+    """
     before = torch.get_default_dtype()
+    if before is torch.float32:
+        yield
+        return
     torch.set_default_dtype(torch.float32)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        if torch.get_default_dtype() is torch.float32:
+            torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from nestloop.lowering import ops
 from nestloop.lowering.derivative import grad, vjp
 from nestloop.lowering.length import Length
-from nestloop.lowering.recorder import Recorder, noting, record
+from nestloop.lowering.recorder import Recorder, noting, of_single_precision, record
 
 aten = torch.ops.aten
 
@@ -134,3 +134,20 @@ assert "nestloop.lowering.pipeline" in sys.modules
 assert not [name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor"))]
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_the_default_dtype_of_another_thread_stays():
+    """It is the process's: what somebody sets while a loop is lowered is not put back."""
+    try:
+        with of_single_precision():
+            torch.set_default_dtype(torch.float64)
+        assert torch.get_default_dtype() is torch.float64
+        with of_single_precision():
+            assert torch.get_default_dtype() is torch.float32
+            torch.set_default_dtype(torch.bfloat16)
+        assert torch.get_default_dtype() is torch.bfloat16
+        with of_single_precision():
+            pass
+        assert torch.get_default_dtype() is torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)

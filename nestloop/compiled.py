@@ -17,6 +17,7 @@ from nestloop.lang.binding import Binding, Bindings, check_dims
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec, missing
 from nestloop.lang.schedule import Program
+from nestloop.lang.unread import abstract_names
 from nestloop.lowering import lower, names
 from nestloop.lowering.runtime.executable import OPS
 from nestloop.lowering.runtime.recipe import Asked, Origin
@@ -29,9 +30,13 @@ BACKENDS = ("auto", "reference", "torch", "cpp", "triton")
 
 def spec_of(loop: Any) -> LoopSpec:
     """The validated declaration of a loop class. Raises `MissingPartError` for anything else."""
-    if isinstance(loop, type) and issubclass(loop, Loop) and hasattr(loop, "spec"):
+    is_loop = isinstance(loop, type) and issubclass(loop, Loop)
+    if is_loop and (left := abstract_names(loop)):
+        fix = f"define {left[0]} in a class that derives from {loop.__name__}, and give that"
+        raise missing(loop, f"its {left[0]} is abstract", f"abstract methods {', '.join(left)}", fix)
+    if is_loop and hasattr(loop, "spec"):
         return loop.spec
-    if isinstance(loop, type) and issubclass(loop, Loop) and loop is not Loop:
+    if is_loop and loop is not Loop:
         raise missing(loop, "it has no learner", "no learner", "learner = MLP, the class itself")
     raise MissingPartError(
         "Only a declared loop can be compiled.",

@@ -24,6 +24,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from nestloop.lang.declare import Declaration
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import LoopSpec
+from nestloop.lang.unread import EMPTY
 
 _KNOWN = {"torch", "math", "nestloop", "builtins", "operator", "functools", "numpy", "einops", "typing", "collections"}
 _LONGEST = 32  # items of what is looked through for whole numbers: more are a table
@@ -97,12 +98,12 @@ class _Digest:
             if base.__module__.split(".")[0] == "builtins" or self.is_seen(base):
                 continue
             self.add(base.__module__, base.__qualname__)
-            if base.__module__.startswith("nestloop.lang"):
+            if base.__module__.startswith("nestloop.lang") or base in EMPTY:
                 continue
             for name, value in vars(base).items():
                 if name.startswith("__") and not _is_written(value):
                     continue
-                if name in ("fast", "slow", "dims", "spec", "declared_at"):
+                if name in ("fast", "slow", "dims", "spec", "declared_at", "_abc_impl"):
                     continue
                 self.add(name)
                 self.add_value(value)

@@ -21,6 +21,7 @@ import torch
 
 from nestloop.errors import StaleTuningError, TunedFileError
 from nestloop.lang.loop import LoopSpec
+from nestloop.lang.unread import EMPTY
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling
 
@@ -87,7 +88,7 @@ def digest(spec: LoopSpec) -> str:
     """Of the source of the loop and its learner, and of what they derive from, as it is written."""
     made = hashlib.sha256()
     for cls in dict.fromkeys([*spec.cls.__mro__, *spec.learner.__mro__]):
-        if cls is object or cls.__module__.startswith("nestloop.lang."):
+        if cls in EMPTY or cls.__module__.startswith("nestloop.lang."):
             continue
         try:
             made.update(inspect.getsource(cls).encode())

@@ -26,8 +26,12 @@ _OWN_MODULES = (
 
 def caller() -> Location:
     """The nearest line outside nestloop's own machinery: where the user wrote the declaration or the call."""
+
+    def is_own(module: str) -> bool:
+        return module.startswith(_OWN_MODULES) or module == "abc"  # which makes the class that a declaration is of
+
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OWN_MODULES):
+    while frame.f_back is not None and is_own(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
     return Location(frame.f_code.co_filename, frame.f_lineno)
 

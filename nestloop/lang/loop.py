@@ -31,7 +31,7 @@ from nestloop.lang.parts import Parts, joined
 from nestloop.lang.purity import check_body
 from nestloop.lang.schedule import FullBatch, Schedule, Sliding, Stream
 from nestloop.lang.state import Entry, entries
-from nestloop.lang.unread import check_loop
+from nestloop.lang.unread import EMPTY, abstract_names, check_loop
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Loop(Body):
         for value in vars(cls).values():
             check_body(value)
         check_loop(cls)
-        if "learner" in {name for base in cls.__mro__ for name in vars(base)}:
+        if "learner" in {name for base in cls.__mro__ for name in vars(base)} and not abstract_names(cls):
             cls.spec = _specify(cls)
 
     def loss(self, f: Learner, t: Any) -> Tensor:
@@ -229,6 +229,9 @@ def _specify(cls: type[Loop]) -> LoopSpec:
     learner = cls.learner
     if not (isinstance(learner, type) and issubclass(learner, Learner)):
         raise missing(cls, "learner is not a Learner class", shown(learner), "learner = MLP, the class itself")
+    if left := abstract_names(learner):
+        fix = f"define {left[0]} in a learner that derives from {learner.__name__}"
+        raise missing(cls, f"the {left[0]} of its learner is abstract", f"learner {learner.__name__}", fix)
     views, gates, slow = collect(cls, View), collect(cls, Gate), collect(cls, Slow)
     dims = {**collect(learner, Dim), **collect(cls, Dim)}
     estimator = issubclass(learner, KernelEstimator)
@@ -274,7 +277,7 @@ def user_files(spec: LoopSpec) -> set[str]:
     files = set()
     for cls in (*spec.cls.__mro__, *spec.learner.__mro__):
         module = sys.modules.get(cls.__module__)
-        inside = cls.__module__.startswith(("nestloop.lang", "builtins", "torch"))
+        inside = cls in EMPTY or cls.__module__.startswith(("nestloop.lang", "builtins", "torch"))
         for value in () if inside else vars(cls).values():
             code = getattr(value, "__code__", None)
             if code is not None:

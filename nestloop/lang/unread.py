@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from abc import ABC, ABCMeta
+from typing import Any, Generic
 
 from nestloop.errors import Location, UnreadDeclarationError
 from nestloop.lang.declare import Declaration, Fast, Gate, View, caller
@@ -11,6 +13,14 @@ from nestloop.lang.schedule import Schedule
 
 # What a loop reads by name, each once: when the class is made.
 LOOP_PARTS = ("learner", "optimizer", "schedule", "heads", "output", "beside", "loss", "readout", "kernel")
+
+EMPTY = (object, ABC, Generic)  # bases that bring no bodies
+
+
+def abstract_names(cls: type) -> list[str]:
+    """What a class leaves to those that derive from it. `__abstractmethods__` says so once the class is made."""
+    names = {name for base in cls.__mro__ for name in vars(base)}
+    return sorted(name for name in names if getattr(getattr(cls, name, None), "__isabstractmethod__", False) is True)
 
 
 def check_loop(cls: Any) -> None:
@@ -53,8 +63,16 @@ def _misplaced(
     )
 
 
-class Made(type):
-    """The class of learners and loops, whose bodies are read once: what is assigned to them later would be ignored."""
+class Made(ABCMeta):
+    """The class of learners and loops, whose bodies are read once: what is assigned to them later would be ignored.
+
+    It derives from that of abstract classes, so that they may be such too.
+    """
+
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **keywords: Any) -> Any:
+        """A class that a call of `type` makes is of the caller's module, not of the standard library's `abc`."""
+        module = sys._getframe(1).f_globals.get("__name__", "")
+        return super().__new__(cls, name, bases, {"__module__": module, **namespace}, **keywords)
 
     def __setattr__(cls, name: str, value: Any) -> None:
         made = "spec" in vars(cls) or "fast" in vars(cls)  # a loop without a learner is read when it gets one

@@ -22,7 +22,7 @@ from nestloop.lang.binding import lead
 Stress = Callable[[Subject], Inputs | None]  # None: there is nothing of the kind to stress
 STRESSES: dict[str, Stress] = {}
 
-LONG = 256  # tokens
+LONG = 128  # tokens
 MANY = 30.0  # times its usual norm
 FEW = 1e-4
 CLOSED = -30.0  # of a log decay: nothing is kept

@@ -23,7 +23,6 @@ import torch
 import tyro
 from rich.console import Console
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nestloop.models import checkpoint, recipes
 from nestloop.models.data import (
@@ -41,9 +40,9 @@ from nestloop.models.data.sources import Split
 from nestloop.models.distributed import Ranks, join
 from nestloop.models.errors import NonFiniteError, RunFolderError
 from nestloop.models.evaluate import evaluate
+from nestloop.models.learned import Learned
 from nestloop.models.logbook import Logbook
 from nestloop.models.nonfinite import first_nonfinite_gradient, first_nonfinite_layer, tensors
-from nestloop.models.optim import outer_optimizer, warmup_cosine
 from nestloop.models.recipe import Recipe
 from nestloop.models.seeding import Purpose, derive_seed
 from nestloop.models.vit import ViT
@@ -91,11 +90,8 @@ def train_on(ranks: Ranks, recipe: Recipe, run_dir: Path, console: Console | Non
 
         # Model and optimizer.
         torch.manual_seed(derive_seed(recipe.seed, Purpose.INIT))
-        model = recipe.create_model(len(sources["train"].classes)).to(ranks.device)
-        optimizer = outer_optimizer(model, recipe)
-        schedule = warmup_cosine(optimizer, recipe.warmup_steps, total_steps)
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
-        parallel = ranks.wrap(model)
+        learned = Learned(recipe.create_model(len(sources["train"].classes)).to(ranks.device), recipe, total_steps)
+        model, parallel = learned.model, ranks.wrap(learned.model)
 
         # Position: the start, or the last checkpoint of the run folder.
         step = 0
@@ -103,11 +99,7 @@ def train_on(ranks: Ranks, recipe: Recipe, run_dir: Path, console: Console | Non
         if state is not None:
             train_images = sources["train"]
             checkpoint.check_same_data(state, train_images.classes, len(train_images), run_dir)
-            checkpoint.load_weights(model, state["model"], run_dir)
-            optimizer.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
-            if ema is not None:
-                ema.load_state_dict(state["ema"])
+            learned.load(state, run_dir)
             checkpoint.restore_random_states(state["random"])
             for split, found in state["unreadable"].items():
                 unreadable[split].add((index, name, reason) for index, (name, reason) in found.items())
@@ -117,13 +109,7 @@ def train_on(ranks: Ranks, recipe: Recipe, run_dir: Path, console: Console | Non
         ranks.barrier()
         log = Logbook(run_dir, ranks.is_main, last_step, step, recipe.tensorboard, console)
         stack.callback(log.close)
-        if recipe.warmup_steps >= total_steps:
-            share = total_steps / recipe.warmup_steps
-            note = (
-                f"the run ends in its warm-up, at {share:.2g} of the peak learning rate: it has "
-                f"{total_steps} steps, --warmup-steps is {recipe.warmup_steps}"
-            )
-            log.record("note", step, note, warmup_share=share)
+        note_long_warmup(log, recipe, step, total_steps)
 
         def full_state() -> dict[str, Any]:
             return {
@@ -131,18 +117,14 @@ def train_on(ranks: Ranks, recipe: Recipe, run_dir: Path, console: Console | Non
                 "recipe": dataclasses.asdict(recipe),
                 "classes": list(sources["train"].classes),
                 "images": len(sources["train"]),
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "ema": ema.state_dict() if ema is not None else None,
+                **learned.state(),
                 "random": checkpoint.random_states(),
                 "unreadable": {split: images.found for split, images in unreadable.items()},
             }
 
         def save_checkpoint() -> None:
             if ranks.is_main:
-                models: dict[str, nn.Module] = {"": model} | ({} if ema is None else {".ema": ema.module})
-                checkpoint.save(run_dir / "checkpoints", full_state(), models, recipe.keep)
+                checkpoint.save(run_dir / "checkpoints", full_state(), learned.models(), recipe.keep)
             ranks.barrier()
 
         while step < last_step:
@@ -169,21 +151,10 @@ def train_on(ranks: Ranks, recipe: Recipe, run_dir: Path, console: Console | Non
                     with checkpoint.atomically(dump) as partial:
                         torch.save({**full_state(), "batches": [tuple(batch) for batch in batches]}, partial)
                     log.record("nonfinite", step, loss=str(figures["loss"]), norm=str(norm.item()), where=where)
-                    raise NonFiniteError(
-                        f"step {step + 1} gave loss {figures['loss']} and a gradient of norm {norm.item()}",
-                        given=f"first in {where}",
-                        need="finite numbers; the weights were not updated",
-                        fix=f"batch and state are in {dump}; a lower --lr or more --warmup-steps often helps",
-                    )
+                    raise nonfinite(step, figures["loss"], norm.item(), where, dump)
                 if recipe.clip:
                     torch.nn.utils.clip_grads_with_norm_(model.parameters(), recipe.clip, norm)
-
-                learning_rate = optimizer.param_groups[0]["lr"]
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                if ema is not None:
-                    ema.update_parameters(model)
+                learning_rate = learned.step()
                 step += 1
 
                 meter.count(readable, figures["loss"])
@@ -197,8 +168,7 @@ def train_on(ranks: Ranks, recipe: Recipe, run_dir: Path, console: Console | Non
                     save_checkpoint()  # at the end of an epoch it waits for the evaluation
 
             seconds = time.perf_counter() - epoch_start
-            evaluated = model if ema is None else ema.module
-            figures = evaluate(evaluated, eval_loader, ranks, unreadable["val"], bf16=recipe.bf16)
+            figures = evaluate(learned.evaluated, eval_loader, ranks, unreadable["val"], bf16=recipe.bf16)
             line = (
                 f"epoch {epoch + 1}/{recipe.epochs}  accuracy {figures['top1']:.2%}  "
                 f"top-5 {figures['top5']:.2%}  loss {figures['loss']:.4f}  ({seconds:.1f} s)"
@@ -206,6 +176,17 @@ def train_on(ranks: Ranks, recipe: Recipe, run_dir: Path, console: Console | Non
             log.record("eval", step, line, epoch=epoch, seconds=seconds, **figures)
             save_checkpoint()
         return Run(model, run_dir, log.records)
+
+
+def note_long_warmup(log: Logbook, recipe: Recipe, step: int, total_steps: int) -> None:
+    """Says so where the run ends before the learning rate is at its peak."""
+    if recipe.warmup_steps >= total_steps:
+        share = total_steps / recipe.warmup_steps
+        note = (
+            f"the run ends in its warm-up, at {share:.2g} of the peak learning rate: it has "
+            f"{total_steps} steps, --warmup-steps is {recipe.warmup_steps}"
+        )
+        log.record("note", step, note, warmup_share=share)
 
 
 def backward(
@@ -271,6 +252,16 @@ def nonfinite_origin(model: ViT, batches: list[Batch], recipe: Recipe, step: int
             if found := first_nonfinite_layer(model, images):
                 return found
     return first_nonfinite_gradient(model) or "the loss itself: every layer and gradient here is finite"
+
+
+def nonfinite(step: int, loss: float, norm: float, where: str, dump: Path) -> NonFiniteError:
+    """The refusal to take such a step."""
+    return NonFiniteError(
+        f"step {step + 1} gave loss {loss} and a gradient of norm {norm}",
+        given=f"first in {where}",
+        need="finite numbers; the weights were not updated",
+        fix=f"batch and state are in {dump}; a lower --lr or more --warmup-steps often helps",
+    )
 
 
 def step_line(step: int, total_steps: int, figures: dict[str, float]) -> str:

@@ -19,7 +19,6 @@ from nestloop.errors import Location, TokenMixingError
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Chunked, sees_later
 from nestloop.lowering import ops
-from nestloop.lowering.capture import Captured
 from nestloop.lowering.ops import Kind
 from nestloop.lowering.ops.results import same_size
 
@@ -139,15 +138,6 @@ def _counts(node: fx.Node) -> bool:
     return name == "arange" or any(
         isinstance(a, fx.Node) for a in node.args if not isinstance(a, (list, tuple)) and name.endswith("full")
     )
-
-
-def readout_axes(captured: Captured) -> Axes:
-    """The axes of a loop's output."""
-    spec = captured.spec
-    if captured.loss is None:
-        return declared_axes(spec, "v")
-    (result,) = next(node for node in captured.readout.graph.nodes if node.op == "output").args
-    return type_axes(spec, captured.readout).axes[result]
 
 
 def check_tokens(spec: LoopSpec, loss: Typing, readout: Typing) -> None:

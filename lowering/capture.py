@@ -25,11 +25,13 @@ from nestloop.lang.optim import SGD
 from nestloop.lang.returned import described, misshapen
 from nestloop.lang.state import Entry, identifier, steps_with
 from nestloop.lowering import ops
+from nestloop.lowering.axes import Axes, declared_axes, type_axes
 from nestloop.lowering.groups import by_groups
 from nestloop.lowering.joins import taken_apart
 from nestloop.lowering.mismatch import OpFailed, shape_mismatch, trial_sizes
 from nestloop.lowering.recorder import Located, graph_module, placeholders
 from nestloop.lowering.subexpressions import common_subexpressions
+from nestloop.lowering.token_joins import without_token_joins
 from nestloop.lowering.tracer import Tracer
 
 
@@ -67,6 +69,13 @@ class Captured:
     decoders: fx.GraphModule | None = None
     squares: tuple[int, ...] = ()
     reads_dtype: bool = False
+
+    @property
+    def readout_axes(self) -> Axes:
+        """The axes of the output."""
+        if self.loss is None:
+            return declared_axes(self.spec, "v")
+        return type_axes(self.spec, self.readout).axes[_value(self.readout)]
 
     @property
     def loss_inputs(self) -> list[str]:
@@ -118,7 +127,7 @@ def capture_with(tracer: Tracer) -> Captured:
     inputs = [name for name in inputs if name not in spec.inputs or not spec.inputs[name].micro]
     readout = _trace(tracer, lambda dims: _flat(reference.token_readout(spec, dims), spec), inputs, "readout")
     output = _check_readout(spec, readout)
-    loss, readout = (_once(by_groups(graph, tracer)) for graph in (loss, readout))
+    loss, readout = (_once(by_groups(without_token_joins(graph, tracer), tracer)) for graph in (loss, readout))
     if spec.parts:
         loss, readout = (_in_parts(graph, tracer) for graph in (loss, readout))
     spec = replace(spec, optimizer=_traced_functions(tracer))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 from nestloop.lang.parts import StaysWhole
 from nestloop.lowering import ops
 from nestloop.lowering.ops import Kind
-from nestloop.lowering.ops.results import same_shape, same_size
+from nestloop.lowering.ops.results import is_less, same_shape, same_size
 from nestloop.lowering.recorder import Located
 
 aten = torch.ops.aten
@@ -29,6 +30,7 @@ _SUMS = {
     aten.amax.default: aten.maximum.default,
     aten.amin.default: aten.minimum.default,
 }
+_NORM = aten.linalg_vector_norm.default
 _MEANS = (aten.mean.default, aten.mean.dim)
 _WITHIN = (*_SUMS, *_MEANS)  # reductions whose second argument is the axes
 _SAME = (aten.clone.default, aten.alias.default, ops.DETACHED)
@@ -55,11 +57,11 @@ class Joined:
         return shape
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(int(part.shape[self.axis]) for part in self.parts)
+    def sizes(self) -> tuple[Any, ...]:
+        return tuple(part.shape[self.axis] for part in self.parts)
 
     @property
-    def bounds(self) -> list[tuple[int, int]]:
+    def bounds(self) -> list[tuple[Any, Any]]:
         """Where each part begins, and its size."""
         return list(zip(accumulate(self.sizes, initial=0), self.sizes, strict=False))
 
@@ -80,25 +82,44 @@ def taken_apart(module: fx.GraphModule, sizes: Collection[tuple[int, ...]]) -> C
     Raises (when it is called):
         StaysWhole: something takes one as a whole, or joins other parts to as long an axis.
     """
-    return lambda *tensors: _Apart(module, sizes).run(*tensors)
+
+    def is_left(node: fx.Node, parts: tuple[Any, ...]) -> bool:
+        if not all(isinstance(size, int) for size in parts):  # of tokens
+            return False
+        if parts not in sizes and sum(parts) in map(sum, sizes):
+            raise StaysWhole("a join of other parts")
+        return parts in sizes
+
+    return lambda *tensors: _Apart(module, is_left).run(*tensors)
+
+
+def without(module: fx.GraphModule, joins: Collection[fx.Node]) -> Callable[..., Any]:
+    """The function of a graph, of its inputs in order, without some of its joins.
+
+    Raises (when it is called):
+        StaysWhole: something takes one as a whole.
+    """
+    return lambda *tensors: _Apart(module, lambda node, _: node in joins).run(*tensors)
 
 
 class _Apart(Located):
-    """Runs a graph with joins that are left apart."""
+    """Runs a graph with joins that are left apart: those of which `is_left` says so, by their sizes too."""
 
-    def __init__(self, module: fx.GraphModule, sizes: Collection[tuple[int, ...]]) -> None:
+    def __init__(self, module: fx.GraphModule, is_left: Callable[[fx.Node, tuple[Any, ...]], bool]) -> None:
         super().__init__(module)
-        self.joins = sizes
+        self.is_left = is_left
+        self.node: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.node = n
+        return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is aten.cat.default and not _reads_joined(args):
+            assert self.node is not None
             tensors, axis = args[0], _from_last(*args)
-            sizes = tuple(tensor.shape[axis] for tensor in tensors)
-            if all(isinstance(size, int) for size in sizes):  # not of tokens
-                if sizes in self.joins:
-                    return Joined(tuple(tensors), axis)
-                if sum(sizes) in map(sum, self.joins):
-                    raise StaysWhole("a join of other parts")
+            if self.is_left(self.node, tuple(tensor.shape[axis] for tensor in tensors)):
+                return Joined(tuple(tensors), axis)
         return _apply(target, tuple(args), kwargs)
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -146,10 +167,30 @@ def _pieces(value: Joined, start: int, stop: int) -> list[Any]:
     """What the parts have of the places start:stop along their axis."""
     found = []
     for part, (first, size) in zip(value.parts, value.bounds, strict=True):
-        low, high = max(start - first, 0), min(stop - first, size)
-        if low < high:
-            found.append(part if high - low == size else _cut(part, value.axis, low, high - low))
+        low, high = _larger(start - first, 0), -_larger(first - stop, -size)
+        if _is_less(low, high):
+            found.append(part if same_size(high - low, size) else _cut(part, value.axis, low, high - low))
     return found
+
+
+def _is_less(a: Any, b: Any) -> bool:
+    """Whether a number is less than another. Raises `StaysWhole` where that depends on n."""
+    found = is_less(a, b)
+    if found is None:
+        raise StaysWhole("a place that depends on the number of tokens")
+    return found
+
+
+def _larger(a: Any, b: Any) -> Any:
+    return b if _is_less(a, b) else a
+
+
+def _place(place: Any, size: Any, default: Any) -> Any:
+    """A bound of a slice, from the first place on."""
+    if place is None:
+        return default
+    place = place + size if _is_less(place, 0) else place
+    return -_larger(-_larger(place, 0), -size)
 
 
 def _pointwise(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -186,14 +227,17 @@ def _added(terms: Sequence[Any], by: Any = aten.add.Tensor) -> Any:
 
 def _reduction(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     value, *rest = args
-    if target not in _WITHIN:
+    if target not in _WITHIN and target is not _NORM:
         return None
+    given = rest[1:] if target is _NORM else rest  # its order comes first
     rank, place = len(value.shape), value.place
-    axes = [d % rank for d in (rest[0] if rest else kwargs.get("dim")) or range(rank)]
-    kept = rest[1] if len(rest) > 1 else kwargs.get("keepdim", False)
+    axes = [d % rank for d in (given[0] if given else kwargs.get("dim")) or range(rank)]
+    kept = given[1] if len(given) > 1 else kwargs.get("keepdim", False)
     if place not in axes:
         after = 0 if kept else sum(d < place for d in axes)
         return _on_each(target, value, rest, kwargs, place - after)
+    if target is _NORM:
+        return None
     if target in _MEANS:
         count = 1
         for d in axes:
@@ -237,9 +281,16 @@ def _view(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return _on_each(target, value, rest, kwargs, place)
 
 
-def _shaped(target: Any, value: Joined, shape: Sequence[Any]) -> Joined | None:
-    """A value in another shape, whose axis is there as it was."""
+def _shaped(target: Any, value: Joined, shape: Sequence[Any]) -> Any:
+    """A value in another shape, whose axis is there as it was, or becomes one of parts and one of what each has."""
     before, place, after = list(value.shape), value.place, None
+    if -1 in [size for size in shape if isinstance(size, int)]:
+        shape = [_left(before, shape) if isinstance(size, int) and size == -1 else size for size in shape]
+    each = [len(value.parts), value.sizes[0]]
+    if same_shape([*before[:place], *each, *before[place + 1 :]], shape):
+        return _apply(
+            aten.cat.default, ([_apply(aten.unsqueeze.default, (p, place), {}) for p in value.parts], place), {}
+        )
     if target is aten.expand.default or same_shape(before[place:], list(shape)[value.axis :]):
         after = len(shape) + value.axis
     else:
@@ -258,6 +309,12 @@ def _shaped(target: Any, value: Joined, shape: Sequence[Any]) -> Joined | None:
     return value.each(part_of, after)
 
 
+def _left(before: Sequence[Any], shape: Sequence[Any]) -> Any:
+    """The size that -1 stands for in a shape."""
+    size = prod(before) // -prod(shape)
+    return size if isinstance(size, int) or size.node.constant is None else size.node.constant
+
+
 def _move(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if target is aten.cat.default:
         return _cat(*args)
@@ -267,8 +324,9 @@ def _move(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         axis = (rest[0] if rest else 0) % rank
         if axis != place:
             return _on_each(target, value, rest, kwargs, place)
-        start, stop, step = slice(*rest[1:4]).indices(int(value.shape[place]))
-        if step != 1 or start >= stop:
+        size, given = value.shape[place], slice(*rest[1:4]) if rest[1:] else slice(None)
+        start, stop = _place(given.start, size, 0), _place(given.stop, size, size)
+        if given.step not in (None, 1) or not _is_less(start, stop):
             return None
         found = _pieces(value, start, stop)
         return found[0] if len(found) == 1 else Joined(tuple(found), value.axis)

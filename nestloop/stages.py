@@ -14,7 +14,7 @@ from nestloop.lang.declare import Declaration, Gate, Slow, View, caller
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.state import state_numbers, state_size
 from nestloop.lowering import pipeline
-from nestloop.lowering.axes import is_token, readout_axes, type_axes
+from nestloop.lowering.axes import is_token, type_axes
 from nestloop.lowering.emit.tile import size_text
 from nestloop.lowering.pipeline import AnyLowered, LoweredStream
 from nestloop.lowering.runtime import cache, offline
@@ -133,7 +133,7 @@ def _check(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
         return "a kernel estimator: every query meets every key, by declaration"
     axes = sorted({a for names in lowered.typing.axes.values() for a in names if not a.isdigit()})
     lines = [f"axes: {', '.join(axes)} (over tokens: {', '.join(a for a in axes if is_token(a))})"]
-    lines.append(f"output: [{', '.join(readout_axes(lowered.captured))}]")
+    lines.append(f"output: [{', '.join(lowered.captured.readout_axes)}]")
     if not lowered.typing.mixing:
         lines.append("tokens do not mix in the loss: each token's gradient depends on that token alone")
     else:
@@ -144,7 +144,7 @@ def _check(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
 
 def _differentiate(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     """The inner gradient, and the outer backward of every piece, derived by PyTorch and simplified."""
-    output = readout_axes(lowered.captured)
+    output = lowered.captured.readout_axes
     parts = []
     for name, piece in lowered.pieces.items():
         parts.append(f"{name} -> {', '.join(piece.results)}:\n{graph_text(lowered.spec, piece.forward)}")

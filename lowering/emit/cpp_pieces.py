@@ -6,7 +6,7 @@ import math
 
 from torch import fx
 
-from nestloop.lowering.axes import readout_axes, type_axes
+from nestloop.lowering.axes import type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.batches import Batches
@@ -46,7 +46,7 @@ class CppPieces(Batches):
         title = TITLES[piece.name]
         made = ", ".join(results)
         doc = f"Cotangents of the inputs of {piece.name}." if name.endswith("_vjp") else f"{title}. Makes {made}."
-        axes = type_axes(self.spec, module, readout_axes(self.captured)).axes
+        axes = type_axes(self.spec, module, self.captured.readout_axes).axes
         per_token = [*self.tokens, "d_z"]
         return CppFunction(name, module, results, summed, per_token, doc, axes, self.name)
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from nestloop.lang.schedule import Chunked
 from nestloop.lang.state import identifier
-from nestloop.lowering.axes import Axes, readout_axes, type_axes
+from nestloop.lowering.axes import Axes, type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.streams.step import VALID, Step
@@ -46,7 +46,7 @@ class Scan:
 
     def __post_init__(self) -> None:
         self.spec = self.captured.spec
-        self.output = readout_axes(self.captured)
+        self.output = self.captured.readout_axes
         self.first = next(iter(self.steps.values()))
         self.halo = self.first.halo
         self.tokens, self.slow = [*self.spec.inputs, *([VALID] if self.halo else [])], list(self.spec.slow)

@@ -13,7 +13,7 @@ from textwrap import indent
 from torch import fx
 
 from nestloop.lang.dims import DimExpr
-from nestloop.lowering.axes import Axes, needs_all_tokens, readout_axes, type_axes
+from nestloop.lowering.axes import Axes, needs_all_tokens, type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.tile import TileFunction, is_rounded
@@ -76,7 +76,7 @@ class TorchEmitter:
     def __init__(self, captured: Captured, pieces: dict[str, Piece], losses: bool, carried: bool) -> None:
         self.captured, self.spec = captured, captured.spec
         self.losses = losses and captured.loss is not None
-        self.output = readout_axes(captured)
+        self.output = captured.readout_axes
         spec = self.spec
         self.tokens, self.fast, self.slow = list(spec.inputs), list(spec.fast), list(spec.slow)
         self.states, self.starts = list(captured.states), captured.starts(carried)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from nestloop.lowering.axes import Axes, readout_axes, type_axes
+from nestloop.lowering.axes import Axes, type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.batches import Batches
@@ -132,7 +132,7 @@ class TritonPieces(Batches, TritonKernels):
             step = self.functions[of.replace("update", "gradient")]
             handed += [f"gradient_{n}" for n in self.fast if f"gradient_{n}" not in step.rows]
         rows = {n: row for n, row in rows.items() if n not in handed}
-        axes = type_axes(self.spec, module, readout_axes(self.captured)).axes
+        axes = type_axes(self.spec, module, self.captured.readout_axes).axes
         tokens, ordered = (*self.tokens, "d_z"), self.ordered and of.endswith("gradient")
         graph = TileGraph(name, module, results, tokens, doc, axes, rows, ordered)
         carried = summed if sum(map(self.tile_elements, summed)) <= CARRIED else []

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, fx
 
-from nestloop.lowering.axes import readout_axes, type_axes
+from nestloop.lowering.axes import type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.tile import used_inputs
@@ -81,7 +81,7 @@ class TritonShared(TritonKernels):
         if not used_inputs(module):
             raise NoSpelling(f"{name} is of constants alone")
         self.shapes |= {n: _sizes(value) for n, value in values.items() if isinstance(value, Tensor)}
-        axes = type_axes(self.captured.spec, module, readout_axes(self.captured)).axes
+        axes = type_axes(self.captured.spec, module, self.captured.readout_axes).axes
         rows = dict.fromkeys(values, (0, False))
 
         def of_tile(height: int, block: Block | None, carried: Sequence[str]) -> TritonFunction:

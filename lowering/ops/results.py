@@ -82,6 +82,16 @@ def same_size(a: Any, b: Any) -> bool:
     return a.node.values == b.node.values
 
 
+def is_less(a: Any, b: Any) -> bool | None:
+    """Whether a size is less than another for every n; None where that depends on n."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a < b
+    many = (b if isinstance(a, int) else a).node
+    left, right = (many.wrap_int(s).values if isinstance(s, int) else s.node.values for s in (a, b))
+    found = {x < y for x, y in zip(left, right, strict=True)}
+    return found.pop() if len(found) == 1 else None
+
+
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes are equal for every n."""
     return len(a) == len(b) and all(map(same_size, a, b))

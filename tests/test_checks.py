@@ -187,6 +187,8 @@ ROWS = [
     Row("agreement", "torch", "float32", 7, float("nan"), 2e-5, "z"),
     Row("agreement", "cpp", "-", 0, None, 0.0, "no code: so it is"),
     Row("determinism", "torch", "float32", 7, 0.0, 0.0, "z"),
+    Row("agreement", "torch", "bfloat16", 7, 2.0, 30.0, "z"),
+    Row("stress, zeros", "torch", "bfloat16", 7, 0.25, float("inf"), "z"),
 ]
 
 
@@ -194,12 +196,15 @@ def test_as_text():
     certificate = Certificate(zoo.DeltaNet.spec, {"dk": 4, "B": 2}, "cpu", 3, ROWS)
     assert str(certificate).splitlines()[1:] == [
         "dk = 4, B = 2; on cpu, seed 3",
-        "check        backend  dtype    tokens    error    bound  where it is largest",
-        "agreement    torch    float64    1, 7  2.0e-10  1.0e-09  gradient of q at 7 tokens",
-        "agreement    torch    float32       7      nan  2.0e-05  z   <- does not hold",
-        "agreement    cpp      -                      -        -  no code: so it is",
-        "determinism  torch    float32       7  0.0e+00  0.0e+00  the same bits",
-        "1 of 4 comparisons do not hold",
+        "check          backend  dtype     tokens    error    bound  where it is largest",
+        "agreement      torch    float64     1, 7  2.0e-10  1.0e-09  gradient of q at 7 tokens",
+        "agreement      torch    float32        7      nan  2.0e-05  z   <- does not hold",
+        "agreement      cpp      -                       -        -  no code: so it is",
+        "determinism    torch    float32        7  0.0e+00  0.0e+00  the same bits",
+        "agreement      torch    bfloat16       7  2.0e+00  3.0e+01  "
+        "z   (tells nothing: the definition itself has no digit left)",
+        "stress, zeros  torch    bfloat16       7  2.5e-01   finite  z",
+        "1 of 6 comparisons do not hold",
     ]
 
 

@@ -122,6 +122,8 @@ def _cells(rows: Sequence[Row]) -> tuple[str, ...]:
     at = f" at {row.tokens} tokens" if len(rows) > 1 else ""
     where = "the same bits" if row.error == 0 else f"{row.worst}{at}"
     mark = "" if row.holds else "   <- does not hold"
+    if row.error is not None and 1 <= row.bound < math.inf:
+        mark += "   (tells nothing: the definition itself has no digit left)"
     return (row.check, row.backend, row.dtype, tokens, error, bound, f"{where}{mark}")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nestloop.checks.certificate import Row
 from nestloop.checks.inputs import Inputs
-from nestloop.checks.subject import LEAST, ROUNDINGS, SHARE, Subject, furthest
+from nestloop.checks.subject import SHARE, Subject, allowed, furthest
 from nestloop.lang import coefficient
 from nestloop.lang.binding import lead
 
@@ -48,15 +48,13 @@ def _under(check: str, subject: Subject, given: Inputs, dtype: str) -> Iterator[
     first = next(iter(subject.spec.inputs.values()))
     tokens = given.views[first.name].shape[lead(first).index("N")]
     wanted = subject.reference(given)
-    single = subject.run("reference", given.map(lambda name, value: value.float()))
+    single = subject.single(given)
     where = _not_finite(wanted) or _not_finite(single)
     if where:
         yield Row(check, "reference", dtype, tokens, None, 0.0, f"the definition is not finite there: {where}")
         return
-    if dtype == "float32":  # so far off is the definition, step by step
-        share, bound = SHARE, max(LEAST[dtype], ROUNDINGS[dtype] * furthest(single, wanted)[0])
-    else:
-        share, bound = 1.0, math.inf
+    judged = dtype == "float32"
+    share, bound = (SHARE, allowed(dtype, furthest(single, wanted)[0])) if judged else (1.0, math.inf)
     for backend in subject.here:
         found = subject.run(backend, given)
         where = _not_finite(found)

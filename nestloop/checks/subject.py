@@ -27,8 +27,7 @@ DTYPES = {
 # What an error may be at least: where the claim is algebra, rounding of a few hundred sums; else what sums in float32
 # of products in that precision come to.
 LEAST = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
-# An error may be so many times what moving the inputs by an eps moves the reference by; half is rounding them once.
-ROUNDINGS = {"float64": 10, "float32": 10, "bfloat16": 0.5, "float16": 0.5}
+MORE = 10  # times what the definition loses to rounding, code may lose
 SHARE = 1e-4  # of the largest gradient (or output), by which one that should be zero is measured
 FEW_TOKENS = 7
 MOST_TOKENS = 67  # where the length is not given: generated code takes up to 64 at once, the reference one by one
@@ -100,11 +99,16 @@ class Subject:
         """What a backend makes of inputs, as float64 on the CPU."""
         return {name: value.cpu().double() for name, value in run(self.op(backend), inputs).items()}
 
+    def single(self, inputs: Inputs) -> dict[str, Tensor]:
+        """What the definition makes of inputs, computed in float32."""
+        return self.run("reference", inputs.map(lambda name, value: value.float()))
+
     def bound(self, inputs: Inputs, wanted: Mapping[str, Tensor], dtype: str) -> float:
         """How far off code may be that computes in a dtype what the reference makes of inputs."""
-        eps = torch.finfo(DTYPES[dtype]).eps
-        moved = moved_by_rounding(self.reference, _exactly(inputs), wanted, eps, SHARE)
-        return max(LEAST[dtype], ROUNDINGS[dtype] * moved)
+        if dtype == "float64":
+            eps = torch.finfo(torch.float64).eps
+            return max(LEAST[dtype], MORE * moved_by_rounding(self.reference, _exactly(inputs), wanted, eps, SHARE))
+        return allowed(dtype, furthest(self.single(inputs), wanted)[0])
 
     def between(
         self,
@@ -162,6 +166,12 @@ class Subject:
     def short(self) -> int:
         """Tokens of a call that is made many times."""
         return next((tokens for tokens in self.lengths if tokens >= FEW_TOKENS), self.lengths[-1])
+
+
+def allowed(dtype: str, off: float) -> float:
+    """How far off code may be that computes in a dtype what the definition, step by step in float32, is off by."""
+    times = MORE if dtype == "float32" else torch.finfo(DTYPES[dtype]).eps / torch.finfo(torch.float32).eps
+    return max(LEAST[dtype], times * off)
 
 
 def _exactly(inputs: Inputs) -> Inputs:

@@ -3,8 +3,8 @@
     import nestloop as nl
 
 Declare a learner and a loop (`Learner`, `Loop`, `fast`, `slow`, `view`, `gate`), compile it (`compile`), or make it a
-layer (`Layer`); look at every stage (`inspect`, `explain`), at whether it is right (`check`), and at what it should
-take on a GPU (`cost`).
+layer (`Layer`); look at every stage (`inspect`, `explain`, `page`), at whether it is right (`check`), at what it takes
+here (`bench`), and at what it should take on a GPU (`cost`).
 """
 
 from importlib import import_module
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nestloop.cost_table import cost
     from nestloop.errors import NestloopError
     from nestloop.inspection import explain, inspect
+    from nestloop.inspector import page
     from nestloop.lang.declare import dim, fast, gate, grid, slow, view
     from nestloop.lang.features import affine, conv, cos_reweight, l2_norm, layer_norm, rms_norm, rope
     from nestloop.lang.learner import KernelEstimator, Learner
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from nestloop.lang.solve import conjugate_gradient
     from nestloop.lang.transforms import global_clip, newton_schulz, restore_norm, soft_clip
     from nestloop.layer import Layer
-    from nestloop.page import page
     from nestloop.saved import load_ops, save_ops
+    from nestloop.timing import bench
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "Shuffled",
     "Sliding",
     "affine",
+    "bench",
     "check",
     "compile",
     "conjugate_gradient",
@@ -81,6 +83,7 @@ __all__ = [
 # Where each name is at home, imported when it is first used: the command line answers without torch, a declaration
 # comes without the compiler.
 _HOME = {
+    "nestloop.timing": ("bench",),
     "nestloop.checks": ("check",),
     "nestloop.compiled": ("CompiledLoop", "compile"),
     "nestloop.cost_table": ("cost",),
@@ -96,7 +99,7 @@ _HOME = {
     "nestloop.lang.schedule": ("Causal", "Chunked", "FullBatch", "Online", "Program", "Shuffled", "Sliding"),
     "nestloop.lang.transforms": ("global_clip", "newton_schulz", "restore_norm", "soft_clip"),
     "nestloop.layer": ("Layer",),
-    "nestloop.page": ("page",),
+    "nestloop.inspector": ("page",),
     "nestloop.saved": ("load_ops", "save_ops"),
 }
 

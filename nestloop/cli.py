@@ -10,12 +10,10 @@ import argparse
 import importlib
 import importlib.util
 import json
-import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from nestloop import __version__
-from nestloop.errors import Location, NestloopError
+from nestloop.arguments import UsageError, load_target, parse_budget, parse_names, parse_shape
+from nestloop.errors import NestloopError
 
+DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}  # as command lines have them
 TARGET = "FILE.py:Name or package.module:Name of a declared loop, for example nestloop.zoo:MTTTMLP"
-
-
-class UsageError(Exception):
-    """A command line that names nothing that exists, or that cannot be read."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--backends", help="of torch, cpp and triton (default: those that are fast on the device)")
     check.add_argument("--device", default="cpu", help="cpu or cuda")
     check.add_argument("--seed", type=int, default=0, help="of the inputs")
+    bench = command("bench", run_bench, "time a loop's backends and softmax attention, in turn, on this machine")
+    bench.add_argument("target", help=TARGET)
+    bench.add_argument("--dtype", default="fp32", help="of the views: fp32, bf16, fp16 or fp64")
+    bench.add_argument("--backends", help="of torch, cpp, triton and reference (default: those fast on the device)")
+    bench.add_argument("--device", default="cpu", help="cpu or cuda")
+    bench.add_argument("--budget", type=parse_budget, default=20, metavar="SECONDS", help="that rounds may take")
     cost = command("cost", run_cost, "say what every plan of a loop should take on a GPU, and why one is chosen")
     cost.add_argument("--device", default="h200", help="h200, h100, b200, a100 or mi300x; none need be there")
     cost.add_argument("--dtype", default="bf16", help="of the views: bf16, fp16 or fp32")
@@ -109,12 +111,12 @@ def build_parser() -> argparse.ArgumentParser:
     tune.add_argument("--dtype", default="bf16", help="of the views: bf16, fp16 or fp32")
     tune.add_argument("--budget", type=parse_budget, default=120, metavar="SECONDS", help="that it may take")
     tune.add_argument("--out", type=Path, help="the file (default: beside the declaration, as NAME.tuned.json)")
-    for added in (inspect, explain, check, cost, tune):
+    for added in (inspect, explain, check, bench, cost, tune):
         added.add_argument("--shape", default="", metavar="B=2,H=2,N=16,d=16", help="sizes of the dims")
     catalogue = command("list", run_list, "list the loops, models and recipes that come with nestloop")
     catalogue.add_argument("--kind", choices=list(CATALOGUES), default="loops")
     doctor = command("doctor", run_doctor, "compare what is installed with what nestloop was tested with")
-    for added in (check, cost, tune, catalogue, doctor):
+    for added in (check, bench, cost, tune, catalogue, doctor):
         added.add_argument("--json", action="store_true", dest="as_json", help="print JSON")
     command("train", None, "train RECIPE [--key value ...]: run a recipe, any of its fields overridden")
     command("eval", None, "eval CHECKPOINT [--key value ...]: accuracy of a checkpoint on its evaluation images")
@@ -135,8 +137,8 @@ def run_inspect(target: str, stage: str | None, device: str, html: Path | None, 
 
         print(inspection.inspect(loop, stage, device, **dims))
         return 0
+    from nestloop.inspector import page
     from nestloop.lowering.runtime import cache
-    from nestloop.page import page
 
     sizes: dict[str, Any] = dict(dims)
     cache.put(html, page(loop, **sizes))
@@ -164,7 +166,6 @@ def run_check(
 ) -> int:
     loop, dims = load_target(target), parse_shape(shape)
     from nestloop import checks, targets
-    from nestloop.lowering.schedule.roofline import DTYPES
 
     targets.check_dims(loop, dims)
     several = loop if isinstance(loop, (tuple, list)) else (loop,)
@@ -177,6 +178,26 @@ def run_check(
     else:
         print("\n\n".join(map(str, found)))
     return 0 if all(one.holds for one in found) else 1
+
+
+def run_bench(
+    target: str, dtype: str, backends: str | None, device: str, budget: float, shape: str, as_json: bool
+) -> int:
+    loop, dims = load_target(target), parse_shape(shape)
+    from nestloop.targets import check_dims
+    from nestloop.timing import bench
+
+    check_dims(loop, dims)
+    several = loop if isinstance(loop, (tuple, list)) else (loop,)
+    options: dict[str, Any] = {"backends": None if backends is None else parse_names(backends), **dims}
+    options |= {"dtype": DTYPES.get(dtype, dtype), "device": device, "budget": budget / len(several)}
+    found = [bench(one, **options) for one in several]
+    if as_json:
+        made = [{"nestloop": __version__, **one.as_json()} for one in found]
+        print(json.dumps(made if len(made) > 1 else made[0], indent=2))
+    else:
+        print("\n\n".join(map(str, found)))
+    return 0
 
 
 def run_cost(target: str, device: str, dtype: str, shape: str, as_json: bool) -> int:
@@ -282,98 +303,6 @@ CATALOGUES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "models": models,
     "recipes": recipes,
 }
-
-
-def load_target(target: str) -> Any:
-    """The object that FILE.py:Name or package.module:Name names.
-
-    A file is run as Python would run it, with its own folder first on the import path, under its own stem as
-    the module's name. Raises `UsageError` where nothing of that name exists, and `NestloopError` where the file cannot
-    be run; whether it is a loop is for the compiler to judge.
-    """
-    place, separator, name = target.rpartition(":")
-    if not separator or not place or not name:
-        raise UsageError(f"{target!r} names no loop; write FILE.py:Name or package.module:Name")
-    module = _run_file(Path(place)) if place.endswith(".py") else _import(place)
-    if not hasattr(module, name):
-        declared = [n for n, value in vars(module).items() if isinstance(value, type) and hasattr(value, "spec")]
-        known = "it declares " + ", ".join(declared) if declared else "it declares no loop"
-        raise UsageError(f"{place} has no {name!r}; {known}")
-    return getattr(module, name)
-
-
-def _run_file(file: Path) -> Any:
-    if not file.is_file():
-        raise UsageError(f"there is no file {str(file)!r} in {os.getcwd()}")
-    sys.path.insert(0, str(file.resolve().parent))
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None  # a path that ends in .py always has a loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module  # bodies are traced and pickled by the module they live in
-    with _running(str(file)):
-        spec.loader.exec_module(module)
-    return module
-
-
-@contextmanager
-def _running(target: str) -> Iterator[None]:
-    """While a user's own file runs: whatever it raises is an error of that file, told with its line."""
-    try:
-        yield
-    except NestloopError:
-        raise
-    except Exception as error:
-        frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-        if isinstance(error, SyntaxError) and error.filename is not None:
-            frames.append((error.filename, error.lineno))
-        theirs = [frame for frame in frames if not frame[0].startswith(("<frozen", __file__))]
-        raise NestloopError(
-            f"{target} cannot be run: {type(error).__name__}.",
-            where=Location(theirs[-1][0], theirs[-1][1] or 1) if theirs else None,
-            given=str(error) or type(error).__name__,
-            need="a file that Python runs",
-            fix="mend that line; --trace shows the traceback",
-        ) from error
-
-
-def _import(name: str) -> Any:
-    sys.path.insert(0, os.getcwd())
-    try:
-        with _running(name):
-            return importlib.import_module(name)
-    except NestloopError as error:
-        missing = error.__cause__
-        if isinstance(missing, ModuleNotFoundError) and f"{name}.".startswith(f"{missing.name}."):
-            told = f"there is no module {name!r}; for a file write its path, as in loops.py:Name"
-            raise UsageError(told) from None
-        raise  # the module exists; something that it imports does not
-
-
-def parse_budget(text: str) -> float:
-    """Seconds. Raises `UsageError`."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise UsageError(f"--budget cannot read '{text}'; write seconds, as in --budget 120")
-    return seconds
-
-
-def parse_names(text: str) -> list[str]:
-    """'fp32,bf16' -> ["fp32", "bf16"]."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def parse_shape(text: str) -> dict[str, int]:
-    """'B=2,N=16' -> {'B': 2, 'N': 16}. Raises `UsageError` unless every entry is NAME=POSITIVE_INTEGER."""
-    dims = {}
-    for entry in filter(None, text.split(",")):
-        name, _, size = entry.partition("=")
-        if not name.strip().isidentifier() or not size.strip().isdecimal() or int(size) == 0:
-            raise UsageError(f"--shape cannot read {entry!r}; write NAME=SIZE,... as in --shape B=2,H=2,N=16,d=16")
-        dims[name.strip()] = int(size)
-    return dims
 
 
 def console() -> Console:

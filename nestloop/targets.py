@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nestloop.compiled import CompiledLoop, spec_of
-from nestloop.errors import UnknownDimError
+from nestloop.errors import InputError, UnknownDimError
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.names import BUILT_IN_DIMS
@@ -48,6 +48,20 @@ def check_dims(loop: Any, dims: Mapping[str, int]) -> None:
             )
 
 
+def one_loop(loop: Any, tool: str) -> tuple[LoopSpec, dict[str, int]]:
+    """The one loop that a tool, `nl.TOOL`, was given, and the sizes it knows. Raises `InputError` for several."""
+    (first, *more) = loops_of(loop)
+    if more:
+        raise InputError(
+            f"nl.{tool} takes one loop.",
+            where=caller(),
+            given=" and ".join(spec.name for spec, *_ in (first, *more)),
+            need="one declared loop",
+            fix=f"write nl.{tool}({first[0].name}), and so for each",
+        )
+    return first[0], first[1]
+
+
 def trial_sizes(spec: LoopSpec, dims: Mapping[str, int]) -> dict[str, int]:
     """A size for every dim of a loop: the given ones, the declaration's defaults, then small ones."""
     sizes = {**_TRIAL, **spec.default_dims, **dims}
@@ -63,3 +77,10 @@ def trial_sizes(spec: LoopSpec, dims: Mapping[str, int]) -> dict[str, int]:
     for index, name in enumerate(n for d in declared for e in d.dims for n in e.names):
         sizes.setdefault(name, 8 + 4 * index)
     return sizes
+
+
+def sizes_text(spec: LoopSpec, sizes: Mapping[str, int]) -> str:
+    """Sizes of the dims that a loop's tensors and its calls have, as text."""
+    declared = [*spec.fast.values(), *spec.slow.values(), *spec.inputs.values()]
+    used = {"B", "H", "N", *spec.dims, *(name for d in declared for expr in d.dims for name in expr.names)}
+    return ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in used)

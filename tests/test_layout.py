@@ -1,5 +1,6 @@
 """The tree is one package, reached through two committed links, whatever it is reached by."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -41,6 +42,7 @@ def test_every_name_of_the_package_is_found_when_it_is_used():
     for home, names in nl._HOME.items():
         for name in names:
             assert getattr(nl, name) is getattr(import_module(home), name) and name in dir(nl)
+            assert importlib.util.find_spec(f"nestloop.{name}") is None  # a module of that name would hide it
     with pytest.raises(AttributeError, match=r"^module 'nestloop' has no attribute 'Lop'$"):
         nl.Lop  # noqa: B018
 
@@ -81,7 +83,7 @@ def test_a_wheel_holds_every_module_once_under_its_full_name(root: Path, tmp_pat
     names = [n for n in held if n.endswith(".py")]
     assert len(names) == len(set(names))
     assert set(names) == modules(tree)
-    assert {"nestloop/lowering/emit/tiles.h", "nestloop/page/page.html"} <= set(held)
+    assert {"nestloop/lowering/emit/tiles.h", "nestloop/inspector/page.html"} <= set(held)
 
 
 def canonical(requirement: str) -> str:

@@ -10,15 +10,10 @@ import torch
 from nestloop.checks.certificate import Certificate, Row
 from nestloop.checks.properties import PROPERTIES
 from nestloop.checks.stress import stress as under_stress
-from nestloop.checks.subject import DTYPES, Subject, lengths_of
-from nestloop.compiled import BACKENDS
-from nestloop.errors import InputError, UnknownBackendError, UnknownDtypeError
-from nestloop.lang.declare import caller
-from nestloop.targets import check_dims, loops_of, trial_sizes
+from nestloop.checks.subject import Subject, check_backends, check_dtypes, lengths_of
+from nestloop.targets import check_dims, one_loop, trial_sizes
 
 __all__ = ["Certificate", "Row", "check"]
-
-_NOT_CHECKED = ("auto", "reference")  # which choose one of the others, and are what they are compared with
 
 
 def check(
@@ -55,41 +50,14 @@ def check(
         CompileError: a body cannot be compiled.
     """
     check_dims(loop, dims)
-    (first, *more) = loops_of(loop)
-    if more:
-        raise InputError(
-            "A certificate is of one loop.",
-            where=caller(),
-            given=" and ".join(spec.name for spec, *_ in (first, *more)),
-            need="one declared loop",
-            fix=f"write nl.check({first[0].name}), and so for each",
-        )
-    spec, known, _ = first
-    if backends is None:
-        backends = ("torch", "cpp") if device == "cpu" else ("torch", "triton")
-    for name in backends:
-        if name not in BACKENDS or name in _NOT_CHECKED:
-            raise UnknownBackendError(
-                "There is no such backend to check.",
-                where=caller(),
-                given=repr(name),
-                need=", ".join(repr(b) for b in BACKENDS if b not in _NOT_CHECKED),
-                fix='write backends=("torch", "cpp")',
-            )
-    for name in dtypes:
-        if name not in DTYPES:
-            raise UnknownDtypeError(
-                "There is no such dtype of views.",
-                where=caller(),
-                given=repr(name),
-                need=", ".join(DTYPES),
-                fix='write dtypes=("float32", "bfloat16")',
-            )
+    spec, known = one_loop(loop, "check")
+    chosen = check_backends(backends, device)
+    check_dtypes(dtypes)
     sizes = trial_sizes(spec, {**known, **dims})
     lengths = [dims["N"]] if "N" in dims else lengths_of(spec, sizes)
     others = [name for name in dtypes if name != "float64"]
     with torch.random.fork_rng(devices=[]):
-        subject = Subject(spec, sizes, backends, device, others, lengths, seed)
+        subject = Subject(spec, sizes, chosen, device, others, lengths, seed)
         rows = [Row("agreement", b, "-", 0, None, 0.0, f"no code: {why}") for b, why in subject.missing.items()]
         for found in PROPERTIES.values():
             rows += found(subject)

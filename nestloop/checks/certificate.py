@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nestloop.lang.loop import LoopSpec
+from nestloop.targets import sizes_text
 
 _HEAD = ("check", "backend", "dtype", "tokens", "error", "bound", "where it is largest")
 _NUMBERS = (3, 4, 5)  # columns of it
@@ -72,7 +73,7 @@ class Certificate:
         return [row for row in self.rows if not row.holds]
 
     def __str__(self) -> str:
-        sizes = ", ".join(f"{name} = {size}" for name, size in self.sizes.items())
+        sizes = sizes_text(self.spec, self.sizes)
         lines = [f"{self.spec.name}  ({self.spec.where.short})", f"{sizes}; on {self.device}, seed {self.seed}"]
         cells = [_HEAD, *[_cells(list(alike)) for _, alike in groupby(self.rows, _kind)]]
         widths = [max(len(row[i]) for row in cells) for i in range(len(_HEAD) - 1)]

@@ -13,8 +13,9 @@ from torch import Tensor
 from nestloop.checks.certificate import Row
 from nestloop.checks.comparison import differences, moved_by_rounding, run
 from nestloop.checks.inputs import Inputs, draw
-from nestloop.compiled import CompiledLoop
-from nestloop.errors import NoPlanError
+from nestloop.compiled import BACKENDS, CompiledLoop
+from nestloop.errors import NoPlanError, UnknownBackendError, UnknownDtypeError, shown
+from nestloop.lang.declare import caller
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Program, Stream
 
@@ -195,3 +196,39 @@ def lengths_of(spec: LoopSpec, sizes: Mapping[str, int]) -> list[int]:
     schedule = spec.schedule
     period = schedule.period if isinstance(schedule, Stream) else schedule.steps
     return sorted(n for n in {1, FEW_TOKENS, period - 1, period + 1, MOST_TOKENS} if 0 < n <= MOST_TOKENS)
+
+
+def check_backends(names: Sequence[str] | None, device: str, others: Sequence[str] = ()) -> tuple[str, ...]:
+    """The backends asked for; for None those that run on a device at full speed.
+
+    others: that are taken beside those which generate code.
+
+    Raises:
+        UnknownBackendError: there is no such one.
+    """
+    if names is None:
+        return ("torch", "cpp") if device == "cpu" else ("torch", "triton")
+    known = [name for name in BACKENDS if name not in ("auto", "reference") or name in others]
+    for name in names:
+        if name not in known:
+            raise UnknownBackendError(
+                "There is no such backend to run.",
+                where=caller(),
+                given=shown(name),
+                need=", ".join(map(repr, known)),
+                fix='write backends=("torch", "cpp")',
+            )
+    return tuple(names)
+
+
+def check_dtypes(names: Sequence[str]) -> None:
+    """Raise `UnknownDtypeError` for a name that is not one of `DTYPES`."""
+    for name in names:
+        if name not in DTYPES:
+            raise UnknownDtypeError(
+                "There is no such dtype of views.",
+                where=caller(),
+                given=shown(name),
+                need=", ".join(DTYPES),
+                fix='write "float32"',
+            )

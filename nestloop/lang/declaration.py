@@ -15,11 +15,12 @@ _OWN_MODULES = (
     "nestloop.inspection",
     "nestloop.stages",
     "nestloop.targets",
+    "nestloop.timing",
     "nestloop.checks",
     "nestloop.cost",
     "nestloop.tuning",
     "nestloop.models.",
-    "nestloop.page",
+    "nestloop.inspector",
     "torch.nn.modules.",
 )
 

@@ -88,7 +88,7 @@ def page(loop: Any, device: str = "h200", **dims: int) -> str:
     named = {line.at.rpartition(":")[0] for one in sections for panel in one.panels for line in panel.lines if line.at}
     files = {Path(file).name: file for spec, *_ in given for file in (spec.where.file, *sorted(user_files(spec)))}
     environment = Environment(
-        loader=PackageLoader("nestloop.page", "."),
+        loader=PackageLoader("nestloop.inspector", "."),
         autoescape=select_autoescape(default=True),
         undefined=StrictUndefined,
         trim_blocks=True,

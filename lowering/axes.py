@@ -143,14 +143,6 @@ def _counts(node: fx.Node) -> bool:
 def check_tokens(spec: LoopSpec, loss: Typing, readout: Typing) -> None:
     """Raise `TokenMixingError` where the schedule needs independent tokens and a body mixes them."""
     schedule = spec.schedule
-    if schedule.needs_order and loss.mixing:
-        raise _mixes(
-            spec,
-            "loss",
-            loss.mixing[0],
-            "a loss whose every token is on its own: the tokens of a shuffled batch are not neighbours, nor all",
-            f"schedule = nl.FullBatch(steps={schedule.steps}), or a learner that keeps tokens apart",
-        )
     whole = sees_later(schedule)
     for name, typing in (("loss", loss), ("readout", readout)):
         if not whole and typing.mixing:

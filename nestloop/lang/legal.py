@@ -130,6 +130,14 @@ def _check_batch(spec: LoopSpec) -> None:
     optimizer, schedule = spec.optimizer, spec.schedule
     assert isinstance(schedule, BatchSchedule)
     _check_one_step(spec)
+    if spec.grid is not None and schedule.needs_order:
+        raise _illegal(
+            spec,
+            "a token grid is whole, a shuffled batch has some of its tokens.",
+            f"nl.grid(); {_shown(spec)}",
+            "a schedule whose steps see all tokens, in their order",
+            f"write schedule = nl.FullBatch({schedule.steps})",
+        )
     lr = optimizer.lr
     if isinstance(lr, tuple) and len(lr) != schedule.steps:
         raise IllegalScheduleError(

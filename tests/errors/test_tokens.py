@@ -31,17 +31,6 @@ def test_tokens_of_a_stream_do_not_see_one_another(schedule):
     )
 
 
-def test_tokens_of_a_shuffled_batch_do_not_see_one_another():
-    refused(
-        steps_into(mixes, schedule=nl.Shuffled(2)),
-        TokenMixingError,
-        "Loop is Shuffled, but its loss mixes tokens.",
-        given="mean over the token axis of [n, d]",
-        need="a loss whose every token is on its own: the tokens of a shuffled batch are not neighbours, nor all",
-        fix="schedule = nl.FullBatch(steps=2), or a learner that keeps tokens apart",
-    )
-
-
 def counts_rows(self, f, t):
     return (f(t.k) - t.v).square().sum(-1) / t.k.shape[0]  # HERE
 

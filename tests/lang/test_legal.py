@@ -99,6 +99,17 @@ def test_text_in_the_length_of_a_stream(name):
     )
 
 
+def test_a_grid_in_batches():
+    rows, columns = nl.grid()
+    illegal(
+        {"rows": rows, "columns": columns, "optimizer": {}, "schedule": nl.Shuffled(3)},
+        "a token grid is whole, a shuffled batch has some of its tokens.",
+        given="nl.grid(); schedule Shuffled",
+        need="a schedule whose steps see all tokens, in their order",
+        fix="write schedule = nl.FullBatch(3)",
+    )
+
+
 def test_a_grid_in_a_stream():
     illegal(
         dict(zip(("rows", "columns", "optimizer"), (*nl.grid(), {}), strict=True)),

@@ -486,13 +486,14 @@ CONTRASTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("given", [nl.FullBatch(steps=2), nl.Shuffled(2), nl.Shuffled(3, reduction="sum")], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 @pytest.mark.parametrize("name", CONTRASTS)
-def test_a_token_against_all_others(name: str, backend: str):
-    """The contrastive loss of InfoNCE (arXiv 1807.03748)."""
+def test_a_token_against_all_others(name: str, backend: str, given: Schedule):
+    """The contrastive loss of InfoNCE (arXiv 1807.03748), of all tokens or of those of a batch."""
 
     class Contrast(Recall):
-        schedule = nl.FullBatch(steps=2)
+        schedule = given
 
         def loss(self, f, t):
             return CONTRASTS[name](F.normalize(f(t.k), dim=-1) @ F.normalize(t.v, dim=-1).T / 0.5)

@@ -111,7 +111,7 @@ def test_legal_schedules():
     assert listing.legal(zoo.DeltaNet) == ["FullBatch", "Shuffled", "Causal", "Online", "Chunked", "Program"]
     assert listing.legal(zoo.GatedDeltaNet) == ["Online"]  # its gradient is taken at the decayed state
     assert listing.legal(zoo.Atlas) == ["Chunked", "Program"]  # it orthogonalises
-    assert listing.legal(zoo.DepthwiseBranch) == ["FullBatch", "Shuffled"]  # it needs the whole grid
+    assert listing.legal(zoo.DepthwiseBranch) == ["FullBatch"]  # it needs the whole grid
     assert listing.legal(zoo.SelfAttention) == []
 
 

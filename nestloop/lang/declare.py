@@ -15,7 +15,7 @@ from nestloop.errors import DimExpressionError, ViewError, shown
 from nestloop.lang import init as initialisers
 from nestloop.lang.declaration import Declaration, caller, is_count
 from nestloop.lang.dims import parse
-from nestloop.lang.maps import Project, all_maps, check_module
+from nestloop.lang.maps import Project, all_maps, check_plain
 
 
 class Fast(Declaration):
@@ -105,7 +105,7 @@ class Gate(OfTokens):
                 need="a function of tensors, as torch.sigmoid is, or none given",
                 fix=f"write nl.gate({text})",
             )
-        check_module(activation, "The activation of a gate", self.where)
+        check_plain(activation, "The activation of a gate", self.where)
         self.activation, self.bias, self.micro, self.pooled = activation, bias, micro, pooled
         self.scale = scale if isinstance(scale, float) else parse(scale, self.where)
         self.maps = all_maps(of, Project(bias, 1.0, rank), make, self.kind, self.where)

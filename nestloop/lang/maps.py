@@ -9,6 +9,7 @@ one set of parameters, wherever it is used: views that share a projection name i
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -182,7 +183,7 @@ class Gated(Map):
         of: Any,
     ) -> None:
         super().__init__()
-        check_module(activation, "The activation of nl.gated", self.where)
+        check_plain(activation, "The activation of nl.gated", self.where)
         self.activation, self.per_head = activation, per_head
         self.projection = Project(bias, 1.0, rank)
         self.of = check_maps(of, "gate on a read-out", self.where)
@@ -217,12 +218,16 @@ def check_maps(maps: Any, what: str, where: Any) -> tuple[Any, ...]:
             "write make=[nl.conv(4), F.silu]",
         )
     for one in given:
-        check_module(one, f"A map of a {what}", where)
+        check_plain(one, f"A map of a {what}", where)
     return given
 
 
-def check_module(one: Any, what: str, where: Any) -> None:
-    """Raise `ViewError` for a module of PyTorch's that is more than a function: no layer would register it."""
+def check_plain(one: Any, what: str, where: Any) -> None:
+    """Raise `ViewError` for a function that takes more than x, and for a module of PyTorch's that is more than a
+    function: no layer would register it."""
+    if isinstance(one, Map):
+        return
+    _check_arguments(one.forward if isinstance(one, nn.Module) else one, what, where)
     if not isinstance(one, nn.Module):
         return
     random = [part for part in one.modules() if isinstance(part, (_DropoutNd, nn.RReLU))]
@@ -243,6 +248,24 @@ def check_module(one: Any, what: str, where: Any) -> None:
             "a map of nestloop's, whose parameters are the layer's, or a function without any",
             "write nl.project(), nl.conv(4), nl.rms_norm(), nl.layer_norm() or nl.affine()",
         )
+
+
+def _check_arguments(function: Any, what: str, where: Any) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some that are written in C have none
+        return
+    try:
+        signature.bind(None)
+    except TypeError:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise refused(
+            f"{what} does not take x alone.",
+            where,
+            f"{name}({', '.join(signature.parameters)})",
+            "a function of one tensor",
+            "write a function that gives the rest, as lambda x: F.layer_norm(x, x.shape[-1:]) does",
+        ) from None
 
 
 def check_output(maps: Any, where: Any) -> tuple[Any, ...]:

@@ -1,6 +1,8 @@
 """Maps of views, gates and read-outs: what they compute, what they are called, and how they are refused."""
 
+import functools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -319,6 +321,38 @@ def test_modules_that_are_more_than_functions(make, what, given):
         else "write nl.project(), nl.conv(4), nl.rms_norm(), nl.layer_norm() or nl.affine()"
     )
     assert caught.value.where is not None and caught.value.where.file == __file__
+
+
+OTHER: dict[str, Any] = {"several": lambda x, y: x, "none": lambda: 1}
+
+
+@pytest.mark.parametrize(
+    "make, what, given",
+    [
+        (
+            lambda: nl.view("d", make=[F.layer_norm]),
+            "A map of a view",
+            "layer_norm(input, normalized_shape, weight, bias, eps)",
+        ),
+        (lambda: nl.gate(OTHER["several"]), "The activation of a gate", "<lambda>(x, y)"),
+        (lambda: nl.gated(OTHER["none"]), "The activation of nl.gated", "<lambda>()"),
+        (lambda: nl.view("d", make=[torch.nn.CosineSimilarity()]), "A map of a view", "forward(x1, x2)"),
+    ],
+)
+def test_functions_that_take_more_than_a_view(make, what, given):
+    with pytest.raises(ViewError) as caught:
+        make()
+    assert str(caught.value).splitlines()[2:] == [
+        f"  given: {given}",
+        "  need:  a function of one tensor",
+        "  fix:   write a function that gives the rest, as lambda x: F.layer_norm(x, x.shape[-1:]) does",
+    ]
+    assert caught.value.what == f"{what} does not take x alone."
+    assert caught.value.where is not None and caught.value.where.file == __file__
+
+
+def test_functions_that_say_nothing_of_what_they_take():
+    views_of(k=nl.view("d", make=[torch.tanh, functools.partial(F.layer_norm, normalized_shape=(4,))]))
 
 
 def test_modules_that_are_functions_and_read_outs_with_modules():

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize, prune
 import nestloop as nl
 from nestloop.errors import InputError
 from nestloop.zoo.lact import Window
+from tests.refusals import refused
 
 B, N, D, H = 2, 10, 8, 2
 d = D // H
@@ -169,6 +170,36 @@ def test_a_module_around_a_views_maps(x: torch.Tensor) -> None:
     layer.output = Around(layer.output)  # type: ignore[assignment]
     after, again = layer(x[:, :7], return_state=True)
     assert torch.equal(before, after) and set(state["made"]) == set(again["made"])
+
+
+class Alone(nn.Module):
+    """A module around another, which it gives x alone."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.inside(x)
+
+
+@pytest.mark.parametrize("place", ["views.k", "output"])
+def test_a_module_around_a_views_maps_that_hands_on_x_alone(place: str, x: torch.Tensor) -> None:
+    layer = made()
+    layer.set_submodule(place, Alone(layer.get_submodule(place)))
+
+    def run() -> None:
+        layer(x)  # HERE
+
+    refused(
+        run,
+        InputError,
+        f"What stands in {place} wraps what it is to make, and does not hand on all that it is given.",
+        given="Alone.forward(x: 'torch.Tensor') -> 'Any'",
+        need="forward(self, x, route), which calls what it wraps with both",
+        fix="write def forward(self, *given): return self.inner(*given), or put a module there that has no other "
+        "inside, which is given x alone",
+    )
 
 
 def test_a_module_that_does_not_make_a_view(x: torch.Tensor) -> None:

@@ -226,6 +226,14 @@ class Layer(Branch):
                 need=f"a tensor [sequences, tokens, {self.width}]",
                 fix="pass torch.as_tensor(x)" if hasattr(x, "shape") else "pass a tensor",
             )
+        if x.is_nested:
+            raise InputError(
+                "The layer's input is a nested tensor.",
+                where=caller(),
+                given=f"{x.layout}, {x.ndim} axes",
+                need=f"[sequences, tokens, {self.width}], all sequences of one length",
+                fix="pass x.values()[None] with cu_seqlens=x.offsets()",
+            )
         if x.ndim != 3 or x.shape[-1] != self.width:
             raise InputError(
                 "The layer's input is not [B, N, D].",

@@ -7,6 +7,7 @@ parametrizations, pruning, adapters, sharding, another module in one's place) is
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestloop.errors import ShapeMismatchError
+from nestloop.errors import InputError, ShapeMismatchError
 from nestloop.lang import init
+from nestloop.lang.declare import caller
 from nestloop.lang.maps import Call, Map, Place, Shape, is_source
 
 
@@ -195,9 +197,34 @@ class Pooled(Making):
 
 def through(module: nn.Module, x: Tensor, route: Route) -> Tensor:
     """x through a `Making`, or through what stands in its place: what wraps one hands on all that it is given (FSDP,
-    peft's modules to save), another module sees x alone."""
-    made: Tensor = module(x, route) if any(isinstance(part, Making) for part in module.modules()) else module(x)
+    peft's modules to save), another module sees x alone.
+
+    Raises:
+        InputError: it wraps one, and takes x alone.
+    """
+    if not any(isinstance(part, Making) for part in module.modules()):
+        made: Tensor = module(x)
+        return made
+    if not isinstance(module, Making) and not torch.compiler.is_compiling():
+        _check_wrapping(module, x, route)
+    made = module(x, route)
     return made
+
+
+def _check_wrapping(module: nn.Module, x: Tensor, route: Route) -> None:
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(x, route)
+    except TypeError:
+        place = route.name if route.name == "output" else f"views.{route.name}"
+        raise InputError(
+            f"What stands in {place} wraps what it is to make, and does not hand on all that it is given.",
+            where=caller(),
+            given=f"{type(module).__name__}.forward{signature}",
+            need="forward(self, x, route), which calls what it wraps with both",
+            fix="write def forward(self, *given): return self.inner(*given), or put a module there that has no other "
+            "inside, which is given x alone",
+        ) from None
 
 
 def places(maps: Sequence[Any], place: Place, entry: Place) -> list[Place]:

@@ -53,6 +53,10 @@ def test_layers_that_do_not_fit():
     def unknown():
         nl.Layer(Good, 16, 2, e=3)  # HERE
 
+    def ragged():
+        parts = [torch.ones(3, 16), torch.ones(5, 16)]
+        nl.Layer(Good, 16, 2)(torch.nested.nested_tensor(parts, layout=torch.jagged))  # HERE
+
     def flat():
         layer(torch.randn(3, 16))  # HERE
 
@@ -115,6 +119,14 @@ def test_layers_that_do_not_fit():
             need="one of d",
             fix=f"remove it, or declare {name} = nl.dim() in a loop",
         )
+    refused(
+        ragged,
+        InputError,
+        "The layer's input is a nested tensor.",
+        given="torch.jagged, 3 axes",
+        need="[sequences, tokens, 16], all sequences of one length",
+        fix="pass x.values()[None] with cu_seqlens=x.offsets()",
+    )
     refused(
         flat,
         InputError,

@@ -112,8 +112,11 @@ def _sizes(spec: LoopSpec, given: Sequence[_Given], dims: Mapping[str, int]) -> 
         rank = axes.rank + len(declaration.dims)
         if tensor.ndim != rank:
             raise _wrong_shape(declaration, axes, tensor, f"{rank} axes")
-        unify(declaration.dims, tuple(tensor.shape[axes.rank :]), sizes)
-        for letter, size in zip(axes.lead, tensor.shape, strict=False):
+        shape = tuple(tensor.shape)
+        if torch.jit.is_tracing():  # which has sizes as tensors
+            shape = tuple(map(int, shape))
+        unify(declaration.dims, shape[axes.rank :], sizes)
+        for letter, size in zip(axes.lead, shape, strict=False):
             sizes.setdefault(letter, size * axes.group if letter == "H" else size)
     if "H" not in sizes:
         sizes["H"] = 1

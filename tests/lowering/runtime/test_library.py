@@ -158,6 +158,14 @@ def test_a_copied_layer_compiles_with_inductor():
     torch.testing.assert_close(y.grad, z.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_loop_is_lowered_while_jit_traces():
+    """Sizes are tensors there."""
+    own: Any = type("Traced", (zoo.MTTTMLP,), {"k": nl.view("d", gain=3.0)})
+    model, x = layer(own), tokens()
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
 def test_training_draws_a_fresh_order_inside_a_compiled_graph():
     model, x = layer(zoo.MTTTMLPSGD4).train(), tokens()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -168,8 +168,12 @@ def shape_mismatch(
             else "count axes from the last: .sum(-1), .transpose(-1, -2)",
         )
     met = _meeting(source)
+    fix = "make the axes agree: transpose one side, or declare the weight with the other dims"
     if met is not None:
         pairs = [(shapes[i][axis], failed.operands[i].shape[axis]) for i, axis in met]
+        dims = [name for name, _ in pairs if name in spec.dim_names]
+        if len(set(dims)) == len(pairs):
+            fix += f"; or give {' and '.join(dims)} one size"
         listed[-1] += "; " + " meets ".join(
             name if name == named_size(size) else f"{name} = {size}" for name, size in pairs
         )
@@ -178,7 +182,7 @@ def shape_mismatch(
         where=failed.where,
         given=", ".join(listed) or "no tensor",
         need="axes of equal sizes; PyTorch says: " + failed.message,
-        fix="make the axes agree: transpose one side, or declare the weight with the other dims",
+        fix=fix,
     )
 
 

@@ -16,7 +16,7 @@ FIT = "axes of equal sizes; PyTorch says: "
 FIT_FIX = "make the axes agree: transpose one side, or declare the weight with the other dims"
 
 
-def mismatch(body, op, given, says, part="loss", **declared):
+def mismatch(body, op, given, says, part="loss", one_size="", **declared):
     def run():
         layer_of(body, part, **declared)
 
@@ -25,7 +25,7 @@ def mismatch(body, op, given, says, part="loss", **declared):
     lines = str(caught.value).splitlines()
     assert lines[0] == MISMATCH.format(part, op)
     assert lines[1].startswith(f"  at:    {__file__}:") and lines[1].endswith("# HERE")
-    assert lines[2:] == [f"  given: {given}", f"  need:  {FIT}{says}", f"  fix:   {FIT_FIX}"]
+    assert lines[2:] == [f"  given: {given}", f"  need:  {FIT}{says}", f"  fix:   {FIT_FIX}{one_size}"]
 
 
 def test_shapes_are_named_by_dims_even_where_sizes_are_equal():
@@ -37,6 +37,7 @@ def test_shapes_are_named_by_dims_even_where_sizes_are_equal():
         "matmul",
         "f(t.k) is [n, d], self.g is [e, D]; d = 8 meets e = 24",
         "a and b must have same reduction dim, but got [n, 8] X [24, 16].",
+        one_size="; or give d and e one size",
         e=nl.dim(24),
         g=nl.slow("e", "D"),
     )
@@ -45,6 +46,7 @@ def test_shapes_are_named_by_dims_even_where_sizes_are_equal():
         "matmul",
         "f(t.k) is [n, d], self.g is [r, D]; d = 8 meets r = 16",
         "a and b must have same reduction dim, but got [n, 8] X [16, 16].",
+        one_size="; or give d and r one size",
         r=nl.dim(16),
         g=nl.slow("r", "D"),
     )

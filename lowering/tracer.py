@@ -18,6 +18,8 @@ from nestloop.lowering.watched import WatchedCalls, WatchedOps, as_compile_error
 
 # What a value may be converted to, beside the compute dtype. Of that, float32 is a lower bound: it is not rounded to.
 _KEPT = (torch.float32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_LOW = (torch.bfloat16, torch.float16)
+_BODIES = ("loss", "readout", "kernel")
 
 
 class Tracer:
@@ -100,7 +102,8 @@ class Tracer:
             graph = record_for_any_length(self.n, lengths, watched, examples, names)
         if user_body and self.decided is None and not self.n.is_free(self._least):
             self.decided = user_body
-        _check_admitted(self.spec, graph, self.dtype)  # of derivatives too, which may take other ops
+        low = () if user_body in _BODIES else _LOW  # which derivatives have of an optimizer's functions alone
+        _check_admitted(self.spec, graph, (*_KEPT, *low, self.dtype))  # of derivatives too, which may take other ops
         return graph
 
 
@@ -108,7 +111,7 @@ def _op_name(func: Any) -> str:
     return func._schema.name.split("::")[-1] if hasattr(func, "_schema") else getattr(func, "__name__", str(func))
 
 
-def _check_admitted(spec: LoopSpec, module: fx.GraphModule, dtype: torch.dtype) -> None:
+def _check_admitted(spec: LoopSpec, module: fx.GraphModule, dtypes: tuple[torch.dtype, ...]) -> None:
     for node in module.graph.nodes:
         if node.op == "get_attr":
             raise CapturedTensorError(
@@ -118,7 +121,7 @@ def _check_admitted(spec: LoopSpec, module: fx.GraphModule, dtype: torch.dtype) 
                 need="Python numbers, or weights that are declared",
                 fix="write the number itself, or declare it: scale = nl.slow('d', init='constant(0.5)')",
             )
-        if node.target is torch.ops.aten._to_copy.default and node.meta["val"].dtype not in (*_KEPT, dtype):
+        if node.target is torch.ops.aten._to_copy.default and node.meta["val"].dtype not in dtypes:
             raise rounding(spec, node.meta["val"].dtype, node.meta.get("where", spec.where))
         if node.op != "call_function" or ops.admitted(node.target):
             continue

@@ -110,7 +110,7 @@ class TileFunction:
         if sized_by is not None and sized_by in inputs and _mentions(lines, "n"):
             head.append(f"    n = {sized_by}.shape[2]")
         if "dtype" in lines:
-            reference = self.signature[0]
+            reference = next(name for name in self.signature if name not in SCALARS)
             head.append(f"    dtype, device = {reference}.dtype, {reference}.device")
         return "\n".join([*head, *body, f"    return ({', '.join(returned)}{',' if len(returned) == 1 else ''})"])
 

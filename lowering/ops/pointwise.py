@@ -153,7 +153,10 @@ def _converted_triton(o: Operands) -> str:
 
 
 def _cuts(o: Operands) -> bool:
-    """Whether numbers become whole ones, which in C++ and Triton are in the compute dtype like all others."""
+    """Whether numbers become whole ones, which in C++ and Triton are in the compute dtype like all others. Lower
+    precisions have no spelling there."""
+    if o.dtype in (torch.bfloat16, torch.float16):
+        raise NoSpelling(f"values of {o.dtype}, which an optimizer's function takes")
     if o.dtype in _WRAPPING:
         raise NoSpelling(f"whole numbers of {o.dtype}, which wrap around")
     value = o.raw[0].meta["val"] if isinstance(o.raw[0], fx.Node) else None

@@ -142,8 +142,9 @@ class Operands:
 
     @property
     def dtype_text(self) -> str:
-        """The result's dtype in generated code: the compute dtype, `dtype`, if it is floating-point."""
-        return "dtype" if self.dtype.is_floating_point else str(self.dtype)
+        """The result's dtype in generated code: the compute dtype, `dtype`, for all but whole numbers and the lower
+        precision that an optimizer's function may take."""
+        return "dtype" if self.dtype in (torch.float32, torch.float64) else str(self.dtype)
 
     def axis(self, dim: int) -> int:
         """A tile axis counted from the end, where leading batch axes do not shift it."""

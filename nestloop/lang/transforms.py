@@ -158,7 +158,8 @@ def newton_schulz(
 
     Args:
         coefficients: one (a, b, c) a step.
-        precision: the dtype it is computed in, bfloat16 say; None for the gradient's own.
+        precision: the dtype it is computed in, bfloat16 say, by generated PyTorch (C++ and Triton have no plan with
+            it); None for the gradient's own.
 
     Raises:
         TransformError: coefficients that are not three numbers a step, an eps or a precision that is none.

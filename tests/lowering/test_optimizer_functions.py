@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import nestloop as nl
+from nestloop.errors import NoPlanError
 from tests.lowering.comparison import assert_equal, differences, random_inputs, run
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
@@ -196,3 +197,38 @@ def test_chunks_of_one_token_are_steps_token_by_token(token_by_token: Any, chunk
         inputs = random_inputs(loop.spec, SIZES, tokens=9)
         made.append(nl.compile(loop, backend="torch")(inputs.views, inputs.weights)[0])
     torch.testing.assert_close(*made, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("schedule", ONCE, ids=named)
+def test_a_function_in_a_lower_precision(schedule: Any, dtype: torch.dtype):
+    equals_the_reference("torch", schedule, transform=lambda g: (1.5 * g.to(dtype)).to(g.dtype), momentum=0.5)
+
+
+class Linear(nl.Learner):
+    w = nl.fast("d", "d")
+
+    def forward(self, x):
+        return x @ self.w
+
+
+@pytest.mark.parametrize("schedule", ONCE, ids=named)
+def test_newton_schulz_in_a_lower_precision(schedule: Any):
+    """Its values are the same, of the same products; derivatives of five steps are rounded in another order."""
+    optimizer = nl.SGD(lr=0.2, transform=nl.newton_schulz(precision=torch.bfloat16))
+    loop: Any = type("Rounded", (Recall,), {"learner": Linear, "schedule": schedule, "optimizer": optimizer})
+    inputs = random_inputs(loop.spec, SIZES, tokens=9, dtype=torch.float32)
+    found, wanted = (run(nl.compile(loop, backend=name), inputs) for name in ("auto", "reference"))
+    for name, error in differences(found, wanted).items():
+        assert error < (0.15 if name.startswith("gradient") else 1e-5), (name, error)
+    full = type("Full", (loop,), {"optimizer": nl.SGD(lr=0.2, transform=nl.newton_schulz())})
+    assert differences(run(nl.compile(full), inputs), wanted)["z"] > 1e-3
+
+
+@pytest.mark.parametrize("backend", ["cpp", pytest.param("triton", marks=no_triton)])
+def test_a_lower_precision_is_pytorchs_alone(backend: str):
+    optimizer = nl.SGD(transform=lambda g: g.bfloat16().float())
+    loop: Any = type("Rounded", (Recall,), {"schedule": nl.FullBatch(), "optimizer": optimizer})
+    inputs = random_inputs(loop.spec, SIZES, tokens=9, dtype=torch.float32)
+    with pytest.raises(NoPlanError, match=r"values of torch\.bfloat16, which an optimizer's function takes"):
+        nl.compile(loop, backend=backend)(inputs.views, inputs.weights)

@@ -230,7 +230,7 @@ class _Call:
         first = next(iter(self.tokens.values()))
         self.like = first.new_empty(0, dtype=dtype)
         self.initial = {n: self._initial(n, weights) for n in spec.fast}
-        self.position = 0 if state is None or not counts_tokens(spec) else int(state["position"])
+        self.position = 0 if state is None or not counts_tokens(spec) else state["position"]
         if state is None:
             self.carry = self._fresh()
         else:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from nestloop.errors import StateError
@@ -130,7 +131,8 @@ def check_position(spec: LoopSpec, state: Mapping[str, Any]) -> int:
     if not counts_tokens(spec):
         return 0
     position, schedule = state["position"], spec.schedule
-    if isinstance(position, bool) or not isinstance(position, int) or position < 0:
+    is_number = isinstance(position, (int, torch.SymInt)) and not isinstance(position, bool)
+    if not is_number or position < 0:
         raise StateError(
             f"The position in the state of {spec.name} is not a number of tokens.",
             where=spec.where,

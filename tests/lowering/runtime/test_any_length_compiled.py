@@ -163,3 +163,22 @@ def test_an_exported_program_has_all_gradients(loop: type[nl.Loop]):
     )
     torch.testing.assert_close(made, wanted)
     torch.testing.assert_close(of_program, of_model)
+
+
+def test_an_exported_step_serves_the_places_in_a_chunk():
+    """The state's position is a symbol there."""
+    model, x = layer(zoo.TTTLinear), tokens(20)
+    first, state = model(x[:, :5], return_state=True)
+    free = torch.utils._pytree.tree_map(lambda v: torch.export.Dim.DYNAMIC if isinstance(v, int) else None, state)
+    program: Any = torch.export.export(
+        model,
+        (x[:, 5:6],),
+        {"state": state, "return_state": True},
+        dynamic_shapes={"x": None, "state": free, "return_state": None},
+    )
+    program, made = program.module(), [first]
+    for token in x[:, 5:16].split(1, 1):
+        z, state = program(token, state=state, return_state=True)
+        made.append(z)
+    torch.testing.assert_close(torch.cat(made, 1), model(x[:, :16]), rtol=1e-4, atol=1e-5)
+    assert state["position"] == 16

@@ -20,6 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -120,7 +121,7 @@ def called_of_tiles(module: str, tiles: str) -> dict[str, str]:
 
     `tiles`: the text of `lowering/emit/tiles.py`.
     """
-    defined = {node.name: node for node in ast.parse(tiles).body if isinstance(node, ast.FunctionDef)}
+    defined = _functions_of(tiles)
     found: dict[str, str] = {}
     left = set(re.findall(r"\btiles\.(\w+)", module))
     while left:
@@ -131,6 +132,12 @@ def called_of_tiles(module: str, tiles: str) -> dict[str, str]:
         found[name] = without_comments(text.replace(documented or "", "", 1))
         left |= {node.id for node in ast.walk(function) if isinstance(node, ast.Name)} & {*defined} - {*found}
     return dict(sorted(found.items()))
+
+
+@cache
+def _functions_of(tiles: str) -> dict[str, ast.FunctionDef]:
+    """Its functions by name, read once for all kernels."""
+    return {node.name: node for node in ast.parse(tiles).body if isinstance(node, ast.FunctionDef)}
 
 
 def plans(loop: type[nl.Loop], d: int) -> dict[str, TritonPlan | str]:

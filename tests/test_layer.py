@@ -6,7 +6,6 @@ import copy
 import io
 import math
 import pickle
-import re
 
 import pytest
 import torch
@@ -14,9 +13,8 @@ import torch.nn.functional as F
 
 import nestloop as nl
 from nestloop import zoo
-from nestloop.errors import InputError, OrderError, UnresolvedDimError
+from nestloop.errors import OrderError, UnresolvedDimError
 from nestloop.layer.branch import Passing
-from tests.refusals import refused
 
 B, N, D, H = 2, 8, 12, 3
 d = D // H
@@ -375,45 +373,3 @@ def test_no_tokens_give_every_parameter_a_gradient_of_zeros(loop, backend):
     assert x.grad is not None
     for name, parameter in layer.named_parameters():
         assert not parameter.requires_grad or (parameter.grad is not None and not parameter.grad.any()), name
-
-
-@pytest.mark.parametrize("heads, fitting", [(2, 3), (4, 3), (8, 6)])
-def test_views_of_groups_take_a_multiple_of_heads(heads, fitting):
-    def step():
-        class Memory(nl.Learner):
-            w = nl.fast("d", "d")
-
-            def forward(self, x):
-                return x @ self.w
-
-        class Loop(nl.Loop):
-            learner = Memory
-            k, v = nl.view("d", group=3), nl.view("d")  # HERE
-
-            def loss(self, f, t):
-                return (f(t.k) - t.v).square().sum(-1)
-
-            def readout(self, f, t):
-                return f(t.k)
-
-        nl.Layer(Loop, 16, heads)
-
-    refused(
-        step,
-        InputError,
-        "The heads of the view 'k' do not group.",
-        given=f"H = {heads}, group = 3",
-        need="a number of heads that is a multiple of 3",
-        fix=f"write nl.Layer(..., heads={fitting})",
-    )
-
-
-def test_explain_of_a_layer_has_the_loops_beside():
-    class Second(zoo.RetNet):
-        beside = zoo.LightningAttention
-
-    class First(zoo.CausalLinearAttention):
-        beside = Second
-
-    text = nl.explain(nl.Layer(First, width=8, heads=2, dk=4, dv=4))
-    assert re.findall(r"^(\w+)  \(", text, re.MULTILINE) == ["First", "Second", "LightningAttention"]

@@ -18,7 +18,8 @@ from nestloop.lang.state import identifier, steps_with
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.batches import BatchLoop, autocast_dtype, compute_dtype, output_dtype, with_pieces
 from nestloop.lowering.runtime.choice import Choice, choose
-from nestloop.lowering.runtime.library import Code, NestedLoopOp
+from nestloop.lowering.runtime.code import Code
+from nestloop.lowering.runtime.library import NestedLoopOp
 from nestloop.lowering.runtime.native import NativeModule, NativePlan
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.recipe import Asked, Origin, Recipe

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,13 +21,12 @@ from torch.utils.flop_counter import _FlopCounterMode, flop_registry, register_f
 from nestloop.errors import NoPlanError
 from nestloop.lowering.runtime.batches import LOW, autocast_dtype, compute_dtype
 from nestloop.lowering.runtime.batching import batching_rule
+from nestloop.lowering.runtime.code import Code
 from nestloop.lowering.runtime.decision import Decision, known
 from nestloop.lowering.runtime.eager import in_one, transformed
 from nestloop.lowering.runtime.groups import in_groups
 from nestloop.lowering.runtime.instead import Instead
 from nestloop.lowering.runtime.launching import TritonCode
-from nestloop.lowering.runtime.native import NativeModule
-from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.once import has_graph, once
 from nestloop.lowering.runtime.recipe import Recipe
 from nestloop.lowering.runtime.refusals import singular_system
@@ -41,35 +38,6 @@ from nestloop.lowering.runtime.work import flops
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
 REGISTERED: dict[str, NestedLoopOp] = {}  # by the names of their ops in PyTorch, forward and backward
-
-
-@dataclass(frozen=True)
-class Code:
-    """What an op runs.
-
-    Attributes:
-        module: the generated module, with `forward` and `backward`; with `conditioned` where there are weights that it
-            is not precise with.
-        rows: tokens, of all sequences together, that are worked on at a time on a CPU.
-        shared: names of what its `common` makes, which all steps share.
-        native: the same two functions in C++, for tensors on a CPU, or in Triton, for all; None where the generated
-            module does for all.
-        pays: (heads, sequences, tokens) -> whether C++ is to run there; None for always. Both keep the same states, so
-            that either can go back from what the other one kept.
-    """
-
-    module: ModuleType
-    rows: int
-    shared: Sequence[str] = ()
-    native: NativeModule | NativeStream | TritonBatches | TritonStream | None = None
-    pays: Callable[[int, int, int], bool] | None = None
-
-    def runs_native(self, inputs: Sequence[Tensor], halo: int) -> bool:
-        """Whether a call with these inputs, `halo` rows before their tokens, runs in C++."""
-        if self.native is None or inputs[0].device.type != "cpu":
-            return False
-        sequences, rows = inputs[0].shape[1:3]
-        return self.pays is None or self.pays(max(t.shape[0] for t in inputs), sequences, rows - halo)
 
 
 GRAM, WIDE = "the Gram form", "the wide form"

@@ -21,8 +21,9 @@ from nestloop.lang.schedule import Causal, Chunked, Program, resets_at
 from nestloop.lang.state import Entry, State, counts_tokens
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.choice import choose
+from nestloop.lowering.runtime.code import Code
 from nestloop.lowering.runtime.executable import compiled_pieces, heads_first
-from nestloop.lowering.runtime.library import Code, NestedLoopOp
+from nestloop.lowering.runtime.library import NestedLoopOp
 from nestloop.lowering.runtime.native import NativePlan
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan

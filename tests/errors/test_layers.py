@@ -1,6 +1,7 @@
 """Layers that do not fit, and what they are called with."""
 
 import numpy as np
+import pytest
 import torch
 
 import nestloop as nl
@@ -156,4 +157,35 @@ def test_layers_that_do_not_fit():
         given="torch.float64",
         need="torch.float32",
         fix="pass x.to(torch.float32), or make the layer with dtype=torch.float64",
+    )
+
+
+@pytest.mark.parametrize("heads, fitting", [(2, 3), (4, 3), (8, 6)])
+def test_views_of_groups_take_a_multiple_of_heads(heads, fitting):
+    def step():
+        class Memory(nl.Learner):
+            w = nl.fast("d", "d")
+
+            def forward(self, x):
+                return x @ self.w
+
+        class Loop(nl.Loop):
+            learner = Memory
+            k, v = nl.view("d", group=3), nl.view("d")  # HERE
+
+            def loss(self, f, t):
+                return (f(t.k) - t.v).square().sum(-1)
+
+            def readout(self, f, t):
+                return f(t.k)
+
+        nl.Layer(Loop, 16, heads)
+
+    refused(
+        step,
+        InputError,
+        "The heads of the view 'k' do not group.",
+        given=f"H = {heads}, group = 3",
+        need="a number of heads that is a multiple of 3",
+        fix=f"write nl.Layer(..., heads={fitting})",
     )

@@ -1,12 +1,8 @@
 """Declarations: initialisers, learning rates, schedules, names and dims, refused where they are written."""
 
-import copy
 import math
-import pickle
-from typing import Any
 
 import pytest
-import torch
 
 import nestloop as nl
 from nestloop.errors import (
@@ -16,126 +12,16 @@ from nestloop.errors import (
     LearningRateError,
     TransformError,
     UnknownDimError,
-    UnknownInitError,
-    UnreadDeclarationError,
     ViewError,
 )
-from nestloop.lang.init import INITIALISERS, fill
+from tests.lang.squares import Linear, Squares
 from tests.refusals import refused
 
-INITS = (
-    "one of zeros, ones, constant(value), xavier_uniform = xavier_uniform(1.0), lecun_normal = lecun_normal(1.0), "
-    "uniform = uniform(1.0), normal = normal(0.02), trunc_normal = trunc_normal(0.02), eye = eye(1.0), "
-    "retention = retention(5.0), log_retention = log_retention(5.0), alibi = alibi(1.0), lightning = lightning(1.0)"
-)
 RATES = (
     'a finite number, text like "H/(N*D)", a tuple of numbers (one per step), a slow weight, a gate, '
     "or a dict of these by fast weight"
 )
 RATE_FIX = "write nl.SGD(lr=0.1), or declare eta = nl.slow() or eta = nl.gate() in the loop and write nl.SGD(lr=eta)"
-
-
-class Linear(nl.Learner):
-    w = nl.fast("d", "d")
-
-    def forward(self, x):
-        return x @ self.w
-
-
-class Squares(nl.Loop):
-    """A loop to change one part of."""
-
-    k, q = nl.view("d"), nl.view("d")
-
-    def loss(self, f, t):
-        return (f(t.k) - t.q).square().sum(-1)
-
-    def readout(self, f, t):
-        return f(t.q)
-
-
-@pytest.mark.parametrize(
-    "init",
-    ["xavier", "normal(a)", "normal(1-2)", "constant", "zeros(3)", "", torch.nn.init.zeros_],
-    ids=lambda init: getattr(init, "__name__", init),
-)
-def test_unknown_initialisers(init):
-    def step():
-        nl.fast("d", "d", init=init)  # HERE
-
-    refused(
-        step,
-        UnknownInitError,
-        "The initialiser is not one nestloop knows.",
-        given=repr(init),
-        need=INITS,
-        fix='write init="zeros" or init="normal(0.02)"',
-    )
-
-
-def test_initialisers_that_need_axes():
-    def eye():
-        nl.slow("d", init="eye")  # HERE
-
-    def scalar():
-        nl.slow(init="xavier_uniform(2)")  # HERE
-
-    fix = 'write init="zeros", init="ones" or init="normal(0.02)"'
-    what = "The initialiser {} does not fit a weight with so few axes."
-    refused(eye, UnknownInitError, what.format("eye"), given="'eye' for 1 axis", need="2 axes or more", fix=fix)
-    refused(
-        scalar,
-        UnknownInitError,
-        what.format("xavier_uniform"),
-        given="'xavier_uniform(2)' for no axes",
-        need="an axis",
-        fix=fix,
-    )
-
-
-def test_initialisers_spread_by_no_negative_number():
-    def step():
-        nl.fast("d", "d", init="normal(-0.02)")  # HERE
-
-    refused(
-        step,
-        UnknownInitError,
-        "The initialiser normal takes no number below 0.",
-        given="'normal(-0.02)'",
-        need="how far the numbers it draws spread: 0 or more",
-        fix='write init="normal(0.02)"',
-    )
-
-
-@pytest.mark.parametrize("name", INITIALISERS)
-def test_every_initialiser_fills_head_by_head(name):
-    text = "constant(-0.5)" if name == "constant" else name
-    torch.manual_seed(0)
-    filled = fill(torch.full((2, 40, 60), math.nan), text, per_head=True)
-    expected = {"zeros": 0.0, "ones": 1.0, "constant": -0.5, "eye": 1 / 60}.get(name, 0.0)
-    assert filled.isfinite().all()
-    assert abs(filled.mean() - expected) < 0.01
-    if name == "xavier_uniform":
-        assert filled.abs().max() == pytest.approx(math.sqrt(6 / 100), rel=1e-2)
-    if name == "lecun_normal":
-        assert filled.std() == pytest.approx(math.sqrt(1 / 40), rel=0.05)
-    if name in ("normal", "trunc_normal"):
-        assert filled.std() == pytest.approx(0.02, rel=0.05)
-        assert fill(torch.empty(2, 40, 60), f"{name}(0.5)", True).std() == pytest.approx(0.5, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    "init, heads, expected",
-    [
-        ("log_retention", 3, [math.log(1 - 2.0**-5), math.log(1 - 2.0**-6), math.log(1 - 2.0**-7)]),
-        ("lightning(0.75)", 4, [0.0, -1.5, -3.0, -4.5]),
-        ("alibi(1.00001)", 4, [-1.00001 * 2.0**-i for i in (2, 4, 6, 8)]),
-        ("alibi(0.5)", 3, [-0.5 * 2.0**-i for i in (4, 8, 2)]),
-    ],
-)
-def test_decays_differ_from_head_to_head(init, heads, expected):
-    filled = fill(torch.empty(heads, dtype=torch.float64), init, per_head=True)
-    torch.testing.assert_close(filled, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("lr", [None, True, (), (1.0, "x"), math.nan, math.inf, 1j, [None]], ids=str)
@@ -442,138 +328,3 @@ def test_an_activation_is_a_function(activation, fix):
 
 def test_dims_of_a_gate_may_be_one():
     assert nl.gate(dims="dk").dims == nl.gate(dims=("dk",)).dims
-
-
-def test_optimizers_and_schedules_under_names_that_nothing_reads():
-    def optimizer():
-        class Loop(Squares):
-            learner = Linear
-            optim = nl.SGD(lr=0.1)  # HERE
-
-    def schedule():
-        class Loop(Squares):  # HERE
-            learner = Linear
-            order = nl.Causal(4)
-
-    def without_learner():
-        class Loop(Squares):
-            sgd = nl.SGD(lr=0.1)  # HERE
-
-    what = "No loop reads the name '{}', under which {} has its {}."
-    for step, name, part, made in (
-        (optimizer, "optim", "optimizer", "nl.SGD(...)"),
-        (schedule, "order", "schedule", "nl.Causal(...)"),
-        (without_learner, "sgd", "optimizer", "nl.SGD(...)"),
-    ):
-        refused(
-            step,
-            UnreadDeclarationError,
-            what.format(name, "Loop", part),
-            given=f"{name} = {made}",
-            need=f"{part} = {made}",
-            fix=f"write {part} = ...",
-        )
-
-    class Loop(Squares):
-        learner = Linear
-        slowly = nl.SGD(lr=0.1)
-        optimizer = slowly
-
-    assert Loop.spec.optimizer is Loop.slowly
-
-
-def test_declarations_in_the_wrong_class():
-    def fast():
-        class Loop(Squares):
-            learner = Linear
-            u = nl.fast("d")  # HERE
-
-    def view():
-        class Wrong(Linear):
-            u = nl.view("d")  # HERE
-
-    def gate():
-        class Wrong(Linear):
-            u = nl.gate()  # HERE
-
-    def optimizer():
-        class Wrong(Linear):
-            u = nl.SGD(lr=0.1)  # HERE
-
-    def schedule():
-        class Wrong(Linear):  # HERE
-            u = nl.Online()
-
-    refused(
-        fast,
-        UnreadDeclarationError,
-        "The loop Loop declares a fast weight, which only a learner has.",
-        given="u in Loop, a loop",
-        need="a fast weight in the body of a learner",
-        fix="move u = ... into the body of class Memory(nl.Learner)",
-    )
-    for step, kind in ((view, "a view"), (gate, "a gate"), (optimizer, "an optimizer"), (schedule, "a schedule")):
-        refused(
-            step,
-            UnreadDeclarationError,
-            f"The learner Wrong declares {kind}, which only a loop has.",
-            given="u in Wrong, a learner",
-            need=f"{kind} in the body of a loop",
-            fix="move u = ... into the body of the loop",
-        )
-
-
-class Made(Squares):
-    learner = Linear
-
-
-PARTS = {
-    **{"schedule": nl.Online(), "optimizer": nl.SGD(lr=0.5), "learner": Linear, "output": (), "heads": 2},
-    **{"loss": Squares.loss, "readout": Squares.readout, "kernel": Squares.loss, "beside": Made, "k": nl.view("d")},
-}
-
-
-@pytest.mark.parametrize("name", PARTS)
-def test_parts_are_not_assigned_once_a_loop_is_made(name):
-    def step():
-        setattr(Made, name, PARTS[name])  # HERE
-
-    refused(
-        step,
-        UnreadDeclarationError,
-        f"Made.{name} is assigned once the class is made, and nothing would read it.",
-        given=f"Made.{name} = {getattr(PARTS[name], '__name__', PARTS[name])!r}",
-        need=f"{name} in the body of a class",
-        fix=f"write class Other(Made): {name} = ...",
-    )
-
-
-def test_weights_are_not_assigned_once_a_learner_is_made():
-    def step():
-        Linear.b = nl.fast("d")  # HERE
-
-    refused(
-        step,
-        UnreadDeclarationError,
-        "Linear.b is assigned once the class is made, and nothing would read it.",
-        given="Linear.b = fast weight ?[d]",
-        need="b in the body of a class",
-        fix="write class Other(Linear): b = ...",
-    )
-
-
-def test_classes_are_subclassed_copied_pickled_and_given_other_attributes():
-    class Base(nl.Loop):
-        k = nl.view("d")
-        loss, readout = Squares.loss, Squares.readout
-
-    Base.schedule = nl.Online()  # read by the classes made from it
-
-    class Other(Base):
-        learner, q = Linear, nl.view("d")
-
-    Other.note = "a word"
-    assert isinstance(Other.spec.schedule, nl.Online)
-    named: Any = type("Named", (Made,), {"schedule": nl.Causal(4)})
-    assert named.spec.schedule == nl.Causal(4)
-    assert copy.deepcopy(Made) is Made and pickle.loads(pickle.dumps(Made)) is Made

@@ -14,7 +14,7 @@ from torch import fx
 import nestloop as nl
 from nestloop.lowering import lower, ops, pipeline, simplify
 from nestloop.lowering.emit.torch import TorchEmitter, TorchSource
-from nestloop.lowering.runtime.library import Code
+from nestloop.lowering.runtime.code import Code
 from tests.lowering.comparison import compare, random_inputs, tokens_at_a_time
 
 aten = torch.ops.aten

@@ -14,7 +14,7 @@ from hypothesis import given, reject
 
 import nestloop as nl
 from nestloop.errors import NoPlanError
-from nestloop.lowering.runtime.library import Code
+from nestloop.lowering.runtime.code import Code
 from nestloop.lowering.runtime.native import NativePlan
 from tests.lowering.comparison import assert_equal, differences, run, tokens_at_a_time
 from tests.lowering.random_cases import drawn

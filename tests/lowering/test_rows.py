@@ -12,8 +12,8 @@ from nestloop.errors import NoPlanError, TokenMixingError
 from nestloop.lang.schedule import Schedule
 from nestloop.lowering import pipeline
 from nestloop.lowering.runtime.fingerprint import whole_numbers
+from tests.lowering.body_loops import CountedWeights, Recall
 from tests.lowering.comparison import assert_equal, compare, random_inputs
-from tests.lowering.test_bodies import CountedWeights, Recall
 
 SIZES = {"d": 4, "H": 2}
 MANY = 301

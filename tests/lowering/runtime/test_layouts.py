@@ -11,8 +11,8 @@ import torch
 
 import nestloop as nl
 from nestloop import zoo
+from tests.lowering.body_loops import Linear, Recall
 from tests.lowering.comparison import assert_equal, differences, random_inputs, run
-from tests.lowering.test_bodies import Linear, Recall
 
 LAYOUTS: dict[str, dict[str, Any]] = {"own": {}, "grouped": {"group": 2}, "shared": {"shared": True}}
 EVERY = list(itertools.product(LAYOUTS, repeat=3))

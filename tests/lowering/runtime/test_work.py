@@ -12,7 +12,7 @@ import nestloop as nl
 from nestloop import zoo
 from nestloop.lang.kept import MOST
 from nestloop.lowering.lower import plan_for
-from nestloop.lowering.runtime.library import Code
+from nestloop.lowering.runtime.code import Code
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.work import Expected, expected, runs
 from tests.lowering.comparison import assert_equal, differences, random_inputs, run

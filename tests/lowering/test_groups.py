@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import nestloop as nl
-from nestloop.errors import TokenMixingError
+from nestloop.errors import NoPlanError, TokenMixingError
 from nestloop.lowering.axes import regroup
 from nestloop.lowering.capture import capture
 from nestloop.lowering.length import Length
@@ -160,7 +160,7 @@ def test_what_moves_tokens_is_the_reference_or_refused():
         given = inputs(loop)
         try:
             found = run(nl.compile(loop, backend="torch"), given)
-        except TokenMixingError:
+        except (TokenMixingError, NoPlanError):  # or a body that moves tokens takes another way for one of them
             continue
         admitted += 1
         errors = differences(found, run(nl.compile(loop, backend="reference"), given))

@@ -83,12 +83,12 @@ __all__ = [
 # Where each name is at home, imported when it is first used: the command line answers without torch, a declaration
 # comes without the compiler.
 _HOME = {
-    "nestloop.timing": ("bench",),
     "nestloop.checks": ("check",),
     "nestloop.compiled": ("CompiledLoop", "compile"),
     "nestloop.cost_table": ("cost",),
     "nestloop.errors": ("NestloopError",),
     "nestloop.inspection": ("explain", "inspect"),
+    "nestloop.inspector": ("page",),
     "nestloop.lang.declare": ("dim", "fast", "gate", "grid", "slow", "view"),
     "nestloop.lang.features": ("affine", "conv", "cos_reweight", "l2_norm", "layer_norm", "rms_norm", "rope"),
     "nestloop.lang.learner": ("KernelEstimator", "Learner"),
@@ -99,8 +99,8 @@ _HOME = {
     "nestloop.lang.schedule": ("Causal", "Chunked", "FullBatch", "Online", "Program", "Shuffled", "Sliding"),
     "nestloop.lang.transforms": ("global_clip", "newton_schulz", "restore_norm", "soft_clip"),
     "nestloop.layer": ("Layer",),
-    "nestloop.inspector": ("page",),
     "nestloop.saved": ("load_ops", "save_ops"),
+    "nestloop.timing": ("bench",),
 }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import json
 import os
 import sys
@@ -128,6 +127,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _given(target: str, shape: str) -> tuple[Sequence[Any], dict[str, Any]]:
+    """The loops that a target names, and the sizes that their dims are given."""
+    loop, dims = load_target(target), parse_shape(shape)
+    from nestloop.targets import check_dims
+
+    check_dims(loop, dims)
+    return loop if isinstance(loop, (tuple, list)) else (loop,), dims
+
+
+def _print(found: Sequence[Any], text: Callable[[Any], str], as_json: Callable[[Any], Any] | None) -> None:
+    """What was found of each loop, as text, or as JSON where that is how."""
+    if as_json is None:
+        print("\n\n".join(map(text, found)))
+        return
+    made = list(map(as_json, found))
+    print(json.dumps(made if len(made) > 1 else made[0], indent=2))
+
+
+def _with_version(found: Any) -> dict[str, Any]:
+    return {"nestloop": __version__, **found.as_json()}
+
+
 def run_inspect(target: str, stage: str | None, device: str, html: Path | None, shape: str) -> int:
     if html is not None and stage is not None:
         raise UsageError("--html writes every stage: leave --stage out")
@@ -164,54 +185,34 @@ def run_check(
     shape: str,
     as_json: bool,
 ) -> int:
-    loop, dims = load_target(target), parse_shape(shape)
-    from nestloop import checks, targets
+    loops, dims = _given(target, shape)
+    from nestloop import checks
 
-    targets.check_dims(loop, dims)
-    several = loop if isinstance(loop, (tuple, list)) else (loop,)
-    options: dict[str, Any] = {"dtypes": [DTYPES.get(name, name) for name in parse_names(dtypes)]}
-    options |= {"backends": None if backends is None else parse_names(backends), **dims}
-    found = [checks.check(one, stress=stress, device=device, seed=seed, **options) for one in several]
-    if as_json:
-        made = [{"nestloop": __version__, **one.as_json()} for one in found]
-        print(json.dumps(made if len(made) > 1 else made[0], indent=2))
-    else:
-        print("\n\n".join(map(str, found)))
+    options: dict[str, Any] = {"dtypes": [DTYPES.get(name, name) for name in parse_names(dtypes)], **dims}
+    options |= {"backends": None if backends is None else parse_names(backends)}
+    found = [checks.check(one, stress=stress, device=device, seed=seed, **options) for one in loops]
+    _print(found, str, _with_version if as_json else None)
     return 0 if all(one.holds for one in found) else 1
 
 
 def run_bench(
     target: str, dtype: str, backends: str | None, device: str, budget: float, shape: str, as_json: bool
 ) -> int:
-    loop, dims = load_target(target), parse_shape(shape)
-    from nestloop.targets import check_dims
+    loops, dims = _given(target, shape)
     from nestloop.timing import bench
 
-    check_dims(loop, dims)
-    several = loop if isinstance(loop, (tuple, list)) else (loop,)
     options: dict[str, Any] = {"backends": None if backends is None else parse_names(backends), **dims}
-    options |= {"dtype": DTYPES.get(dtype, dtype), "device": device, "budget": budget / len(several)}
-    found = [bench(one, **options) for one in several]
-    if as_json:
-        made = [{"nestloop": __version__, **one.as_json()} for one in found]
-        print(json.dumps(made if len(made) > 1 else made[0], indent=2))
-    else:
-        print("\n\n".join(map(str, found)))
+    options |= {"dtype": DTYPES.get(dtype, dtype), "device": device, "budget": budget / len(loops)}
+    _print([bench(one, **options) for one in loops], str, _with_version if as_json else None)
     return 0
 
 
 def run_cost(target: str, device: str, dtype: str, shape: str, as_json: bool) -> int:
-    loop, dims = load_target(target), parse_shape(shape)
-    from nestloop import cost_table, costs, targets
+    loops, dims = _given(target, shape)
+    from nestloop import cost_table, costs
 
-    targets.check_dims(loop, dims)
-    several = loop if isinstance(loop, (tuple, list)) else (loop,)
-    found = [costs.costs_of(one, dims, device, dtype) for one in several]
-    if as_json:
-        made = [cost_table.as_json(one) for one in found]
-        print(json.dumps(made if len(made) > 1 else made[0], indent=2))
-    else:
-        print("\n\n".join(map(cost_table.text, found)))
+    found = [costs.costs_of(one, dims, device, dtype) for one in loops]
+    _print(found, cost_table.text, cost_table.as_json if as_json else None)
     return 0
 
 
@@ -224,17 +225,11 @@ def run_tune(
     shape: str,
     as_json: bool,
 ) -> int:
-    loop, dims = load_target(target), parse_shape(shape)
-    from nestloop import targets, tuning
+    loops, dims = _given(target, shape)
+    from nestloop import tuning
 
-    targets.check_dims(loop, dims)
-    several = loop if isinstance(loop, (tuple, list)) else (loop,)
-    found = [tuning.tune(one, dims, device, dtype, budget / len(several), out) for one in several]
-    if as_json:
-        made = [one.as_json for one in found]
-        print(json.dumps(made if len(made) > 1 else made[0], indent=2))
-    else:
-        print("\n\n".join(one.text for one in found))
+    found = [tuning.tune(one, dims, device, dtype, budget / len(loops), out) for one in loops]
+    _print(found, lambda one: one.text, (lambda one: one.as_json) if as_json else None)
     return 0
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from nestloop import reference
 from nestloop.errors import MissingPartError, OrderError, ShapeMismatchError, UnknownBackendError, shown
 from nestloop.lang import packed
-from nestloop.lang.binding import Binding, Bindings, check_dims
+from nestloop.lang.binding import Binding, Bindings, check_dims, token_axis
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec, missing
 from nestloop.lang.schedule import Program
@@ -162,7 +162,7 @@ class CompiledLoop:
                 fix="run each sequence alone, with its order",
             )
         self._bind(views, weights, None, None, {**self.dims, **dims})  # of all tokens together
-        axis = {name: 1 if view.shared else 2 for name, view in self.spec.inputs.items()}
+        axis = {name: token_axis(view) for name, view in self.spec.inputs.items()}
         first = next(iter(self.spec.inputs))
         bounds = packed.bounds_of(cu_seqlens, views[first].shape[0], views[first].shape[axis[first]])
 

@@ -45,7 +45,7 @@ def save_ops(program: Any, path: str | os.PathLike[str]) -> None:
             need="a program of torch.export.export, or a torch.fx.GraphModule",
             fix="program = torch.export.export(layer, (x,)), then nl.save_ops(program, path)",
         )
-    ops = [json.loads(op.recipe.text) | {"name": op.name} for op in _ops_of(graphs)]
+    ops = [{**op.recipe.kept, "name": op.name} for op in _ops_of(graphs)]
     kept.put(Path(path), json.dumps({"format": FORMAT, "runtime": _runtime(), "ops": ops}))
 
 
@@ -81,7 +81,7 @@ def load_ops(path: str | os.PathLike[str]) -> list[str]:
     names = []
     for one in ops:
         try:
-            name, recipe = one["name"], remade({key: value for key, value in one.items() if key != "name"})
+            name, recipe = one["name"], remade(one)
         except (ValueError, KeyError, TypeError) as error:
             raise _unreadable(path, error) from None
         names.append(_registered(name, recipe).name)

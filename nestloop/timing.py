@@ -30,7 +30,7 @@ ROUNDS = (3, 50)  # at least and at most
 ATTENTION = "softmax attention"
 _LARGE = {"B": 2, "H": 4, "N": 1024}
 _FEATURES = 64  # of every axis whose size is not given
-_CODE = {"forward": "with torch.no_grad():\n    call()", "forward + backward": "both(call, inputs)"}
+_CODE = {"forward": "with torch.no_grad():\n    plan.call()", "forward + backward": "plan.backward()"}
 DIRECTIONS = tuple(_CODE)
 
 
@@ -150,79 +150,66 @@ def bench(
     with torch.random.fork_rng(devices=[]):
         subject = Subject(spec, sizes, chosen, device, [dtype], [sizes["N"]], seed)
         inputs = subject.given(subject.inputs(sizes["N"]), dtype)
-        calls: dict[str, Callable[[], Tensor]] = {name: _call(subject.op(name), inputs) for name in chosen}
-        timings = [_started(name, call, inputs) for name, call in calls.items()]
-        features = next((_features(call) for name, call in calls.items() if not _of(timings, name).why), None)
-        attended, attend = _attention(subject, features or _FEATURES, dtype)
-        calls[ATTENTION] = attend
-        timings.append(_started(ATTENTION, attend, attended))
-    _rounds(timings, calls, {ATTENTION: attended}, inputs, budget)
+        plans = {name: Plan(_call(subject.op(name), inputs), inputs) for name in chosen}
+        started = {name: _started(name, plan) for name, plan in plans.items()}
+        shape = next((shape for _, shape in started.values() if shape), (sizes["B"], sizes["H"], sizes["N"], _FEATURES))
+        plans[ATTENTION] = _attention(subject, shape, dtype)
+        started[ATTENTION] = _started(ATTENTION, plans[ATTENTION])
+    timings = [timing for timing, _ in started.values()]
+    _rounds(timings, plans, budget)
     return Bench(spec, sizes, dtype, device, timings)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is timed: a call that makes z, and what gradients of it are taken of."""
+
+    call: Callable[[], Tensor]
+    inputs: Inputs
+
+    def backward(self) -> None:
+        """The call and its gradients."""
+        z = self.call()
+        torch.autograd.grad(z, list(self.inputs.leaves().values()), torch.ones_like(z), allow_unused=True)
 
 
 def _call(op: CompiledLoop, inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: op(inputs.views, inputs.weights, None, inputs.order)[0]
 
 
-def _features(call: Callable[[], Tensor]) -> int:
-    with torch.no_grad():
-        return math.prod(call().shape[3:])
-
-
-def _of(timings: Sequence[Timing], name: str) -> Timing:
-    return next(timing for timing in timings if timing.plan == name)
-
-
-def _attention(subject: Subject, features: int, dtype: str) -> tuple[Inputs, Callable[[], Tensor]]:
-    """Softmax attention over as many tokens, with heads of as many features as the loop's output has."""
-    sizes = subject.sizes
-    shape = (
-        sizes["B"],
-        subject.spec.heads if isinstance(subject.spec.heads, int) else sizes["H"],
-        sizes["N"],
-        features,
-    )
-    views = {name: torch.randn(shape).to(subject.device, DTYPES[dtype]).requires_grad_() for name in ("q", "k", "v")}
+def _attention(subject: Subject, shape: Sequence[int], dtype: str) -> Plan:
+    """Softmax attention of q, k and v of a shape."""
+    views = {name: torch.randn(*shape).to(subject.device, DTYPES[dtype]).requires_grad_() for name in ("q", "k", "v")}
     causal = not sees_later(subject.spec.schedule)
-    inputs = Inputs(views, {}, None, None)
-    return inputs, lambda: F.scaled_dot_product_attention(views["q"], views["k"], views["v"], is_causal=causal)
+    attend = F.scaled_dot_product_attention
+    return Plan(lambda: attend(views["q"], views["k"], views["v"], is_causal=causal), Inputs(views, {}, None, None))
 
 
-def _started(name: str, call: Callable[[], Tensor], inputs: Inputs) -> Timing:
-    """The first call of both directions, which compiles."""
+def _started(name: str, plan: Plan) -> tuple[Timing, tuple[int, ...]]:
+    """The first call of both directions, which compiles; and the shape of the read-out, the features of a token on one
+    axis: () where there is no plan."""
     start = time.perf_counter()
     try:
-        _backward(call, inputs)
+        plan.backward()
         with torch.no_grad():
-            call()
+            z = plan.call()
     except NoPlanError as error:
-        return Timing(name, why=str(error.given))
-    return Timing(name, first=time.perf_counter() - start)
+        return Timing(name, why=str(error.given)), ()
+    return Timing(name, first=time.perf_counter() - start), (*z.shape[:3], math.prod(z.shape[3:]))
 
 
-def _backward(call: Callable[[], Tensor], inputs: Inputs) -> None:
-    z = call()
-    torch.autograd.grad(z, list(inputs.leaves().values()), torch.ones_like(z), allow_unused=True)
-
-
-def _rounds(
-    timings: Sequence[Timing],
-    calls: Mapping[str, Callable[[], Tensor]],
-    own: Mapping[str, Inputs],
-    inputs: Inputs,
-    budget: float,
-) -> None:
+def _rounds(timings: Sequence[Timing], plans: Mapping[str, Plan], budget: float) -> None:
     """Time every plan once a round, in turn, until the budget is spent."""
     stop, threads = time.monotonic() + budget, torch.get_num_threads()
-    timers = []
-    for timing in timings:
-        names: dict[str, Any] = {"call": calls[timing.plan], "inputs": own.get(timing.plan, inputs)}
-        names |= {"torch": torch, "both": _backward}
-        for direction, code in zip(
-            DIRECTIONS, ("with torch.no_grad():\n    call()", "both(call, inputs)"), strict=True
-        ):
-            if not timing.why:
-                timers.append((timing.seconds[direction], Timer(code, globals=names, num_threads=threads)))
+    timers = [
+        (
+            timing.seconds[direction],
+            Timer(code, globals={"plan": plans[timing.plan], "torch": torch}, num_threads=threads),
+        )
+        for timing in timings
+        if not timing.why
+        for direction, code in _CODE.items()
+    ]
     least, most = ROUNDS
     for done in range(most):
         if done >= least and time.monotonic() > stop:

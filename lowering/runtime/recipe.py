@@ -5,7 +5,6 @@ It is small and plain, so that it can be kept beside a program that calls the op
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -104,10 +103,10 @@ class Recipe:
         return None if self.make_wide is None else self.make_wide()
 
     @property
-    def text(self) -> str:
-        """As JSON, the other plan included."""
+    def kept(self) -> dict[str, Any]:
+        """All of it as JSON takes it, the other plan included."""
         origin, schedule = self.origin, self.origin.schedule
-        kept = {
+        return {
             "origin": {
                 **asdict(origin),
                 "where": [origin.where.file, origin.where.line],
@@ -119,11 +118,10 @@ class Recipe:
             "losses": self.losses,
             "asked": asdict(self.asked),
         }
-        return json.dumps(kept)
 
 
 def remade(kept: Mapping[str, Any]) -> Recipe:
-    """A recipe from its JSON.
+    """A recipe from what is `kept` of it.
 
     Raises:
         KeyError, TypeError, ValueError: it is none.

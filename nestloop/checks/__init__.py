@@ -41,8 +41,8 @@ def check(
             two: Triton is interpreted there).
         device: "cpu", "cuda".
         seed: of the inputs.
-        dims: sizes; those not given are small ones (d = 16, H = 2, B = 2). Without N, several lengths of at most 70
-            tokens: one token, part of a chunk, just more than one chunk, more than two.
+        dims: sizes; those not given are small ones (d = 16, H = 2, B = 2). Without N, several lengths of at most 67
+            tokens: one, seven, one less and one more than a chunk (or than a batch schedule's steps), and 67.
 
     Raises:
         UnknownDimError, UnknownDtypeError, UnknownBackendError: no such dim, dtype or backend.

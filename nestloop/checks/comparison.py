@@ -28,8 +28,7 @@ def run(op: CompiledLoop, inputs: Inputs, losses: bool = True) -> dict[str, Tens
 
 def run_in_parts(op: CompiledLoop, inputs: Inputs, cuts: Sequence[int], losses: bool = True) -> dict[str, Tensor]:
     """`run`, of a sequence given in several calls: cut before the tokens `cuts`, its state handed on."""
-    first = next(iter(op.spec.inputs.values()))
-    bounds = [0, *cuts, inputs.views[first.name].shape[1 if first.shared else 2]]
+    bounds = [0, *cuts, inputs.tokens(op.spec)]
     state, outputs, seen = inputs.state, [], []
     for start, stop in pairwise(bounds):
         part = inputs.of_tokens(op.spec, start, stop)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nestloop.lang import coefficient
-from nestloop.lang.binding import lead
+from nestloop.lang.binding import lead, token_axis
 from nestloop.lang.init import fill
 from nestloop.lang.loop import LoopSpec
 
@@ -30,13 +30,19 @@ class Inputs:
         state = {f"state {name}": t for name, t in (self.state or {}).items() if isinstance(t, Tensor)}
         return {**self.views, **self.weights, **state}
 
-    def map(self, change: Callable[[str, Tensor], Tensor]) -> Inputs:
-        """The same call on changed values of its leaves, each by its name in `leaves`."""
+    def tokens(self, spec: LoopSpec) -> int:
+        """Tokens of a sequence."""
+        first = next(iter(spec.inputs.values()))
+        return self.views[first.name].shape[token_axis(first)]
+
+    def map(self, change: Callable[[str, Tensor], Tensor], among: Collection[str] | None = None) -> Inputs:
+        """The same call on changed values of its leaves, each by its name in `leaves`; `among`: of these alone."""
 
         def changed(name: str, value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            return change(name, value.detach()).requires_grad_()
+            value = value.detach()
+            return (change(name, value) if among is None or name in among else value).requires_grad_()
 
         state = None if self.state is None else {n: changed(f"state {n}", t) for n, t in self.state.items()}
         views, weights = ({n: changed(n, t) for n, t in given.items()} for given in (self.views, self.weights))
@@ -44,7 +50,7 @@ class Inputs:
 
     def of_tokens(self, spec: LoopSpec, start: int, stop: int) -> dict[str, Tensor]:
         """The views of some of the tokens."""
-        return {n: t[:, start:stop] if spec.inputs[n].shared else t[:, :, start:stop] for n, t in self.views.items()}
+        return {n: t.narrow(token_axis(spec.inputs[n]), start, stop - start) for n, t in self.views.items()}
 
     def of_sequence(self, row: int) -> Inputs:
         """The call on one of its sequences alone."""

@@ -14,25 +14,21 @@ from torch import Tensor
 from nestloop.checks.certificate import Row
 from nestloop.checks.comparison import call, run, run_in_parts, weighted, with_gradients
 from nestloop.checks.inputs import Inputs
-from nestloop.checks.subject import Subject, furthest
-from nestloop.lang.binding import lead
+from nestloop.checks.subject import Subject, entered, furthest
+from nestloop.lang.binding import token_axis
 from nestloop.lang.schedule import Chunked, Program, Stream, sees_later
 from nestloop.lowering.capture import capture
 from nestloop.lowering.ops import DETACHED
 
 Property = Callable[[Subject], Iterator[Row]]
 PROPERTIES: dict[str, Property] = {}
+declared = entered(PROPERTIES)
 
 # Of a central difference over five points: errors of the fourth power, and of eps over it; a kink in between, as elu
 # has one, is not met by both.
 STEPS = (1e-4, 1e-5)
 DIFFERENCES = 1e-5  # what these may be off by
 SPLIT_TOKENS = 23  # of a sequence that is walked token by token
-
-
-def declared(function: Property) -> Property:
-    PROPERTIES[function.__name__.replace("_", " ")] = function
-    return function
 
 
 @declared
@@ -122,13 +118,10 @@ def splits(subject: Subject) -> Iterator[Row]:
     for cuts in (sorted({*several}), list(range(own, tokens, own))):
         if not cuts or cuts[-1] >= tokens:
             continue
-        inputs = subject.inputs(tokens)
-        for backend in subject.walking:
-            given = subject.given(inputs, subject.exact(backend))
-            whole, parts = run(subject.op(backend), given), run_in_parts(subject.op(backend), given, cuts)
-            dtype = subject.exact(backend)
-            what = "token by token" if len(cuts) == tokens - 1 else f"cut before {', '.join(map(str, cuts[:4]))}"
-            yield subject.between(f"splits, {what}", backend, dtype, tokens, parts, whole, given)
+        what = "token by token" if len(cuts) == tokens - 1 else f"cut before {', '.join(map(str, cuts[:4]))}"
+        for backend, op, given in subject.calls(subject.inputs(tokens), subject.walking):
+            parts, whole = run_in_parts(op, given, cuts), run(op, given)
+            yield subject.between(f"splits, {what}", backend, given, parts, whole)
 
 
 @declared
@@ -139,15 +132,13 @@ def packed(subject: Subject) -> Iterator[Row]:
         return
     inputs = subject.inputs(tokens).of_sequence(0)
     bounds = [0, tokens // 3, tokens // 3 + 1, tokens]
-    for backend in subject.walking:
-        dtype = subject.exact(backend)
-        given, op = subject.given(inputs, dtype), subject.op(backend)
+    for backend, op, given in subject.calls(inputs, subject.walking):
         together, *_ = op(given.views, given.weights, cu_seqlens=bounds, **given.dims)
         alone = [
             op(given.of_tokens(spec, start, stop), given.weights, **given.dims)[0] for start, stop in pairwise(bounds)
         ]
         found, wanted = (with_gradients({"z": z}, given) for z in (together, torch.cat(alone, 2)))
-        yield subject.between("packed", backend, dtype, tokens, found, wanted, given)
+        yield subject.between("packed", backend, given, found, wanted)
 
 
 @declared
@@ -155,64 +146,51 @@ def a_sequence_alone(subject: Subject) -> Iterator[Row]:
     """A sequence does not depend on the others of its batch."""
     if subject.sizes["B"] < 2:
         return
-    tokens = subject.lengths[-1]
-    for backend in subject.here:
-        dtype = subject.exact(backend)
-        given = subject.given(subject.inputs(tokens), dtype)
+    for backend, op, given in subject.calls(subject.inputs(subject.lengths[-1]), subject.here):
         with torch.no_grad():
-            batch, alone = (call(subject.op(backend), one) for one in (given, given.of_sequence(1)))
+            batch, alone = (call(op, one) for one in (given, given.of_sequence(1)))
         wanted = {name: value[1:2] for name, value in batch.items()}
-        yield subject.between("a sequence alone", backend, dtype, tokens, alone, wanted, given)
+        yield subject.between("a sequence alone", backend, given, alone, wanted)
 
 
 @declared
 def strides(subject: Subject) -> Iterator[Row]:
     """Views are read, and their gradients written, in any layout: here [B, N, H, *] behind the axes [B, H, N, *]."""
-    tokens = subject.lengths[-1]
+    views = subject.spec.inputs
 
     def turned(name: str, value: Tensor) -> Tensor:
-        if name not in subject.spec.inputs:
-            return value
-        axes = lead(subject.spec.inputs[name])
-        return value.transpose(1, axes.index("N")).contiguous().transpose(1, axes.index("N"))
+        axis = token_axis(views[name])
+        return value.transpose(1, axis).contiguous().transpose(1, axis)
 
-    for backend in subject.here:
-        dtype = subject.exact(backend)
-        given = subject.given(subject.inputs(tokens), dtype)
-        wanted, found = (run(subject.op(backend), one) for one in (given, given.map(turned)))
-        yield subject.between("strides", backend, dtype, tokens, found, wanted, given)
+    for backend, op, given in subject.calls(subject.inputs(subject.lengths[-1]), subject.here):
+        wanted, found = (run(op, one) for one in (given, given.map(turned, views)))
+        yield subject.between("strides", backend, given, found, wanted)
 
 
 @declared
 def causality(subject: Subject) -> Iterator[Row]:
     """Where a token is read with what came before it alone, no later one changes its read-out."""
-    tokens = subject.lengths[-1]
+    views, tokens = subject.spec.inputs, subject.lengths[-1]
     if sees_later(subject.spec.schedule) or tokens < 2:
         return
     cut = tokens // 2
-    for backend in subject.here:
-        dtype = subject.exact(backend)
-        given = subject.given(subject.inputs(tokens), dtype)
 
-        def later(name: str, value: Tensor) -> Tensor:
-            if name not in subject.spec.inputs:
-                return value
-            axis = lead(subject.spec.inputs[name]).index("N")
-            return torch.cat([value.narrow(axis, 0, cut), value.narrow(axis, cut, tokens - cut).flip(axis) / 2], axis)
+    def later(name: str, value: Tensor) -> Tensor:
+        axis = token_axis(views[name])
+        return torch.cat([value.narrow(axis, 0, cut), value.narrow(axis, cut, tokens - cut).flip(axis) / 2], axis)
 
+    for backend, op, given in subject.calls(subject.inputs(tokens), subject.here):
         with torch.no_grad():
-            wanted, found = (
-                {"z": call(subject.op(backend), one)["z"][:, :, :cut]} for one in (given, given.map(later))
-            )
-        yield subject.between("causality", backend, dtype, tokens, found, wanted, given)
+            wanted, found = ({"z": call(op, one)["z"][:, :, :cut]} for one in (given, given.map(later, views)))
+        yield subject.between("causality", backend, given, found, wanted)
 
 
 @declared
 def determinism(subject: Subject) -> Iterator[Row]:
     """A call made again gives the same bits, gradients too."""
     tokens, dtype = subject.lengths[-1], "float32"
+    given = subject.given(subject.inputs(tokens), dtype)
     for backend in subject.here:
-        given = subject.given(subject.inputs(tokens), dtype)
         once, again = (subject.run(backend, given) for _ in range(2))
         error, worst = furthest(again, once)
         yield Row("determinism", backend, dtype, tokens, error, 0.0, worst)

@@ -15,22 +15,18 @@ from torch import Tensor
 
 from nestloop.checks.certificate import Row
 from nestloop.checks.inputs import Inputs
-from nestloop.checks.subject import SHARE, Subject, allowed, furthest
+from nestloop.checks.subject import SHARE, Subject, allowed, entered, furthest
 from nestloop.lang import coefficient
-from nestloop.lang.binding import lead
+from nestloop.lang.binding import token_axis
 
 Stress = Callable[[Subject], Inputs | None]  # None: there is nothing of the kind to stress
 STRESSES: dict[str, Stress] = {}
+declared = entered(STRESSES)
 
 LONG = 128  # tokens
 MANY = 30.0  # times its usual norm
 FEW = 1e-4
 CLOSED = -30.0  # of a log decay: nothing is kept
-
-
-def declared(function: Stress) -> Stress:
-    STRESSES[function.__name__.replace("_", " ")] = function
-    return function
 
 
 def stress(subject: Subject) -> Iterator[Row]:
@@ -45,8 +41,7 @@ def stress(subject: Subject) -> Iterator[Row]:
 
 
 def _under(check: str, subject: Subject, given: Inputs, dtype: str) -> Iterator[Row]:
-    first = next(iter(subject.spec.inputs.values()))
-    tokens = given.views[first.name].shape[lead(first).index("N")]
+    tokens = given.tokens(subject.spec)
     wanted = subject.reference(given)
     single = subject.single(given)
     where = _not_finite(wanted) or _not_finite(single)
@@ -72,8 +67,7 @@ def _not_finite(found: Mapping[str, Tensor]) -> str:
 
 
 def _of_views(subject: Subject, change: Callable[[Tensor], Tensor]) -> Inputs:
-    views = subject.spec.views
-    return subject.inputs(subject.lengths[-1]).map(lambda name, value: change(value) if name in views else value)
+    return subject.inputs(subject.lengths[-1]).map(lambda name, value: change(value), subject.spec.views)
 
 
 @declared
@@ -93,15 +87,12 @@ def small_tokens(subject: Subject) -> Inputs:
 
 @declared
 def one_token_again_and_again(subject: Subject) -> Inputs:
-    inputs = subject.spec.inputs
+    views = subject.spec.inputs
 
     def repeated(name: str, value: Tensor) -> Tensor:
-        if name not in inputs:
-            return value
-        axis = lead(inputs[name]).index("N")
-        return value.narrow(axis, 0, 1).expand_as(value).contiguous()
+        return value.narrow(token_axis(views[name]), 0, 1).expand_as(value).contiguous()
 
-    return subject.inputs(subject.lengths[-1]).map(repeated)
+    return subject.inputs(subject.lengths[-1]).map(repeated, views)
 
 
 def _with_gates(subject: Subject, gate: float, log_decay: float) -> Inputs | None:
@@ -111,11 +102,9 @@ def _with_gates(subject: Subject, gate: float, log_decay: float) -> Inputs | Non
     logarithms = {part.name for part in coefficient.parts(spec.optimizer.log_decay) if hasattr(part, "name")}
 
     def filled(name: str, value: Tensor) -> Tensor:
-        if name not in spec.gates:
-            return value
         return torch.full_like(value, log_decay if name in logarithms else gate)
 
-    return subject.inputs(subject.lengths[-1]).map(filled)
+    return subject.inputs(subject.lengths[-1]).map(filled, spec.gates)
 
 
 @declared

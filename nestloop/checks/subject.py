@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,19 @@ FEW_TOKENS = 7
 MOST_TOKENS = 67  # where the length is not given: generated code takes up to 64 at once, the reference one by one
 
 
+Entry = TypeVar("Entry", bound=Callable[..., object])
+
+
+def entered(table: dict[str, Entry]) -> Callable[[Entry], Entry]:
+    """A decorator that enters functions into a table, under their names in words."""
+
+    def enter(function: Entry) -> Entry:
+        table[function.__name__.replace("_", " ")] = function
+        return function
+
+    return enter
+
+
 @dataclass
 class Subject:
     """One loop with its sizes.
@@ -56,7 +70,6 @@ class Subject:
     lengths: Sequence[int]
     seed: int
     _ops: dict[str, CompiledLoop] = field(default_factory=dict)
-    _whys: dict[str, str] = field(default_factory=dict)
 
     @property
     def dims(self) -> dict[str, int]:
@@ -76,10 +89,10 @@ class Subject:
         views = self.spec.views
 
         def of_norm_one(name: str, value: Tensor) -> Tensor:
-            axes = len(views[name].dims) if name in views else 0
-            return value / math.sqrt(max(math.prod(value.shape[value.ndim - axes :]), 1))
+            features = math.prod(value.shape[value.ndim - len(views[name].dims) :])
+            return value / math.sqrt(max(features, 1))
 
-        return inputs.map(of_norm_one)
+        return inputs.map(of_norm_one, views)
 
     def given(self, inputs: Inputs, dtype: str) -> Inputs:
         """The inputs as a call in a dtype gets them: views in it, weights in float32 (float64 beside float64)."""
@@ -111,20 +124,18 @@ class Subject:
             return max(LEAST[dtype], MORE * moved_by_rounding(self.reference, _exactly(inputs), wanted, eps, SHARE))
         return allowed(dtype, furthest(self.single(inputs), wanted)[0])
 
+    def calls(self, inputs: Inputs, backends: Sequence[str]) -> Iterator[tuple[str, CompiledLoop, Inputs]]:
+        """(backend, the loop on it, the inputs in its closest dtype) of each of some backends."""
+        for backend in backends:
+            yield backend, self.op(backend), self.given(inputs, self.exact(backend))
+
     def between(
-        self,
-        check: str,
-        backend: str,
-        dtype: str,
-        tokens: int,
-        found: Mapping[str, Tensor],
-        wanted: Mapping[str, Tensor],
-        given: Inputs,
+        self, check: str, backend: str, given: Inputs, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
     ) -> Row:
-        """Two results of one backend as a row. What rounding explains is asked only where they differ by more than the
-        least bound."""
-        error, worst = furthest(found, wanted)
-        row = Row(check, backend, dtype, tokens, error, LEAST[dtype], worst)
+        """Two results of one of `calls` as a row. What rounding explains is asked only where they differ by more than
+        the least bound."""
+        (error, worst), dtype = furthest(found, wanted), self.exact(backend)
+        row = Row(check, backend, dtype, given.tokens(self.spec), error, LEAST[dtype], worst)
         return row if row.holds else replace(row, bound=self.bound(given, self.reference(given), dtype))
 
     @cached_property

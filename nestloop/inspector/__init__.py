@@ -30,7 +30,7 @@ from nestloop.errors import NoPlanError
 from nestloop.inspection import explain_text, stage_texts
 from nestloop.lang.loop import LoopSpec, user_files
 from nestloop.stages import STAGES
-from nestloop.targets import check_dims, loops_of, trial_sizes
+from nestloop.targets import check_dims, loops_of, sizes_text, trial_sizes
 
 _LINE = re.compile(r"([\w.-]+\.py):(\d+)")  # how generated text names a line of the declaration
 _LEXERS: Mapping[str, type[Lexer]] = {"emit": PythonLexer, "triton": PythonLexer, "cpp": CppLexer}
@@ -109,7 +109,6 @@ def page(loop: Any, device: str = "h200", **dims: int) -> str:
 
 
 def _section(spec: LoopSpec, dims: Mapping[str, int], device: str) -> Section:
-    sizes = trial_sizes(spec, dims)
     panels = [
         Panel(
             "explain",
@@ -126,8 +125,7 @@ def _section(spec: LoopSpec, dims: Mapping[str, int], device: str) -> Section:
     panels.append(
         Panel("cost", "What every plan should take on a GPU, and which one is chosen.", _lines("cost", costs))
     )
-    shown = ", ".join(f"{name} = {size}" for name, size in sizes.items())
-    return Section(spec.name, spec.where.short, shown, panels)
+    return Section(spec.name, spec.where.short, sizes_text(spec, trial_sizes(spec, dims)), panels)
 
 
 def _numbered(name: str, file: str) -> list[Line]:

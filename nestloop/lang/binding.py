@@ -34,6 +34,11 @@ def lead(declaration: Declaration) -> str:
     return "H"
 
 
+def token_axis(view: View | Gate) -> int:
+    """The axis of the tokens of a view or gate as it is passed."""
+    return lead(view).index("N")
+
+
 @dataclass(frozen=True)
 class Binding:
     """Sizes of one call.

@@ -18,6 +18,7 @@ from nestloop.lang.declare import Slow
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.derivative import grad
 from nestloop.lowering.derivative import vjp as pulled
+from nestloop.lowering.factored import factored
 from nestloop.lowering.recorder import Located
 from nestloop.lowering.simplify import simplify
 from nestloop.lowering.tracer import Tracer
@@ -243,9 +244,8 @@ def make_piece(
     cotangents = [tracer.like(node.meta["val"]) for node in shapes]
     cotangent_names = [f"d_{r}" for r in results[:keep]]
     backward = tracer.trace_on(vjp, [*fresh(), *cotangents], [*names, *cotangent_names])
-    return Piece(
-        name, simplify(raw, zeros), simplify(backward, zeros, zero_is_none=True), tuple(results[:keep]), tuple(wrt)
-    )
+    made, back = factored(simplify(raw, zeros)), factored(simplify(backward, zeros, zero_is_none=True))
+    return Piece(name, made, back, tuple(results[:keep]), tuple(wrt))
 
 
 def _fit(captured: Captured, tracer: Tracer) -> Piece:

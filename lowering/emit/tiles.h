@@ -316,18 +316,23 @@ INLINE float erf_(float x) {
 }
 INLINE double erf_(double x) { return std::erf(x); }
 
-INLINE S sigmoid(S x) { return S(1) / (S(1) + exp_(-x)); }
+INLINE float sigmoid(float x) {
+    const float low = x < -89.0f ? 89.0f : -x;  // 2^128 is an infinity, and the result zero
+    const float y = low < -87.0f ? -87.0f : low;
+    const float shifted = y * 1.44269504f + 12582912.0f;  // as in exp_
+    const float whole = shifted - 12582912.0f;
+    const float r = (y - whole * 0.693359375f) - whole * -2.12194440e-4f;
+    const float power = from_bits((std::int32_t)((to_bits(shifted) << 23) + (127u << 23)));  // 2^whole
+    return 1.0f / (exp_near_zero(r) * power + 1.0f);
+}
+INLINE double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+
 INLINE S sign(S x) { return x > 0 ? S(1) : x < 0 ? S(-1) : S(0); }  // of NaN, too, as PyTorch has it
 INLINE S rsqrt(S x) { return S(1) / std::sqrt(x); }
 INLINE S maximum(S a, S b) { return a != a ? a : a > b ? a : b; }  // NaN wins, as in PyTorch
 INLINE S minimum(S a, S b) { return a != a ? a : a < b ? a : b; }
 INLINE S gelu(S x) { return S(0.5) * x * (S(1) + erf_(x * S(0.70710678118654752440))); }
-INLINE S gelu_tanh(S x) {
-    // As PyTorch writes its derivative, so that the compiler sees one tanh where both are computed.
-    const S cube = x * x * x;
-    const S inner = (x + cube * S(0.044715)) * S(0.7978845608028654);
-    return x * S(0.5) * (tanh_(inner) + S(1));
-}
+INLINE S gelu_tanh(S x) { return x * sigmoid(x * (x * x * S(0.07135481627260025) + S(1.5957691216057308))); }
 INLINE S softplus(S x, S beta, S threshold) {
     return x * beta > threshold ? x : std::log1p(exp_(x * beta)) / beta;
 }

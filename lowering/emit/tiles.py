@@ -200,12 +200,6 @@ def gelu_tanh(x):
 
 
 @triton.jit
-def gelu_beside_tanh(x):
-    """`gelu_tanh` where its derivative is taken too: operation by operation its tanh, which Triton computes once."""
-    return (x * 0.5) * (tanh((x + ((x * x) * x) * 0.044715) * 0.7978845608028654) + 1)
-
-
-@triton.jit
 def softplus(x, beta, threshold):
     return tl.where(x * beta > threshold, x, log1p(tl.exp(tl.where(x * beta > threshold, 0.0, x * beta))) / beta)
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from nestloop.lowering import ops
@@ -165,8 +164,6 @@ class TritonValues(TritonProducts):
             if not value.operands and value.node.args:
                 texts = numbers(value.node, TRITON)
             text = self._spelled(value.node, texts, index, numeric)
-            if text.startswith("tiles.gelu_tanh(") and self._is_beside_tanh(value):
-                text = text.replace("gelu_tanh", "gelu_beside_tanh", 1)
         kind = "tl.int1" if value.is_bool else "S"
         covered = [any(c[d] is not None for c in cleans) or self._at_all(index, d, text) for d in range(rank)]
         if not all(covered):
@@ -196,18 +193,6 @@ class TritonValues(TritonProducts):
                 if base.kind == "element" and base not in self.place:
                     stack.append(base)
         return True
-
-    def _is_beside_tanh(self, value: Value) -> bool:
-        """Whether a tanh of what it reads is computed in the same lines, as a derivative of a GELU needs it."""
-        (source,) = {operand.base for operand in value.reads}
-        lines: Sequence[Value] = next((part for part in self.together if value in part), ())
-        stack = [other for other in lines if other.node.target is torch.ops.aten.tanh.default]
-        while stack:
-            for base in {operand.base for operand in stack.pop().reads}:
-                if base is source:
-                    return True
-                stack += [base] if base.kind == "element" and base in lines else []
-        return False
 
     @staticmethod
     def _at_all(index: tuple[str, ...], axis: int, text: str) -> bool:

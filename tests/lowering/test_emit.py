@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import nestloop as nl
 from nestloop import zoo
@@ -131,11 +132,34 @@ def test_what_only_the_inner_losses_read_is_made_only_for_them():
     assert projected(False) == ["projected_0", "projected_1"]
 
 
-def test_cplusplus_computes_again_what_is_cheap_and_keeps_what_is_dear():
-    native = stages(zoo.MTTTMLP.spec, {"d": 4, "D": 16, "H": 2}, None, False, False).native
+class Mish(nl.Learner):
+    a, b = nl.fast("d", "4*d"), nl.fast("4*d", "d")
+
+    def forward(self, x):
+        return F.mish(x @ self.a) @ self.b
+
+
+class Smooth(nl.Loop):
+    learner, optimizer, schedule = Mish, nl.SGD(lr=0.1), nl.FullBatch()
+    k, q = nl.view("d"), nl.view("d")
+    loss, readout = Repeated.loss, Repeated.readout
+
+
+def tiles_of_backward(loop: Any) -> tuple[str, list[str]]:
+    """The C++ of the inner gradient's backward, and the tiles [n,4*d] that a nest of loops leaves for another."""
+    native = stages(loop.spec, {"d": 4, "D": 16, "H": 2}, None, False, False).native
     assert native is not None
     body = native.text.split("static void gradient_vjp(")[1].split("\n}")[0]
-    stored = re.findall(r"(\w+)_tile\[i \* 16 \+ j\] = \1;", body)  # of the tiles [n,4*d]
-    # x, GELU(x), its tanh and two cotangents for the nest that reads them, two more for products; not 1 - tanh^2, ..
-    assert len(stored) == 7 and [name for name in stored if name.startswith("tanh")] == ["tanh_1"]
-    assert len(re.findall(r"\btanh_\(", body)) == 1 and len(re.findall(r"const S sub_1 = ", body)) == 2
+    return body, re.findall(r"(\w+)_tile\[i \* 16 \+ j\] = \1;", body)
+
+
+def test_cplusplus_computes_again_what_is_cheap_and_keeps_what_is_dear():
+    body, stored = tiles_of_backward(Smooth)
+    assert [name for name in stored if name.startswith("tanh")] == ["tanh_1"]
+    assert len(re.findall(r"\btanh_\(", body)) == 1 and len(re.findall(r"const S sub_2 = ", body)) == 2
+
+
+def test_slopes_are_computed_once_and_cotangents_enter_them_late():
+    body, stored = tiles_of_backward(zoo.MTTTMLP)
+    # GELU(x), its slope and the slope's, two cotangents, and what the second nest makes of these for products.
+    assert len(stored) == 7 and len(re.findall(r"\bsigmoid\(", body)) == 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import nestloop as nl
 from nestloop import errors
+from nestloop.layer.starts import begin, begin_again
 from nestloop.models import mixers
 from nestloop.models.hub import HubMixin
 
@@ -60,8 +62,7 @@ class MLP(nn.Module):
         self.up = nn.Linear(width, hidden)
         self.down = nn.Linear(hidden, width)
         for linear in (self.up, self.down):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.normal_(linear.bias, std=1e-6)
+            begin(linear, {"weight": nn.init.xavier_uniform_, "bias": partial(nn.init.normal_, std=1e-6)})
 
     def forward(self, x: Tensor) -> Tensor:  # [B, N, W] -> [B, N, W]
         return self.down(F.gelu(self.up(x), approximate="tanh"))
@@ -134,10 +135,27 @@ class ViT(nn.Module, HubMixin):
         self.pre_logits = nn.Linear(width, width)
         self.head = nn.Linear(width, num_classes)
         for linear in (self.embedding, self.pre_logits):
-            lecun_normal_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+            begin(linear, {"weight": lecun_normal_, "bias": nn.init.zeros_})
+        begin(self.head, {"weight": nn.init.zeros_, "bias": nn.init.zeros_})
+        self._arguments = {
+            "mixer": mixer,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "num_classes": num_classes,
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "channels": channels,
+            "mlp_ratio": mlp_ratio,
+            "mixer_dims": mixer_dims,
+        }
+
+    def reset_parameters(self) -> None:
+        """Give every parameter a start like that of a new model: after `torch.manual_seed`, the same values.
+
+        For a model made on the device "meta", once `model.to_empty(device=...)` has given it memory.
+        """
+        begin_again(self, partial(ViT, backend="reference", **self._arguments))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ViT:
         super()._apply(fn, recurse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,13 +15,14 @@ from nestloop.compiled import CompiledLoop, spec_of
 from nestloop.errors import InputError, ShapeMismatchError
 from nestloop.lang import init
 from nestloop.lang.binding import check_groups
-from nestloop.lang.declare import Gate, Slow, View
+from nestloop.lang.declare import Fast, Gate, Slow, View
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.maps import Call, Place, Project, is_source
 from nestloop.lang.schedule import sees_later
 from nestloop.layer.functions import check_activation, check_function
 from nestloop.layer.making import Making, Pooled, Route, Shared, places, through
+from nestloop.layer.starts import begin
 from nestloop.products import apply
 
 State = dict[str, Any]
@@ -73,13 +75,8 @@ class Branch(nn.Module):
         self._place = Place(self.sizes["D"], getattr(spec.schedule, "period", 1), 1, self.sizes["D"])
         projected = {name: view for name, view in self.spec.inputs.items() if not _is_token(view)}
         self.views = nn.ModuleDict({name: self._made(view, owned) for name, view in projected.items()})
-        self.fast, self.slow = nn.ParameterDict(), nn.ParameterDict()
-        for name, weight in self.spec.weights.items():
-            common = isinstance(weight, Slow) and weight.shared
-            shape = [expr.size(self.sizes, weight.where) for expr in weight.dims]
-            value = init.fill(torch.empty(shape if common else [self.heads, *shape]), weight.init, not common)
-            learned = isinstance(weight, Slow) or weight.learned
-            (self.fast if name in self.spec.fast else self.slow)[name] = nn.Parameter(value, learned)
+        self.fast = self._weights({name: w for name, w in self.spec.weights.items() if name in self.spec.fast})
+        self.slow = self._weights(self.spec.slow)
         if self._output:
             out = replace(self._place, groups=self.heads, features=self.features)
             self.output = Making(self._output, out, out, owned)
@@ -143,12 +140,22 @@ class Branch(nn.Module):
         if not _is_plain(view):
             kind = Pooled if isinstance(view, Gate) and view.pooled else Making
             return kind(view.maps, place, self._place, shared)
-        gain = view.maps[0].gain
         linear = nn.Linear(self.sizes["D"], place.groups * place.features, bias=view.bias)
-        nn.init.normal_(linear.weight, std=gain / math.sqrt(self.sizes["D"]))
-        if view.bias:
-            nn.init.zeros_(linear.bias)
+        std = view.maps[0].gain / math.sqrt(self.sizes["D"])
+        begin(linear, {"weight": partial(nn.init.normal_, std=std), "bias": nn.init.zeros_})
         return linear
+
+    def _weights(self, declared: Mapping[str, Fast | Slow]) -> nn.ParameterDict:
+        """The parameters of fast or slow weights: [H, *dims], or [*dims] where heads share them."""
+        made, fills = nn.ParameterDict(), dict[str, Callable[[Tensor], Any]]()
+        for name, weight in declared.items():
+            common = isinstance(weight, Slow) and weight.shared
+            shape = [expr.size(self.sizes, weight.where) for expr in weight.dims]
+            learned = isinstance(weight, Slow) or weight.learned
+            made[name] = nn.Parameter(torch.empty(shape if common else [self.heads, *shape]), learned)
+            fills[name] = partial(init.fill, init=weight.init, per_head=not common)
+        begin(made, fills)
+        return made
 
     def _check_functions(self) -> None:
         """Try the plain functions among the maps. Raises `ShapeMismatchError`, `TokenMixingError`."""

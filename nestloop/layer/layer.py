@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -16,6 +17,7 @@ from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.schedule import sees_later
 from nestloop.layer.branch import Branch, Passing
+from nestloop.layer.starts import begin, begin_again
 from nestloop.products import apply
 
 
@@ -62,6 +64,7 @@ class Layer(Branch):
                     fix="write nl.Layer(..., width=384, heads=6)",
                 )
         width, heads = int(width), int(heads)
+        arguments: dict[str, Any] = {"loop": loop, "width": width, "heads": heads, "bias": bias, **dims}
         loops = list(loop) if isinstance(loop, Sequence) and loop else [loop]
         self._check_dims([spec_of(part) for part in loops], dims)
         if "d" not in dims and width % heads:
@@ -78,7 +81,7 @@ class Layer(Branch):
             self.branches = nn.ModuleList(Branch(part, sizes, backend, inductor) for part in loop)
         else:
             super().__init__(loop, sizes, backend, inductor)
-        self.width = width
+        self.width, self._arguments = width, arguments
         declared = [part.spec.output for part in self.parts]
         total = sum(part.out_features for part in self.parts)
         projected = any(output is None for output in declared) or any(part.projection for part in self.parts)
@@ -87,9 +90,7 @@ class Layer(Branch):
                 own = [part.projection for part in self.parts if part.projection is not None]
                 bias = own[0].bias if own else True
             self.out: Any = nn.Linear(total, width, bias=bias)
-            nn.init.xavier_uniform_(self.out.weight)
-            if bias:
-                nn.init.zeros_(self.out.bias)
+            begin(self.out, {"weight": nn.init.xavier_uniform_, "bias": nn.init.zeros_})
         elif total == width:
             self.out = nn.Identity()
         else:
@@ -102,6 +103,15 @@ class Layer(Branch):
             )
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Give every parameter of the layer's own a start like that of a new layer: after `torch.manual_seed`, the same
+        values.
+
+        That fills a layer which was made on the device "meta" and given memory by `layer.to_empty(device=...)`. Its
+        modules have each their own, for what calls those of all modules (FSDP's deferred initialisation).
+        """
+        begin_again(self, partial(Layer, backend="reference", **self._arguments))
 
     @staticmethod
     def _check_dims(specs: Sequence[LoopSpec], dims: dict[str, int]) -> None:

@@ -11,6 +11,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,17 @@ from nestloop.errors import InputError, ShapeMismatchError
 from nestloop.lang import init
 from nestloop.lang.declare import caller
 from nestloop.lang.maps import Call, Map, Place, Shape, is_source
+from nestloop.layer.starts import begin
 
 
 class Parameters(nn.Module):
     """The parameters of one map, each under its own name."""
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, shapes: Mapping[str, Shape]) -> None:
         super().__init__()
-        for name, value in values.items():
-            self.register_parameter(name, nn.Parameter(value))
+        for name, (shape, _, _) in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        begin(self, {name: partial(init.fill, init=start, per_head=each) for name, (_, start, each) in shapes.items()})
 
     def forward(self, x: Tensor, one: Map, call: Call) -> Tensor:
         """`one` on x [B, N, G, f], with these parameters."""
@@ -40,17 +43,15 @@ class Parameters(nn.Module):
 
 def module_of(one: Map, shapes: Mapping[str, Shape]) -> nn.Module:
     """The module of a map with parameters of these shapes: a linear map is PyTorch's own, as others expect it."""
-    values = {name: init.fill(torch.empty(shape), start, per_head) for name, (shape, start, per_head) in shapes.items()}
     if not one.linear:
-        return Parameters(values)
+        return Parameters(shapes)
     parts: dict[str, nn.Module] = {}
-    for name in (name for name in values if name.endswith("weight")):
-        label, bias = name.removesuffix("weight"), values.get(name.removesuffix("weight") + "bias")
-        rows, columns = values[name].shape
-        part = nn.Linear(columns, rows, bias=bias is not None, device="meta")  # which draws nothing
-        part.weight = nn.Parameter(values[name])
-        if bias is not None:
-            part.bias = nn.Parameter(bias)
+    for name in (name for name in shapes if name.endswith("weight")):
+        label = name.removesuffix("weight")
+        (rows, columns), start, _ = shapes[name]
+        part = nn.Linear(columns, rows, bias=f"{label}bias" in shapes, device="meta")  # which draws nothing
+        part.to_empty(device=torch.get_default_device())
+        begin(part, {"weight": partial(init.fill, init=start, per_head=False), "bias": nn.init.zeros_})
         parts[label.rstrip(".")] = part
     return parts[""] if "" in parts else nn.Sequential(OrderedDict(parts))
 

@@ -29,6 +29,35 @@ Path(os.environ["RESULTS"], str(ranks.rank)).write_text(f"{during > 1} {len(os.l
 """
 """What a run does with its group, and how many threads it has before the group ends and after."""
 
+SHARDED = """
+import os
+from pathlib import Path
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import nestloop as nl
+from nestloop import zoo
+from nestloop.models.distributed import join
+
+def drawn(layer: nl.Layer) -> nl.Layer:
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    return layer
+
+def same() -> bool:
+    with torch.device("meta"):
+        layer = nl.Layer(zoo.TTTLinear, 16, 2, backend="reference")
+    fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    drawn(layer.to_empty(device="cpu"))
+    whole = drawn(nl.Layer(zoo.TTTLinear, 16, 2, backend="reference"))
+    parameters = whole.named_parameters()
+    return all(torch.equal(layer.get_parameter(name).full_tensor(), value) for name, value in parameters)
+
+with join("cpu") as ranks:
+    Path(os.environ["RESULTS"], str(ranks.rank)).write_text(str(same()))
+"""
+"""A layer that is sharded before it has memory, and one that is not."""
+
 FLAGS = (
     "--mixer mttt_mlp_sgd4 --width 16 --depth 2 --heads 2 --epochs 1 --max-steps 4 --batch 120 "
     "--warmup-steps 2 --crop pad --device cpu --log-every 1 --eval-batch 50"
@@ -56,6 +85,13 @@ def test_no_thread_of_a_group_outlives_it(tmp_path):
     script.write_text(PROCESS)
     launch(2, str(script), RESULTS=str(tmp_path))
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["True 1", "True 1"]
+
+
+def test_a_sharded_layer_starts_as_a_whole_one(tmp_path):
+    script = tmp_path / "process.py"
+    script.write_text(SHARDED)
+    launch(2, str(script), RESULTS=str(tmp_path))
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["True", "True"]
 
 
 @pytest.mark.slow

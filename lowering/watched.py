@@ -138,15 +138,10 @@ class WatchedCalls(TorchFunctionMode):
                 need="values that are computed, not overwritten: the graph has no memory",
                 fix="write y = x + z instead of x += z, torch.where or torch.cat instead of an assignment to x[...]",
             )
-        if name == "rms_norm":
-            # PyTorch's own is taken apart where nothing sees it, with its eps rounded to float32.
-            given = dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)) | kwargs
-            self.reads_dtype |= given.get("eps") is None  # the default is the dtype's own
-            x, shape = given["input"], list(given["normalized_shape"])
-            return ops.fused_rms_norm(x, shape, given.get("weight"), given.get("eps"))[0]
         if name == "nan_to_num":
             self.reads_dtype = True  # infinities become its largest numbers
-        made = self._instead(func, name, args, kwargs)
+        with self._told_of_axes(name, args, kwargs):
+            made = self._instead(func, name, args, kwargs)
         if made is not NotImplemented:
             return made
         if name == "detach":
@@ -175,8 +170,14 @@ class WatchedCalls(TorchFunctionMode):
             if "dropout" in name and _drops_nothing(*args, **kwargs):
                 return args[0] if args else kwargs["input"]
             raise _random(self.spec, name, user_line(self.spec))
-        try:
+        with self._told_of_axes(name, args, kwargs):
             return func(*args, **kwargs)
+
+    @contextmanager
+    def _told_of_axes(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """What PyTorch says of axes leaves as an `OpFailed` of the function that the body called."""
+        try:
+            yield
         except (OpFailed, RuntimeError, ValueError, IndexError) as error:
             message = str(error).splitlines()[0] if str(error) else ""
             if isinstance(error, NestloopError) or not (isinstance(error, OpFailed) or about_shapes(message)):
@@ -209,6 +210,12 @@ class WatchedCalls(TorchFunctionMode):
             made = func(*args, **kwargs)
             self._counted += [made] if len(args) == 1 and not {"start", "step", "end"} & {*kwargs} else []
             return made
+        if name == "rms_norm":
+            # PyTorch's own is taken apart where nothing sees it, with its eps rounded to float32.
+            given = dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)) | kwargs
+            self.reads_dtype |= given.get("eps") is None  # the default is the dtype's own
+            x, shape = given["input"], list(given["normalized_shape"])
+            return ops.fused_rms_norm(x, shape, given.get("weight"), given.get("eps"))[0]
         if name in composites.FUNCTIONS:
             with self:
                 return composites.FUNCTIONS[name](*args, **kwargs)

@@ -77,11 +77,20 @@ def stack(tensors: list[Tensor], dim: int = 0) -> Tensor:
     return torch.cat([x.unsqueeze(dim) for x in tensors], dim)
 
 
+def _normalized(x: Tensor, shape: list[int]) -> list[int]:
+    """The axes that a norm of this shape is over. Raises PyTorch's error, whose check a decomposition goes past."""
+    dims = list(range(x.ndim - len(shape), x.ndim))
+    if (dims and dims[0] < 0) or not all(same_size(x.shape[dim], size) for dim, size in zip(dims, shape, strict=True)):
+        listed = ", ".join(map(str, shape))
+        raise RuntimeError(f"Given normalized_shape=[{listed}], expected input with shape [*, {listed}]")
+    return dims
+
+
 def native_layer_norm(
     x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm over the last axes: the output, the mean and the reciprocal standard deviation."""
-    dims = list(range(x.ndim - len(normalized_shape), x.ndim))
+    dims = _normalized(x, normalized_shape)
     mean = x.mean(dims, keepdim=True)
     centred = x - mean
     rstd = ((centred * centred).mean(dims, keepdim=True) + eps).rsqrt()
@@ -111,7 +120,7 @@ def fused_rms_norm(
     x: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm over the last axes: the output and the reciprocal root mean square."""
-    dims = list(range(x.ndim - len(normalized_shape), x.ndim))
+    dims = _normalized(x, normalized_shape)
     rstd = ((x * x).mean(dims, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
     return x * rstd if weight is None else x * rstd * weight, rstd
 

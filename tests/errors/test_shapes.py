@@ -52,6 +52,25 @@ def test_shapes_are_named_by_dims_even_where_sizes_are_equal():
     )
 
 
+@pytest.mark.parametrize("norm", [F.layer_norm, F.rms_norm])
+@pytest.mark.parametrize("shape", [(3,), (1,), (3, 8), (2, 3, 8)])
+def test_a_norm_of_another_shape(norm, shape):
+    def loss(self, f, t):
+        return norm(f(t.k), shape).sum(-1)  # HERE
+
+    listed = ", ".join(map(str, shape))
+    says = f"Given normalized_shape=[{listed}], expected input with shape [*, {listed}]"
+    mismatch(loss, norm.__name__, "f(t.k) is [n, d]", says)
+
+
+def test_functions_that_are_written_otherwise():
+    def loss(self, f, t):
+        return F.cosine_similarity(f(t.k), t.v[:, :3], -1)  # HERE
+
+    says = "The size of tensor a (8) must match the size of tensor b (3) at non-singleton dimension 1"
+    mismatch(loss, "cosine_similarity", "f(t.k) is [n, d], t.v[:, :3] is [n, 3]; d = 8 meets 3", says)
+
+
 def test_shapes_of_expressions_slices_and_tokens():
     def compound(self, f, t):
         return (f(t.k) - self.g).sum(-1)  # HERE

@@ -125,7 +125,7 @@ class CoefficientError(DeclarationError):
 
 
 class ViewError(DeclarationError):
-    """A view whose heads do not group, or whose micro-steps the schedule does not take."""
+    """A view whose heads do not group, whose micro-steps the schedule does not take, or whose maps are none."""
 
 
 class IllegalScheduleError(DeclarationError):

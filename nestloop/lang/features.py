@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nestloop.errors import InputError, shown
+from nestloop.errors import InputError, StateError, shown
 from nestloop.lang.coefficient import is_number
 from nestloop.lang.declaration import caller, is_count
 from nestloop.lang.maps import Call, Map, Place, Shape, read_period, refused
@@ -42,6 +42,14 @@ class Conv(Map):
         before = call.carried.get(call.key)
         if before is None:
             before = flat.new_zeros(flat.shape[0], self.size - 1, flat.shape[2])
+        elif before.ndim != 3 or before.shape[1:] != (self.size - 1, flat.shape[2]):
+            raise StateError(
+                "The state is of another layer: its convolution's rows do not fit.",
+                where=self.where,
+                given=f"{call.key} [{', '.join(map(str, before.shape))}]",
+                need=f"[sequences, {self.size - 1}, {flat.shape[2]}]",
+                fix="pass what this layer, or one of the same declaration, returned with return_state=True",
+            )
         flat = torch.cat([before.to(flat.dtype), flat], 1)
         call.kept[call.key] = flat[:, flat.shape[1] - (self.size - 1) :]
         weight = own.weight[:, 0]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from nestloop.errors import ViewError, shown
+from nestloop.errors import Location, ViewError, shown
 from nestloop.lang.declaration import Declaration, is_count
 from nestloop.products import apply
 
@@ -46,7 +46,8 @@ class Call:
         position: tokens of the sequence before x.
         chunk: tokens per chunk of the loop's schedule, 1 where it has none.
         carried: what maps kept of the tokens before, by key; `kept` what they keep of these.
-        run: (maps, x) -> x after these maps, all of which are shared ones or have no parameters.
+        run: (maps, x, where) -> x after these maps of a gate that is declared there; all are shared or have no
+            parameters.
         memo: what is made of x once, for all who ask for it.
     """
 
@@ -57,7 +58,7 @@ class Call:
         chunk: int,
         carried: Mapping[str, Tensor],
         kept: dict[str, Tensor],
-        run: Callable[[Sequence[Any], Tensor], Tensor],
+        run: Callable[[Sequence[Any], Tensor, Location], Tensor],
         memo: dict[tuple[Any, ...], Any],
     ) -> None:
         self.input, self.position, self.chunk = input, position, chunk
@@ -202,8 +203,9 @@ class Gated(Map):
         return self.projection.parameters(replace(place, features=features))
 
     def __call__(self, x: Tensor, own: Any, call: Call) -> Tensor:
-        made = self.projection(call.run(self.of, call.input[:, :, None]), own, call)
-        return x * self.activation(made.reshape(*x.shape[:3], 1 if self.per_head else x.shape[-1]))
+        made = self.projection(call.run(self.of, call.input[:, :, None], self.where), own, call)
+        made = made.reshape(*x.shape[:3], 1 if self.per_head else x.shape[-1])
+        return x * applied(self.activation, made, "activation of nl.gated", self.where)
 
 
 def check_maps(maps: Any, what: str, where: Any) -> tuple[Any, ...]:
@@ -266,6 +268,26 @@ def _check_arguments(function: Any, what: str, where: Any) -> None:
             "a function of one tensor",
             "write a function that gives the rest, as lambda x: F.layer_norm(x, x.shape[-1:]) does",
         ) from None
+
+
+def applied(function: Callable[[Tensor], Tensor], x: Tensor, what: str, where: Location) -> Tensor:
+    """A plain function of x. Raises `ViewError` where Python or PyTorch refuses that."""
+    if torch.compiler.is_compiling():
+        return function(x)
+    try:
+        return function(x)
+    except Exception as error:
+        if type(error).__module__ != "builtins":  # too little memory, the end of a checkpoint's recomputation
+            raise
+        given, name = f"{x.dtype} [{', '.join(map(str, x.shape))}]", getattr(function, "__name__", "")
+        other = (getattr(function, "__module__", "") == "math" or "numpy" in type(function).__module__) and name
+        raise refused(
+            f"The {what} fails on what it is given.",
+            where,
+            f"{given}. {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            "a function of PyTorch's of one tensor, whatever its sizes and whether or not it requires gradients",
+            f"write torch.{name}" if other and hasattr(torch, name) else "try it on a tensor of that shape and dtype",
+        ) from error
 
 
 def check_output(maps: Any, where: Any) -> tuple[Any, ...]:

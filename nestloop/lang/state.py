@@ -122,15 +122,8 @@ def counts_tokens(spec: LoopSpec) -> bool:
     return spec.streams and not isinstance(spec.schedule, Program)
 
 
-def check_position(spec: LoopSpec, state: Mapping[str, Any]) -> int:
-    """The position a state stands at.
-
-    Raises:
-        StateError: it is no number, or inside a chunk whose tokens see one another.
-    """
-    if not counts_tokens(spec):
-        return 0
-    position, schedule = state["position"], spec.schedule
+def check_tokens(spec: LoopSpec, position: Any) -> None:
+    """Raise `StateError` for a position in a state that is no number of tokens."""
     is_number = isinstance(position, (int, torch.SymInt)) and not isinstance(position, bool)
     if not is_number or position < 0:
         raise StateError(
@@ -140,6 +133,18 @@ def check_position(spec: LoopSpec, state: Mapping[str, Any]) -> int:
             need="an int, 0 or more: the tokens seen",
             fix="pass the state as an earlier call returned it",
         )
+
+
+def check_position(spec: LoopSpec, state: Mapping[str, Any]) -> int:
+    """The position a state stands at.
+
+    Raises:
+        StateError: it is no number, or inside a chunk whose tokens see one another.
+    """
+    if not counts_tokens(spec):
+        return 0
+    position, schedule = state["position"], spec.schedule
+    check_tokens(spec, position)
     if isinstance(schedule, Chunked) and schedule.order == "update-apply" and position % schedule.size:
         raise StateError(
             f"{spec.name} cannot go on inside a chunk, whose tokens see one another.",

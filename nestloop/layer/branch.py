@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from nestloop.compiled import CompiledLoop, spec_of
-from nestloop.errors import InputError, ShapeMismatchError
+from nestloop.errors import InputError, Location, ShapeMismatchError, StateError
 from nestloop.lang import init
 from nestloop.lang.binding import check_groups
 from nestloop.lang.declare import Fast, Gate, Slow, View
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import Loop, LoopSpec
-from nestloop.lang.maps import Call, Place, Project, is_source
+from nestloop.lang.maps import Call, Place, Project, applied, is_source
 from nestloop.lang.schedule import sees_later
 from nestloop.layer.functions import check_activation, check_function
 from nestloop.layer.making import Making, Pooled, Route, Shared, places, through
@@ -175,8 +175,8 @@ class Branch(nn.Module):
         return self._make(self._call(x, 0, {}), self._shared)
 
     def _call(self, x: Tensor, position: int, carried: dict[str, Tensor]) -> Call:
-        def run(maps: Any, x: Tensor) -> Tensor:
-            return Route("", maps, self._shared, call).walk(x, None)
+        def run(maps: Any, x: Tensor, where: Location) -> Tensor:
+            return Route("", maps, self._shared, call, "nl.gated", where).walk(x, None)
 
         call = Call(x, position, self._place.chunk, carried, {}, run, {})
         return call
@@ -195,7 +195,8 @@ class Branch(nn.Module):
                 flat = apply(self.views[name], call.input)  # [B, N, G * f]
             else:
                 activate = partial(self._activated, view) if isinstance(view, Gate) else None
-                flat = through(self.views[name], call.input, Route(name, view.maps, shared, call, activate))
+                route = Route(name, view.maps, shared, call, f"the {view.kind} '{name}'", view.where, activate)
+                flat = through(self.views[name], call.input, route)
             dims = self._dims(view)
             self._check_made(name, view, flat, self._groups(view) * math.prod(dims), call.input)
             if isinstance(view, Gate) and not view.pooled:
@@ -222,7 +223,7 @@ class Branch(nn.Module):
         return flat.reshape(*flat.shape[:2], self.heads // view.group, *steps, *dims).transpose(1, 2)
 
     def _activated(self, gate: Gate, flat: Tensor) -> Tensor:
-        value = gate.activation(flat)
+        value = applied(gate.activation, flat, f"activation of the gate '{gate.name}'", gate.where)
         scale = gate.scale if isinstance(gate.scale, float) else float(gate.scale.evaluate(self.sizes, gate.where))
         return value if scale == 1.0 else value * scale
 
@@ -264,7 +265,16 @@ class Branch(nn.Module):
         z, loop, losses = self.op.run(self._make(call, shared), weights, start, order, passing.losses, own)
         z = z.transpose(1, 2).reshape(*x.shape[:2], self.out_features)  # [B, N, H * dz]
         if self._output:
-            z = through(self.output, z, Route("output", self._output, shared, call.apart()))
+            route = Route("output", self._output, shared, call.apart(), "the read-out", self.spec.where)
+            z = through(self.output, z, route)
+        if state is not None and set(carried) != set(call.kept):
+            raise StateError(
+                f"The state is of a layer whose maps keep other rows than those of {self.spec.name}.",
+                where=self.spec.where,
+                given=", ".join(sorted(carried)) or "nothing of maps",
+                need=", ".join(sorted(call.kept)) or "nothing of maps",
+                fix="pass what this layer, or one of the same declaration, returned with return_state=True",
+            )
         after: State = {"position": call.position + x.shape[1], "loop": loop, "made": call.kept}
         if self.spec.beside is not None:
             before = None if state is None else state["beside"]

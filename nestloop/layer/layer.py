@@ -16,9 +16,14 @@ from nestloop.lang import packed
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.schedule import sees_later
+from nestloop.lang.state import check_tokens
 from nestloop.layer.branch import Branch, Passing
+from nestloop.layer.misfits import misfit
 from nestloop.layer.starts import begin, begin_again
 from nestloop.products import apply
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_OF_ATTENTION = {"query", "key", "value", "key_padding_mask", "need_weights", "average_attn_weights"}  # of PyTorch's
 
 
 class Layer(Branch):
@@ -63,9 +68,18 @@ class Layer(Branch):
                     need="1 or more",
                     fix="write nl.Layer(..., width=384, heads=6)",
                 )
+        if dtype is not None and dtype not in _FLOATING:
+            raise InputError(
+                "The dtype of a layer is not a floating type.",
+                where=caller(),
+                given=f"dtype={shown(dtype)}",
+                need="torch.float64, torch.float32, torch.bfloat16 or torch.float16",
+                fix="write nl.Layer(..., dtype=torch.bfloat16)",
+            )
         width, heads = int(width), int(heads)
         arguments: dict[str, Any] = {"loop": loop, "width": width, "heads": heads, "bias": bias, **dims}
-        loops = list(loop) if isinstance(loop, Sequence) and loop else [loop]
+        several = isinstance(loop, Sequence) and not isinstance(loop, str)
+        loops: list[Any] = list(loop) if several and loop else [loop]  # type: ignore[arg-type]
         self._check_dims([spec_of(part) for part in loops], dims)
         if "d" not in dims and width % heads:
             raise InputError(
@@ -76,11 +90,11 @@ class Layer(Branch):
                 fix=f"write nl.Layer(..., width={max(width // heads, 1) * heads}, heads={heads}), or pass d=...",
             )
         sizes = {"d": width // heads, **dims, "D": width, "H": heads}
-        if isinstance(loop, Sequence):
+        if several:
             nn.Module.__init__(self)
-            self.branches = nn.ModuleList(Branch(part, sizes, backend, inductor) for part in loop)
+            self.branches = nn.ModuleList(Branch(part, sizes, backend, inductor) for part in loops)
         else:
-            super().__init__(loop, sizes, backend, inductor)
+            super().__init__(loops[0], sizes, backend, inductor)
         self.width, self._arguments = width, arguments
         declared = [part.spec.output for part in self.parts]
         total = sum(part.out_features for part in self.parts)
@@ -118,6 +132,16 @@ class Layer(Branch):
         beside = [spec.beside.spec for spec in specs if spec.beside is not None]
         known = {"d"}.union(*(spec.dim_names for spec in [*specs, *beside])) - {"D", "H"}
         for name in dims:
+            if name in _OF_ATTENTION:
+                raise InputError(
+                    f"A nested loop takes no {name}, which attention does.",
+                    where=caller(),
+                    given=f"{name}={shown(dims[name])}",
+                    need="x [B, N, D]",
+                    fix="leave padding out: pack the sequences, with cu_seqlens"
+                    if name == "key_padding_mask"
+                    else "leave it out",
+                )
             if name in ("D", "H"):
                 raise InputError(
                     f"The size of the dim '{name}' is the layer's own.",
@@ -176,7 +200,7 @@ class Layer(Branch):
             StateError: a state of another layer, or one that cannot be gone on from.
             OrderError, UnresolvedDimError: the order or the sizes do not fit the loop.
         """
-        self._check_input(x)
+        self._check_input(x, order)
         if attn_mask is not None or is_causal:
             self._check_mask(attn_mask)
         if cu_seqlens is not None:
@@ -185,15 +209,28 @@ class Layer(Branch):
             self._check_dims([part.spec for part in self.parts], dims)
         passing = Passing(order, return_losses, dims)
         states = self._states(state, return_state)
-        if several := "branches" in self._modules:
-            mixed = [part(x, passing, before) for part, before in zip(self.parts, states, strict=True)]
+        if torch.compiler.is_compiling():
+            y, mixed = self._mixed(x, passing, states)
         else:
-            mixed = [self.mix(x, passing, states[0])]
-        y = apply(self.out, torch.cat([z for z, _, _ in mixed], -1) if len(mixed) > 1 else mixed[0][0])
+            try:
+                y, mixed = self._mixed(x, passing, states)
+            except (RuntimeError, InputError) as error:
+                if (told := misfit(self, x, states, error)) is None:
+                    raise
+                raise told from error
+        several = "branches" in self._modules
         losses, after = [loss for _, loss, _ in mixed], [end for _, _, end in mixed]
         wanted: list[Any] = [losses if len(mixed) > 1 else losses[0]] if return_losses else []
         wanted += [after if several else after[0]] if return_state else []
         return (y, *wanted) if wanted else y
+
+    def _mixed(self, x: Tensor, passing: Passing, states: list[Any]) -> tuple[Tensor, list[Any]]:
+        """y, and what each branch gives."""
+        if "branches" in self._modules:
+            mixed = [part(x, passing, before) for part, before in zip(self.parts, states, strict=True)]
+        else:
+            mixed = [self.mix(x, passing, states[0])]
+        return apply(self.out, torch.cat([z for z, _, _ in mixed], -1) if len(mixed) > 1 else mixed[0][0]), mixed
 
     def _packed(
         self,
@@ -227,7 +264,7 @@ class Layer(Branch):
         y = torch.cat([row for row, _, _ in made], 1)
         return (y, *wanted) if wanted else y
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(self, x: Tensor, order: Any) -> None:
         if not isinstance(x, Tensor):
             raise InputError(
                 "The layer's input is not a tensor.",
@@ -244,6 +281,14 @@ class Layer(Branch):
                 need=f"[sequences, tokens, {self.width}], all sequences of one length",
                 fix="pass x.values()[None] with cu_seqlens=x.offsets()",
             )
+        if x.layout is not torch.strided:
+            raise InputError(
+                "The layer's input is not dense.",
+                where=caller(),
+                given=str(x.layout),
+                need="torch.strided",
+                fix="pass x.to_dense()",
+            )
         if x.ndim != 3 or x.shape[-1] != self.width:
             raise InputError(
                 "The layer's input is not [B, N, D].",
@@ -252,7 +297,15 @@ class Layer(Branch):
                 need=f"[sequences, tokens, {self.width}]",
                 fix="pass x with three axes, the last one the layer's width",
             )
-        if not x.dtype.is_floating_point:
+        if isinstance(order, Tensor) and order.ndim == 3 and order.dtype.is_floating_point:
+            raise InputError(
+                "A layer takes its input once: keys and values are views of it.",
+                where=caller(),
+                given=f"{order.dtype} [{', '.join(map(str, order.shape))}] beside x",
+                need="x [B, N, D]",
+                fix="write layer(x)",
+            )
+        if x.dtype not in _FLOATING:
             raise InputError(
                 "The layer's input is not of a floating type.",
                 where=caller(),
@@ -307,11 +360,10 @@ class Layer(Branch):
         states = state if "branches" in self._modules else [state]
         if state is None:
             return [None] * len(self.parts)
-        names = {"position", "loop", "made"}
         if (
             not isinstance(states, (list, tuple))
             or len(states) != len(self.parts)
-            or not all(isinstance(one, dict) and names <= set(one) for one in states)
+            or not all(_is_state(one, part.spec) for one, part in zip(states, self.parts, strict=True))
         ):
             raise StateError(
                 "The state is not one of this layer.",
@@ -321,4 +373,14 @@ class Layer(Branch):
                 need="what the layer returned with return_state=True",
                 fix="y, state = layer(x, return_state=True), then layer(more, state=state)",
             )
+        for one, part in zip(states, self.parts, strict=True):
+            check_tokens(part.spec, one["position"])
         return list(states)
+
+
+def _is_state(given: Any, spec: LoopSpec) -> bool:
+    """Whether what is given has the parts of a branch's state."""
+    if not isinstance(given, dict) or "position" not in given:
+        return False
+    own = all(isinstance(given.get(name), dict) for name in ("loop", "made"))
+    return own and (spec.beside is None or _is_state(given.get("beside"), spec.beside.spec))

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestloop.errors import InputError, ShapeMismatchError
+from nestloop.errors import InputError, Location, ShapeMismatchError
 from nestloop.lang import init
 from nestloop.lang.declare import caller
-from nestloop.lang.maps import Call, Map, Place, Shape, is_source
+from nestloop.lang.maps import Call, Map, Place, Shape, applied, is_source
 from nestloop.layer.starts import begin
 
 
@@ -94,6 +94,7 @@ class Route:
 
     Attributes:
         name: of the view or gate, before the keys of what its maps keep.
+        what, where: the view, gate or read-out in an error, and the line that declares it.
         maps: from x on.
         shared: the modules of maps that have a name.
         activate: a gate's activation.
@@ -105,9 +106,12 @@ class Route:
         maps: Sequence[Any],
         shared: Shared,
         call: Call,
+        what: str,
+        where: Location,
         activate: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.name, self.maps, self.shared, self.call, self.activate = name, maps, shared, call, activate
+        self.what, self.where = what, where
 
     def walk(self, x: Tensor, making: Making | None, first: int = 0, stop: int | None = None) -> Tensor:
         """x [B, N, G, f] through the maps from `first` to `stop`.
@@ -129,7 +133,7 @@ class Route:
                 if trail is not None:
                     self.call.memo[trail] = x
             else:
-                x = one(x)
+                x = applied(one, x, f"map of {self.what}", self.where)
             if is_source(one):
                 rows = x.shape[-1]  # a table over positions is the same for all groups
                 groups = 1 if making is None else making.groups
@@ -183,7 +187,8 @@ class Pooled(Making):
         at = next(i for i, m in enumerate(route.maps) if is_source(m))
         x = route.walk(x[:, :, None], self, stop=at)
         means, first, left = pool(x, call.position, size, call.carried.get(f"{name}.sum"))
-        made = Route(name, route.maps, route.shared, call.apart()).walk(means, self, at)
+        after_means = Route(name, route.maps, route.shared, call.apart(), route.what, route.where)
+        made = after_means.walk(means, self, at)
         if route.activate is not None:
             made = route.activate(made)  # [B, M, G, f]
         after = (call.position + x.shape[1]) % size

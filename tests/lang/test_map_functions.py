@@ -1,8 +1,11 @@
 """Functions and modules as maps: what they may be, and how others are refused."""
 
 import functools
+import math
+import operator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,6 +180,78 @@ def test_functions_that_mix_tokens_where_later_ones_are_not_there(mixing, schedu
         (gated_of, "map of nl.gated"),
     ):
         refused(step, TokenMixingError, what.format(called), given=given, need=ALONE, fix=ALONG)
+
+
+@pytest.mark.parametrize(
+    "function, says, fix",
+    [
+        (math.exp, "ValueError: only one element tensors can be converted to Python scalars", "write torch.exp"),
+        (
+            np.tanh,
+            "RuntimeError: Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.",
+            "write torch.tanh",
+        ),
+        (
+            torch.nn.LayerNorm(3, elementwise_affine=False),
+            "RuntimeError: Given normalized_shape=[3], expected input with shape [*, 3], but got input of size{}",
+            "try it on a tensor of that shape and dtype",
+        ),
+    ],
+    ids=["math", "numpy", "wrong size"],
+)
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar:UserWarning")
+def test_functions_that_fail(function, says, fix):
+    x = torch.randn(2, 6, D)
+
+    def view():
+        k = nl.view("d", make=[F.silu, function])  # HERE
+        layer_of(nl.Online(), k=k)(x)
+
+    def gate():
+        e = nl.gate(function)  # HERE
+        layer_of(nl.Online(), e=e)(x)
+
+    def gated():
+        output = [nl.gated(function), nl.project()]  # HERE
+        layer_of(nl.Online(), output)(x)
+
+    def gated_of():
+        output = [nl.gated(of=function), nl.project()]  # HERE
+        layer_of(nl.Online(), output)(x.requires_grad_())
+
+    def read_out():
+        class Loop(Squares):  # HERE
+            learner, schedule = Linear, nl.FullBatch(1)
+            output = (function, nl.project())
+
+        nl.Layer(Loop, D, H)(x)
+
+    for step, called, shape in (
+        (view, "map of the view 'k'", "[2, 6, 2, 4]"),
+        (gate, "activation of the gate 'e'", "[2, 6, 2]"),
+        (gated, "activation of nl.gated", "[2, 6, 2, 4]"),
+        (gated_of, "map of nl.gated", "[2, 6, 1, 8]"),
+        (read_out, "map of the read-out", "[2, 6, 2, 4]"),
+    ):
+        refused(
+            step,
+            ViewError,
+            f"The {called} fails on what it is given.",
+            given=f"torch.float32 {shape}. {says.format(shape)}",
+            need="a function of PyTorch's of one tensor, whatever its sizes and whether or not it requires gradients",
+            fix=fix,
+        )
+
+
+def test_functions_of_any_kind():
+    class Doubled:
+        def __call__(self, x):
+            return 2 * x
+
+    x = torch.randn(2, 6, D)
+    for function in (torch.sin, abs, operator.neg, operator.methodcaller("tanh"), torch.Tensor.exp, Doubled()):
+        made = layer_of(nl.Online(), k=nl.view("d", make=[function]), e=nl.gate(functools.partial(function)))
+        assert made(x).shape == x.shape
 
 
 def test_functions_that_mix_tokens_where_all_are_there():

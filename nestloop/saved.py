@@ -2,6 +2,10 @@
 
 Such a program names its ops, and an op of nestloop is made when its loop is first called. A file beside the program
 holds all that its ops are made of, generated code included: neither the declaration nor its module is needed again.
+
+Another version of nestloop reads it as long as `FORMAT` is its own, and the functions on tiles, which generated code
+calls, are the same. Whatever changes what a recipe says or how its code is called has another format:
+`tests/recorded` has ops of this one, which are to run.
 """
 
 from __future__ import annotations
@@ -17,13 +21,14 @@ from torch._ops import OpOverload
 
 from nestloop.errors import SavedOpsError, StaleOpsError, shown
 from nestloop.lowering.runtime import cache as kept
+from nestloop.lowering.runtime import tiles
 from nestloop.lowering.runtime.compiler import HEADER
 from nestloop.lowering.runtime.executable import batch_op
 from nestloop.lowering.runtime.library import REGISTERED, NestedLoopOp
 from nestloop.lowering.runtime.recipe import Recipe, remade
 from nestloop.lowering.runtime.streams import stream_op
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_ops(program: Any, path: str | os.PathLike[str]) -> None:
@@ -46,20 +51,21 @@ def save_ops(program: Any, path: str | os.PathLike[str]) -> None:
             fix="program = torch.export.export(layer, (x,)), then nl.save_ops(program, path)",
         )
     ops = [{**op.recipe.kept, "name": op.name} for op in _ops_of(graphs)]
-    kept.put(Path(path), json.dumps({"format": FORMAT, "runtime": _runtime(), "ops": ops}))
+    kept.put(Path(path), json.dumps({"format": FORMAT, "tiles": _tiles(), "ops": ops}))
 
 
 def load_ops(path: str | os.PathLike[str]) -> list[str]:
     """Register the ops that `save_ops` has written, before `torch.export.load` or `torch._inductor.aoti_load_package`.
 
-    What is registered already stays. Code in the file runs when the program does: load what you would import.
+    Without it, PyTorch cannot load the program: "We failed to resolve torch.ops.nestloop.... to an operator". What is
+    registered already stays. Code in the file runs when the program does: load what you would import.
 
     Returns:
         the ops' names, in `torch.ops.nestloop`.
 
     Raises:
         SavedOpsError: the file is none of `save_ops`.
-        StaleOpsError: another version of nestloop wrote it.
+        StaleOpsError: a version of nestloop wrote it whose generated code calls other functions.
         NoPlanError: an op that was exported with `backend="cpp"` or `"triton"` cannot be built here.
         OSError: there is no such file, or it cannot be read.
     """
@@ -68,14 +74,14 @@ def load_ops(path: str | os.PathLike[str]) -> list[str]:
         found = json.loads(text)
         if found["format"] != FORMAT:
             raise ValueError(f"format {found['format']}")
-        runtime, ops = found["runtime"], found["ops"]
+        called, ops = found["tiles"], found["ops"]
     except (ValueError, KeyError, TypeError) as error:
         raise _unreadable(path, error) from None
-    if runtime != _runtime():
+    if called != _tiles():
         raise StaleOpsError(
             "The saved ops are of another version of nestloop.",
-            given=f"{path}: written by a nestloop with digest {runtime}",
-            need=f"the one that runs here, {_runtime()}: generated code and what calls it go together",
+            given=f"{path}: its code calls functions on tiles with digest {called}",
+            need=f"those of the version that runs here, {_tiles()}",
             fix="export the program again with this version, and save its ops again; or install that version",
         )
     names = []
@@ -113,7 +119,7 @@ def _unreadable(path: Any, error: Exception) -> SavedOpsError:
 
 
 @cache
-def _runtime() -> str:
-    """The digest of nestloop's own files that run generated code: the same wherever they are installed."""
-    files = [*sorted(Path(kept.__file__).parent.glob("*.py")), HEADER, HEADER.with_suffix(".py")]
+def _tiles() -> str:
+    """The digest of nestloop's own files that generated code calls: the same wherever they are installed."""
+    files = [Path(tiles.__file__), HEADER, HEADER.with_suffix(".py")]
     return kept.digest("".join(f"{file.name}\n{file.read_text(encoding='utf-8')}" for file in files))

@@ -1,0 +1,1 @@
+"""Saved ops of each format, with calls of them: later versions read these, or have another format."""

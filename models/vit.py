@@ -176,6 +176,15 @@ class ViT(nn.Module, HubMixin):
 
     def tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embedded patches with their positions [B, N, W], and the grid (rows, cols) they came from."""
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            raise errors.InputError(
+                "the images are not a tensor of floating numbers",
+                given=str(images.dtype) if isinstance(images, Tensor) else errors.shown(images),
+                need=f"[B, {self.channels}, rows, cols] in float32, or the dtype of the model",
+                fix="images.float() / 255 for bytes, normalised as in training"
+                if isinstance(images, Tensor)
+                else "torch.as_tensor(images)",
+            )
         if images.dim() != 4 or images.shape[1] != self.channels:
             raise errors.ModelSizeError(
                 "the images are not what the model was built for",

@@ -94,19 +94,33 @@ def test_a_state_under_any_names(words: tuple[str, ...]):
     assert_equal(differences(made, expected), 1e-10)
 
 
-@no_triton
-@pytest.mark.parametrize("words", [NAMES["kernels"], NAMES["parts of kernels"]], ids=["kernels", "parts of kernels"])
-def test_strips_under_any_names(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(triton_strips, "LENGTH", 16)
+def linear(words: tuple[str, ...], schedule: Any) -> type[nl.Loop]:
+    """A matrix under these names, and no coefficient."""
     w, k, v, q, *_ = words
     learner = type("Linear", (nl.Learner,), {w: nl.fast("d", "d"), "forward": lambda self, x: x @ getattr(self, w)})
     body = {
         **{name: nl.view("d") for name in (k, v, q)},
-        **{"learner": learner, "schedule": nl.Causal(16), "optimizer": nl.SGD(lr=1.0)},
+        **{"learner": learner, "schedule": schedule, "optimizer": nl.SGD(lr=1.0)},
         "loss": lambda self, f, t: -(f(getattr(t, k)) * getattr(t, v)).sum(-1),
         "readout": lambda self, f, t: f(getattr(t, q)),
     }
-    loop: Any = type("Named", (nl.Loop,), body)
+    return type("Named", (nl.Loop,), body)
+
+
+@pytest.mark.parametrize("schedule", [nl.FullBatch(2), nl.Causal(4)], ids=lambda s: type(s).__name__)
+def test_backends_that_rename_other_names_are_lowered_apart(schedule: Any):
+    loop = linear(NAMES["parts of kernels"], schedule)
+    inputs = inputs_of(loop)
+    made = {name: run(nl.compile(loop, backend=name), inputs) for name in ("cpp", "auto", "torch", "reference")}
+    for name in ("cpp", "auto", "torch"):
+        assert_equal(differences(made[name], made["reference"]), 1e-10)
+
+
+@no_triton
+@pytest.mark.parametrize("words", [NAMES["kernels"], NAMES["parts of kernels"]], ids=["kernels", "parts of kernels"])
+def test_strips_under_any_names(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(triton_strips, "LENGTH", 16)
+    loop = linear(words, nl.Causal(16))
     inputs = random_inputs(loop.spec, {"d": 40, "H": 2}, tokens=20)
     made, expected = (run(nl.compile(loop, backend=name), inputs, losses=False) for name in ("triton", "reference"))
     assert_equal(differences(made, expected), 1e-10)

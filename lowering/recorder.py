@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nestloop.lowering import ops
 from nestloop.lowering.ops.results import META, SYMBOLS
+from nestloop.reference.precision import default_dtype
 
 aten = torch.ops.aten
 
@@ -40,23 +41,9 @@ def record(function: Callable[..., Any], examples: Sequence[Tensor], names: Sequ
     return recorder.finish(result)
 
 
-@contextmanager
-def of_single_precision() -> Iterator[None]:
-    """Numbers without a dtype of their own are float32 in here, as graphs have them, whatever PyTorch's default.
-
-    That is the process's, not a thread's: where it is float32 already nothing is set, and so nothing put back that
-    another thread has set meanwhile.
-    """
-    before = torch.get_default_dtype()
-    if before is torch.float32:
-        yield
-        return
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        if torch.get_default_dtype() is torch.float32:
-            torch.set_default_dtype(before)
+def of_single_precision() -> AbstractContextManager[None]:
+    """Numbers without a dtype of their own are float32 in here, as graphs have them."""
+    return default_dtype(torch.float32)
 
 
 @contextmanager

@@ -17,8 +17,8 @@ _DTYPES = (torch.float32, torch.float64, torch.int64, torch.int32)
 
 
 def literal(values: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """A number or truth value, or lists of them as PyTorch makes a tensor of them, rounded to its dtype; NotImplemented
-    for anything else."""
+    """A number or truth value, or lists of them as PyTorch makes a tensor of them, rounded to the dtype given (without
+    one it is what the body computes in); NotImplemented for anything else."""
     numbers, shape = _flat(values)
     if not 0 < len(numbers) <= MOST or math.prod(shape) != len(numbers):
         return NotImplemented
@@ -26,13 +26,14 @@ def literal(values: Any, dtype: torch.dtype | None = None) -> Tensor:
         return literal(_each(int, values)) != 0
     if any(isinstance(number, bool) or not isinstance(number, (int, float)) for number in numbers):
         return NotImplemented
+    rounded = dtype == torch.float32
     if dtype is None:
         dtype = torch.get_default_dtype() if any(isinstance(number, float) for number in numbers) else torch.int64
     if dtype not in _DTYPES:
         return NotImplemented
     if not dtype.is_floating_point:
         numbers = [int(number) for number in numbers]
-    elif dtype == torch.float32:
+    elif rounded:
         numbers = [ctypes.c_float(number).value for number in numbers]
     common = Counter(numbers).most_common(1)[0][0]
     made = torch.full(shape, common, dtype=dtype)

@@ -7,6 +7,7 @@ definition, and reads out. No cleverness, any dtype. Every backend is a claim ab
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from nestloop.reference.bodies import (
     token_readout,
 )
 from nestloop.reference.composites import Composites
+from nestloop.reference.precision import default_dtype
 from nestloop.reference.stream import fresh, one_stream
 from nestloop.reference.window import one_window
 
@@ -100,7 +102,9 @@ def run(
             0 if order is not None and order.ndim == 3 else None,
         ),
     )
-    with Composites():
+    # Dynamo, which traces a window of keys, has no graph for setting PyTorch's default.
+    computed = nullcontext() if torch.compiler.is_compiling() else default_dtype(dtype)
+    with computed, Composites():
         z, end, losses = per_sequence(initial, start, slow, cast, order)
     counted = {"position": position + binding.tokens} if counts_tokens(spec) else {}
     wanted = return_losses and not spec.is_kernel_estimator

@@ -247,16 +247,33 @@ def test_a_weight_is_read_for_every_token(name: str, schedule: str):
         assert_equal(differences(run(nl.compile(loop, backend=backend), inputs), wanted), 1e-9)
 
 
+# Of a number of features: tensors without a dtype of their own.
+CONSTANTS: dict[str, Callable[[int], Tensor]] = {
+    "eye": torch.eye,
+    "logspace": lambda d: torch.logspace(0, 1, d).expand(d, d),
+    "centres": lambda d: torch.linspace(0, 1, d).outer(torch.ones(d)),
+    "a tenth": lambda d: torch.full((d, d), 0.1),
+    "numbers": lambda d: torch.tensor([0.1, 0.7] * (d // 2)).expand(d, d),
+    "places": lambda d: (torch.arange(d) / 3).expand(d, d),
+    "frequencies": lambda d: 100.0 ** (-torch.arange(d) / d) * torch.eye(d),
+}
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
-def test_a_constant_has_a_dtype_of_its_own(backend: str, schedule: str):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_constant_has_the_dtype_that_a_body_computes_in(name: str, dtype: torch.dtype, schedule: str):
+    constant = CONSTANTS[name]
+
     def readout(self: Any, f: Any, t: Any) -> Tensor:
-        return t.k @ f(torch.eye(self.d)) + torch.logspace(0, 1, self.d)
+        return t.k @ f(constant(self.d)) + t.k.sum(-1, keepdim=True) * constant(self.d)[0]
 
     loop = declared(BODIES["a product times itself"], SCHEDULES[schedule], readout=readout)
-    inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=7, dtype=torch.float32)
-    found, wanted = (run(nl.compile(loop, backend=b), inputs) for b in (backend, "reference"))
-    assert_equal(differences(found, wanted), 5e-6)
+    inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=7, dtype=dtype)
+    wanted = run(nl.compile(loop, backend="reference"), inputs)
+    for backend in ("torch", "cpp"):
+        found = run(nl.compile(loop, backend=backend), inputs)
+        assert_equal(differences(found, wanted), 5e-6 if dtype == torch.float32 else 1e-10)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])

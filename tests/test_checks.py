@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -177,6 +178,26 @@ def test_a_definition_that_is_not_finite_is_told_apart():
     (row,) = [row for row in found.rows if row.check == "stress, large tokens"]
     assert row.error is None and row.backend == "reference"
     assert row.worst.startswith("the definition is not finite there: z[") and row.worst.endswith("is inf")
+
+
+@pytest.mark.parametrize("wide", [1e30, 1e300], ids=["in float32", "in float64"])
+def test_a_declaration_that_diverges_is_not_code_that_is_wrong(wide):
+    class Diverging(zoo.CausalLinearAttention):
+        def readout(self, f, t):
+            return f(t.q) * wide * wide
+
+    found = checked(Diverging, ONE_LENGTH)
+    told = [row for row in found.rows if row.error is None]
+    assert found.holds and {"agreement", "determinism"} <= {row.check for row in found.rows}
+    assert all(re.match("(the definition is not|neither is) finite there: ", row.worst) for row in told)
+    assert {(row.check, row.dtype) for row in told} >= {("agreement", "float32")}
+    assert (("agreement", "float64") in {(row.check, row.dtype) for row in told}) == (wide > 1e100)
+
+
+def test_code_that_is_not_finite_where_the_definition_is_does_not_hold(monkeypatch):
+    with_fault(monkeypatch, "torch", lambda given, z: z / 0 * 0)
+    failed = checked(Leaky, ONE_LENGTH).failed
+    assert "agreement" in {row.check for row in failed} and all(row.error is not None for row in failed)
 
 
 # ---- Text, JSON, the command -----------------------------------------------------------------------------------------

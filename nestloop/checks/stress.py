@@ -8,14 +8,14 @@ largest gradient (or output) of all, and not judged: what cancels, or is solved 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from nestloop.checks.certificate import Row
 from nestloop.checks.inputs import Inputs
-from nestloop.checks.subject import SHARE, Subject, allowed, entered, furthest
+from nestloop.checks.subject import SHARE, UNDEFINED, Subject, allowed, entered, furthest, not_finite
 from nestloop.lang import coefficient
 from nestloop.lang.binding import token_axis
 
@@ -44,26 +44,17 @@ def _under(check: str, subject: Subject, given: Inputs, dtype: str) -> Iterator[
     tokens = given.tokens(subject.spec)
     wanted = subject.reference(given)
     single = subject.single(given)
-    where = _not_finite(wanted) or _not_finite(single)
+    where = not_finite(wanted) or not_finite(single)
     if where:
-        yield Row(check, "reference", dtype, tokens, None, 0.0, f"the definition is not finite there: {where}")
+        yield Row(check, "reference", dtype, tokens, None, 0.0, UNDEFINED + where)
         return
     judged = dtype == "float32"
     share, bound = (SHARE, allowed(dtype, furthest(single, wanted)[0])) if judged else (1.0, math.inf)
     for backend in subject.here:
         found = subject.run(backend, given)
-        where = _not_finite(found)
+        where = not_finite(found)
         error, worst = (math.nan, where) if where else furthest(found, wanted, share)
         yield Row(check, backend, dtype, tokens, error, bound, worst)
-
-
-def _not_finite(found: Mapping[str, Tensor]) -> str:
-    """The first element that is no finite number; "" where all are."""
-    for name, value in found.items():
-        places = value.isfinite().logical_not().nonzero()
-        if len(places):
-            return f"{name}{places[0].tolist()} is {value[tuple(places[0])].item()}"
-    return ""
 
 
 def _of_views(subject: Subject, change: Callable[[Tensor], Tensor]) -> Inputs:

@@ -31,6 +31,7 @@ DTYPES = {
 LEAST = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
 MORE = 10  # times what the definition loses to rounding, code may lose
 SHARE = 1e-4  # of the largest gradient (or output), by which one that should be zero is measured
+UNDEFINED = "the definition is not finite there: "
 FEW_TOKENS = 7
 MOST_TOKENS = 67  # where the length is not given: generated code takes up to 64 at once, the reference one by one
 
@@ -136,7 +137,21 @@ class Subject:
         the least bound."""
         (error, worst), dtype = furthest(found, wanted), self.exact(backend)
         row = Row(check, backend, dtype, given.tokens(self.spec), error, LEAST[dtype], worst)
-        return row if row.holds else replace(row, bound=self.bound(given, self.reference(given), dtype))
+        if row.holds:
+            return row
+        alike = all(torch.equal(found[name].isfinite(), value.isfinite()) for name, value in wanted.items())
+        if alike and (where := not_finite(wanted)):
+            return replace(row, error=None, worst=f"neither is finite there: {where}")
+        return replace(row, bound=self.bound(given, self.reference(given), dtype))
+
+    def told(self, row: Row, given: Inputs) -> Row:
+        """The same row, but where the definition has no finite numbers that code could be compared with: there it says
+        that."""
+        if row.error is None or math.isfinite(row.error):
+            return row
+        where = not_finite(self.reference(given))
+        where = where or ("" if row.dtype == "float64" else not_finite(self.single(given)))
+        return replace(row, error=None, worst=UNDEFINED + where) if where else row
 
     @cached_property
     def missing(self) -> dict[str, str]:
@@ -191,6 +206,15 @@ def _exactly(inputs: Inputs) -> Inputs:
     made = inputs.map(lambda name, value: value.cpu().double())
     made.order = None if inputs.order is None else inputs.order.cpu()
     return made
+
+
+def not_finite(found: Mapping[str, Tensor]) -> str:
+    """The first element that is no finite number; "" where all are."""
+    for name, value in found.items():
+        places = value.isfinite().logical_not().nonzero()
+        if len(places):
+            return f"{name}{places[0].tolist()} is {value[tuple(places[0])].item()}"
+    return ""
 
 
 def furthest(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], share: float = SHARE) -> tuple[float, str]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from nestloop.lowering import ops
@@ -20,6 +21,14 @@ from nestloop.lowering.schedule.phases import sums_over
 from nestloop.lowering.schedule.repeats import readers
 from nestloop.lowering.schedule.values import Language, Value, fold, operands_of
 
+aten = torch.ops.aten
+
+# What Triton takes whole numbers of, too, beside others.
+_OF_ALL_NUMBERS = (
+    *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar),
+    *(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar),
+    *(aten._to_copy.default, aten.where.self),
+)
 NEUTRAL = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}  # what a reduction starts at
 # Of one tile: twice as many would be all 65,536 registers of a program, of which some hold addresses, and a change of
 # its layout takes 262,144 bytes of shared memory, which no GPU has.
@@ -153,7 +162,7 @@ class TritonValues(TritonProducts):
         texts, cleans = [], []
         for operand in value.operands:
             text, clean = (operand, [None] * rank) if isinstance(operand, str) else self._tile(operand, value.space)
-            texts.append(text)
+            texts.append(f"tl.cast({text}, S)" if _is_whole_in_a_function(operand, value) else text)
             cleans.append(clean)
         axes = iter(range(rank))
         index = tuple("0" if size.is_one else self._index(next(axes), rank, size) for size in value.shape)
@@ -318,3 +327,12 @@ class TritonValues(TritonProducts):
     @staticmethod
     def _reduced_by(value: Value) -> str:
         return fold(value.node).by if value.kind == "fold" else "sum"
+
+
+def _is_whole_in_a_function(operand: Any, value: Value) -> bool:
+    """Whether an operand is whole numbers (positions, say) of which a function is taken, as Triton's take none."""
+    node = value.node
+    if isinstance(operand, str) or node.target in _OF_ALL_NUMBERS or not node.meta["val"].is_floating_point():
+        return False
+    dtype = operand.base.node.meta["val"].dtype
+    return not dtype.is_floating_point and dtype != torch.bool

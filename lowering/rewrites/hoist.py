@@ -41,7 +41,10 @@ def hoist(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
         env = evaluate(loss, dict(zip(captured.spec.slow, weights, strict=True)), {}, set(ours))
         return tuple(env[n] for n in border)
 
-    inputs = [*captured.spec.fast, *captured.spec.slow, *names.values(), *captured.spec.inputs]
+    slow_names = list(captured.spec.slow)
+    hoisted = {name: n.meta["val"] for n, name in names.items()}
+    extended = replace(captured, prepare=tracer.trace(prepare, slow_names), hoisted=hoisted)
+    inputs = extended.loss_inputs
 
     def rest(*tensors: Tensor) -> Tensor:
         given = dict(zip(inputs, tensors, strict=True))
@@ -49,10 +52,6 @@ def hoist(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
         (result,) = next(n for n in loss.graph.nodes if n.op == "output").args
         return env[result]
 
-    slow_names = list(captured.spec.slow)
-    prepared = tracer.trace(prepare, slow_names)
-    hoisted = {name: n.meta["val"] for n, name in names.items()}
-    extended = replace(captured, prepare=prepared, hoisted=hoisted)
     tiles = [tracer.like(hoisted[n]) if n in hoisted else tracer.tile(n) for n in inputs]
     remaining = replace(extended, loss=tracer.trace_on(rest, tiles, inputs))
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in hoisted.items())

@@ -45,12 +45,13 @@ def project(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
         return captured, Rewrite(NAME, False, "no product of the loss is of a view and slow weights alone")
     names = {node: f"projected_{index}" for index, node in enumerate(found)}
     given = [*captured.spec.slow, *captured.hoisted, *captured.spec.inputs]
+    still = {node for node in loss.graph.nodes if set(inputs_below(node)) <= {*given}}  # that depend on no fast weight
 
     def tile(name: str) -> Tensor:
         return tracer.like(captured.hoisted[name]) if name in captured.hoisted else tracer.tile(name)
 
     def products(*tensors: Tensor) -> tuple[Tensor, ...]:
-        env = evaluate(loss, dict(zip(given, tensors, strict=True)), {}, set(loss.graph.nodes) - _fast(captured, loss))
+        env = evaluate(loss, dict(zip(given, tensors, strict=True)), {}, still)
         return tuple(env[node] for node in found)
 
     projected = {name: node.meta["val"] for node, name in names.items()}
@@ -68,9 +69,3 @@ def project(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
     remaining = replace(extended, loss=tracer.trace_on(rest, examples, inputs))
     shapes = ", ".join(f"{name} {ops.named_shape(value.shape)}" for name, value in projected.items())
     return remaining, Rewrite(NAME, True, f"these are products of views with slow weights, computed once: {shapes}")
-
-
-def _fast(captured: Captured, loss: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that depend on a fast weight."""
-    fast = set(captured.spec.fast)
-    return {node for node in loss.graph.nodes if not fast.isdisjoint(inputs_below(node))}

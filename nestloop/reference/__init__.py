@@ -104,7 +104,7 @@ def run(
     )
     # Dynamo, which traces a window of keys, has no graph for setting PyTorch's default.
     computed = nullcontext() if torch.compiler.is_compiling() else default_dtype(dtype)
-    with computed, Composites():
+    with computed, Composites(dtype):
         z, end, losses = per_sequence(initial, start, slow, cast, order)
     counted = {"position": position + binding.tokens} if counts_tokens(spec) else {}
     wanted = return_losses and not spec.is_kernel_estimator

@@ -122,9 +122,26 @@ _INSTEAD: dict[str, Callable[..., Any]] = {
 
 
 class Composites(TorchFunctionMode):
-    """Calls these instead, while it is active."""
+    """Calls these instead, while it is active.
+
+    Args:
+        dtype: what bodies compute in: float64 where a tensor of the call is, in which float32 means that.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dtype = dtype
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _INSTEAD.get(getattr(func, "__name__", ""), func)(*args, **(kwargs or {}))
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if self.dtype is torch.float64:
+            args = tuple(self._wide(value) for value in args)
+            kwargs = {key: self._wide(value) for key, value in kwargs.items()}
+            if name == "float":
+                func, args = torch.Tensor.to, (*args, torch.float64)
+        return _INSTEAD.get(name, func)(*args, **kwargs)
+
+    def _wide(self, value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value

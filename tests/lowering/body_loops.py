@@ -316,6 +316,33 @@ class Tied(Recall):
         return (f(t.k) - t.v).square().sum(-1) + 0.1 * (torch.outer(f.b, f.b) - f.w).square().sum()
 
 
+class Slots(Recall):
+    """Weights assigned by the held learner, which reads through a product of tokens with a slow weight."""
+
+    class learner(nl.Learner):
+        s, keys = nl.fast("d", "d"), nl.slow("d", "d")
+
+        def forward(self, x):
+            return x @ self.keys @ self.s.T
+
+    def loss(self, f, t):
+        return (f.held(t.k).softmax(-1)[..., None] * (f.s - t.v[:, None]).square()).sum((-2, -1))
+
+
+class SlotsAtOnce(Slots):
+    schedule = nl.FullBatch(steps=2)
+
+
+class SlotsOfSquares(SlotsAtOnce):
+    """What depends on slow weights alone, beside a held learner."""
+
+    class learner(nl.Learner):
+        s, keys = nl.fast("d", "d"), nl.slow("d", "d")
+
+        def forward(self, x):
+            return x @ (self.keys @ self.keys.T) @ self.s.T
+
+
 class RegularisedInChunks(Regularised):
     schedule = nl.Chunked(4, "apply-update")
 
@@ -330,6 +357,9 @@ LOOPS = [
     RegularisedAtOnce,
     RegularisedInChunks,
     Tied,
+    Slots,
+    SlotsAtOnce,
+    SlotsOfSquares,
     Rotated,
     Normed,
     Reconstruct,

@@ -276,6 +276,33 @@ def test_a_constant_has_the_dtype_that_a_body_computes_in(name: str, dtype: torc
         assert_equal(differences(found, wanted), 5e-6 if dtype == torch.float32 else 1e-10)
 
 
+# What a body writes of numbers that are not of its dtype: whole ones, truth values, and "float32".
+NUMBERS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "roots": lambda x, d: x * torch.arange(1, d + 1).sqrt(),
+    "powers": lambda x, d: x * torch.arange(1, d + 1) ** -0.5,
+    "functions": lambda x, d: x * torch.log1p(torch.arange(d)).sin() + torch.exp(-torch.arange(d)),
+    "of a choice": lambda x, d: x * torch.where(x > 0, 1, 2).tanh(),
+    "a mask": lambda x, d: x * (x > 0).float() + x.float(),
+    "a mask, by its name": lambda x, d: x * (x > 0.1).to(torch.float32) + torch.softmax(x, -1, dtype=torch.float32),
+    "a table": lambda x, d: x @ torch.eye(d, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_other_numbers_become_those_that_a_body_computes_in(name: str, backend: str):
+    if backend == "triton":
+        pytest.importorskip("triton")
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return NUMBERS[name](x, self.d) @ self.w
+
+    loop = declared(forward, nl.Causal(4))
+    inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=7)
+    wanted = run(nl.compile(loop, backend="reference"), inputs)
+    assert_equal(differences(run(nl.compile(loop, backend=backend), inputs), wanted), 1e-9)
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
 def test_a_window_sees_no_zeros_before_the_first_token(backend: str):
     if backend == "triton":

@@ -105,11 +105,12 @@ def token_output(spec: LoopSpec, sizes: dict[str, int]) -> tuple[int, ...]:
         return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
     fast, slow, views = blank(spec.fast), blank(spec.slow), blank(spec.inputs, tokens)
-    made = (
-        kernel_fit(spec, dims)(slow, views)
-        if spec.is_kernel_estimator
-        else checked_readout(spec, dims)(fast, slow, views)
-    )
+    with torch.device("meta"):  # what a body makes of nothing given too
+        made = (
+            kernel_fit(spec, dims)(slow, views)
+            if spec.is_kernel_estimator
+            else checked_readout(spec, dims)(fast, slow, views)
+        )
     return tuple(made.shape[1:])
 
 

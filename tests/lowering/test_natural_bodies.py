@@ -337,3 +337,15 @@ def test_rows_of_a_table_are_read_token_by_token(backend: str):
     inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=7)
     wanted = run(nl.compile(loop, backend="reference"), inputs)
     assert_equal(differences(run_in_parts(nl.compile(loop, backend=backend), inputs, range(1, 7)), wanted), 1e-9)
+
+
+def test_a_layer_of_the_reference_has_constants():
+    loop = declared(
+        BODIES["a product times itself"],
+        nl.Online(),
+        readout=lambda self, f, t: f(t.k) @ torch.eye(self.d) + torch.arange(self.d),
+    )
+    layers = [nl.Layer(loop, width=8, heads=2, backend=name) for name in ("reference", "torch")]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(1, 3, 8)
+    torch.testing.assert_close(*[layer(x) for layer in layers])

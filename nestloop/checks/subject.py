@@ -30,6 +30,7 @@ DTYPES = {
 # of products in that precision come to.
 LEAST = {"float64": 1e-9, "float32": 2e-5, "bfloat16": 3e-2, "float16": 4e-3}
 MORE = 10  # times what the definition loses to rounding, code may lose
+MORE_IN_HALVES = 2  # the same in two bytes, for which what is lost in four is scaled, beside the least
 SHARE = 1e-4  # of the largest gradient (or output), by which one that should be zero is measured
 UNDEFINED = "the definition is not finite there: "
 FEW_TOKENS = 7
@@ -197,8 +198,10 @@ class Subject:
 
 def allowed(dtype: str, off: float) -> float:
     """How far off code may be that computes in a dtype what the definition, step by step in float32, is off by."""
-    times = MORE if dtype == "float32" else torch.finfo(DTYPES[dtype]).eps / torch.finfo(torch.float32).eps
-    return max(LEAST[dtype], times * off)
+    if dtype == "float32":
+        return max(LEAST[dtype], MORE * off)
+    digits = torch.finfo(DTYPES[dtype]).eps / torch.finfo(torch.float32).eps
+    return LEAST[dtype] + MORE_IN_HALVES * digits * off
 
 
 def _exactly(inputs: Inputs) -> Inputs:

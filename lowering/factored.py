@@ -36,6 +36,7 @@ _MUL = (aten.mul.Tensor, aten.mul.Scalar)
 _DIV = (aten.div.Tensor, aten.div.Scalar)
 _ARITHMETIC = (*_ADD, *_SUB, *_MUL, *_DIV, aten.neg.default, aten.pow.Tensor_Scalar)
 _COTANGENTS = 4  # in one polynomial, at most: chains of sums have many, and nothing to share
+# Whose results are rounded: a difference of one and 1 is no more exact than they are.
 _FUNCTIONS = (
     aten.tanh.default,
     aten.sigmoid.default,

@@ -2,8 +2,8 @@
 
 Derivative rules are PyTorch's own: `torch.func.grad` and `vjp` of the captured graphs, traced again. The step traced
 here is `nestloop.reference`'s own, the very definition, with the user's loss replaced by its graph. It is taken apart
-in two: the gradient, a sum over tokens that tiles of them can share, and the update. What is computed element by element
-is written with fewer operations than reverse mode does (`factored`).
+in two: the gradient, a sum over tokens that tiles of them can share, and the update. What is computed element by
+element is written with fewer operations than reverse mode does (`factored`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from nestloop.lowering.polynomials import Function, Half, Monomial, Polynomial, 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Expression:
     """A number, a node, or an op on expressions, of which equal ones are one."""
 

@@ -37,7 +37,7 @@ class Language:
     in_memory: bool
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Value:
     """One value of a tile graph.
 
@@ -84,6 +84,9 @@ class Value:
     def domain(self) -> tuple[Extent, ...]:
         """`space` without the axes of size 1."""
         return tuple(size for size in self.space if not size.is_one)
+
+    def __repr__(self) -> str:  # not of all that it is computed from
+        return f"<{self.kind} {self.name}>"
 
     @property
     def is_scalar(self) -> bool:

@@ -30,11 +30,7 @@ from nestloop.lowering.subexpressions import common_subexpressions
 
 aten = torch.ops.aten
 
-_ADD = (aten.add.Tensor, aten.add.Scalar)
-_SUB = (aten.sub.Tensor, aten.sub.Scalar)
-_MUL = (aten.mul.Tensor, aten.mul.Scalar)
-_DIV = (aten.div.Tensor, aten.div.Scalar)
-_ARITHMETIC = (*_ADD, *_SUB, *_MUL, *_DIV, aten.neg.default, aten.pow.Tensor_Scalar)
+_ARITHMETIC = (*ops.ADD, *ops.SUB, *ops.MUL, *ops.DIV, aten.neg.default, aten.pow.Tensor_Scalar)
 _COTANGENTS = 4  # in one polynomial, at most: chains of sums have many, and nothing to share
 # Whose results are rounded: a difference of one and 1 is no more exact than they are.
 _FUNCTIONS = (
@@ -56,7 +52,6 @@ class _Chain:
 
     Attributes:
         forms: nodes as polynomials: in the value, functions of it, and what they are multiplied with.
-        linear: generators that are no function of the value: cotangents.
         joins: whether two values of the chain meet; where none do, there is nothing to share.
     """
 
@@ -72,7 +67,7 @@ class _Chain:
 
     def _read(self, x: fx.Node) -> None:
         self.forms: dict[fx.Node, Polynomial] = {x: self.ring.generator(x)}
-        self.linear: set[int] = set()
+        self.ring.linear.clear()
         self.joins = False
         found: set[fx.Node] = set()
         waiting = _elementwise_users(x, found)
@@ -91,7 +86,7 @@ class _Chain:
         """A node as a value of its own."""
         if not all(a in self.forms and not self._cotangents(self.forms[a]) for a in node.all_input_nodes):
             self.ring.generator(node)
-            self.linear.add(self.ring.at[node])
+            self.ring.linear.add(self.ring.at[node])
         return self.ring.generator(node)
 
     def makes(self, node: fx.Node) -> bool:
@@ -103,7 +98,7 @@ class _Chain:
         return sorted(n for n in self.forms if self.makes(n) and not all(map(self.makes, n.users)))
 
     def _cotangents(self, p: Polynomial) -> set[int]:
-        return {index for monomial in p for index, _ in monomial} & self.linear
+        return {index for monomial in p for index, _ in monomial} & self.ring.linear
 
     def _operand(self, value: Any, whole: bool) -> Polynomial | None:
         """An operand; `whole`: whether it has to have the shape of all others, if it is no number."""
@@ -115,7 +110,7 @@ class _Chain:
                 return None
             source, factor = _scaled(value)
             self.forms[value] = {monomial: factor for monomial in self.ring.generator(source)}
-            self.linear.add(self.ring.at[source])
+            self.ring.linear.add(self.ring.at[source])
         return self.forms[value]
 
     def _form(self, node: fx.Node) -> Polynomial | None:
@@ -130,21 +125,21 @@ class _Chain:
             return ring.generator(Function(target, frozenset(of.items())))
         if target not in _ARITHMETIC or node.kwargs or len(node.args) > 2:
             return None
-        given = [self._operand(a, target in (*_ADD, *_SUB)) for a in node.args]
+        given = [self._operand(a, target in (*ops.ADD, *ops.SUB)) for a in node.args]
         if None in given:
             return None
         a, b = given[0], given[-1]
         if target is aten.neg.default:
             return {monomial: -factor for monomial, factor in a.items()}
-        if target in (*_ADD, *_SUB):
-            made = ring.total(a, b, 1.0 if target in _ADD else -1.0)
+        if target in (*ops.ADD, *ops.SUB):
+            made = ring.total(a, b, 1.0 if target in ops.ADD else -1.0)
             return made if len(made) <= TERMS else None
-        if target is aten.pow.Tensor_Scalar or target in _DIV:
+        if target is aten.pow.Tensor_Scalar or target in ops.DIV:
             number = node.args[1]
             if not _is_number(number):
                 return None
             number = float(number)
-            if target in _DIV:
+            if target in ops.DIV:
                 return {monomial: factor / number for monomial, factor in a.items()}
             if len(a) > 1 or number not in (2, 3, 4):
                 return None
@@ -187,7 +182,7 @@ def _is_elementwise(node: fx.Node) -> bool:
 def _scaled(node: fx.Node) -> tuple[fx.Node, float]:
     """What a node is a multiple of, and how many times."""
     factor = 1.0
-    while node.target in (*_MUL, aten.neg.default) and isinstance(source := node.args[0], fx.Node):
+    while node.target in (*ops.MUL, aten.neg.default) and isinstance(source := node.args[0], fx.Node):
         times = -1.0 if node.target is aten.neg.default else node.args[1]
         if not _is_number(times) or not _is_value(source):
             break
@@ -209,8 +204,8 @@ def _work(computed: Mapping[Any, tuple[Any, Iterable[Any]]], uses: Mapping[Any, 
     for target, operands in computed.values():
         if target is aten.neg.default:
             continue
-        sums = target in (*_ADD, *_SUB)
-        fused = sums and any(computed[o][0] in _MUL and uses[o] == 1 for o in operands if o in computed)
+        sums = target in (*ops.ADD, *ops.SUB)
+        fused = sums and any(computed[o][0] in ops.MUL and uses[o] == 1 for o in operands if o in computed)
         work += ops.row(target).work - fused
     return work
 
@@ -281,7 +276,7 @@ def factored(module: fx.GraphModule) -> fx.GraphModule:
         if not chain.joins:
             continue
         results = chain.results()
-        spelling = Spelling(chain.ring, chain.linear)
+        spelling = Spelling(chain.ring)
         shapes: dict[Expression, Any] = {}
         expressions = [spelling.of(chain.forms[node]) for node in results]
         if not all(

@@ -27,14 +27,10 @@ class Expression:
 
 
 class Spelling:
-    """Polynomials as expressions.
+    """Polynomials as expressions."""
 
-    Args:
-        linear: generators that each occur once in a term, and in few: cotangents.
-    """
-
-    def __init__(self, ring: Ring, linear: set[int]) -> None:
-        self.ring, self.linear = ring, linear
+    def __init__(self, ring: Ring) -> None:
+        self.ring = ring
         self.made: dict[Any, Expression] = {}
         self.polynomials: dict[Any, Expression] = {}
 
@@ -83,13 +79,13 @@ class Spelling:
         found = Counter(index for monomial in p for index, _ in monomial)
         shared = tuple((i, e) for i in sorted(found) if (e := min(dict(m).get(i, 0) for m in p)))
         # Cotangents are taken out first: what they are multiplied with is written once for all of them.
-        out = tuple((i, e) for i, e in shared if i in self.linear) or shared
+        out = tuple((i, e) for i, e in shared if i in self.ring.linear) or shared
         if out:
             rest = {multiplied(m, tuple((i, -e) for i, e in out)): f for m, f in p.items()}
             return self._scaled(self.of(rest), out) if len(rest) > 1 or out != shared else self._term(rest, out)
         if found.keys() <= {0}:
             return self._horner(p)
-        index = max(found, key=lambda i: (i in self.linear, found[i], i))
+        index = max(found, key=lambda i: (i in self.ring.linear, found[i], i))
         inside = {multiplied(m, ((index, -1),)): f for m, f in p.items() if index in dict(m)}
         outside = {m: f for m, f in p.items() if index not in dict(m)}
         return self._total(self._product(self.of(inside), self._generator(index)), self.of(outside))

@@ -30,7 +30,6 @@ from nestloop.lowering.emit.triton_pieces import HEIGHTS
 from nestloop.lowering.emit.triton_shared import TritonShared
 from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.ops import NoSpelling
-from nestloop.lowering.recorder import of_single_precision
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites
 from nestloop.lowering.rows import check_rows, decides
 from nestloop.lowering.runtime.native import NativePlan
@@ -40,6 +39,7 @@ from nestloop.lowering.schedule.cost import cost, rows_in_cache, tile_rows
 from nestloop.lowering.streams.affine import is_affine
 from nestloop.lowering.streams.forms import Form, choose, in_turn, pieces_of
 from nestloop.lowering.tracer import Tracer
+from nestloop.reference.precision import default_dtype
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Lowered:
         return self.captured.spec
 
 
-@of_single_precision()
+@default_dtype(torch.float32)  # as numbers without a dtype of their own are in graphs
 def stages(
     spec: LoopSpec,
     sizes: dict[str, int],
@@ -205,7 +205,7 @@ class LoweredStream:
         return self.captured.spec
 
 
-@of_single_precision()
+@default_dtype(torch.float32)  # as numbers without a dtype of their own are in graphs
 def stream_stages(
     spec: LoopSpec,
     sizes: dict[str, int],

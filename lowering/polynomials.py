@@ -47,10 +47,12 @@ class Ring:
 
     Attributes:
         halved: generators of which `Half` is one, and which are computed from it.
+        linear: generators that are no function of the value, of which a term has few: cotangents.
     """
 
     x: fx.Node
     halved: set[int] = field(default_factory=set)
+    linear: set[int] = field(default_factory=set)
     generators: list[Any] = field(default_factory=list)
     at: dict[Any, int] = field(default_factory=dict)
 

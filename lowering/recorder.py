@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nestloop.lowering import ops
 from nestloop.lowering.ops.results import META, SYMBOLS
-from nestloop.reference.precision import default_dtype
 
 aten = torch.ops.aten
 
@@ -39,11 +38,6 @@ def record(function: Callable[..., Any], examples: Sequence[Tensor], names: Sequ
     with recorder:
         result = torch.func.functionalize(function)(*examples)
     return recorder.finish(result)
-
-
-def of_single_precision() -> AbstractContextManager[None]:
-    """Numbers without a dtype of their own are float32 in here, as graphs have them."""
-    return default_dtype(torch.float32)
 
 
 @contextmanager

@@ -36,10 +36,6 @@ _ARITHMETIC = {
     aten.pow.Tensor_Scalar: lambda a, b: a**b,
 }
 _CONSTANTS = {"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0}
-_MUL = (aten.mul.Tensor, aten.mul.Scalar)
-_ADD = (aten.add.Tensor, aten.add.Scalar)
-_SUB = (aten.sub.Tensor, aten.sub.Scalar)
-_DIV = (aten.div.Tensor, aten.div.Scalar)
 
 
 class _Rebuild(ProductRules):
@@ -243,15 +239,15 @@ class _Rebuild(ProductRules):
 
     def _identity(self, target: Any, args: list[Any], numbers: list[Any]) -> Any:
         """x * 1, x + 0, x - 0, x / 1, x ** 1 are x; x * 0 and 0 / x are 0."""
-        if target in _MUL:
+        if target in ops.MUL:
             if 0 in numbers:
                 return Fill(0.0)
             return args[1] if numbers[0] == 1 else args[0] if numbers[1] == 1 else None
-        if target in _ADD:
+        if target in ops.ADD:
             return args[1] if numbers[0] == 0 else args[0] if numbers[1] == 0 else None
-        if target in _SUB and numbers[1] == 0:
+        if target in ops.SUB and numbers[1] == 0:
             return args[0]
-        if target in _DIV:
+        if target in ops.DIV:
             return Fill(0.0) if numbers[0] == 0 else args[0] if numbers[1] == 1 else None
         if target is aten.pow.Tensor_Scalar and numbers[1] in (0, 1):
             return args[0] if numbers[1] == 1 else Fill(1.0)
@@ -262,9 +258,9 @@ class _Rebuild(ProductRules):
         target = node.target
         if target is aten.neg.default:
             factor, source = -1.0, args[0]
-        elif target in _MUL and (numbers[0] is not None) != (numbers[1] is not None):
+        elif target in ops.MUL and (numbers[0] is not None) != (numbers[1] is not None):
             factor, source = (numbers[0], args[1]) if numbers[0] is not None else (numbers[1], args[0])
-        elif target in _SUB and numbers[0] == 0:
+        elif target in ops.SUB and numbers[0] == 0:
             factor, source = -1.0, args[1]
         elif target is aten.pow.Tensor_Scalar and numbers[1] == 2 and isinstance(args[0], fx.Node):
             return self._emit(aten.mul.Tensor, (args[0], args[0]), node)
@@ -276,7 +272,7 @@ class _Rebuild(ProductRules):
         if isinstance(inner, fx.Node) and inner.meta["val"].dtype == dtype:
             if source.target is aten.neg.default:
                 factor, source = -factor, inner
-            elif source.target in _MUL and isinstance(source.args[1], (int, float)):
+            elif source.target in ops.MUL and isinstance(source.args[1], (int, float)):
                 factor, source = factor * source.args[1], inner
         if source.meta["val"].dtype != dtype:
             return None

@@ -260,6 +260,14 @@ INLINE float exp_near_zero(float r) {  // |r| <= log(2) / 2
     return p * (r * r) + r + 1.0f;
 }
 
+INLINE float exp_within(float y) {  // e^y between 2^-126 and 2^127, without exp_'s care for the ends; infinite at 2^128
+    const float shifted = y * 1.44269504f + 12582912.0f;  // rounds to a whole number in the lowest bits
+    const float whole = shifted - 12582912.0f;
+    const float r = (y - whole * 0.693359375f) - whole * -2.12194440e-4f;
+    const float power = from_bits((std::int32_t)((to_bits(shifted) << 23) + (127u << 23)));  // 2^whole
+    return exp_near_zero(r) * power;
+}
+
 INLINE float exp_(float x) {
     const float low = x < -104.0f ? -104.0f : x;
     const float y = low > 89.0f ? 89.0f : low;
@@ -276,13 +284,8 @@ INLINE double exp_(double x) { return std::exp(x); }
 
 INLINE float tanh_(float x) {
     const float size = __builtin_fabsf(x);
-    // Far from zero 1 - 2 / (e^2y + 1). With y within 0 and 10, e^2y needs none of exp_'s care for the ends.
     const float y = size > 10.0f ? 10.0f : size;
-    const float shifted = y * 2.88539008f + 12582912.0f;  // as in exp_
-    const float whole = shifted - 12582912.0f;
-    const float r = (2.0f * y - whole * 0.693359375f) - whole * -2.12194440e-4f;
-    const float power = from_bits((std::int32_t)((to_bits(shifted) << 23) + (127u << 23)));  // 2^whole
-    const float far = 1.0f - 2.0f / (exp_near_zero(r) * power + 1.0f);
+    const float far = 1.0f - 2.0f / (exp_within(2.0f * y) + 1.0f);  // far from zero
     const float z = x * x;
     float p = -5.70498872745e-3f;
     p = p * z + 2.06390887954e-2f;
@@ -319,11 +322,7 @@ INLINE double erf_(double x) { return std::erf(x); }
 INLINE float sigmoid(float x) {
     const float low = x < -89.0f ? 89.0f : -x;  // 2^128 is an infinity, and the result zero
     const float y = low < -87.0f ? -87.0f : low;
-    const float shifted = y * 1.44269504f + 12582912.0f;  // as in exp_
-    const float whole = shifted - 12582912.0f;
-    const float r = (y - whole * 0.693359375f) - whole * -2.12194440e-4f;
-    const float power = from_bits((std::int32_t)((to_bits(shifted) << 23) + (127u << 23)));  // 2^whole
-    return 1.0f / (exp_near_zero(r) * power + 1.0f);
+    return 1.0f / (exp_within(y) + 1.0f);
 }
 INLINE double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 

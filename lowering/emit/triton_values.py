@@ -24,11 +24,7 @@ from nestloop.lowering.schedule.values import Language, Value, fold, operands_of
 aten = torch.ops.aten
 
 # What Triton takes whole numbers of, too, beside others.
-_OF_ALL_NUMBERS = (
-    *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar),
-    *(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar),
-    *(aten._to_copy.default, aten.where.self),
-)
+_OF_ALL_NUMBERS = (*ops.ADD, *ops.SUB, *ops.MUL, *ops.DIV, aten._to_copy.default, aten.where.self)
 NEUTRAL = {"sum": "0", "max": 'float("-inf")', "min": 'float("inf")'}  # what a reduction starts at
 # Of one tile: twice as many would be all 65,536 registers of a program, of which some hold addresses, and a change of
 # its layout takes 262,144 bytes of shared memory, which no GPU has.

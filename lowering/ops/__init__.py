@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nestloop.lowering.ops import logic, movement, pointwise, products, reductions, results
-from nestloop.lowering.ops.calling import ONLY_TENSORS, call
+from nestloop.lowering.ops.calling import ADD, DIV, MUL, ONLY_TENSORS, SUB, call
 from nestloop.lowering.ops.decompose import cosine_similarity, decompositions, fused_rms_norm
 from nestloop.lowering.ops.detached import OP as DETACHED
 from nestloop.lowering.ops.detached import detached
@@ -79,11 +79,15 @@ def named_size(size: Any) -> str:
 
 
 __all__ = [
+    "ADD",
     "DETACHED",
+    "DIV",
     "MODULES",
+    "MUL",
     "ONLY_TENSORS",
     "ROWS",
     "SOLVE",
+    "SUB",
     "Kind",
     "NoSpelling",
     "Op",

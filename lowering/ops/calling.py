@@ -13,6 +13,12 @@ from nestloop.lowering.ops.solve import OP as SOLVE
 
 aten = torch.ops.aten
 
+# Arithmetic of tensors, and of a tensor and a number.
+ADD = (aten.add.Tensor, aten.add.Scalar)
+SUB = (aten.sub.Tensor, aten.sub.Scalar)
+MUL = (aten.mul.Tensor, aten.mul.Scalar)
+DIV = (aten.div.Tensor, aten.div.Scalar)
+
 # A constant operand stands in a graph as a number (`simplify`), which these take only as a tensor.
 ONLY_TENSORS = (aten.where.self, aten.maximum.default, aten.minimum.default)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from nestloop.lowering import ops
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.rewrites.rule import Rewrite
@@ -52,12 +53,12 @@ def _bilinear(node: Any) -> float | None:
     """c where a node is c q k^T."""
     if not isinstance(node, fx.Node):
         return None
-    if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+    if node.target in (*ops.MUL, *ops.DIV):
         value, factor = node.args[:2]
         if not isinstance(factor, (int, float)):
             return None
         inner = _bilinear(value)
-        divides = node.target in (aten.div.Tensor, aten.div.Scalar)
+        divides = node.target in ops.DIV
         return None if inner is None else inner / factor if divides else inner * factor
     if node.target is aten.neg.default:
         inner = _bilinear(node.args[0])
@@ -76,7 +77,7 @@ def _scaled_input(node: Any, name: str, transposed: bool = False) -> float | Non
         return 1.0 if node.name == name and not transposed else None
     if node.target is aten.permute.default and transposed:
         return _scaled_input(node.args[0], name)
-    if node.target in (aten.mul.Tensor, aten.mul.Scalar) and isinstance(node.args[1], (int, float)):
+    if node.target in ops.MUL and isinstance(node.args[1], (int, float)):
         inner = _scaled_input(node.args[0], name, transposed)
         return None if inner is None else inner * node.args[1]
     return None

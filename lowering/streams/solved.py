@@ -187,8 +187,8 @@ class _Affine(Located):
 
 def _rule(n: fx.Node, args: Any, kwargs: Any) -> Any:
     target = n.target
-    if target in (aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar):
-        sign = kwargs.get("alpha", 1) * (1 if target in (aten.add.Tensor, aten.add.Scalar) else -1)
+    if target in (*ops.ADD, *ops.SUB):
+        sign = kwargs.get("alpha", 1) * (1 if target in ops.ADD else -1)
         like = next(a.like for a in args[:2] if isinstance(a, Affine))
         left, right = (a if isinstance(a, Affine) else Affine({}, a, like) for a in args[:2])
         factors = dict(left.factors)
@@ -200,9 +200,9 @@ def _rule(n: fx.Node, args: Any, kwargs: Any) -> Any:
         return Affine(factors, rest, like)
     if target is aten.neg.default:
         return _times(args[0], -1.0)
-    if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+    if target in (*ops.MUL, *ops.DIV):
         value, other = args[:2]
-        divides = target in (aten.div.Tensor, aten.div.Scalar)
+        divides = target in ops.DIV
         if isinstance(other, Affine) and not divides and not isinstance(value, Affine):
             value, other = other, value
         if isinstance(other, Affine):

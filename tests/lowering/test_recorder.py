@@ -13,7 +13,8 @@ from torch import Tensor
 from nestloop.lowering import ops
 from nestloop.lowering.derivative import grad, vjp
 from nestloop.lowering.length import Length
-from nestloop.lowering.recorder import Recorder, noting, of_single_precision, record
+from nestloop.lowering.recorder import Recorder, noting, record
+from nestloop.reference.precision import default_dtype
 
 aten = torch.ops.aten
 
@@ -139,14 +140,14 @@ assert not [name for name in sys.modules if name.startswith(("torch._dynamo", "t
 def test_the_default_dtype_of_another_thread_stays():
     """It is the process's: what somebody sets while a loop is lowered is not put back."""
     try:
-        with of_single_precision():
+        with default_dtype(torch.float32):
             torch.set_default_dtype(torch.float64)
         assert torch.get_default_dtype() is torch.float64
-        with of_single_precision():
+        with default_dtype(torch.float32):
             assert torch.get_default_dtype() is torch.float32
             torch.set_default_dtype(torch.bfloat16)
         assert torch.get_default_dtype() is torch.bfloat16
-        with of_single_precision():
+        with default_dtype(torch.float32):
             pass
         assert torch.get_default_dtype() is torch.bfloat16
     finally:

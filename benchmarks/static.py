@@ -106,6 +106,7 @@ class Kernel:
             "warps": made.warps,
             "registers": made.registers,
             "spilled": list(made.spilled),
+            **({} if made.in_loops is None else {"in_loops": list(made.in_loops)}),
             "shared": made.shared,
             **({"assembler": made.assembler} if made.assembler else {}),
             "seconds": round(made.seconds, 1),
@@ -246,20 +247,26 @@ def recorded(running: set[Future[dict[str, Any]]], results: Results, at_most: in
     return running
 
 
+def _bytes(spilled: Sequence[int] | None) -> str:
+    if spilled is None:
+        return "not counted"
+    return f"[yellow]{spilled[0]} + {spilled[1]}[/yellow]" if any(spilled) else "0"
+
+
 def shown(rows: Iterable[dict[str, Any]]) -> Table:
     """Rows as a table; what spills or does not fit stands out."""
     table = Table("loop", "d", "device", "kernel")
-    for name in ("warps", "registers", "spilled", "shared", "seconds"):
+    for name in ("warps", "registers", "spilled", "in loops", "shared", "seconds"):
         table.add_column(name, justify="right")
     for row in rows:
         named = [row["loop"] if row["part"] in ("loop", "scan") else f"{row['loop']} {row['part']}"]
         named += [str(row["d"]), row["device"], row["kernel"]]
         if "refused" in row:
-            table.add_row(*named, "", "", f"[red]{row['refused']}[/red]", "", "")
+            table.add_row(*named, "", "", f"[red]{row['refused']}[/red]", "", "", "")
             continue
-        spilled = f"[yellow]{row['spilled'][0]} + {row['spilled'][1]}[/yellow]" if any(row["spilled"]) else "0"
-        figures = [str(row["warps"]), str(row["registers"]), spilled, f"{row['shared']:,}", f"{row['seconds']:.1f}"]
-        table.add_row(*named, *figures)
+        spilled, in_loops = (_bytes(row.get(name)) for name in ("spilled", "in_loops"))
+        figures = [str(row["warps"]), str(row["registers"]), spilled, in_loops, f"{row['shared']:,}"]
+        table.add_row(*named, *figures, f"{row['seconds']:.1f}")
     return table
 
 
@@ -295,7 +302,8 @@ def main(
         results.kernels, results.no_plan = {}, {}
     results.head = {
         "what": "generated Triton of every loop of the zoo compiled offline: registers of a thread, bytes it spills "
-        "(written, read), bytes of shared memory of a program, seconds of CPU that compiling took",
+        "(written, read), those of them in innermost loops, bytes of shared memory of a program, seconds of CPU that "
+        "compiling took",
         "date": datetime.now(UTC).date().isoformat(),
         "host": machine.facts(),
         "triton": version("triton"),

@@ -18,7 +18,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Collection, Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 from nestloop.errors import NoPlanError
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.assembler import assembling
+from nestloop.lowering.runtime.machine_code import spilled_in_loops
 from nestloop.lowering.runtime.refusals import no_room
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 
@@ -56,6 +59,7 @@ class Compiled:
         warps: of a program.
         registers: of a thread.
         spilled: bytes that a thread's registers spill, written and read.
+        in_loops: those of them in innermost loops; of NVIDIA's devices alone.
         shared: bytes of shared memory of a program.
         seconds: of CPU that compiling took, the assembler's included: on a busy machine only they mean anything.
         text: the code by stage: "ttir", "ttgir", then "ptx" and "sass", or "amdgcn".
@@ -72,15 +76,17 @@ class Compiled:
     seconds: float
     text: Mapping[str, str]
     assembler: str = ""
+    in_loops: tuple[int, int] | None = None
 
     @property
     def summary(self) -> str:
         """A line on what it takes."""
         written, read = self.spilled
+        inner = "" if self.in_loops is None or not written + read else " ({} and {} in innermost loops)"
         return (
             f"{self.kernel} for {self.device}, {self.dtype}: {self.warps} warps, {self.registers} registers a thread, "
-            f"spills {written} bytes written and {read} read, {self.shared} bytes of shared memory"
-            + (f"; {self.assembler}" if self.assembler else "")
+            f"spills {written} bytes written and {read} read{inner.format(*self.in_loops or ())}, {self.shared} bytes "
+            "of shared memory" + (f"; {self.assembler}" if self.assembler else "")
         )
 
 
@@ -107,7 +113,8 @@ def compiled(
         made = json.loads(ran["out"].splitlines()[-1])
         if made["shared"] > SHARED[device]:
             raise no_room(plan, kernel, made["shared"], SHARED[device])
-        return Compiled(**{**made, "spilled": tuple(made["spilled"])})
+        pairs = {name: None if made[name] is None else tuple(made[name]) for name in ("spilled", "in_loops")}
+        return Compiled(**{**made, **pairs})
     reason = f"longer than {timeout:g} seconds"
     if ran["status"] not in (-signal.SIGXCPU, -signal.SIGKILL, LATE):
         said = [line for line in ran["err"].splitlines() if line.strip() and not line.startswith("Repro command")]
@@ -174,31 +181,38 @@ def _compile(request: Mapping[str, Any]) -> Compiled:
     source = source_of(*[request[name] for name in ("text", "kernel", "dtype", "wide", "low", "computed")])
     before = sum(os.times()[:4])
     target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
-    with assembling(arch // 10 if isinstance(arch, int) else 0) as assembler:
+    # What Triton's caches have, it assembles no more, and so says nothing of.
+    triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
+    with assembling(arch // 10 if isinstance(arch, int) else 0) as assembler, redirect_stdout(StringIO()) as log:
         options = request["options"] | ({} if assembler is None else assembler.options)
         made = triton.compile(source, target=target, options=options)
-        took = sum(os.times()[:4]) - before
-        text = {stage: made.asm[stage] for stage in STAGES if stage in made.asm}
-        found = _of_nvidia(made, target, text) if backend == "cuda" else _of_amd(text["amdgcn"])
+    took = sum(os.times()[:4]) - before
+    text = {stage: made.asm[stage] for stage in STAGES if stage in made.asm}
+    in_loops = None
+    if backend == "cuda":
+        text["sass"] = _disassembled(made.asm["cubin"])
+        registers, spilled = _said_by_ptxas(log.getvalue())
+        in_loops = spilled_in_loops(text["sass"])
+    else:
+        registers, spilled = _of_amd(text["amdgcn"])
     warps, named = request["options"]["num_warps"], "" if assembler is None else str(assembler)
-    return Compiled(request["kernel"], device, dtype, warps, *found, made.metadata.shared, took, text, named)
+    taken = registers, spilled, made.metadata.shared, took, text, named, in_loops
+    return Compiled(request["kernel"], device, dtype, warps, *taken)
 
 
-def _of_nvidia(made: Any, target: Any, text: dict[str, str]) -> tuple[int, tuple[int, int]]:
-    """Registers and spills, as the assembler that Triton took counts them; the machine code goes to `text`."""
+def _disassembled(cubin: bytes) -> str:
     import triton
-    from triton.backends.nvidia.compiler import get_ptxas
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        binary, assembly = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
-        binary.write_bytes(made.asm["cubin"])
-        assembly.write_text(text["ptx"])
-        (name,) = re.findall(r"\.target (sm_\w+)", text["ptx"])[:1]
-        command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={name}", assembly, "-o", Path(folder) / "again"]
-        log = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stderr
-        shown = subprocess.run([str(tools / "nvdisasm"), "-c", str(binary)], capture_output=True, text=True)
-        text["sass"] = shown.stdout
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(cubin)
+        binary.flush()
+        return subprocess.run([str(tool), "-c", binary.name], capture_output=True, text=True).stdout
+
+
+def _said_by_ptxas(log: str) -> tuple[int, tuple[int, int]]:
+    """Registers and spills of the code that Triton launches: of a run of its own, ptxas would allocate otherwise unless
+    it had every option that Triton gives it."""
     written, read = (sum(map(int, re.findall(rf"(\d+) bytes spill {kind}", log))) for kind in ("stores", "loads"))
     return max(map(int, re.findall(r"Used (\d+) registers", log))), (written, read)
 

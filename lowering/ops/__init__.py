@@ -65,7 +65,7 @@ def nearest(target: Any) -> list[str]:
     """Admitted ops whose name is like that of `target`."""
     names = {row.target._schema.name.split("::")[-1] for row in ROWS.values()}
     written = sorted(name for name in names if not name.startswith("_"))
-    return difflib.get_close_matches(target._schema.name.split("::")[-1], written, 3, 0.5)
+    return difflib.get_close_matches(target._schema.name.split("::")[-1], written, 3, 0.65)
 
 
 def named_shape(shape: Iterable[Any]) -> str:

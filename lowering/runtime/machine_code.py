@@ -51,5 +51,4 @@ def spilled(instructions: Sequence[str]) -> tuple[int, int]:
 
 def spilled_in_loops(text: str) -> tuple[int, int]:
     """Bytes that the innermost loops spill, written and read, each instruction counted once."""
-    each = [spilled(loop) for loop in innermost_loops(text)]
-    return sum(written for written, _ in each), sum(read for _, read in each)
+    return spilled([instruction for loop in innermost_loops(text) for instruction in loop])

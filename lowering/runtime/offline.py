@@ -59,7 +59,6 @@ class Compiled:
         warps: of a program.
         registers: of a thread.
         spilled: bytes that a thread's registers spill, written and read.
-        in_loops: those of them in innermost loops; of NVIDIA's devices alone.
         shared: bytes of shared memory of a program.
         seconds: of CPU that compiling took, the assembler's included: on a busy machine only they mean anything.
         text: the code by stage: "ttir", "ttgir", then "ptx" and "sass", or "amdgcn".
@@ -76,17 +75,23 @@ class Compiled:
     seconds: float
     text: Mapping[str, str]
     assembler: str = ""
-    in_loops: tuple[int, int] | None = None
+
+    @property
+    def in_loops(self) -> tuple[int, int] | None:
+        """What of `spilled` is in innermost loops; None where there is no disassembly of NVIDIA's to count it in."""
+        return spilled_in_loops(self.text["sass"]) if self.text.get("sass") else None
 
     @property
     def summary(self) -> str:
         """A line on what it takes."""
         written, read = self.spilled
-        inner = "" if self.in_loops is None or not written + read else " ({} and {} in innermost loops)"
+        inner = self.in_loops if written or read else None
         return (
             f"{self.kernel} for {self.device}, {self.dtype}: {self.warps} warps, {self.registers} registers a thread, "
-            f"spills {written} bytes written and {read} read{inner.format(*self.in_loops or ())}, {self.shared} bytes "
-            "of shared memory" + (f"; {self.assembler}" if self.assembler else "")
+            f"spills {written} bytes written and {read} read"
+            + (f" ({inner[0]} and {inner[1]} in innermost loops)" if inner else "")
+            + f", {self.shared} bytes of shared memory"
+            + (f"; {self.assembler}" if self.assembler else "")
         )
 
 
@@ -113,8 +118,7 @@ def compiled(
         made = json.loads(ran["out"].splitlines()[-1])
         if made["shared"] > SHARED[device]:
             raise no_room(plan, kernel, made["shared"], SHARED[device])
-        pairs = {name: None if made[name] is None else tuple(made[name]) for name in ("spilled", "in_loops")}
-        return Compiled(**{**made, **pairs})
+        return Compiled(**{**made, "spilled": tuple(made["spilled"])})
     reason = f"longer than {timeout:g} seconds"
     if ran["status"] not in (-signal.SIGXCPU, -signal.SIGKILL, LATE):
         said = [line for line in ran["err"].splitlines() if line.strip() and not line.startswith("Repro command")]
@@ -188,16 +192,11 @@ def _compile(request: Mapping[str, Any]) -> Compiled:
         made = triton.compile(source, target=target, options=options)
     took = sum(os.times()[:4]) - before
     text = {stage: made.asm[stage] for stage in STAGES if stage in made.asm}
-    in_loops = None
     if backend == "cuda":
         text["sass"] = _disassembled(made.asm["cubin"])
-        registers, spilled = _said_by_ptxas(log.getvalue())
-        in_loops = spilled_in_loops(text["sass"])
-    else:
-        registers, spilled = _of_amd(text["amdgcn"])
+    found = _said_by_ptxas(log.getvalue()) if backend == "cuda" else _of_amd(text["amdgcn"])
     warps, named = request["options"]["num_warps"], "" if assembler is None else str(assembler)
-    taken = registers, spilled, made.metadata.shared, took, text, named, in_loops
-    return Compiled(request["kernel"], device, dtype, warps, *taken)
+    return Compiled(request["kernel"], device, dtype, warps, *found, made.metadata.shared, took, text, named)
 
 
 def _disassembled(cubin: bytes) -> str:

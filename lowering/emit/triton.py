@@ -17,7 +17,7 @@ from torch import fx
 
 from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.triton_repeats import LOOPS, TritonRepeats
-from nestloop.lowering.emit.triton_tiles import BARRIER, NARROWEST, TOKENS, held, walk
+from nestloop.lowering.emit.triton_tiles import BARRIER, NARROWEST, TOKENS, Rows, held, walk
 from nestloop.lowering.emit.triton_values import NEUTRAL, TRITON
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, product
 from nestloop.lowering.schedule.apart import Block, tell_apart
@@ -40,9 +40,7 @@ class TritonFunction(TritonRepeats):
         doc: a sentence on what it computes.
         axes: the names of each value's axes, for the comments.
         longest: the most tokens that a tile has.
-        rows: of inputs and results that the function itself reads and writes, one row a token, where it needs them:
-            the first row that the tile holds in memory, and whether a result is added to what is there: "again" where
-            the call says so.
+        rows: of inputs and results that the function itself reads and writes, one row a token, where it needs them.
         identifier: an input's name -> its name in the function.
         ordered: whether its rows of tokens are those that an order lists, from a place that it is given.
         block: an axis of which some is computed at a time, in phases (`schedule.phases`), or in each program.
@@ -75,7 +73,7 @@ class TritonFunction(TritonRepeats):
         doc: str,
         axes: Mapping[fx.Node, Axes],
         longest: int,
-        rows: Mapping[str, tuple[int, bool | str]] = MappingProxyType({}),
+        rows: Mapping[str, Rows] = MappingProxyType({}),
         identifier: Callable[[str], str] = str,
         ordered: bool = False,
         block: Block | None = None,
@@ -112,7 +110,8 @@ class TritonFunction(TritonRepeats):
         self.returned = [r for r in self.results if r not in rows]
         walked = [name for name in self.tiles if name in rows and self.walks(name)]
         self.ordered = ordered and bool(walked)
-        self.again = any(rows[r][1] == "again" for r in self.results if r in rows)
+        self.again = any(rows[r].added == "again" for r in self.results if r in rows)
+        self.last = any(rows[n].last for n in [*self.inputs, *self.results] if n in rows)
         for result, value in made.items():
             value.written = result in rows
         self.phases = self._phases()
@@ -211,7 +210,7 @@ class TritonFunction(TritonRepeats):
             if name in self.rows:
                 given += [f"{name}_at", *([f"{name}_n"] if self.walks(name) else [])]
         given += [*(["order_at"] if self.ordered else []), *(["again"] if self.again else [])]
-        return [*given, *(["block"] if self.outside else [])]
+        return [*given, *(["last"] if self.last else []), *(["block"] if self.outside else [])]
 
     @property
     def factors(self) -> list[str]:

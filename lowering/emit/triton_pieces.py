@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import fx
 
@@ -19,9 +20,11 @@ from nestloop.lowering.emit.torch import TITLES
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_fitting import ALIVE, TALL
 from nestloop.lowering.emit.triton_kernels import TritonKernels
+from nestloop.lowering.emit.triton_tiles import Rows
 from nestloop.lowering.ops.strided import NoSpelling, extent
 from nestloop.lowering.schedule.apart import Block
 from nestloop.lowering.schedule.interchange import Interchanged, interchanged
+from nestloop.lowering.schedule.roofline import FORWARD_REGISTERS, WIDE_REGISTERS
 
 HEIGHTS = (64, 32, 16)  # tokens of a tile
 # Tokens of a tile, and the length of a block of a long axis (0: all of it), best first: with fewer tokens weights are
@@ -50,7 +53,7 @@ class TileGraph:
     tokens: tuple[str, ...]
     doc: str
     axes: Mapping[fx.Node, Axes]
-    rows: Mapping[str, tuple[int, bool | str]]
+    rows: Mapping[str, Rows]
     ordered: bool
 
     def without(self, carried: Sequence[str]) -> TileGraph:
@@ -124,9 +127,9 @@ class TritonPieces(Batches, TritonKernels):
         module = piece.backward if pulls else piece.forward
         doc = f"Cotangents of the inputs of {of}." if pulls else f"{TITLES[of]}. Makes {', '.join(results)}."
         summed = self._summed(name, results)
-        rows: dict[str, tuple[int, bool | str]] = {n: (0, False) for n in [*self.shapes, *results]}
-        rows |= {n: (0, True) for n in summed}
-        rows |= {f"d_{n}": (0, added) for n, added in self._added(of).items()} if pulls else {}
+        rows: dict[str, Rows] = {n: Rows() for n in [*self.shapes, *results]}
+        rows |= {n: Rows(added=True) for n in summed}
+        rows |= {f"d_{n}": Rows(added=added) for n, added in self._added(of).items()} if pulls else {}
         handed = [*SUMS, "d_loss_sum", "d_loss_after"]
         if of.endswith("update"):  # of the gradient: where the sum of it is
             step = self.functions[of.replace("update", "gradient")]
@@ -167,14 +170,14 @@ class TritonPieces(Batches, TritonKernels):
         stay = [None if moved else r for r, moved in zip(graph.results, cut.moved, strict=True)]
         added = [r if moved else None for r, moved in zip(graph.results, cut.moved, strict=True)]
         axes = {node: graph.axes[source] for node, source in cut.sources.items() if source in graph.axes}
-        tokens, rows = (*graph.tokens, *cut.handed), {**graph.rows, **dict.fromkeys(cut.handed, (0, False))}
+        tokens, rows = (*graph.tokens, *cut.handed), {**graph.rows, **dict.fromkeys(cut.handed, Rows())}
         kept = replace(graph, module=cut.rows, results=[*stay, *cut.handed], tokens=tokens, axes=axes, rows=rows)
 
         # What has the axis is in registers; a row that blocks add up is added to what is there, but for the first.
         sums = [r for r in added if r in summed]
         weights = [n for n in rows if n not in tokens and size in self.shapes.get(n, ())]
         own = {n: row for n, row in rows.items() if n not in (*sums, *weights)}
-        own |= {r: (own[r][0], own[r][1] or "again") for r in added if r in own}
+        own |= {r: own[r]._replace(added=own[r].added or "again") for r in added if r in own}
         name, doc = f"sums_{graph.name}", _IN_BLOCKS.format(graph.name)
         blocked = replace(kept, name=name, doc=doc, module=cut.sums, results=added, rows=own)
 
@@ -198,7 +201,7 @@ class TritonPieces(Batches, TritonKernels):
             return [r for r in results if r in reached]
         return [r for r in results if name.endswith("gradient") and r not in SUMS]
 
-    def _added(self, piece: str) -> dict[str, bool | str]:
+    def _added(self, piece: str) -> dict[str, bool | Literal["again"]]:
         """Of tokens, whether a cotangent is added to what an earlier piece, or "again" an earlier step, has written."""
         seen = [n for n in self.tokens if n in self.reached(piece)]
         if piece == "readout":
@@ -206,7 +209,8 @@ class TritonPieces(Batches, TritonKernels):
         written = set(self.reached("readout"))
         if piece.endswith("gradient"):
             written |= {*self.cleared, *(self.reached("final_loss") if self.losses else [])}
-        again = piece.endswith("gradient") and not self.ordered and self.spec.schedule.steps > 1 and "again"
+        steps = piece.endswith("gradient") and not self.ordered and self.spec.schedule.steps > 1
+        again: Literal["again", False] = "again" if steps else False
         return {n: True if n in written else again for n in seen}
 
     @property
@@ -245,6 +249,9 @@ class TritonPieces(Batches, TritonKernels):
         return max(map(self._warps, functions), default=4)
 
     def _warps(self, function: TritonFunction) -> int:
+        few = WIDE_REGISTERS if function.name.endswith("_vjp") else FORWARD_REGISTERS
+        if function.packed <= 4 * 32 * few:  # 8 would take more instructions
+            return 4
         if function.outside:
             return 4 if function.longest >= TALL or function.alive + function.kept <= ALIVE_BLOCK // 2 else 8
         if function.block is not None and function.longest >= TALL:

@@ -9,6 +9,7 @@ from torch import fx
 
 from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.triton_stream import TritonStream
+from nestloop.lowering.emit.triton_tiles import Rows
 from nestloop.lowering.ops.strided import Extent, extent, product
 from nestloop.lowering.schedule.apart import Block
 from nestloop.lowering.schedule.parts import joined
@@ -74,7 +75,7 @@ class TritonPrepare(TritonStream):
         if part is None:
             self._add_one(name, module, results, doc, rows)
             return
-        own = dict.fromkeys([*rows, *part.handed], (0, False))
+        own = dict.fromkeys([*rows, *part.handed], Rows())
         self.add_blocked(name, part.rest, results, doc, own, self._axes_of(part), self.blocks_of(name))
 
     def _taking(self, name: str, module: fx.GraphModule, results: Sequence[str | None]) -> Taking | None:
@@ -94,7 +95,7 @@ class TritonPrepare(TritonStream):
             cuts = [self.prepared[walk] for walk in walks]
             handed = [n for cut in cuts for n in cut.handed]
             doc = f"What {' and '.join(walks)} take{'s' if len(walks) == 1 else ''} of a chunk alone. "
-            own = dict.fromkeys([*self.per_token, *self.shared, *self.carry, *handed], (0, False))
+            own = dict.fromkeys([*self.per_token, *self.shared, *self.carry, *handed], Rows())
             ahead = joined([cut.ahead.graph for cut in cuts])
             self.add_blocked(self.prepare_of(walks), ahead, handed, f"{doc}Makes {', '.join(handed)}.", own)
 
@@ -130,7 +131,7 @@ class TritonPrepare(TritonStream):
         self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str, rows: Collection[str]
     ) -> None:
         """A function; `rows`: what it reads and writes itself."""
-        self.add_blocked(name, module, results, doc, dict.fromkeys(rows, (0, False)), blocked=self.blocks_of(name))
+        self.add_blocked(name, module, results, doc, dict.fromkeys(rows, Rows()), blocked=self.blocks_of(name))
 
     def blocks_of(self, name: str) -> Block | None:
         """The axis of the state of which a function computes a block at a time: a strip's, in a walk."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from nestloop.lowering.emit.expressions import offset
-from nestloop.lowering.emit.triton_tiles import BARRIER, held, walk
+from nestloop.lowering.emit.triton_tiles import BARRIER, Rows, held, walk
 from nestloop.lowering.emit.triton_values import TritonValues
 from nestloop.lowering.ops.strided import Extent, dense, product
 from nestloop.lowering.schedule.apart import Block
@@ -29,7 +29,7 @@ class TritonRepeats(TritonValues):
     def __init__(
         self,
         longest: int,
-        rows: Mapping[str, tuple[int, bool | str]],
+        rows: Mapping[str, Rows],
         block: Block | None = None,
         outside: bool = False,
     ) -> None:

@@ -16,6 +16,7 @@ from nestloop.lowering.emit.tile import used_inputs
 from nestloop.lowering.emit.torch import DECODERS, TITLES
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import TritonKernels
+from nestloop.lowering.emit.triton_tiles import Rows
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan
 from nestloop.lowering.schedule.apart import Block
@@ -82,7 +83,7 @@ class TritonShared(TritonKernels):
             raise NoSpelling(f"{name} is of constants alone")
         self.shapes |= {n: _sizes(value) for n, value in values.items() if isinstance(value, Tensor)}
         axes = type_axes(self.captured.spec, module, self.captured.readout_axes).axes
-        rows = dict.fromkeys(values, (0, False))
+        rows = dict.fromkeys(values, Rows())
 
         def of_tile(height: int, block: Block | None, carried: Sequence[str]) -> TritonFunction:
             return TritonFunction(name, module, results, (), doc, axes, height, rows, block=block)

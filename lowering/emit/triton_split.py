@@ -26,7 +26,13 @@ from nestloop.lowering.emit.triton_work import is_of_products
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch
 from nestloop.lowering.schedule.apart import Block
-from nestloop.lowering.schedule.roofline import PACKED_REGISTERS, SHARED_REGISTERS, WIDE_REGISTERS, WIDE_ROWS
+from nestloop.lowering.schedule.roofline import (
+    FORWARD_REGISTERS,
+    PACKED_REGISTERS,
+    SHARED_REGISTERS,
+    WIDE_REGISTERS,
+    WIDE_ROWS,
+)
 from nestloop.lowering.streams.step import VALID
 
 WALKED = ("forward_states", "backward_states", "backward_cotangents")  # kernels that walk the state, or its cotangent
@@ -139,15 +145,17 @@ class TritonSplitScan(TritonHanded):
         return any(function.left_at for function in self._functions_of(kernel))
 
     def _warps(self, kernel: str) -> int:
-        """Of a program: 8 would take each wide product of 64 rows twice, so 4 where these are expected not to spill, or
-        where there is little but products, whose factors lie in shared memory."""
-        alive, wide = self._alive(kernel), self.strips is not None and self.rows == WIDE_ROWS
+        """Of a program: 8 take more instructions, and each wide product of 64 rows twice, so 4 where these are expected
+        not to spill, or where there is little but products, whose factors lie in shared memory."""
+        alive, wide = self.alive_in(kernel), self.strips is not None and self.rows == WIDE_ROWS
+        functions = self._functions_of(kernel)
+        packed = max((f.packed for f in functions), default=1)
         if kernel.startswith("backward_"):
-            functions = self._functions_of(kernel)
             products = wide and all(map(is_of_products, functions))
-            packed = max((f.packed for f in functions), default=1)
             if packed <= 4 * 32 * (SHARED_REGISTERS if products else PACKED_REGISTERS):
                 return 4
+        elif packed <= 4 * 32 * FORWARD_REGISTERS:
+            return 4
         return 4 if wide and alive <= 4 * 32 * WIDE_REGISTERS else self.warps_for(alive)
 
     def _functions_of(self, which: str) -> list[TritonFunction]:
@@ -211,11 +219,9 @@ class TritonSplitScan(TritonHanded):
         return [n for n in self.walked if piece != "chunk" or n not in self._changed]
 
     def _states(self) -> list[str]:
-        kept = {n: self.between(n, "index // every - 1", made=True) for n in self.walked}
         last = f"N // {self.rows}" if "partial" in self.pieces else "chunks"  # a part of a chunk may leave it as it is
         loop = [*self.next_chunk("forward_states"), *self._hand("states")]
-        loop += ["if (index > 0) & (index % every == 0):"]
-        loop += indented([*self._give("states", kept, "index"), *self._keep_held()])
+        loop += self._keep()
         loop += self.leave_anchor()
         loop += self.either(lambda name: self._advance() if name == "chunk" else ["pass"])
         return [
@@ -225,12 +231,23 @@ class TritonSplitScan(TritonHanded):
             self._walk("forward_states", "index", "0, chunks"),
             *indented(loop),
             *self._last("states", {n: self.end(n) for n in self.walked}, last),
+            *self._behind(),
             *self._leave_held(),
         ]
 
-    def _keep_held(self) -> list[str]:
-        places = {n: self.between(n, "index // every - 1", made=True) for n in self.held}
-        return [line for n in self.held for line in self.fill(n, self.at(n), places[n])]
+    def _keep(self) -> list[str]:
+        """Lines of a walk that keep some states for backward."""
+        return ["if (index > 0) & (index % every == 0):", *indented(self._kept())]
+
+    def _kept(self) -> list[str]:
+        """Lines that keep one, before a chunk that begins a group."""
+        places = {n: self.between(n, "index // every - 1", made=True) for n in [*self.walked, *self.held]}
+        held = [line for n in self.held for line in self.fill(n, self.at(n), places[n])]
+        return [*self._give("states", {n: places[n] for n in self.walked}, "index"), *held]
+
+    def _behind(self) -> list[str]:
+        """Lines behind the walk that leave what its turns have not."""
+        return []
 
     def _leave_held(self) -> list[str]:
         return [line for n in self.held for line in self.fill(n, self.at(n), self.end(n))]

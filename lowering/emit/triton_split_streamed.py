@@ -12,7 +12,7 @@ from torch import fx
 
 from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_split import TritonSplitScan
-from nestloop.lowering.emit.triton_tiles import BARRIER, walk
+from nestloop.lowering.emit.triton_tiles import BARRIER, Rows, walk
 from nestloop.lowering.schedule.apart import Block
 
 
@@ -45,9 +45,9 @@ class TritonSplitStreamedScan(TritonSplitScan):
         self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str, rows: Collection[str]
     ) -> None:
         walks = name == "advance" or name.endswith("_state_vjp")
-        owned = dict.fromkeys([*rows, *self._walked_rows(name)] if walks else rows, (0, False))
+        owned = dict.fromkeys([*rows, *self._walked_rows(name)] if walks else rows, Rows())
         passed = self._passed(name.removesuffix("_state_vjp")) if walks else []
-        self.add_blocked(name, module, results, doc, {**owned, **{f"d_{n}": (0, True) for n in passed}})
+        self.add_blocked(name, module, results, doc, {**owned, **{f"d_{n}": Rows(added=True) for n in passed}})
 
     def _walked_rows(self, name: str) -> list[str]:
         """What a function of the walk reads and writes itself, beside tokens."""
@@ -112,12 +112,17 @@ class TritonSplitStreamedScan(TritonSplitScan):
     def nothing_waits(self) -> list[str]:
         return [line for n in self.extra if n.endswith("__pending") for line in self.fill(n, None, self.end(n))]
 
+    def _keep(self) -> list[str]:
+        return []  # what is walked stays where it lies: a copy in some turns would take registers in all
+
     def leave_anchor(self) -> list[str]:
-        lines = []
-        for n in self.extra:
-            if n.endswith("__anchor"):
-                lines += self.fill(n, self._at("states", "index")[n.removesuffix("__anchor")], self.end(n))
-        return ["if start + own == N:", *indented(lines)] if lines else []
+        return []
+
+    def _behind(self) -> list[str]:
+        lines = [walk("index", "every, chunks, every"), *indented(self._kept())]
+        anchors = [n for n in self.extra if n.endswith("__anchor")]
+        first = self._at("states", "chunks - 1")
+        return [*lines, *[x for n in anchors for x in self.fill(n, first[n.removesuffix("__anchor")], self.end(n))]]
 
     # ---- Backward --------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.scan import ROWWISE, TITLES, ScanTensors
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import TritonKernels, indented
-from nestloop.lowering.emit.triton_tiles import BARRIER, padded, walk
+from nestloop.lowering.emit.triton_tiles import BARRIER, Rows, padded, walk
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch, TritonPlan
 from nestloop.lowering.schedule.apart import Block
@@ -30,6 +30,7 @@ class TritonStream(TritonKernels, ScanTensors):
 
     Attributes:
         spread: how it runs, in words.
+        place_of_state: where the state lies, in words.
         strips: the axis of the state of which each program of a walk has a block; None where it has all of it.
 
     Raises:
@@ -37,6 +38,7 @@ class TritonStream(TritonKernels, ScanTensors):
     """
 
     spread = "one program a head and sequence"
+    place_of_state = "its state in registers"
     strips: Block | None = None
 
     def in_turns(self, name: str) -> bool:
@@ -92,12 +94,10 @@ class TritonStream(TritonKernels, ScanTensors):
         self.functions[name] = TritonFunction(*given, in_turns=self.in_turns(name))
 
     @property
-    def token_rows(self) -> dict[str, tuple[int, bool]]:
-        """Rows of a tile of tokens that functions read and write themselves: the first that has a row in memory, and
-        whether they add to it, as windows that overlap do.
-        """
-        rows = {n: (self.halo if self.plain(n) in ROWWISE else 0, False) for n in [*self.per_token, *ROWWISE]}
-        return rows | {f"d_{n}": (0, bool(self.halo)) for n in self.tokens}
+    def token_rows(self) -> dict[str, Rows]:
+        """How functions read and write tokens: windows that overlap add to the same rows."""
+        rows = {n: Rows(self.halo if self.plain(n) in ROWWISE else 0) for n in [*self.per_token, *ROWWISE]}
+        return rows | {f"d_{n}": Rows(added=bool(self.halo)) for n in self.tokens}
 
     def check_in_memory(self) -> None:
         """Raise `NoSpelling` for a scan whose state cannot lie in memory."""
@@ -112,7 +112,7 @@ class TritonStream(TritonKernels, ScanTensors):
         module: fx.GraphModule,
         results: Sequence[str | None],
         doc: str,
-        rows: Mapping[str, tuple[int, bool | str]],
+        rows: Mapping[str, Rows],
         axes: Mapping[fx.Node, Axes] | None = None,
         blocked: Block | None = None,
     ) -> None:
@@ -139,16 +139,24 @@ class TritonStream(TritonKernels, ScanTensors):
 
     # ---- Source ----------------------------------------------------------------------------------------------------
 
-    def emit(self) -> TritonPlan:
-        """The module."""
+    def emit(self, pulls: TritonStream | None = None) -> TritonPlan:
+        """The module.
+
+        Args:
+            pulls: what writes its backward, where another does: of the same scan, with the state in another place.
+        """
+        pulls = pulls or self
         what = f"A scan over chunks of {self.longest} tokens" if self.longest else "One piece"
-        forward, backward = (self._launches(which) for which in ("forward", "backward"))
+        forward, backward = self._launches("forward"), pulls._launches("backward")
         kernels = {one.kernel: self._kernel("forward", one) for one in forward}
-        kernels |= {one.kernel: self._kernel("backward", one) for one in backward}
+        kernels |= {one.kernel: pulls._kernel("backward", one) for one in backward}
+        spread = self.spread
+        if pulls is not self:
+            own = {function.name for function in self._functions_of("forward")}
+            self.functions = {n: (self if n in own else pulls).functions[n] for n in self.functions}
+            spread += f", {self.place_of_state} forward and {pulls.place_of_state} backward"
         return TritonPlan(
-            text=self.module(
-                f"{what}, {self.spread}: the {self.form} form.", [*kernels.values()], [*forward, *backward]
-            ),
+            text=self.module(f"{what}, {spread}: the {self.form} form.", [*kernels.values()], [*forward, *backward]),
             forward=tuple(self.given("forward")),
             backward=tuple(self.given("backward")),
             gradients=tuple(self.gradients),
@@ -159,14 +167,14 @@ class TritonStream(TritonKernels, ScanTensors):
             forward_launches=forward,
             backward_launches=backward,
             forward_handed=self._handed("forward"),
-            backward_handed=self._handed("backward"),
-            work=self.work(kernels, self._functions_of, self._alive),
+            backward_handed=pulls._handed("backward"),
+            work=self.work(kernels, self._functions_of, self.alive_in),
         )
 
     def _launches(self, which: str) -> tuple[Launch, ...]:
         """The kernels of a direction."""
         states = self._state if which == "backward" else 0
-        return (Launch(which, "sequences", self.warps_for(self._alive(which)), self._scratch(which), states),)
+        return (Launch(which, "sequences", self.warps_for(self.alive_in(which)), self._scratch(which), states),)
 
     def _handed(self, which: str) -> tuple[Handed, ...]:
         """What the kernels of a direction leave for one another."""
@@ -227,7 +235,7 @@ class TritonStream(TritonKernels, ScanTensors):
 
     def _functions_of(self, which: str) -> list[TritonFunction]:
         """The functions that a kernel calls."""
-        chosen = [n for n in self.functions if (which == "backward") == n.endswith("_vjp") or n == "advance"]
+        chosen = [n for n in self.functions if (which == "backward") == (n.endswith("_vjp") or n == "advance")]
         return [self.functions[n] for n in chosen]
 
     def _scratch(self, which: str) -> int:
@@ -238,7 +246,8 @@ class TritonStream(TritonKernels, ScanTensors):
         """Elements of the tiles that are alive at once, at most."""
         return max(f.alive for f in self.functions.values())
 
-    def _alive(self, which: str) -> int:
+    def alive_in(self, which: str) -> int:
+        """The same of a direction, or of a kernel."""
         return max((f.alive for f in self._functions_of(which)), default=1)
 
     # ---- Tiles -----------------------------------------------------------------------------------------------------

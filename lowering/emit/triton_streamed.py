@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from nestloop.lowering.emit.scan import ROWWISE
+from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import aligned, indented
 from nestloop.lowering.emit.triton_stream import TritonStream
-from nestloop.lowering.emit.triton_tiles import BARRIER, walk
+from nestloop.lowering.emit.triton_tiles import BARRIER, Rows, walk
 
 
 class TritonStreamedScan(TritonStream):
@@ -21,6 +22,8 @@ class TritonStreamedScan(TritonStream):
     Raises:
         NoSpelling: something in it has no Triton; the text is the reason.
     """
+
+    place_of_state = "its state in memory"
 
     def in_turns(self, name: str) -> bool:
         # Forward reads few tensors: counting their places anew takes more registers than it frees.
@@ -32,19 +35,22 @@ class TritonStreamedScan(TritonStream):
 
     def _add(self, name: str, module: fx.GraphModule, results: Sequence[str | None], doc: str) -> None:
         placed = [*self.shapes, *[r for r in results if r], *[f"d_{n}_new" for n in [*self.carry, *self.extra]]]
-        rows: dict[str, tuple[int, bool | str]] = {n: (0, False) for n in placed}
+        rows: dict[str, Rows] = {n: Rows() for n in placed}
         rows |= self.token_rows
         if name.endswith("_vjp"):
             passing = self.held if name == "chunk_vjp" else self.carry  # what the piece does not change
-            rows |= {f"d_{n}": (0, True) for n in [*self.shared, *passing]}
+            rows |= {f"d_{n}": Rows(added=True) for n in [*self.shared, *passing]}
+        rows |= {n: Rows(last=True) for extra in self.extra for n in (f"{extra}_new", f"d_{extra}_new")}
         self.add_blocked(name, module, results, doc, rows)
+
+    def more(self, function: TritonFunction) -> list[str]:
+        return ["start + own == N"] if function.last else []
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
 
     def _scratch(self, which: str) -> int:
-        """What functions work in, then two states, or two cotangents of one and what the last chunk leaves."""
-        size = aligned(super()._scratch(which)) + 2 * self._size
-        return size + (self.room_for(self.extra) if which == "backward" else 0)
+        """What functions work in, then two states, or two cotangents of one."""
+        return aligned(super()._scratch(which)) + 2 * self._size
 
     def _pair(self, which: str) -> str:
         return f"pair = scratch + {aligned(super()._scratch(which))}"
@@ -92,24 +98,24 @@ class TritonStreamedScan(TritonStream):
             "if (index > 0) & (index % every == 0):",
             *indented([x for n in self.carry for x in self.fill(n, now[n], kept[n])]),
         ]
-        anchors = [n for n in self.extra if n.endswith("__anchor")]
-        if anchors:
-            copies = [x for n in anchors for x in self.fill(n, now[n.removesuffix("__anchor")], ends[n])]
-            loop += ["if start + own == N:", *indented(copies)]
         loop += self.either(lambda name: self._run(name, now, {**ends, **then}))
         # Not `each_turn`, as `in_turns`.
         body += [f"chunks = tl.cdiv(N, {self.longest})", walk("index", "0, chunks"), *indented(loop)]
         body += [f"last = pair + chunks % 2 * {self._size}", BARRIER]
-        last = self.side_by_side("last", self.carry)
-        return body + [x for n in self.carry for x in self.fill(n, last[n], ends[n])]
+        last, before = (self.side_by_side(place, self.carry) for place in ("last", "before"))
+        body += [x for n in self.carry for x in self.fill(n, last[n], ends[n])]
+        # The last chunk's first weights are its anchor. Behind the loop: where a turn may copy them, it takes registers
+        # in all turns.
+        anchors = [n for n in self.extra if n.endswith("__anchor")]
+        body += [f"before = pair + (chunks + 1) % 2 * {self._size}"] if anchors else []
+        return body + [x for n in anchors for x in self.fill(n, before[n.removesuffix("__anchor")], ends[n])]
 
     # ---- Backward --------------------------------------------------------------------------------------------------
 
     def _backward(self) -> list[str]:
         shared = [n for n in self.shared if n in self.gradients]
         places = {n: self.pulled(n) for n in shared}
-        body = [self._pair("backward"), f"left = pair + {2 * self._size}", *self.clear_all(shared, places)]
-        body += self.clear_tokens()
+        body = [self._pair("backward"), *self.clear_all(shared, places), *self.clear_tokens()]
         first = self.side_by_side("pair", self.carry)
         for n in self.carry:
             body += self.fill(n, self.at(f"d_end_{n}"), first[n])
@@ -141,17 +147,8 @@ class TritonStreamedScan(TritonStream):
             f"d_then = pair + (ago + 1) % 2 * {self._size}",
         ]
         now, then = self.side_by_side("d_now", self.carry), self.side_by_side("d_then", self.carry)
-        left = self.side_by_side("left", self.extra)
-        read = {n for f in self._functions_of("backward") for n in f.inputs}
-        copies, zeros = [], []
-        for n in self.extra:
-            if f"d_{n}_new" in read:
-                copies += self.fill(n, self.at(f"d_end_{n}"), left[n])
-                zeros += self.fill(n, None, left[n]) if not n.endswith("__pending") else []
-        if copies:
-            lines += ["if index + 1 == chunks:", *indented(copies)]
-            lines += ["else:", *indented(zeros)] if zeros else []
         lines.append(BARRIER)
+        left = {n: self.at(f"d_end_{n}") for n in self.extra}
         cotangents = {f"d_{n}_new": place for n, place in {**now, **left}.items()}
         shared = {f"d_{n}": self.pulled(n) for n in self.shared if n in self.gradients}
 

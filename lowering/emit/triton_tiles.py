@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 from nestloop.lowering.emit.expressions import offset
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, product
@@ -12,6 +13,20 @@ from nestloop.lowering.schedule.values import Value
 
 NARROWEST = 16  # what a product of tiles takes
 TOKENS = Extent(1, 0)
+
+
+class Rows(NamedTuple):
+    """How a function reads an input in memory, or writes a result, itself.
+
+    Attributes:
+        first: the first row of a tile that memory has.
+        added: whether a result is added to what is there; "again": where the call says so.
+        last: whether it is of the last tile alone, which the call tells: of others it is zero, and is not written.
+    """
+
+    first: int = 0
+    added: bool | Literal["again"] = False
+    last: bool = False
 
 
 def held(value: Value) -> tuple[Extent, ...]:
@@ -42,8 +57,7 @@ class TritonTiles:
 
     Args:
         longest: the most tokens that a tile has.
-        rows: of inputs and results that the function itself reads and writes, one row a token: the first row that the
-            tile holds in memory, and whether a result is added to what is there.
+        rows: of inputs and results that the function itself reads and writes, one row a token.
         block: the axis that is walked in blocks, or of which a program has one.
 
     Attributes:
@@ -62,7 +76,7 @@ class TritonTiles:
     def __init__(
         self,
         longest: int,
-        rows: Mapping[str, tuple[int, bool | str]],
+        rows: Mapping[str, Rows],
         block: Block | None = None,
         outside: bool = False,
     ) -> None:
@@ -124,7 +138,7 @@ class TritonTiles:
 
     def _rows(self, value: Value, name: str, step: str) -> tuple[str, str]:
         """Places and mask of a tile of rows, the first one at the start of the tensor's own."""
-        sizes, first, each = held(value), self.rows[name][0], self.rows_each(name)
+        sizes, first, each = held(value), self.rows[name].first, self.rows_each(name)
         rank, places = len(sizes), []
         strides = [ONE, *dense(sizes[1:])] if each else dense(sizes)
         for d, (size, stride) in enumerate(zip(sizes, strides, strict=True)):
@@ -141,6 +155,8 @@ class TritonTiles:
         mask = self._masks(sizes)
         if first:
             mask += f" & ({self._index(0, rank, sizes[0])} >= {first})"
+        if self.rows[name].last:
+            mask = f"{mask} & last" if mask else "last"
         return " + ".join(places) or "0", mask
 
     def _ordered(self, token: str, axis: int, rank: int, size: Extent) -> str:
@@ -157,7 +173,7 @@ class TritonTiles:
         assert value.result is not None
         places, mask = self._rows(value, value.result, f"{value.result}_n")
         place, text = f"{value.result}_at + {places}", value.name
-        added = self.rows[value.result][1]
+        added = self.rows[value.result].added
         if added:
             there = " & ".join([*([mask] if mask else []), *(["again"] if added == "again" else [])])
             text = f"tl.load({place}{f', mask={there}, other=0' if there else ''}) + {text}"

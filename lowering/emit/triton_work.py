@@ -184,7 +184,8 @@ def _waits(function: TritonFunction, value: Value) -> int:
 
 
 def _moved(function: TritonFunction) -> int:
-    """Elements that a call reads and writes: rows of tensors, and its scratch memory."""
+    """Elements that a call reads and writes, unless it is the last: rows of tensors, and its scratch memory."""
+    rows = {name: row for name, row in function.rows.items() if not row.last}
     there: set[Value] = set()
     total = 0
     for phase in function.phases:
@@ -195,11 +196,11 @@ def _moved(function: TritonFunction) -> int:
                 turns = function.times.get(value, 1)
                 left = isinstance(value, Kept) or value in function.left_at
                 total += _size(function, value) * turns if left else 0
-                if value.written and value.result is not None:
-                    total += _size(function, value) * (2 if function.rows[value.result][1] else 1)
+                if value.written and value.result in rows:
+                    total += _size(function, value) * (2 if rows[value.result].added else 1)
                 total += _size(function, value) * turns if value in function.place else 0
                 for base in {view.base for view in value.reads} - seen - there:
-                    if base in function.handed or (base.kind == "input" and base.name in function.rows):
+                    if base in function.handed or (base.kind == "input" and base.name in rows):
                         walked = function.block is not None and is_blocked(base, function.block.size)
                         (seen if walked else there).add(base)
                         total += 0 if base in part else _size(function, base)

@@ -45,6 +45,9 @@ TILE_REGISTERS = 112  # so many for tiles leave a thread of 255 few spills, or n
 # Twice as many threads take 1.2 to 2 times the instructions.
 WIDE_REGISTERS = 136
 PACKED_REGISTERS = 176
+# With factors counted so, all other kernels of 4 warps: forward without a spill, backward (WIDE_REGISTERS) with a few
+# bytes at most. Twice as many threads take 1.1 to 2 times the instructions there, too.
+FORWARD_REGISTERS = 128
 # And where there is little but products of 64 rows, so many FLOPs of them for each other instruction: a few bytes are
 # spilled, by 8 warps too, which take twice the instructions.
 SHARED_REGISTERS = 242

@@ -6,6 +6,7 @@ The interpreter sees no races and no layouts; the compiler runs nothing. Each ke
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,31 @@ def test_a_state_that_is_walked_in_memory(
     assert {"forward_outputs", "backward_tokens"} <= kernels_of_scans
     (path, *_) = cache.cache_dir().glob("*_scan_triton*.py")
     assert "(item * (chunks + 1) + index + 1)" in path.read_text()
+
+
+@pytest.mark.parametrize("loop", [zoo.TTTLinear, zoo.TTTMLP, zoo.Titans, zoo.Yaad], ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize("forward", [0, 1])
+def test_forward_and_backward_have_the_state_in_different_places(
+    loop: type[nl.Loop], forward: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """One in registers, one in memory; several chunks, an incomplete one last, in two calls: the reference."""
+    monkeypatch.setenv("NESTLOOP_CACHE", str(tmp_path))
+    monkeypatch.setattr(triton_choice, "ALIVE", 0)
+    places = {"forward": forward, "backward": 1 - forward}
+    monkeypatch.setattr(triton_choice, "_of_fewest", lambda made, which: made[places[which]])
+    for name in ("d", "dk", "dv"):
+        monkeypatch.setitem(SIZES, name, 9 + forward)  # what was lowered in this process for others has one place
+    torch.manual_seed(0)
+    inputs = drawn(loop, 37)
+    with tuned.trying(Tiling(levels=1)):
+        found = run_in_parts(nl.compile(loop, backend="triton"), inputs, [20], losses=False)
+    assert_equal(differences(found, run(nl.compile(loop, backend="reference"), inputs, losses=False)), 1e-9)
+    (text,) = {path.read_text() for path in cache.cache_dir().glob("*_scan_triton*.py")}
+    first, second = ("memory", "registers") if forward else ("registers", "memory")
+    assert f"its state in {first} forward and its state in {second} backward" in text
+    # What only the last chunk leaves, others neither write nor read.
+    left = re.findall(r"tl\.(?:load|store)\((?:d_)?\w+__update_new_at .*", text)
+    assert bool(left) == loop.__name__.startswith("TTT") and all("mask=" in line and "last" in line for line in left)
 
 
 @pytest.mark.parametrize("loop", [zoo.RetNet, zoo.GatedDeltaNet, zoo.TTTLinear], ids=lambda loop: loop.__name__)

@@ -201,6 +201,7 @@ def gate(
     A layer makes it as `scale * activation(x @ w_h + c_h)`; a functional op takes it ready made, among the views.
 
     Args:
+        activation: a function of [B, N, H, features], for an axis of a head's own numbers last, that keeps the shape.
         dims: for one number per channel: the dims of the fast weight's axes that it runs along, "d" or ("dk", "dv")
             say. Of two axes of one name the first is meant; in a fast weight [dk, dv] they can be told apart.
         micro: one gate for each micro-step of a token, [B, H, N, m, *dims].

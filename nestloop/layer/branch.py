@@ -200,7 +200,7 @@ class Branch(nn.Module):
             dims = self._dims(view)
             self._check_made(name, view, flat, self._groups(view) * math.prod(dims), call.input)
             if isinstance(view, Gate) and not view.pooled:
-                flat = self._activated(view, flat)
+                flat = self._activated(view, flat.unflatten(2, (self._groups(view), math.prod(dims)))).flatten(2)
             made[name] = self._split(view, flat, dims)
         return made
 
@@ -222,8 +222,9 @@ class Branch(nn.Module):
             return flat.reshape(*flat.shape[:2], *steps, *dims)
         return flat.reshape(*flat.shape[:2], self.heads // view.group, *steps, *dims).transpose(1, 2)
 
-    def _activated(self, gate: Gate, flat: Tensor) -> Tensor:
-        value = applied(gate.activation, flat, f"activation of the gate '{gate.name}'", gate.where)
+    def _activated(self, gate: Gate, value: Tensor) -> Tensor:
+        """A gate's activation and scale; value: [B, N, groups, features]."""
+        value = applied(gate.activation, value, f"activation of the gate '{gate.name}'", gate.where)
         scale = gate.scale if isinstance(gate.scale, float) else float(gate.scale.evaluate(self.sizes, gate.where))
         return value if scale == 1.0 else value * scale
 

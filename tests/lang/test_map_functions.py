@@ -228,7 +228,7 @@ def test_functions_that_fail(function, says, fix):
 
     for step, called, shape in (
         (view, "map of the view 'k'", "[2, 6, 2, 4]"),
-        (gate, "activation of the gate 'e'", "[2, 6, 2]"),
+        (gate, "activation of the gate 'e'", "[2, 6, 2, 1]"),
         (gated, "activation of nl.gated", "[2, 6, 2, 4]"),
         (gated_of, "map of nl.gated", "[2, 6, 1, 8]"),
         (read_out, "map of the read-out", "[2, 6, 2, 4]"),
@@ -252,6 +252,14 @@ def test_functions_of_any_kind():
     for function in (torch.sin, abs, operator.neg, operator.methodcaller("tanh"), torch.Tensor.exp, Doubled()):
         made = layer_of(nl.Online(), k=nl.view("d", make=[function]), e=nl.gate(functools.partial(function)))
         assert made(x).shape == x.shape
+
+
+@pytest.mark.parametrize("gate", [nl.gate, functools.partial(nl.gate, make=[torch.nn.Identity()])])
+def test_an_activation_sees_a_head_s_own_numbers_last(gate: Any):
+    layer = layer_of(nl.Online(), k=nl.view("d"), e=nl.gate(), f=gate(lambda x: x.softmax(-1), dims="d"))
+    made = layer.make_views(torch.randn(2, 6, D))["f"]
+    assert made.shape == (2, H, 6, D // H)
+    assert torch.allclose(made.sum(-1), torch.ones(2, H, 6))
 
 
 def test_functions_that_mix_tokens_where_all_are_there():

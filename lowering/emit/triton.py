@@ -313,7 +313,8 @@ class TritonFunction(TritonRepeats):
         lines += self.pending
         self.pending, before = [], set(self.there)
         inside = [line for value in phase.blocks for line in self._value(value)]
-        self.there = before  # the next walk reads its own blocks
+        # The next walk reads its own blocks; rows are read again where they are needed again, not kept meanwhile.
+        self.there = {value for value in before if value.kind != "input" or value.name not in self.rows}
         self.used.add(length)
         for value in sums:
             shape = ", ".join(str(self.padded(n)) for n in held(value))

@@ -70,7 +70,8 @@ class TritonTiles:
         at_once: what is read from scratch memory soon after it is written.
         narrow: sizes of axes that no product has, which are no longer than the next power of two.
         ordered: whether rows lie in the order that the call gives.
-        pending: lines that must come before the next one; `there`: inputs that were read.
+        pending: lines that must come before the next one; `there`: inputs that were read, and are in registers;
+            `fetched`: rows that some line has read.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class TritonTiles:
         self.masks: dict[Extent, str] = {}
         self.pending: list[str] = []
         self.there: set[Value] = set()
+        self.fetched: set[Value] = set()
 
     @property
     def scratch(self) -> int:
@@ -133,7 +135,10 @@ class TritonTiles:
             return
         places, mask = self._rows(value, value.name, f"{value.name}_n")
         masked = f", mask={mask}, other=0" if mask else ""
-        self.pending.append(f"{value.name} = tl.load({value.name}_at + {places}{masked}).to(S)")
+        # Triton would take the same rows from the line that read them before, in registers all the while.
+        first = "tiles.anew(n) + " if value in self.fetched else ""
+        self.fetched.add(value)
+        self.pending.append(f"{value.name} = tl.load({value.name}_at + {first}{places}{masked}).to(S)")
         self.pending += self._store(value) if value in self.place else []
 
     def _rows(self, value: Value, name: str, step: str) -> tuple[str, str]:

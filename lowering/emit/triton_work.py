@@ -205,6 +205,8 @@ def _moved(function: TritonFunction) -> int:
                         (seen if walked else there).add(base)
                         total += 0 if base in part else _size(function, base)
                 total += sum(_size(function, value) * turns for view in value.reads if view.base in function.at_once)
+        if phase.blocks:  # rows are read again behind a walk
+            there = {base for base in there if base.kind != "input"}
     return total
 
 

@@ -38,10 +38,8 @@ class CppScan(CppStream):
                 weight = safe(n.removesuffix("__anchor"))
                 loop += [f"    copy({weight}, {widths[n]}, now_{safe(n)});", f"    {safe(n)} = now_{safe(n)};"]
             loop.append("}")
-        for n in self.extra:
-            if n.endswith("__anchor"):
-                weight = n.removesuffix("__anchor")
-                loop.append(f"if (index + 1 == chunks) copy({safe(weight)}, {widths[weight]}, end_{n});")
+        for n, weight in self.last_anchors.items():
+            loop.append(f"if (index + 1 == chunks) copy({safe(weight)}, {widths[weight]}, end_{n});")
 
         def run(name: str) -> list[str]:
             results = self.pieces[name].results
@@ -161,11 +159,9 @@ class CppScan(CppStream):
 
         lines += self._either(pull("chunk"), pull("partial") if "partial" in self.pieces else [])
         last = []
-        for n in self.extra:
-            if n.endswith("__anchor"):
-                weight = n.removesuffix("__anchor")
-                end = f"d_end_{safe(n)}_all.at(head, sequence)"
-                last.append(f"    add_to({end}, {widths[weight]}, d_{safe(weight)});")
+        for n, weight in self.last_anchors.items():
+            end = f"d_end_{safe(n)}_all.at(head, sequence)"
+            last.append(f"    add_to({end}, {widths[weight]}, d_{safe(weight)});")
         if last:
             lines += ["if (index + 1 == chunks) {  // the last chunk's first weights are its anchor", *last, "}"]
         if self.anchor_period:

@@ -93,6 +93,11 @@ class Scan:
         return [n for n in self.carry if not (self.anchor_period and n in self.anchors)]
 
     @property
+    def last_anchors(self) -> dict[str, str]:
+        """Anchors that only the last chunk leaves, its first weights -> the weight that each is of."""
+        return {n: n.removesuffix("__anchor") for n in self.extra if n.endswith("__anchor")}
+
+    @property
     def extra(self) -> list[str]:
         """Entries that only the last chunk leaves: its anchor, its scaled sum, what waits."""
         rest = {n: e for n, e in self.entries.items() if e.part != "tail"}  # which the call itself keeps

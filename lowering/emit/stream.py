@@ -166,7 +166,7 @@ class StreamEmitter(Scan):
         if self.long_anchor:
             lines = [f"    {n} = {n.removesuffix('__anchor')}" for n in self.anchors]
             return [f"if _from % {self.anchor_period} == 0:", *lines] if self.anchor_period else []
-        return [f"{n} = {n.removesuffix('__anchor')}" for n in self.extra if n.endswith("__anchor")]
+        return [f"{n} = {weight}" for n, weight in self.last_anchors.items()]
 
     @property
     def _updates(self) -> list[str]:
@@ -315,11 +315,8 @@ class StreamEmitter(Scan):
             return [line for line in made if line]
 
         lines += self._either(pull("chunk"), pull("partial") if "partial" in self.pieces else [])
-        anchors = [n for n in self.extra if n.endswith("__anchor")]
-        if anchors:
-            last = [
-                f"    d_{n.removesuffix('__anchor')} = add(d_{n.removesuffix('__anchor')}, d_end_{n})" for n in anchors
-            ]
+        last = [f"    d_{weight} = add(d_{weight}, d_end_{n})" for n, weight in self.last_anchors.items()]
+        if last:
             lines += ["if _index == len(_chunks) - 1:  # the last chunk's first weights are its anchor", *last]
         if self.anchor_period:
             inner = []

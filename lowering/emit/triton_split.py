@@ -221,8 +221,7 @@ class TritonSplitScan(TritonHanded):
     def _states(self) -> list[str]:
         last = f"N // {self.rows}" if "partial" in self.pieces else "chunks"  # a part of a chunk may leave it as it is
         loop = [*self.next_chunk("forward_states"), *self._hand("states")]
-        loop += self._keep()
-        loop += self.leave_anchor()
+        loop += self._left_in_turns()
         loop += self.either(lambda name: self._advance() if name == "chunk" else ["pass"])
         return [
             *self.read_only("forward_states"),
@@ -235,9 +234,9 @@ class TritonSplitScan(TritonHanded):
             *self._leave_held(),
         ]
 
-    def _keep(self) -> list[str]:
-        """Lines of a walk that keep some states for backward."""
-        return ["if (index > 0) & (index % every == 0):", *indented(self._kept())]
+    def _left_in_turns(self) -> list[str]:
+        """Lines of the walk's turns that keep some states for backward, and leave the last chunk's anchor."""
+        return ["if (index > 0) & (index % every == 0):", *indented(self._kept()), *self.leave_anchor()]
 
     def _kept(self) -> list[str]:
         """Lines that keep one, before a chunk that begins a group."""

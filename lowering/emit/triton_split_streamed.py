@@ -112,17 +112,12 @@ class TritonSplitStreamedScan(TritonSplitScan):
     def nothing_waits(self) -> list[str]:
         return [line for n in self.extra if n.endswith("__pending") for line in self.fill(n, None, self.end(n))]
 
-    def _keep(self) -> list[str]:
+    def _left_in_turns(self) -> list[str]:
         return []  # what is walked stays where it lies: a copy in some turns would take registers in all
 
-    def leave_anchor(self) -> list[str]:
-        return []
-
     def _behind(self) -> list[str]:
-        lines = [walk("index", "every, chunks, every"), *indented(self._kept())]
-        anchors = [n for n in self.extra if n.endswith("__anchor")]
-        first = self._at("states", "chunks - 1")
-        return [*lines, *[x for n in anchors for x in self.fill(n, first[n.removesuffix("__anchor")], self.end(n))]]
+        kept = [walk("index", "every, chunks, every"), *indented(self._kept())]
+        return [*kept, *self.leave_anchor_of(self._at("states", "chunks - 1"))]
 
     # ---- Backward --------------------------------------------------------------------------------------------------
 
@@ -138,9 +133,4 @@ class TritonSplitStreamedScan(TritonSplitScan):
         return [line for line in lines if line]
 
     def pull_anchor(self, last: str) -> list[str]:
-        lines = []
-        for n in self.extra:
-            if n.endswith("__anchor"):
-                place = self._at("cotangents", "index")[n.removesuffix("__anchor")]
-                lines += self.fill(n, self.at(f"d_end_{n}"), place, added=True)
-        return [BARRIER, f"if {last}:", *indented(lines)] if lines else []
+        return self.pull_anchor_into(self._at("cotangents", "index"), last)

@@ -316,21 +316,29 @@ class TritonStream(TritonKernels, ScanTensors):
 
     def leave_anchor(self) -> list[str]:
         """Lines that leave the last chunk's first weights, its anchor."""
-        left = {n: n.removesuffix("__anchor") for n in self.extra if n.endswith("__anchor")}
         return [
             line
-            for n, weight in left.items()
+            for n, weight in self.last_anchors.items()
             for line in ("if start + own == N:", *indented([self.store(n, self.end(n), weight)]))
         ]
 
     def pull_anchor(self, last: str) -> list[str]:
         """Lines that add that one's cotangent to the weights'; `last`: whether the chunk is the last, as Triton."""
         lines = []
-        for n in self.extra:
-            if n.endswith("__anchor"):
-                weight = n.removesuffix("__anchor")
-                lines += [self.load(f"d_{n}", self.at(f"d_end_{n}")), f"d_{weight} += d_{n}"]
+        for n, weight in self.last_anchors.items():
+            lines += [self.load(f"d_{n}", self.at(f"d_end_{n}")), f"d_{weight} += d_{n}"]
         return [f"if {last}:", *indented(lines)] if lines else []
+
+    def leave_anchor_of(self, first: Mapping[str, str]) -> list[str]:
+        """Lines behind a walk in memory that leave the anchor; `first`: where the last chunk's first weights lie."""
+        return [line for n, weight in self.last_anchors.items() for line in self.fill(n, first[weight], self.end(n))]
+
+    def pull_anchor_into(self, pulled: Mapping[str, str], last: str) -> list[str]:
+        """`pull_anchor` where the weights' cotangents lie in memory, at `pulled`."""
+        lines = []
+        for n, weight in self.last_anchors.items():
+            lines += self.fill(n, self.at(f"d_end_{n}"), pulled[weight], added=True)
+        return [BARRIER, f"if {last}:", *indented(lines)] if lines else []
 
     def read_only(self, which: str) -> list[str]:
         """Lines that read slow weights, and initial fast weights that all chunks see."""

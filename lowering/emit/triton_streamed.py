@@ -106,9 +106,8 @@ class TritonStreamedScan(TritonStream):
         body += [x for n in self.carry for x in self.fill(n, last[n], ends[n])]
         # The last chunk's first weights are its anchor. Behind the loop: where a turn may copy them, it takes registers
         # in all turns.
-        anchors = [n for n in self.extra if n.endswith("__anchor")]
-        body += [f"before = pair + (chunks + 1) % 2 * {self._size}"] if anchors else []
-        return body + [x for n in anchors for x in self.fill(n, before[n.removesuffix("__anchor")], ends[n])]
+        body += [f"before = pair + (chunks + 1) % 2 * {self._size}"] if self.last_anchors else []
+        return body + self.leave_anchor_of(before)
 
     # ---- Backward --------------------------------------------------------------------------------------------------
 
@@ -165,11 +164,4 @@ class TritonStreamedScan(TritonStream):
             lines = [*before, *([BARRIER] if before else []), self.call(f"{name}_vjp", given)]
             return [line for line in [*lines, *self.token_cotangents(name)] if line]
 
-        lines += self.either(pull)
-        anchored: list[str] = []
-        for n in self.extra:
-            if n.endswith("__anchor"):  # the last chunk's first weights are its anchor
-                anchored += self.fill(n, self.at(f"d_end_{n}"), then[n.removesuffix("__anchor")], added=True)
-        if anchored:
-            lines += [BARRIER, "if index + 1 == chunks:", *indented(anchored)]
-        return lines
+        return [*lines, *self.either(pull), *self.pull_anchor_into(then, "index + 1 == chunks")]

@@ -197,10 +197,10 @@ class Branch(nn.Module):
                 activate = partial(self._activated, view) if isinstance(view, Gate) else None
                 route = Route(name, view.maps, shared, call, f"the {view.kind} '{name}'", view.where, activate)
                 flat = through(self.views[name], call.input, route)
-            dims = self._dims(view)
-            self._check_made(name, view, flat, self._groups(view) * math.prod(dims), call.input)
+            dims, groups = self._dims(view), self._groups(view)
+            self._check_made(name, view, flat, groups * math.prod(dims), call.input)
             if isinstance(view, Gate) and not view.pooled:
-                flat = self._activated(view, flat.unflatten(2, (self._groups(view), math.prod(dims)))).flatten(2)
+                flat = self._activated(view, flat.unflatten(2, (groups, -1))).flatten(2)
             made[name] = self._split(view, flat, dims)
         return made
 

@@ -87,7 +87,7 @@ def why_no_cpp(plan: Plan, asked: Asked, build_now: bool = True) -> str:
     if plan.native is None:
         return plan.not_native
     scalar = "double" if asked.double else "float"
-    key = (plan.native.text, scalar)
+    key = (plan.native.text, scalar, *compiler.asked())
     if key not in _FAILED:
         try:
             if build_now:
@@ -115,5 +115,5 @@ def _announce(cause: str) -> None:
         )
 
 
-_FAILED: dict[tuple[str, str], str] = {}  # by C++ and its scalar
+_FAILED: dict[tuple[str, ...], str] = {}  # by C++, its scalar and what is asked of compilers
 _ANNOUNCED: list[str] = []

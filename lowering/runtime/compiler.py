@@ -59,7 +59,7 @@ def find() -> Compiler:
     Raises:
         BuildError: there is none.
     """
-    named = os.environ.get("CXX")
+    named = asked()[0]
     for command in [named] if named else ["c++", "g++", "clang++"]:
         found = _ask(command)
         if found is not None:
@@ -77,12 +77,17 @@ def processor() -> str:
         return f"{platform.machine()} {platform.processor()}"
 
 
+def asked() -> tuple[str, str]:
+    """What the environment says of compilers: which (`CXX`), and flags to add (`NESTLOOP_CXXFLAGS`)."""
+    return os.environ.get("CXX", ""), os.environ.get("NESTLOOP_CXXFLAGS", "")
+
+
 def flags(scalar: str, compiler: Compiler) -> list[str]:
     """A compiler's flags for a compute type, "float" or "double". `NESTLOOP_CXXFLAGS` adds to them: the last of two
     that exclude each other counts (`-march=x86-64-v3`; `-fno-openmp`, for one thread, where its library is missing)."""
     wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
     gcc = () if "clang" in compiler.version else GCC_FLAGS
-    return [*FLAGS, *gcc, *wide, f"-DSCALAR={scalar}", *os.environ.get("NESTLOOP_CXXFLAGS", "").split()]
+    return [*FLAGS, *gcc, *wide, f"-DSCALAR={scalar}", *asked()[1].split()]
 
 
 def build(name: str, source: str, scalar: str) -> Path:

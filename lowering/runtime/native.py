@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestloop.errors import OrderError
+from nestloop.errors import NoPlanError, OrderError
 from nestloop.lowering.runtime import compiler
 from nestloop.lowering.runtime.batches import (
     BatchCode,
@@ -70,26 +69,33 @@ class TensorArgument(ctypes.Structure):
 
 
 class NativeLibrary:
-    """A translation unit, built for each compute type at first use."""
+    """A translation unit, built at first use for each compute type, and for each compiler and flags that are asked for:
+    these may change within a process, and a library of other flags rounds otherwise."""
 
     def __init__(self, name: str, plan: NativePlan) -> None:
         self.name, self.plan = name, plan
-
-    @cached_property
-    def _float(self) -> ctypes.CDLL:
-        return compiler.loaded(self.name, self.plan.text, "float")
-
-    @cached_property
-    def _double(self) -> ctypes.CDLL:
-        return compiler.loaded(self.name, self.plan.text, "double")
+        self._loaded: dict[tuple[str, ...], ctypes.CDLL] = {}
 
     def library(self, dtype: torch.dtype) -> ctypes.CDLL:
         """The library for a compute type, built at first use.
 
         Raises:
-            BuildError: it cannot be built.
+            NoPlanError: it cannot be built, as when `CXX` or `NESTLOOP_CXXFLAGS` are not what they were when C++ was
+                chosen.
         """
-        return self._double if dtype == torch.float64 else self._float
+        scalar = "double" if dtype == torch.float64 else "float"
+        key = (scalar, *compiler.asked())
+        if key not in self._loaded:
+            try:
+                self._loaded[key] = compiler.loaded(self.name, self.plan.text, scalar)
+            except compiler.BuildError as error:
+                raise NoPlanError(
+                    f"The C++ of {self.name} is not built.",
+                    given=str(error),
+                    need="a C++ compiler, and flags that it knows",
+                    fix='give CXX and NESTLOOP_CXXFLAGS such values, or none; or write backend="torch"',
+                ) from error
+        return self._loaded[key]
 
     def walks(self, name: str) -> bool:
         """Whether a tensor has an axis before its tile's that C++ walks: tokens, steps, or chunks."""

@@ -29,7 +29,7 @@ from nestloop.models.train import train
 TINY = dataclasses.replace(
     digits,
     mixer="mttt_mlp_sgd4",
-    width=20,  # that no other test builds: a process keeps what it has loaded, and some build without optimization
+    width=16,
     depth=2,
     heads=2,
     epochs=2,
@@ -45,7 +45,7 @@ TINY = dataclasses.replace(
     keep=100,
 )
 FLAGS = (
-    "--mixer mttt_mlp_sgd4 --width 20 --depth 2 --heads 2 --epochs 2 --batch 359 --warmup-steps 2 --crop pad "
+    "--mixer mttt_mlp_sgd4 --width 16 --depth 2 --heads 2 --epochs 2 --batch 359 --warmup-steps 2 --crop pad "
     "--mixup 0.2 --ema 0.9 --device cpu --log-every 1 --checkpoint-every 1 --keep 100"
 )
 

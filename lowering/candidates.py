@@ -50,6 +50,14 @@ class Candidate:
     def is_triton(self) -> bool:
         return self.name.startswith("Triton")
 
+    @property
+    def warps(self) -> tuple[int, ...]:
+        """Warps of a program that come into question, WARPS and what its plan takes; 0 of generated PyTorch."""
+        if not self.is_triton:
+            return (0,)
+        assert self.plan is not None and self.plan.triton is not None
+        return tuple(sorted({*WARPS, *(launch.warps for launch in self.plan.triton.all_launches)}))
+
     def default_warps(self, direction: str) -> int:
         """Warps that its plan takes, unless it is told others; of several kernels, the most."""
         assert self.plan is not None and self.plan.triton is not None

@@ -13,7 +13,7 @@ from nestloop.errors import NoPlanError, UnknownDtypeError
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Program
 from nestloop.lowering import names
-from nestloop.lowering.candidates import WARPS, Candidate, candidates
+from nestloop.lowering.candidates import Candidate, candidates
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.schedule.devices import Device, device_named
 from nestloop.lowering.schedule.plan_work import attention, ranges
@@ -166,7 +166,7 @@ def costs_of(
             found[one.name] = {
                 d: {
                     w: estimate(works[one.name][d], figures, dtype, w, sizes, _shown(one, d, w, facts or {}))
-                    for w in (WARPS if one.is_triton else (0,))
+                    for w in one.warps
                 }
                 for d in DIRECTIONS
             }

@@ -23,7 +23,7 @@ from nestloop.lang.binding import lead
 from nestloop.lang.declare import Declaration, Slow
 from nestloop.lang.init import fill
 from nestloop.lang.loop import LoopSpec
-from nestloop.lowering.candidates import WARPS, Candidate
+from nestloop.lowering.candidates import Candidate
 from nestloop.lowering.runtime import offline, tuned
 from nestloop.lowering.runtime.refusals import check_triton
 from nestloop.lowering.runtime.triton_plan import Tiling
@@ -146,7 +146,7 @@ def tune(
         shape={"B": found.sizes["B"], "N": found.sizes["N"], "dtype": dtype},
     )
     tuned.write(path, entry)
-    left = len(plans) * len(DIRECTIONS) * len(WARPS) - len(tried)
+    left = len(DIRECTIONS) * sum(len(plan.warps) for plan in plans) - len(tried)
     return Tuned(entry, plan.name, tried, notes, left, path)
 
 
@@ -185,7 +185,7 @@ def _best(plans: list[Candidate], tried: Mapping[Key, float | None]) -> tuple[Ca
     for plan in plans:
         both = []
         for direction in DIRECTIONS:
-            taken = [(tried.get((plan.name, direction, w)), w) for w in WARPS]
+            taken = [(tried.get((plan.name, direction, w)), w) for w in plan.warps]
             both.append(min(((t, w) for t, w in taken if t is not None), default=None))
         if both[0] is not None and both[1] is not None:
             sums.append((both[0][0] + both[1][0], plan, (both[0][1], both[1][1])))
@@ -204,7 +204,7 @@ def _compiled(
     notes: dict[Key, str] = {}
     tried: dict[Key, float | None] = {}
     for plan in plans:
-        for warps in WARPS:
+        for warps in plan.warps:
             for direction in DIRECTIONS:
                 key, left = (plan.name, direction, warps), stop - monotonic()
                 if left <= 0:
@@ -259,7 +259,7 @@ def _timed(
     spec = found.spec.cls.spec  # under the declared names, which calls go by
     views, weights = random_inputs(spec, found.sizes, found.dtype)
     for plan in plans:
-        for warps in WARPS:
+        for warps in plan.warps:
             if monotonic() >= stop:
                 continue
             spent: tuple[float | None, float | None] = (None, None)

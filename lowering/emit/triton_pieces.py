@@ -21,6 +21,7 @@ from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_fitting import ALIVE, TALL
 from nestloop.lowering.emit.triton_kernels import TritonKernels
 from nestloop.lowering.emit.triton_tiles import Rows
+from nestloop.lowering.emit.triton_work import fewest_warps
 from nestloop.lowering.ops.strided import NoSpelling, extent
 from nestloop.lowering.schedule.apart import Block
 from nestloop.lowering.schedule.interchange import Interchanged, interchanged
@@ -246,7 +247,7 @@ class TritonPieces(Batches, TritonKernels):
 
     def warps_of(self, functions: Sequence[TritonFunction]) -> int:
         """Warps of a program that calls functions: as many as the most demanding takes."""
-        return max(map(self._warps, functions), default=4)
+        return fewest_warps(max(map(self._warps, functions), default=4), functions)
 
     def _warps(self, function: TritonFunction) -> int:
         few = WIDE_REGISTERS if function.name.endswith("_vjp") else FORWARD_REGISTERS

@@ -76,7 +76,7 @@ class TritonProducts(TritonTiles):
             whole = self.whole_factor(value)
             exact = f'dot_of_whole({left}, {right}, S, "{whole}")' if whole else f"exact_dot({left}, {right}, S)"
             return [f"tiles.{exact}"]
-        if self._is_of_a_factor(value):
+        if self.is_of_a_factor(value):
             left, right = self._as_factors(value)
             return [f"tiles.dot_of_column({left}, {right}, S, PRODUCT)"]
         space = a.shape
@@ -115,7 +115,7 @@ class TritonProducts(TritonTiles):
         self._set_clean(value, clean)
         return texts[0], texts[1]
 
-    def _is_of_a_factor(self, value: Value) -> bool:
+    def is_of_a_factor(self, value: Value) -> bool:
         """Whether a product is of many rows that are computed as another's factor, with one column: it is one of tiles
         then, for which the rows are there. For a sum over them Triton may compute them anew, where others lie."""
         left, right = value.factors

@@ -17,6 +17,7 @@ from nestloop.lowering.emit.torch import DECODERS, TITLES
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import TritonKernels
 from nestloop.lowering.emit.triton_tiles import Rows
+from nestloop.lowering.emit.triton_work import fewest_warps
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan
 from nestloop.lowering.schedule.apart import Block
@@ -121,7 +122,7 @@ class TritonShared(TritonKernels):
         )
 
     def _launch(self, function: TritonFunction) -> Launch:
-        warps = self.warps_for(function.alive)
+        warps = fewest_warps(self.warps_for(function.alive), [function])
         return Launch(f"every_{function.name}", "heads", warps, function.scratch)
 
     def _kernel(self, function: TritonFunction, tiles: Mapping[str, tuple[int, ...]]) -> str:

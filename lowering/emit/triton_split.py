@@ -22,7 +22,7 @@ from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_prepare import PREPARES, WALKS
 from nestloop.lowering.emit.triton_strips import strips_of
 from nestloop.lowering.emit.triton_tiles import BARRIER, walk
-from nestloop.lowering.emit.triton_work import is_of_products
+from nestloop.lowering.emit.triton_work import fewest_warps, is_of_products
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch
 from nestloop.lowering.schedule.apart import Block
@@ -31,8 +31,8 @@ from nestloop.lowering.schedule.roofline import (
     PACKED_REGISTERS,
     SHARED_REGISTERS,
     WIDE_REGISTERS,
-    WIDE_ROWS,
 )
+from nestloop.lowering.schedule.spread import WIDE_ROWS
 from nestloop.lowering.streams.step import VALID
 
 WALKED = ("forward_states", "backward_states", "backward_cotangents")  # kernels that walk the state, or its cotangent
@@ -132,7 +132,7 @@ class TritonSplitScan(TritonHanded):
             Launch(
                 kernel,
                 parts,
-                self._warps(kernel),
+                fewest_warps(self._warps(kernel), self._functions_of(kernel)),
                 self._scratch(kernel),
                 strips=count if kernel in WALKED else 1,
                 walks=parts == "chunks" and self._leaves_turns(kernel),

@@ -16,10 +16,11 @@ from nestloop.lowering.emit.scan import ROWWISE, TITLES, ScanTensors
 from nestloop.lowering.emit.triton import TritonFunction
 from nestloop.lowering.emit.triton_kernels import TritonKernels, indented
 from nestloop.lowering.emit.triton_tiles import BARRIER, Rows, padded, walk
+from nestloop.lowering.emit.triton_work import fewest_warps
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch, TritonPlan
 from nestloop.lowering.schedule.apart import Block
-from nestloop.lowering.schedule.roofline import WIDE_ROWS
+from nestloop.lowering.schedule.spread import WIDE_ROWS
 from nestloop.lowering.streams.step import VALID
 
 BLOCKS = (0, 32, 16)  # lengths of the blocks of a long axis, the best first; 0: all of it
@@ -174,7 +175,8 @@ class TritonStream(TritonKernels, ScanTensors):
     def _launches(self, which: str) -> tuple[Launch, ...]:
         """The kernels of a direction."""
         states = self._state if which == "backward" else 0
-        return (Launch(which, "sequences", self.warps_for(self.alive_in(which)), self._scratch(which), states),)
+        warps = fewest_warps(self.warps_for(self.alive_in(which)), self._functions_of(which))
+        return (Launch(which, "sequences", warps, self._scratch(which), states),)
 
     def _handed(self, which: str) -> tuple[Handed, ...]:
         """What the kernels of a direction leave for one another."""

@@ -11,15 +11,16 @@ from typing import Any
 
 from nestloop.lowering import ops
 from nestloop.lowering.emit.triton import TritonFunction
+from nestloop.lowering.emit.triton_chains import spreads, worth_while
 from nestloop.lowering.emit.triton_repeats import LOOPS
 from nestloop.lowering.ops.strided import ZERO, Extent, product
 from nestloop.lowering.runtime.triton_plan import Launch
 from nestloop.lowering.schedule.phases import is_blocked, sums_over
 from nestloop.lowering.schedule.repeats import Kept, Repeat, every
-from nestloop.lowering.schedule.roofline import FLOPS_EACH, PIVOT, TRIANGLE
+from nestloop.lowering.schedule.roofline import EXACT, FLOPS_EACH, PIVOT, TRIANGLE
+from nestloop.lowering.schedule.spread import Spread
 from nestloop.lowering.schedule.values import Value
 
-NARROW = 64  # rows of a product below which Hopper's and Blackwell's wide instructions do not take it
 _NARROW_TERMS = 64  # multiply-adds for each thread and instruction of a narrow product: 16 x 8 x 16 for 32 threads
 
 
@@ -82,7 +83,7 @@ def described(costs: Mapping[str, dict[str, Any]], launches: Sequence[Launch]) -
         lines.append(f"    {one.kernel}: over {one.over}{strips}{turns}, {one.warps} warps and {room} a program")
     lines.append("Functions, for one tile of n tokens (in float32):")
     for name, found in costs.items():
-        low, exact = sum(found["products"].values()) / 1e6, found["exact"] / 1e6
+        low, exact = (sum(found[which].values()) / 1e6 for which in ("products", "exact"))
         work = f"{low:.1f} MFLOP in products, padding included" + (f", {exact:.1f} more in exact ones" if exact else "")
         tile = f"n <= {found['tokens']}" + (f", one of {found['blocks']} blocks" if found["blocks"] > 1 else "")
         around = f" ({4 * found['around']:,} more for all of them)" if found["around"] else ""
@@ -97,16 +98,17 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
     """The numbers of one call on a tile.
 
     Returns:
-        "tokens": of the tile. "flops": of its products, as arithmetic in n. "products": rows of a product (as text) ->
-        FLOPs of the tiles that it takes, padding included. "exact": FLOPs of those that low precision is not
-        for. "instructions": of all threads. "moved": elements read from memory and written to it. "blocks": calls that
-        one tile takes, "around": elements read and written for all tiles and blocks together. "depth": products,
-        reductions and solved rows that wait for one another. "alive": elements alive at once. "largest": the
-        largest tile.
+        "tokens": of the tile. "flops": of its products, as arithmetic in n. "products": `Spread` of a product (as
+        text) -> FLOPs of the tiles that it takes, padding included. "exact": the same of those that low precision is
+        not for. "instructions": of all threads. "moved": elements read from memory and written to it. "blocks": calls
+        that one tile takes, "around": elements read and written for all tiles and blocks together. "depth": products,
+        reductions and solved rows that wait for one another. "alive": elements alive at once. "largest": the largest
+        tile.
     """
     flops = ZERO
     products: Counter[str] = Counter()
-    exact = instructions = 0
+    exact: Counter[str] = Counter()
+    instructions, spread = 0, spreads(function)
     depth: dict[Value, int] = {}
     for value in function.values:
         before = max((depth.get(operand.base, 0) for operand in value.reads), default=0)
@@ -123,14 +125,14 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
             if not function.is_dot(value):
                 instructions += 2 * terms
                 continue
-            rows = function.padded(a.shape[-2])
+            tile = spread[value]
             rounded = sum(_elements(function, view.shape) for view in (a, b))  # or through shared memory
             instructions += rounded * _turns(function, value)
             if function.is_low(value):
-                products[str(rows)] += 2 * terms
-            else:
-                exact += terms if function.whole_factor(value) else 2 * terms  # which has half of the terms
-            instructions += terms // _NARROW_TERMS if rows < NARROW else 0
+                products[str(tile)] += 2 * terms
+            else:  # a factor of whole numbers has half of the terms
+                exact[str(tile)] += terms if function.whole_factor(value) else 2 * terms
+            instructions += terms // _NARROW_TERMS if tile.is_narrow else 0
         elif value.kind == "system":
             rows = function.padded(value.reads[0].shape[-1])
             if not ops.row(value.node.target).cpp.triangular:
@@ -145,7 +147,7 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
         "tokens": function.longest,
         "flops": str(flops),
         "products": dict(products),
-        "exact": exact,
+        "exact": dict(exact),
         "instructions": instructions + moved,
         "moved": moved,
         "blocks": function.block.count if function.outside and function.block is not None else 1,
@@ -154,6 +156,19 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
         "alive": function.alive,
         "largest": function.largest,
     }
+
+
+def fewest_warps(warps: int, functions: Sequence[TritonFunction]) -> int:
+    """As many warps for a kernel that calls functions, or fewer, where these are as good (`worth_while`)."""
+    products: Counter[Spread] = Counter()
+    for function in functions:
+        work = of_function(function)
+        products.update({spread: 0 for spread in spreads(function).values()})
+        for text, flops in work["products"].items():
+            products[Spread.parse(text)] += flops
+        for text, flops in work["exact"].items():
+            products[Spread.parse(text)] += EXACT * flops
+    return worth_while(warps, products, max((function.alive for function in functions), default=1))
 
 
 def is_of_products(function: TritonFunction) -> bool:

@@ -19,6 +19,7 @@ from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.triton_plan import Launch, TritonPlan
 from nestloop.lowering.schedule.cost import N_TOKENS, cost
 from nestloop.lowering.schedule.roofline import B, H, N, Ranges, Spacing, Work
+from nestloop.lowering.schedule.spread import Spread
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # of an element of a view
 FLOAT = 4  # bytes of what is computed
@@ -233,19 +234,20 @@ class _Kernel:
     def work(self) -> Work:
         """What it does."""
         functions, kernel, launch = self.triton.work["functions"], self.recorded, self.launch
-        flops = exact = instructions = moved = depth = sympy.Integer(0)
+        flops = instructions = moved = depth = sympy.Integer(0)
         calls: list[tuple[int, Expr]] = []
         handed = kernel["alive"] - max((functions[n]["alive"] for n in kernel["calls"]), default=0)
-        products: dict[int, Expr] = {}
+        products: dict[str, dict[Spread, Expr]] = {"products": {}, "exact": {}}
         for name in kernel["calls"]:
             function = functions[name]
             runs, rows, count = self._calls_of(name)
             flops += in_all(parse(function["flops"]).evaluate({"n": N_TOKENS}), runs, rows)
-            for height, padded in function["products"].items():
-                products[int(height)] = products.get(int(height), sympy.Integer(0)) + count * padded
+            for which, found in products.items():
+                for text, padded in function[which].items():
+                    spread = Spread.parse(text)
+                    found[spread] = found.get(spread, sympy.Integer(0)) + count * padded
             walks = sum((often for often, _ in runs), sympy.Integer(0))
             moved += FLOAT * (walks * function["around"] + count * function["moved"])
-            exact += count * function["exact"]
             instructions += count * function["instructions"]
             depth += count * function["depth"]
             calls.append((function["alive"] + handed, count))
@@ -262,8 +264,7 @@ class _Kernel:
             traffic=self._passes() * self._traffic() + B * H * often * self._left(kernel["handed"]),
             launches=often,
             programs=B * H * self.parts[launch.over] * launch.strips,
-            products=products,
-            exact=exact,
+            **products,
             instructions=instructions,
             moved=moved,
             calls=tuple(calls),

@@ -16,6 +16,7 @@ import sympy
 from nestloop.lowering.runtime.tiles import spacing_within
 from nestloop.lowering.runtime.triton_plan import ranges_of
 from nestloop.lowering.schedule.devices import Device
+from nestloop.lowering.schedule.spread import Spread, copies, has_wide
 
 B, H, N = (sympy.Symbol(name, integer=True, positive=True) for name in "BHN")
 _ZERO = sympy.Integer(0)
@@ -30,7 +31,6 @@ NARROW = (
     0.62  # of that again, products of fewer than 64 rows, which Hopper's and Blackwell's wide instructions leave out
 )
 EXACT = 6  # products in bfloat16 that one of float32 factors takes, each of which is three terms
-WIDE_ROWS = 64  # of such an instruction; 16 rows a warp
 L1 = 128  # the same of a multiprocessor's own cache, which spilled registers go through, as far as it holds them
 LATENCY = 100  # cycles of a product or a reduction that the next one waits for
 FIRST = 600  # cycles until a tile has come from memory
@@ -95,8 +95,8 @@ class Work:
         is_fused: whether that is softmax attention, which computes while it reads.
         programs: of a kernel; 0 of generated PyTorch, and so are the fields after.
         outside: FLOPs of products that PyTorch takes before or after the kernel.
-        products: rows of a product -> FLOPs of a program's tiles, padding included.
-        exact: FLOPs of its products that low precision is not for.
+        products: FLOPs of a program's tiles, padding included, by how warps share the tiles of a product.
+        exact: the same of those that low precision is not for.
         instructions: of all threads of a program.
         moved: bytes that a program reads and writes through the shared cache.
         calls: that a program makes of functions, with the elements of tiles alive at once in each, which may spill.
@@ -110,8 +110,8 @@ class Work:
     is_fused: bool = False
     programs: Any = _ZERO
     outside: Any = _ZERO
-    products: Mapping[int, Any] = field(default_factory=dict)
-    exact: Any = _ZERO
+    products: Mapping[Spread, Any] = field(default_factory=dict)
+    exact: Mapping[Spread, Any] = field(default_factory=dict)
     instructions: Any = _ZERO
     moved: Any = _ZERO
     calls: tuple[tuple[int, Any], ...] = ()
@@ -195,13 +195,11 @@ def resident(device: Device, warps: int, registers: int, shared: int | None) -> 
     return max(1, min(found))
 
 
-def replicated(device: Device, rows: int, warps: int) -> float:
-    """How often products of so many rows are taken: a chain of them puts all warps on rows, and wide ones have 16."""
-    return max(1.0, 16 * warps / rows) if rows >= WIDE_ROWS and _is_wide(device) else 1.0
-
-
-def _is_wide(device: Device) -> bool:
-    return device.arch in ("sm_90", "sm_100")
+def _taken(products: Mapping[Spread, Any], device: Device, warps: int) -> Any:
+    """FLOPs that warps take, as wide instructions would."""
+    narrow = {True: NARROW if has_wide(device) else 1.0, False: 1.0}
+    flops = (f * one.copies(warps, device) / narrow[one.is_narrow] for one, f in products.items())
+    return sum(flops, _ZERO)
 
 
 def on_device(
@@ -235,13 +233,10 @@ def on_device(
     held = resident(device, warps, taken, shared)
     busiest = sympy.ceiling(work.programs / device.multiprocessors)  # programs of one multiprocessor, in all
     per, clock = device.multiprocessors, device.clock
-    copies = {rows: replicated(device, rows, warps) for rows in work.products}
-    narrow = {rows: NARROW if rows < WIDE_ROWS and _is_wide(device) else 1.0 for rows in work.products}
-    products = sum((f * copies[rows] / narrow[rows] for rows, f in work.products.items()), _ZERO)
-    seconds = products * per / product_rate(device, dtype) + work.exact * EXACT * per / product_rate(device, "bf16")
-    # what a chain of products replicates, it replicates with all that is computed of them
-    total = sum(work.products.values(), _ZERO)
-    again = 1 if total == 0 else sum((f * copies[rows] for rows, f in work.products.items()), _ZERO) / total
+    low, exact = (_taken(of, device, warps) for of in (work.products, work.exact))
+    seconds = low * per / product_rate(device, dtype) + exact * EXACT * per / product_rate(device, "bf16")
+    # what a chain of products computes again, it does with all that is computed of them
+    again = copies(work.products, warps, device)
     threads = device.warp * warps
     bytes_spilled = threads * sum((of * calls for of, calls in spills), _ZERO)  # and read again
     issued = work.instructions * again + bytes_spilled / 2  # an instruction moves a register's four bytes

@@ -18,6 +18,8 @@ from torch._functorch.eager_transforms import (
 )
 from torch.utils._pytree import tree_map_only
 
+from nestloop.lowering.length import pulled
+
 
 def grad(
     function: Callable[..., tuple[Tensor, Any]], *, has_aux: Literal[True]
@@ -50,7 +52,8 @@ def _pulled(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Seq
     reached = [(out, d) for out, d in zip(outputs, given, strict=True) if out.requires_grad]
     if not reached:
         return [torch.zeros_like(x) for x in inputs]
-    found = torch.autograd.grad(
-        [out for out, _ in reached], inputs, [d for _, d in reached], create_graph=True, allow_unused=True
-    )
+    with pulled():
+        found = torch.autograd.grad(
+            [out for out, _ in reached], inputs, [d for _, d in reached], create_graph=True, allow_unused=True
+        )
     return [torch.zeros_like(x) if d is None else d for x, d in zip(inputs, found, strict=True)]

@@ -7,8 +7,10 @@ same for every n, exactly if all their values are; it is a sympy expression in n
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +20,18 @@ from torch.fx.experimental import sym_node
 from torch.fx.experimental.sym_node import SymNode
 
 LENGTHS = (*range(2, 70), 128, 196, 1024, 50_176, 10**6)  # a decision on n is tried on these; 1 is lowered on its own
+_PULLED: ContextVar[bool] = ContextVar("pulled", default=False)
 HINT = 23  # stands for n while tracing; the graphs hold the symbol
+
+
+@contextmanager
+def pulled() -> Iterator[None]:
+    """Where autograd runs backward through ops that are traced."""
+    token = _PULLED.set(True)
+    try:
+        yield
+    finally:
+        _PULLED.reset(token)
 
 
 class Length:
@@ -140,6 +153,18 @@ class Size(SymNode):
     def evaluate(self, size_oblivious: bool = False) -> Any:
         """The value that the trace goes on with."""
         return self.length.decide(self.values)
+
+    def guard_or_false(self, file: str, line: int) -> bool:
+        return bool(self.hint or not self._asks_in_vain(operator.eq)) and bool(self.evaluate())
+
+    def guard_or_true(self, file: str, line: int) -> bool:
+        return bool(self.hint and self._asks_in_vain(operator.ne)) or bool(self.evaluate())
+
+    def _asks_in_vain(self, comparison: Callable[..., Any]) -> bool:
+        """Whether autograd asks if a size is 1, so that a cotangent might be summed over its axis. It is summed where
+        the op itself has broadcast, which that has decided: for those n at which the size just happens to be 1, as n
+        // 2 at 2, the sum is of one row."""
+        return _PULLED.get() and self.made is not None and self.made[0] is comparison and self.made[1][1].constant == 1
 
     def expect_true(self, file: str, line: int) -> bool:
         return bool(self.evaluate())

@@ -29,9 +29,10 @@ from nestloop.lowering.emit.triton_piece import TritonPiece
 from nestloop.lowering.emit.triton_pieces import HEIGHTS
 from nestloop.lowering.emit.triton_shared import TritonShared
 from nestloop.lowering.in_parts import in_parts
+from nestloop.lowering.length import HINT
 from nestloop.lowering.ops import NoSpelling
 from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites
-from nestloop.lowering.rows import check_rows, decides
+from nestloop.lowering.rows import check_lengths, check_rows, decides, gives_several
 from nestloop.lowering.runtime.native import NativePlan
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling, TritonPlan
@@ -105,7 +106,7 @@ def stages(
     typing = None if captured.loss is None else type_axes(spec, captured.loss)
     if typing is not None:
         check_tokens(spec, typing, type_axes(spec, captured.readout))
-    if spec.schedule.needs_order and tokens is None:
+    if tokens is None and gives_several(spec, HINT):
         check_rows(tracer)
     narrowed, gram = gram_form(captured, tracer, not wide)
     hoisted, hoisting = hoist(narrowed, tracer)
@@ -113,6 +114,7 @@ def stages(
     differentiated = pieces(projected, tracer, losses)
     projected, shared = shared_pieces(projected, differentiated, tracer)
     differentiated |= shared
+    check_lengths(tracer)
     captured = replace(
         captured, tokens=tracer.fixed_tokens(), reads_dtype=tracer.reads_dtype
     )  # derivatives may have decided on n too

@@ -7,9 +7,10 @@ from torch import fx
 
 from nestloop.errors import CompileError, NoPlanError
 from nestloop.lang.loop import LoopSpec, body_line
-from nestloop.lang.schedule import Causal
+from nestloop.lang.schedule import BatchSchedule, Causal
 from nestloop.lowering.axes import counting
 from nestloop.lowering.capture import Captured, capture_with
+from nestloop.lowering.length import HINT
 from nestloop.lowering.recorder import call, placeholders
 from nestloop.lowering.tracer import Tracer
 
@@ -37,6 +38,36 @@ def check_rows(tracer: Tracer) -> None:
         where = body_line(getattr(spec.cls, body), spec.where)
         raise counting(spec, body, where, "another computation of tokens together than of each of them alone")
     raise decides(spec, "another computation of one token than of several, or of one number than of another")
+
+
+def gives_several(spec: LoopSpec, tokens: int) -> bool:
+    """Whether bodies of a batch schedule are given several numbers of tokens in a sequence of so many: batches are a
+    part of it, and it is read out whole."""
+    return isinstance(spec.schedule, BatchSchedule) and _batches(spec.schedule, tokens) != [tokens]
+
+
+def _batches(schedule: BatchSchedule, tokens: int) -> list[int]:
+    """How many tokens its batches hold, each number once."""
+    return sorted({stop - start for start, stop in schedule.batches(tokens)})
+
+
+def check_lengths(tracer: Tracer) -> None:
+    """Refuse graphs of a batch schedule that hold for one number of tokens where bodies are given several.
+
+    tracer: what has traced all of them, derivatives too.
+
+    Raises:
+        NoPlanError: they do.
+    """
+    spec, tokens = tracer.spec, tracer.tokens
+    if tracer.fixed_tokens() is None or not gives_several(spec, tokens or HINT):
+        return
+    given = "a computation, or its derivative, that is another one for one number of tokens than for another"
+    if tokens is not None:
+        assert isinstance(spec.schedule, BatchSchedule)
+        batches = " and ".join(map(str, _batches(spec.schedule, tokens)))
+        given = f"a computation that does not hold for any number of tokens: batches are of {batches}, all are {tokens}"
+    raise decides(spec, given)
 
 
 def _differing(tracer: Tracer, rows: int) -> str | None:

@@ -98,6 +98,22 @@ def test_a_backend_without_code_says_why():
     assert found.holds
 
 
+class Halves(zoo.MTTTLinear):
+    """Batches whose halves have losses of their own: of one token there is C++, of any number there is none."""
+
+    schedule = nl.Shuffled(2)
+
+    def readout(self, f, t):
+        return torch.cat([f(t.q)[: self.n // 2], 2 * f(t.q)[self.n // 2 :]])
+
+
+def test_a_backend_with_code_for_one_token_alone_says_why():
+    found = nl.check(Halves, dtypes=(), d=4)
+    reason = "no code: a size is (n//2), no whole polynomial in the number of tokens"
+    assert [row.worst for row in found.rows if row.backend == "cpp"] == [reason]
+    assert found.holds
+
+
 # ---- Faults: each is seen by the property of its name ----------------------------------------------------------------
 
 Fault = Callable[[dict[str, Any], Tensor], Tensor]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nestloop.lowering.length import HINT, LENGTHS, Length
+from nestloop.lowering.length import HINT, LENGTHS, Length, pulled
 
 NUMBERS: dict[str, Callable[[Any], Any]] = {
     "sum": lambda n: 3 + n + n,
@@ -69,6 +69,24 @@ def test_a_decision_counts_from_the_least_length():
     length = Length()
     assert bool(length.size > 3)
     assert not length.is_free(2) and length.is_free(4)
+
+
+def test_autograd_may_ask_for_ones_but_what_it_would_do_otherwise_is_decided():
+    length = Length()
+    half = length.size // 2
+    with pulled():
+        assert not (half == 1).node.guard_or_false("", 0) and (half != 1).node.guard_or_true("", 0)
+    assert length.is_free(2)
+    with pulled():
+        assert (half == HINT // 2).node.guard_or_false("", 0)  # what only some lengths answer as this one does
+    assert not length.is_free(2)
+
+
+@pytest.mark.parametrize("question", ["guard_or_false", "guard_or_true"])
+def test_what_a_body_asks_is_decided(question: str):
+    length = Length()
+    getattr((length.size // 2 == 1).node, question)("", 0)
+    assert not length.is_free(2)
 
 
 def test_a_size_that_is_fixed_is_a_number():

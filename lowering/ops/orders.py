@@ -20,6 +20,14 @@ aten = torch.ops.aten
 
 def at_places(x: Tensor, dim: int, descending: bool, places: Tensor) -> tuple[Tensor, Tensor]:
     """The elements that come at these places [p] of an axis in order, and where they are."""
+    return _chosen(x, dim, descending, lambda place, axis: place == along(axis, x.ndim + 1, places))
+
+
+def _chosen(x: Tensor, dim: int, descending: bool, choose: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, Tensor]:
+    """The elements of an axis that are chosen by their places in order, and where they are.
+
+    choose: every element's place [.., 1, size, ..], the axis of 1 -> whether it is the p-th result, p along that axis.
+    """
     if not x.is_floating_point() or not x.ndim:
         return NotImplemented
     dim, size = dim % x.ndim, x.shape[dim]
@@ -33,7 +41,7 @@ def at_places(x: Tensor, dim: int, descending: bool, places: Tensor) -> tuple[Te
     at = along(dim + 1, x.ndim + 1, count)
     earlier = at < along(dim, x.ndim + 1, count)
     rank = (first | (same & earlier)).sum(dim + 1)
-    chosen = rank.unsqueeze(dim) == along(dim, x.ndim + 1, places)
+    chosen = choose(rank.unsqueeze(dim), dim)
     return torch.where(chosen, other, 0.0).sum(dim + 1), torch.where(chosen, at, 0).sum(dim + 1)
 
 
@@ -57,11 +65,14 @@ def kthvalue(x: Tensor, k: int, dim: int = -1, keepdim: bool = False) -> tuple[T
 
 def median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     """The lower one of two in the middle; NaN where there is one."""
-    if not x.ndim or not isinstance(x.shape[dim], int):
+    if not x.ndim:
         return NotImplemented
-    made = kthvalue(x, (x.shape[dim] + 1) // 2, dim, keepdim)
+    last = torch.full((1,), x.shape[dim] - 1, dtype=torch.int64, device=x.device)
+    # last // 2, but no number of the size that is none of its polynomials: the size may be that of all tokens
+    made = _chosen(x, dim, False, lambda place, axis: (2 * place == last) | (2 * place + 1 == last))
     if made is NotImplemented:
         return made
+    made = made if keepdim else (made[0].squeeze(dim), made[1].squeeze(dim))
     return _of_numbers(x, dim, keepdim, made[0]), made[1]
 
 

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+import nestloop as nl
 from nestloop.lowering import ops
 from nestloop.lowering.ops import decompose, orders
+from tests.lowering.body_loops import Recall
+from tests.lowering.comparison import assert_equal, differences, random_inputs, run
 
 nan, inf = math.nan, math.inf
 ROWS = torch.tensor(
@@ -48,6 +51,19 @@ def test_the_one_in_the_middle(columns: int, keepdim: bool):
     torch.testing.assert_close(found[0], exact.values, rtol=0, atol=0, equal_nan=True)
     for k in range(1, columns + 1):
         torch.testing.assert_close(orders.kthvalue(x[:2], k, -1, keepdim)[0], x[:2].kthvalue(k, -1, keepdim).values)
+
+
+@pytest.mark.parametrize("schedule", [nl.FullBatch(2), nl.Shuffled(2)], ids=["FullBatch", "Shuffled"])
+def test_the_token_in_the_middle_of_any_number(schedule: Any):
+    def loss(self: Any, f: Any, t: Any) -> torch.Tensor:
+        return (f(t.k) - f(t.k).median(0).values).square().sum(-1) + (f(t.k) - t.v.median(0, True).values).sum(-1)
+
+    loop: type[nl.Loop] = type("Middle", (Recall,), {"loss": loss, "schedule": schedule})
+    for tokens in (1, 2, 7, 8):
+        inputs = random_inputs(loop.spec, {"d": 4, "H": 2}, tokens=tokens)
+        wanted = run(nl.compile(loop, backend="reference"), inputs)
+        for backend in ("torch", "cpp"):
+            assert_equal(differences(run(nl.compile(loop, backend=backend), inputs), wanted), 1e-12)
 
 
 @pytest.mark.parametrize("q", [0.0, 0.3, 0.5, 1.0])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._decomp import _core_aten_decompositions_post_autograd, get_decompositions
 
-from nestloop.lowering.ops import orders, places, rounding, solve, windows
+from nestloop.lowering.ops import orders, places, rounding, solve, spaced, windows
 from nestloop.lowering.ops.detached import detached
 from nestloop.lowering.ops.results import END, same_size
 
@@ -372,4 +372,5 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table.update(orders.DECOMPOSITIONS)
     table.update(windows.DECOMPOSITIONS)
     table.update(rounding.DECOMPOSITIONS)
+    table.update(spaced.DECOMPOSITIONS)
     return table

@@ -149,13 +149,21 @@ class TileFunction:
         row = ops.row(node.target)
         value = node.meta["val"]
         tensors = node.all_input_nodes
-        if row.kind is Kind.POINTWISE and tensors and all(t in self.scalar for t in tensors):
+        if node.target in ops.TAKE_NUMBERS and tensors and all(t in self.scalar for t in tensors):
             self.scalar.add(node)
         rank = len(value.shape) if row.kind is Kind.POINTWISE and node not in self.scalar else None
         first = next((t for t in tensors if isinstance(t.meta.get("val"), torch.Tensor)), None)
         text = [self._operand(a, rank) for a in node.args]
         if row.kind is Kind.POINTWISE and self._is_of_counts(node):  # to which PyTorch would give its default dtype
             text = [f"{t}.to(dtype)" if self._is_tensor(a) else t for a, t in zip(node.args, text, strict=True)]
+        numbers = [isinstance(a, (int, float)) or (isinstance(a, fx.Node) and a in self.scalar) for a in node.args]
+        if node.target not in ops.TAKE_NUMBERS and row.kind is not Kind.VIEW:
+            # The step's weight, a size or what is made of them, where PyTorch takes a tensor only.
+            takes = [isinstance(argument.type, torch.TensorType) for argument in node.target._schema.arguments]
+            text = [
+                f"filled({t}, dtype=dtype, device=device)" if number and tensor else t
+                for t, number, tensor in zip(text, numbers, takes, strict=False)
+            ]
         operands = Operands(
             text=text,
             raw=node.args,
@@ -163,7 +171,7 @@ class TileFunction:
             rank=len(first.meta["val"].shape) if first is not None else 0,
             shape=[size_text(s) for s in value.shape],
             dtype=value.dtype,
-            numbers=[isinstance(a, (int, float)) or (isinstance(a, fx.Node) and a in self.scalar) for a in node.args],
+            numbers=numbers,
             where=node.meta["where"].short if node.meta.get("where") else "",
         )
         if row.kind is Kind.VIEW and tensors[0] in self.scalar:

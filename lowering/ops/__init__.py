@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nestloop.lowering.ops import logic, movement, pointwise, products, reductions, results
-from nestloop.lowering.ops.calling import ADD, DIV, MUL, ONLY_TENSORS, SUB, call
+from nestloop.lowering.ops.calling import ADD, DIV, MUL, ONLY_TENSORS, SUB, TAKE_NUMBERS, call
 from nestloop.lowering.ops.decompose import cosine_similarity, decompositions, fused_rms_norm
 from nestloop.lowering.ops.detached import OP as DETACHED
 from nestloop.lowering.ops.detached import detached
@@ -88,6 +88,7 @@ __all__ = [
     "ROWS",
     "SOLVE",
     "SUB",
+    "TAKE_NUMBERS",
     "Kind",
     "NoSpelling",
     "Op",

@@ -22,6 +22,12 @@ DIV = (aten.div.Tensor, aten.div.Scalar)
 # A constant operand stands in a graph as a number (`simplify`), which these take only as a tensor.
 ONLY_TENSORS = (aten.where.self, aten.maximum.default, aten.minimum.default)
 
+# What generated PyTorch spells such that a number may stand for any tensor: symbols of Python, and a choice.
+TAKE_NUMBERS = (
+    *(*ADD, *SUB, *MUL, *DIV, aten.neg.default, aten.reciprocal.default, aten.where.self),
+    *(aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar),
+)
+
 
 def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a `call_function` node computes of these arguments, so that PyTorch can differentiate and batch it."""

@@ -111,6 +111,22 @@ def test_functions(name: str):
     assert max(errors.values()) < 1e-10, errors
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("function", [F.softplus, F.elu, F.selu, F.celu], ids=lambda function: function.__name__)
+def test_a_loss_that_ends_in_a_function(function: Callable[[Tensor], Tensor], backend: str):
+    """What flows back into the function is the weight of the step, a number where the code runs."""
+
+    class Last(Recall):
+        schedule = nl.FullBatch(steps=2)
+
+        def loss(self, f, t):
+            return function(f(t.k) - t.v).mean(-1) + function(-(f(t.k) * t.v).sum(-1))
+
+    inputs, wanted = inputs_of(Last, torch.float64)
+    errors = differences(run(nl.compile(Last, backend=backend), inputs), wanted)
+    assert max(errors.values()) < 1e-10, errors
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
 @pytest.mark.parametrize("loop", LOOPS + COUNTING, ids=lambda loop: loop.__name__)
 def test_loops(loop: type[nl.Loop], backend: str):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from nestloop.lowering import ops
 from nestloop.lowering.emit.tile import TileFunction
 from nestloop.lowering.ops import Kind, Op
 from nestloop.lowering.runtime import tiles
-from tests.lowering.ops.cases import CASES, case
+from tests.lowering.ops.cases import CASES, EXAMPLES, case
 
 HEADS, SEQUENCES = 2, 3
 LEADS = [(HEADS, SEQUENCES), (HEADS, 1), (1, SEQUENCES), (1, 1)]
@@ -76,6 +78,50 @@ def test_the_spelling_is_the_op(name: str, first: int):
     expanded = [t.expand(HEADS, SEQUENCES, *t.shape[2:]) for t in given]
     wanted = torch.vmap(torch.vmap(on_one_tile))(*expanded)
     torch.testing.assert_close(found.expand(wanted.shape), wanted, rtol=1e-12, atol=1e-12)
+
+
+def with_numbers(name: str, chosen: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+    """What generated code makes of a case in which the step's weight stands for the chosen tensors, and what the op
+    makes of a tensor without axes there; None where it takes none."""
+    target, arguments, more = case(name)
+    given = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+    number = torch.tensor(0.7, dtype=torch.float64)
+    values = [number if index in chosen else t for index, t in enumerate(given)]
+    order = {id(t): index for index, t in enumerate(given)}
+
+    def filled_in(with_: list[Any]) -> tuple[Any, ...]:
+        return tree_map(lambda a: with_[order[id(a)]] if isinstance(a, Tensor) else a, arguments)
+
+    try:
+        wanted = target(*filled_in(values), **more)
+    except (RuntimeError, IndexError, UserWarning):  # a product has no number, ATen warns of its transpose
+        return None
+    graph = fx.Graph()
+    anchor, weight = graph.placeholder("anchor"), graph.placeholder("weight")
+    nodes = [weight if index in chosen else graph.placeholder(f"x{index}") for index in range(len(given))]
+    for node, value in zip([anchor, weight, *nodes], [torch.zeros(5, 4).double(), number, *values], strict=True):
+        node.meta["val"] = value
+    node = graph.call_function(target, filled_in(nodes), more)
+    other = graph.call_function(torch.ops.aten.neg.default, (anchor,))
+    node.meta["val"], other.meta["val"] = wanted, anchor.meta["val"]
+    graph.output((node, other))
+    axes = {n: tuple(map(str, n.meta["val"].shape)) for n in (node, other)}
+    function = TileFunction("f", fx.GraphModule(torch.nn.Module(), graph), "One op.", axes)
+    names = dict(NAMES)
+    exec(function.write(None), names)
+    tensors = {f"x{index}": t[None, None] for index, t in enumerate(values)}
+    tensors |= {"anchor": torch.zeros(1, 1, 5, 4).double()}
+    found = names["f"](*[0.7 if n == "weight" else tensors[n] for n in function.signature], None)[0]
+    return torch.as_tensor(found, dtype=wanted.dtype).broadcast_to(1, 1, *wanted.shape)[0, 0], wanted
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_number_stands_for_any_tensor(name: str):
+    count = sum(isinstance(t, Tensor) for t in tree_leaves(case(name)[1]))
+    tried = [with_numbers(name, c) for size in range(1, count + 1) for c in combinations(range(count), size)]
+    for found, wanted in filter(None, tried):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert any(tried) or ops.ROWS[case(name)[0]].kind is not Kind.POINTWISE or name.startswith("bitwise")
 
 
 def test_no_op_has_two_rows():

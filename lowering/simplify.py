@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.sym_node import wrap_node
 
 from nestloop.lowering import ops
 from nestloop.lowering.ops import Kind
@@ -116,8 +117,9 @@ class _Rebuild(ProductRules):
         return self._emit(aten.expand.default, (value.value, shape), old)
 
     def _size(self, size: Any, old: fx.Node) -> Any:
-        """A size as an int, or a node that computes it from a tensor which has it as an axis."""
-        if isinstance(size, int):
+        """A size as an int, or a node that computes it: from a tensor which has it as an axis, or else from the sizes
+        that it was made of (n - 1, where the constant is all that had so many rows)."""
+        if isinstance(size, (int, float)):
             return size
         for node in self.graph.nodes:
             value = node.meta.get("val")
@@ -126,10 +128,17 @@ class _Rebuild(ProductRules):
             if isinstance(value, torch.Tensor):
                 for axis, other in enumerate(value.shape):
                     if same_size(other, size):
-                        new = self.graph.call_function(aten.sym_size.int, (node, axis))
-                        new.meta["val"] = other
-                        return new
-        raise AssertionError(f"no tensor has the size {size} of {old}")
+                        return self._computed(aten.sym_size.int, (node, axis), other)
+        if size.node.made is None:
+            raise AssertionError(f"no tensor has the size {size} of {old}")
+        operation, operands = size.node.made
+        numbers = [wrap_node(o) if o.number is None else o.number for o in operands]
+        return self._computed(operation, tuple(self._size(number, old) for number in numbers), size)
+
+    def _computed(self, operation: Any, args: tuple[Any, ...], size: Any) -> fx.Node:
+        new = self.graph.call_function(operation, args)
+        new.meta["val"] = size
+        return new
 
     def _call(self, node: fx.Node) -> Any:
         row = ops.row(node.target)

@@ -194,6 +194,30 @@ def test_rows_that_are_rolled(shift: int, tokens: int):
     assert max(differences(found, wanted).values()) < 1e-10
 
 
+JOINED: dict[str, Callable[[Tensor], Tensor]] = {
+    "the first counts three times": lambda losses: torch.cat([3 * losses[:1], losses[1:]]),
+    "rolled": lambda losses: losses.roll(1, 0),
+    "halves": lambda losses: torch.cat([losses[len(losses) // 2 :], 2 * losses[: len(losses) // 2]]),
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("name", JOINED)
+def test_losses_that_are_joined(name: str, backend: str, tokens: int):
+    """What flows back is a constant on n - 1 rows, which nothing else has."""
+
+    class Joined(Recall):
+        schedule = nl.FullBatch(steps=2)
+
+        def loss(self, f, t):
+            return JOINED[name]((f(t.k) - t.v).square().sum(-1))
+
+    inputs = random_inputs(Joined.spec, SIZES, tokens=tokens)
+    found, wanted = (run(nl.compile(Joined, backend=one), inputs) for one in (backend, "reference"))
+    assert max(differences(found, wanted).values()) < 1e-10
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])
 def test_a_place_that_is_not_there_is_nan(backend: str):
     """PyTorch refuses it; of generated code, on a GPU above all, no part waits for that."""

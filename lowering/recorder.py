@@ -87,7 +87,8 @@ class Recorder(Mode):
         self.nodes: dict[int, tuple[Tensor, fx.Node]] = {}  # it holds the tensors: no id is given twice
         self.constants: dict[str, Tensor] = {}
         self.facts: dict[str, Any] = {}
-        self.numbers: dict[tuple[Any, ...], fx.Node | tuple[fx.Node, int]] = {}  # an axis until it is read
+        # By type (2 == 2.0) and values; an axis until it is read.
+        self.numbers: dict[tuple[type, tuple[Any, ...]], fx.Node | tuple[fx.Node, int]] = {}
 
     def __enter__(self) -> Recorder:
         _ACTIVE.recorders.append(self)
@@ -103,7 +104,7 @@ class Recorder(Mode):
         self._keep(node, example)
         for axis, size in enumerate(example.shape):
             if not isinstance(size, int):
-                self.numbers.setdefault(size.node.values, (node, axis))
+                self.numbers.setdefault((int, size.node.values), (node, axis))
 
     def finish(self, result: Any) -> fx.GraphModule:
         """The graph of what was recorded, with this result."""
@@ -181,7 +182,8 @@ class Recorder(Mode):
         """A number that depends on n: an axis of an input, or computed from others."""
         if size.number is not None:
             return size.number
-        found = self.numbers.get(size.values)
+        key = size.pytype, size.values
+        found = self.numbers.get(key)
         if found is None:
             if size.made is None:
                 raise AssertionError("no input has n as an axis")
@@ -192,7 +194,7 @@ class Recorder(Mode):
         else:
             return found
         found.meta.update(self.facts, val=wrap_node(size))
-        self.numbers[size.values] = found
+        self.numbers[key] = found
         return found
 
 

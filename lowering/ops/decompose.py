@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._decomp import _core_aten_decompositions_post_autograd, get_decompositions
 
-from nestloop.lowering.ops import orders, places, rounding, solve, spaced, windows
+from nestloop.lowering.ops import lengths, orders, places, rounding, solve, spaced, windows
 from nestloop.lowering.ops.detached import detached
 from nestloop.lowering.ops.results import END, same_size
 
@@ -367,6 +367,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.addbmm.default] = lambda x, a, b, *, beta=1, alpha=1: beta * x + alpha * (a @ b).sum(0)
     table[aten.dist.default] = lambda x, y, p=2: torch.linalg.vector_norm(x - y, p)
     table[aten.sgn.default] = aten.sign.default  # PyTorch's own would import all of Dynamo; so for all below
+    table.update(lengths.DECOMPOSITIONS)
     table.update(solve.DECOMPOSITIONS)
     table.update(places.DECOMPOSITIONS)
     table.update(orders.DECOMPOSITIONS)

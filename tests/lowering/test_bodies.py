@@ -155,6 +155,30 @@ def test_a_loss_that_is_a_mean_by_hand(schedule: Schedule, backend: str):
     assert max(errors.values()) < 1e-10, errors
 
 
+OF_THE_LENGTH: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "a power": lambda x, n: x.tanh() ** n,
+    "a power of what it is made of": lambda x, n: x.tanh() ** (n - 1) + (x.abs() + 1) ** -n,
+    "a root": lambda x, n: (x.abs() + 0.1) ** (1 / n),
+    "its power": lambda x, n: n ** x.tanh() + (1 / n) ** x.tanh(),
+    "a factor in a sum": lambda x, n: torch.add(x, x * x, alpha=n) + torch.sub(x, x.tanh(), alpha=n / 2),
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("name", OF_THE_LENGTH)
+def test_numbers_of_the_length(name: str, backend: str, tokens: int):
+    class Counts(Recall):
+        schedule = nl.FullBatch(steps=2)
+
+        def loss(self, f, t):
+            return OF_THE_LENGTH[name](f(t.k) - t.v, self.n).sum(-1)
+
+    inputs = random_inputs(Counts.spec, SIZES, tokens=tokens)
+    found, wanted = (run(nl.compile(Counts, backend=one), inputs) for one in (backend, "reference"))
+    assert max(differences(found, wanted).values()) < 1e-10
+
+
 CONTRASTS: dict[str, Callable[[Tensor], Tensor]] = {
     "the diagonal": lambda scores: -scores.log_softmax(-1).diagonal(),
     "labels": lambda scores: F.cross_entropy(scores, torch.arange(len(scores)), reduction="none"),

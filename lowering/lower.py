@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from nestloop.errors import CompileError
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.parts import StaysWhole
 from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.runtime import plan as plans
 from nestloop.lowering.runtime.choice import runs_triton
 from nestloop.lowering.runtime.executable import EXECUTABLES, build
-from nestloop.lowering.runtime.fingerprint import fingerprint
+from nestloop.lowering.runtime.fingerprint import fingerprint, whole_numbers
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.recipe import Asked
 from nestloop.lowering.runtime.streams import STREAM_OPS, build_stream
@@ -28,7 +29,10 @@ from nestloop.lowering.runtime.triton_plan import UNTUNED, Tiling
 from nestloop.lowering.runtime.tuned import tiling_for
 from nestloop.lowering.runtime.whole import called_whole
 
-__all__ = ["EXECUTABLES", "STREAM_OPS", "lower", "plan_for"]
+__all__ = ["EXECUTABLES", "STREAM_OPS", "lower", "output_for_some", "plan_for"]
+
+# Squares, with many divisors or a power of two: one of them is a number of tokens that a body holds for, if any is.
+_SOME = (3600, 1024, 196)
 
 _PLANS: dict[str, Plan] = {}
 _NAME = "nestloop-lowering"
@@ -81,6 +85,25 @@ def plan_for(
     if key is not None:
         _PLANS[key] = found
     return found
+
+
+def output_for_some(spec: LoopSpec, sizes: dict[str, int]) -> tuple[int, ...] | None:
+    """The shape of one token's output of a loop whose bodies do not hold for every number of tokens, but for some, even
+    ones say; None where there is none among those tried: the products of numbers that bodies name (a grid of 14 x 14),
+    and those of `_SOME`. What a dim has, or half of it or twice, is not tried: there, axes may fit by accident.
+    """
+    named = sorted(n for n in whole_numbers(spec) if 1 < n <= 64)[:6]
+    tried = dict.fromkeys((*_SOME, *(a * b for a in named for b in named)))
+    return _apart(_output_for_one_of, spec, sizes, [n for n in tried if not {n, 2 * n, n / 2} & {*sizes.values()}])
+
+
+def _output_for_one_of(spec: LoopSpec, sizes: dict[str, int], tried: list[int]) -> tuple[int, ...] | None:
+    from nestloop.lowering.capture import capture
+
+    for tokens in tried:
+        with suppress(CompileError):
+            return capture(spec, sizes, tokens).output
+    return None
 
 
 Made = TypeVar("Made")

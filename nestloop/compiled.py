@@ -309,7 +309,13 @@ class CompiledLoop:
                 trial = {**sizes, rows: sizes.get(rows, 4), columns: sizes.get(columns, 4)}
                 return lower.plan_for(self.renamed, trial, trial[rows] * trial[columns], False, False).output
             tokens = sizes[rows] * sizes[columns]
-        output = lower.plan_for(self.renamed, sizes, tokens or None, False, False).output
+        try:
+            output = lower.plan_for(self.renamed, sizes, tokens or None, False, False).output
+        except ShapeMismatchError:
+            some = None if tokens else lower.output_for_some(self.renamed, sizes)
+            if some is None:
+                raise
+            return some
         self._lowered(False, False, tokens, tuple(sorted(sizes.items())), torch.get_default_dtype() == torch.float64)
         return output
 

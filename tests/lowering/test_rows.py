@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import nestloop as nl
-from nestloop.errors import NoPlanError, TokenMixingError
+from nestloop.errors import NoPlanError, ShapeMismatchError, TokenMixingError
 from nestloop.lang.schedule import Schedule
 from nestloop.lowering import pipeline
 from nestloop.lowering.runtime.fingerprint import whole_numbers
@@ -94,3 +96,48 @@ def test_graphs_of_causal_loops_hold_for_any_number_of_tokens_where_others_do_no
     assert lowered.captured.loss is not None
     (first,) = [node for node in lowered.captured.loss.graph.nodes if node.name == "k"]
     assert first.meta["val"].shape[0] != 4
+
+
+# Bodies in which views fit for some numbers of tokens only: those, another, and the view.
+SOME: dict[str, tuple[int, int, Callable[[Any, Tensor], Tensor]]] = {
+    "even ones": (12, 13, lambda loop, v: v.view(loop.n // 2, 2, -1).flip(1).reshape(v.shape)),
+    "squares": (
+        16,
+        15,
+        lambda loop, v: v.view(int(loop.n**0.5), int(loop.n**0.5), -1).transpose(0, 1).reshape(v.shape),
+    ),
+    "one": (35, 36, lambda loop, v: v.view(7, 5, -1).flip(1).reshape(35, loop.d)),
+}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_layer_may_hold_for_some_numbers_of_tokens(name: str):
+    tokens, other, function = SOME[name]
+
+    class Some(Recall):
+        schedule = nl.FullBatch()
+
+        def loss(self, f, t):
+            return (f(t.k) - function(self, t.v)).square().mean(-1)
+
+    layer = nl.Layer(Some, 8, 2).double()
+    reference = nl.Layer(Some, 8, 2, backend="reference").double()
+    reference.load_state_dict(layer.state_dict())
+    x = torch.randn(2, tokens, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), reference(x), rtol=1e-10, atol=1e-10)
+    with pytest.raises(ShapeMismatchError, match=rf"v is \[{other}, d\]"):
+        layer(torch.randn(2, other, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("width", [8, 3600, 7200])
+def test_a_layer_whose_tokens_meet_a_dim_is_refused(width: int):
+    """Though for as many tokens as that dim has they fit."""
+
+    class Turned(Recall):
+        schedule = nl.FullBatch()
+
+        def loss(self, f, t):
+            return (f(t.k) - t.v.T).square().mean(-1)
+
+    with pytest.raises(ShapeMismatchError, match=f"d = {width} meets n"):
+        nl.Layer(Turned, width, 1, device="meta")

@@ -136,8 +136,9 @@ class Recipe:
             **{name: value for name, value in chosen.items() if value is not None},
         )
         for branch in [module for module in model.modules() if isinstance(module, Branch)]:
-            for name in branch.spec.views.keys() & branch.views.keys():
-                linear = [module for module in branch.views[name].modules() if isinstance(module, nn.Linear)]
+            for name in branch.spec.views.keys() & branch.labels.keys():
+                made = branch.views[branch.labels[name]]
+                linear = [module for module in made.modules() if isinstance(module, nn.Linear)]
                 for last in linear[-1:]:  # of a projection of low rank, once
                     last.weight.data.mul_(self.view_gain)
         return model

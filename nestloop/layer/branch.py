@@ -21,7 +21,7 @@ from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.maps import Call, Place, Project, applied, is_source
 from nestloop.lang.schedule import sees_later
 from nestloop.layer.functions import check_activation, check_function
-from nestloop.layer.making import Making, Pooled, Route, Shared, places, through
+from nestloop.layer.making import Making, Pooled, Route, Shared, free_label, places, through
 from nestloop.layer.starts import begin
 from nestloop.products import apply
 
@@ -52,7 +52,10 @@ class Branch(nn.Module):
     `nn.Linear` or, where there are other maps, these by their labels and `project` (rows are head-major); a module in
     its place is given x [B, N, D]. `shared.NAME` the maps that several views name, `fast.NAME` [H, *dims] initial fast
     weights, `slow.NAME` [H, *dims], or [*dims] when shared, `output` the read-out's maps, `beside` the branch beside
-    this one.
+    this one. A name that PyTorch's dicts have themselves is followed by an underscore there (`views.keys_`).
+
+    Attributes:
+        labels: for each view, gate and weight that has one, NAME with that underscore, if any.
     """
 
     def __init__(
@@ -74,7 +77,11 @@ class Branch(nn.Module):
         owned = Shared() if shared is None else shared
         self._place = Place(self.sizes["D"], getattr(spec.schedule, "period", 1), 1, self.sizes["D"])
         projected = {name: view for name, view in self.spec.inputs.items() if not _is_token(view)}
-        self.views = nn.ModuleDict({name: self._made(view, owned) for name, view in projected.items()})
+        self.labels: dict[str, str] = {}
+        self.views = nn.ModuleDict()
+        for name, view in projected.items():
+            label = self.labels[name] = free_label(self.views, name)
+            self.views[label] = self._made(view, owned)
         self.fast = self._weights({name: w for name, w in self.spec.weights.items() if name in self.spec.fast})
         self.slow = self._weights(self.spec.slow)
         if self._output:
@@ -152,8 +159,9 @@ class Branch(nn.Module):
             common = isinstance(weight, Slow) and weight.shared
             shape = [expr.size(self.sizes, weight.where) for expr in weight.dims]
             learned = isinstance(weight, Slow) or weight.learned
-            made[name] = nn.Parameter(torch.empty(shape if common else [self.heads, *shape]), learned)
-            fills[name] = partial(init.fill, init=weight.init, per_head=not common)
+            label = self.labels[name] = free_label(made, name, ["reset_parameters"])
+            made[label] = nn.Parameter(torch.empty(shape if common else [self.heads, *shape]), learned)
+            fills[label] = partial(init.fill, init=weight.init, per_head=not common)
         begin(made, fills)
         return made
 
@@ -191,12 +199,13 @@ class Branch(nn.Module):
             if _is_token(view):
                 made[name] = call.input
                 continue
+            label = self.labels[name]
             if _is_plain(view):
-                flat = apply(self.views[name], call.input)  # [B, N, G * f]
+                flat = apply(self.views[label], call.input)  # [B, N, G * f]
             else:
                 activate = partial(self._activated, view) if isinstance(view, Gate) else None
                 route = Route(name, view.maps, shared, call, f"the {view.kind} '{name}'", view.where, activate)
-                flat = through(self.views[name], call.input, route)
+                flat = through(self.views[label], call.input, route, f"views.{label}")
             dims, groups = self._dims(view), self._groups(view)
             self._check_made(name, view, flat, groups * math.prod(dims), call.input)
             if isinstance(view, Gate) and not view.pooled:
@@ -208,7 +217,7 @@ class Branch(nn.Module):
         """Raise `InputError` for a module, put in the place of what made a view, that makes something else."""
         if flat.ndim != 3 or flat.shape[:2] != x.shape[:2] or flat.shape[2] != features:
             raise InputError(
-                f"What stands in views.{name} does not make the {view.kind} '{name}'.",
+                f"What stands in views.{self.labels[name]} does not make the {view.kind} '{name}'.",
                 where=view.where,
                 given=f"{list(x.shape)} -> {list(flat.shape)}",
                 need=f"{[*x.shape[:2], features]}: all features of each token, those of its heads one after another",
@@ -260,14 +269,15 @@ class Branch(nn.Module):
         order = passing.order
         if order is None:
             order = self.order(x.shape[1], x.device)
-        weights = {**dict(self.fast.items()), **dict(self.slow.items())}
+        fast = self.spec.fast
+        weights = {n: (self.fast if n in fast else self.slow)[self.labels[n]] for n in self.spec.weights}
         own = {name: size for name, size in passing.dims.items() if name in self.spec.dim_names}
         start = None if state is None else state["loop"]
         z, loop, losses = self.op.run(self._make(call, shared), weights, start, order, passing.losses, own)
         z = z.transpose(1, 2).reshape(*x.shape[:2], self.out_features)  # [B, N, H * dz]
         if self._output:
             route = Route("output", self._output, shared, call.apart(), "the read-out", self.spec.where)
-            z = through(self.output, z, route)
+            z = through(self.output, z, route, "output")
         if state is not None and set(carried) != set(call.kept):
             raise StateError(
                 f"The state is of a layer whose maps keep other rows than those of {self.spec.name}.",

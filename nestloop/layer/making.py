@@ -56,12 +56,24 @@ def module_of(one: Map, shapes: Mapping[str, Shape]) -> nn.Module:
     return parts[""] if "" in parts else nn.Sequential(OrderedDict(parts))
 
 
+def free_label(container: nn.Module, name: str, reserved: Sequence[str] = ()) -> str:
+    """The name for a child that is declared as `name`: that, or with underscores after it until nothing has it.
+
+    PyTorch finds children as attributes (`functional_call`, `get_submodule`, adapters), so `keys` cannot be the name of
+    one in a dict that has the method; `keys_` can.
+    """
+    while hasattr(container, name) or name in reserved:
+        name += "_"
+    return name
+
+
 class Shared(nn.ModuleDict):
-    """The maps that a loop names: one module each, under their name in the class body."""
+    """The maps that a loop names: one module each, under their name in the class body (or `free_label`)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.declared: dict[str, Any] = {}  # the line each was declared on, and the shapes of its parameters
+        self.labels: dict[str, str] = {}  # the names that modules have here
 
     def claim(self, one: Map, place: Place) -> None:
         """The module of `one`, made when it is first met; whoever meets it again must stand in a like place.
@@ -79,8 +91,9 @@ class Shared(nn.ModuleDict):
                 need="as many features in every place",
                 fix="declare one map for each, under a name of its own",
             )
-        if shapes and one.name not in self:
-            self[one.name] = module_of(one, shapes)
+        if shapes and one.name not in self.labels:
+            self.labels[one.name] = free_label(self, one.name)
+            self[self.labels[one.name]] = module_of(one, shapes)
 
 
 def _sizes(shapes: Mapping[str, tuple[list[int], str, bool]]) -> str:
@@ -142,8 +155,9 @@ class Route:
 
     def _module(self, one: Map, label: str | None, making: Making | None) -> nn.Module | None:
         """The module of a map, where it has one."""
-        modules = self.shared._modules if one.shared else {} if making is None else making._modules
-        return modules.get(one.name if one.shared else label or "")
+        if one.shared:
+            return self.shared._modules.get(self.shared.labels.get(one.name, ""))
+        return None if making is None else making._modules.get(label or "")
 
     def _apply(self, one: Map, x: Tensor, module: nn.Module | None) -> Tensor:
         made: Tensor = one(x, module, self.call) if module is None or one.linear else module(x, one, self.call)
@@ -201,9 +215,11 @@ class Pooled(Making):
         return made[:, chunk].flatten(2)
 
 
-def through(module: nn.Module, x: Tensor, route: Route) -> Tensor:
+def through(module: nn.Module, x: Tensor, route: Route, place: str) -> Tensor:
     """x through a `Making`, or through what stands in its place: what wraps one hands on all that it is given (FSDP,
     peft's modules to save), another module sees x alone.
+
+    place: its path below the layer, for the error.
 
     Raises:
         InputError: it wraps one, and takes x alone.
@@ -212,17 +228,16 @@ def through(module: nn.Module, x: Tensor, route: Route) -> Tensor:
         made: Tensor = module(x)
         return made
     if not isinstance(module, Making) and not torch.compiler.is_compiling():
-        _check_wrapping(module, x, route)
+        _check_wrapping(module, x, route, place)
     made = module(x, route)
     return made
 
 
-def _check_wrapping(module: nn.Module, x: Tensor, route: Route) -> None:
+def _check_wrapping(module: nn.Module, x: Tensor, route: Route, place: str) -> None:
     signature = inspect.signature(module.forward)
     try:
         signature.bind(x, route)
     except TypeError:
-        place = route.name if route.name == "output" else f"views.{route.name}"
         raise InputError(
             f"What stands in {place} wraps what it is to make, and does not hand on all that it is given.",
             where=caller(),

@@ -12,6 +12,7 @@ from nestloop.errors import CapturedTensorError, UnadmittedOpError
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering import ops
 from nestloop.lowering.any_length import record_for_any_length
+from nestloop.lowering.draws import Generators, Heard
 from nestloop.lowering.length import HINT, Length
 from nestloop.lowering.runtime.fingerprint import whole_numbers
 from nestloop.lowering.watched import WatchedCalls, WatchedOps, as_compile_error, rounding
@@ -87,13 +88,19 @@ class Tracer:
     ) -> fx.GraphModule:
         """The graph of `body` over given tensors, placeholders named `names`."""
 
-        def watched(*tensors: Tensor) -> Any:
-            if user_body is None:
-                return body(*tensors)
-            with WatchedOps(self.spec), WatchedCalls(self.spec) as calls:
+        def run(tensors: Sequence[Tensor], generators: Generators) -> tuple[Any, WatchedCalls]:
+            with generators, WatchedOps(self.spec), WatchedCalls(self.spec, generators) as calls:
                 made = body(*tensors)
                 calls.check_surroundings()
             self.reads_dtype |= calls.reads_dtype
+            return made, calls
+
+        def watched(*tensors: Tensor) -> Any:
+            if user_body is None:
+                return body(*tensors)
+            made, calls = run(tensors, Generators())
+            if calls.in_doubt:
+                run(tensors, Heard())
             return made
 
         # A body may take any branch on n; a rule of PyTorch's takes the same one for all but the shortest.

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
-import random
 import re
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -28,6 +25,7 @@ from nestloop.errors import (
 )
 from nestloop.lang.loop import LoopSpec, user_files
 from nestloop.lowering import ops
+from nestloop.lowering.draws import Generators
 from nestloop.lowering.mismatch import OpFailed, about_shapes, operands
 from nestloop.lowering.recorder import Mode, noting
 from nestloop.reference import composites
@@ -102,12 +100,13 @@ class WatchedCalls(TorchFunctionMode):
 
     Attributes:
         reads_dtype: whether the body has asked for the dtype, or used a constant of it (RMSNorm's default eps, say).
+        in_doubt: whether numbers have been drawn without torch, by the body or by another thread.
     """
 
-    def __init__(self, spec: LoopSpec) -> None:
+    def __init__(self, spec: LoopSpec, generators: Generators) -> None:
         super().__init__()
-        self.spec, self.reads_dtype = spec, False
-        self._generators, self._autocast = _generators(), _autocast()
+        self.spec, self.reads_dtype, self.in_doubt = spec, False, False
+        self._generators, self._autocast = generators, _autocast()
         self._counted: list[Tensor] = []  # 0, 1, 2, ..
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -187,9 +186,10 @@ class WatchedCalls(TorchFunctionMode):
 
     def check_surroundings(self) -> None:
         """Refuse numbers drawn without torch, and autocast, of both of which a graph would have nothing."""
-        for name, state in _generators().items():
-            if self._generators.get(name, state) != state:
+        for name in [] if self.in_doubt else self._generators.drawn:
+            if self._generators.certain:
                 raise _random(self.spec, name, user_line(self.spec) or self.spec.where)
+            self.in_doubt = True
         if _autocast() != self._autocast:
             raise UnadmittedOpError(
                 f"A body of {self.spec.name} is under autocast.",
@@ -245,21 +245,6 @@ class WatchedCalls(TorchFunctionMode):
                 need="a body that computes the same on every device, with gradients or without",
                 fix="leave the question out of the body; backend='reference' asks the call's own tensors",
             )
-
-
-def _generators() -> dict[str, Any]:
-    """The states of the generators beside torch's, by what draws from them; none where another thread may draw too."""
-    if not _is_alone():
-        return {}
-    found: dict[str, Any] = {"random": random.getstate()}
-    if "numpy.random" in sys.modules:
-        found["numpy.random"] = pickle.dumps(sys.modules["numpy.random"].get_state(legacy=False))
-    return found
-
-
-def _is_alone() -> bool:
-    """Whether no thread of Python's runs but this one, and the main one, which waits for it."""
-    return {*threading.enumerate()} <= {threading.current_thread(), threading.main_thread()}
 
 
 def _autocast() -> list[bool]:

@@ -14,7 +14,6 @@ from nestloop.errors import (
     DataDependentError,
     UnadmittedOpError,
 )
-from nestloop.lowering import watched
 from tests.errors.squares import Squares, layer_of, steps_into
 from tests.refusals import refused
 
@@ -127,9 +126,36 @@ def numpy_s(self, f, t):
     return f(t.k).sum(-1) * float(np.random.rand())  # HERE
 
 
-@pytest.mark.parametrize("loss, name", [(python_s, "random"), (numpy_s, "numpy.random")])
-def test_bodies_draw_no_random_numbers_without_torch(loss, name, monkeypatch):
-    monkeypatch.setattr(watched, "_is_alone", lambda: True)  # other tests may have left threads
+def one_of_three(self, f, t):
+    return f(t.k).sum(-1) * random.choice([0.5, 1.5, 2.5])  # HERE
+
+
+def sometimes(self, f, t):
+    if random.random() < 0.5:
+        return f(t.k).sum(-1)  # HERE
+    return f(t.v).square().sum(-1)
+
+
+def draw_on(done):
+    while not done.wait(1e-5):
+        random.random(), np.random.rand()
+
+
+@pytest.fixture(params=[None, threading.Event.wait, draw_on])
+def other_thread(request):
+    """Another thread that lives, one that is quiet or one that draws."""
+    done = threading.Event()
+    other = None if request.param is None else threading.Thread(target=request.param, args=[done])
+    if other is not None:
+        other.start()
+    yield
+    done.set()
+    if other is not None:
+        other.join()
+
+
+@pytest.mark.parametrize("loss, name", [(python_s, "random"), (numpy_s, "numpy.random"), (one_of_three, "random")])
+def test_bodies_draw_no_random_numbers_without_torch(loss, name, other_thread):
     refused(
         steps_into(loss),
         UnadmittedOpError,
@@ -140,20 +166,14 @@ def test_bodies_draw_no_random_numbers_without_torch(loss, name, monkeypatch):
     )
 
 
-def test_numbers_that_other_threads_draw_are_no_body_s():
-    def loss(self, f, t):
-        other = threading.Thread(target=random.random)
-        other.start()
-        return f(t.k).square().sum(-1)
+def test_a_body_that_does_something_else_by_chance(other_thread):
+    with pytest.raises(UnadmittedOpError, match="Loop uses random, which draws"):
+        layer_of(sometimes)
 
-    done = threading.Event()
-    waiting = threading.Thread(target=done.wait)
-    waiting.start()
-    try:
-        layer_of(loss)
-    finally:
-        done.set()
-        waiting.join()
+
+def test_numbers_that_other_threads_draw_are_no_body_s(other_thread):
+    another = random.random()  # a body that has not been compiled yet
+    layer_of(lambda self, f, t: (f(t.k) * another - t.v).square().sum(-1), backend="torch")
 
 
 def under_autocast(self, f, t):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +33,21 @@ def create(name: str, num_classes: int = 1000, **overrides: Any) -> ViT:
 
     Raises:
         UnknownModelError: no such name; the message gives the nearest ones.
+        InputError: no such argument.
+        ModelSizeError: a size that is no count, or sizes that do not fit each other.
     """
     if name not in MODELS:
         raise unknown("model", name, MODELS, "models.names() lists them all")
+    known = list(inspect.signature(ViT).parameters)
+    for argument, value in overrides.items():
+        if argument not in known:
+            nearest = difflib.get_close_matches(argument, known, n=1)
+            raise errors.InputError(
+                f"a model takes no argument {argument!r}",
+                given=f"{argument}={errors.shown(value)}",
+                need="one of " + ", ".join(known),
+                fix=f"did you mean {nearest[0]}?" if nearest else "leave it out",
+            )
     return ViT(**{**MODELS[name], "num_classes": num_classes, **overrides})
 
 

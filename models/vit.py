@@ -10,9 +10,11 @@ W width, C channels, P patch edge.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -54,6 +56,35 @@ def sincos_positions(rows: int, cols: int, width: int) -> Tensor:
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()  # [N, W]
 
 
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _check_counts(least: int, **sizes: Any) -> None:
+    """Raise `ModelSizeError` for a size that is no whole number, or below `least`."""
+    for name, size in sizes.items():
+        if not _is_count(size, least):
+            raise errors.ModelSizeError(
+                f"the {name} of a model is not a count",
+                given=f"{name}={errors.shown(size)}",
+                need=f"a whole number, {least} or more",
+                fix=f"{name}={inspect.signature(ViT).parameters[name].default}",
+            )
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """The rows and columns of images. Raises `ModelSizeError` for a size that is neither a count nor two."""
+    sides = (size, size) if isinstance(size, Integral) else size
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2 or not all(_is_count(side, 1) for side in sides):
+        raise errors.ModelSizeError(
+            "the image_size of a model is not that of an image",
+            given=f"image_size={errors.shown(size)}",
+            need="a whole number, 1 or more, or (rows, cols)",
+            fix="image_size=224",
+        )
+    return int(sides[0]), int(sides[1])
+
+
 class MLP(nn.Module):
     """width -> hidden -> width with tanh GELU."""
 
@@ -93,9 +124,13 @@ class ViT(nn.Module, HubMixin):
     mixer: a name of `nestloop.models.mixers.MIXERS`, a loop, or a tuple of loops (branches side by side).
     patch_size: edge of the square patches; 1 makes every pixel a token.
     image_size: the size the positions are stored for; other sizes work, their positions are computed.
+    depth: blocks; without one, patches go to the head as they are embedded.
     mixer_dims: sizes of the loop's own dims, passed to `nestloop.Layer`.
     backend, inductor: how the mixers are compiled, passed to `nestloop.Layer`.
     checkpoint: keep one activation a block for the backward and recompute the rest.
+
+    Raises:
+        ModelSizeError: a size that is no count, or sizes that do not fit each other.
     """
 
     positions: Tensor
@@ -118,9 +153,10 @@ class ViT(nn.Module, HubMixin):
         checkpoint: bool = False,
     ) -> None:
         super().__init__()
+        _check_counts(1, width=width, heads=heads, patch_size=patch_size, channels=channels, mlp_ratio=mlp_ratio)
+        _check_counts(0, depth=depth, num_classes=num_classes)
         self.patch_size, self.channels, self.checkpoint = patch_size, channels, checkpoint
-        rows, cols = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.grid = self._grid(rows, cols)
+        self.grid = self._grid(*_sides(image_size))
         self.register_buffer("positions", sincos_positions(*self.grid, width), persistent=False)  # [N, W]
 
         self.mixer = mixer

@@ -69,6 +69,19 @@ def test_an_unknown_name_gets_the_nearest():
     )
 
 
+@pytest.mark.parametrize(("argument", "fix"), [("patch", "did you mean patch_size?"), ("zzz", "leave it out")])
+def test_an_unknown_argument_gets_the_nearest(argument, fix):
+    with pytest.raises(nl.errors.InputError) as caught:
+        models.create("vit_s16_mttt_mlp", **{argument: 4})
+    assert str(caught.value) == (
+        f"a model takes no argument '{argument}'\n"
+        f"  given: {argument}=4\n"
+        "  need:  one of mixer, width, depth, heads, num_classes, image_size, patch_size, channels, mlp_ratio, "
+        "mixer_dims, backend, inductor, checkpoint\n"
+        f"  fix:   {fix}"
+    )
+
+
 def test_an_unknown_mixer_gets_the_nearest():
     with pytest.raises(nl.errors.UnknownModelError) as caught:
         ViT("mttt_linaer", 16, 1, 2)

@@ -237,6 +237,41 @@ def test_sizes_that_do_not_fit(call, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "least", "fix"),
+    [
+        *[("width", "32", 1, 384), ("width", 0, 1, 384), ("depth", -1, 0, 12), ("heads", 2.0, 1, 6)],
+        *[("num_classes", -2, 0, 1000), ("patch_size", 0, 1, 16), ("channels", True, 1, 3), ("mlp_ratio", None, 1, 4)],
+    ],
+)
+def test_sizes_that_are_no_counts(name, size, least, fix):
+    with pytest.raises(nl.errors.ModelSizeError) as caught:
+        tiny("mttt_linear", **{name: size})
+    assert str(caught.value) == (
+        f"the {name} of a model is not a count\n"
+        f"  given: {name}={size!r}\n"
+        f"  need:  a whole number, {least} or more\n"
+        f"  fix:   {name}={fix}"
+    )
+
+
+@pytest.mark.parametrize("size", [0, "224", (8,), (8, 0), None])
+def test_an_image_size_that_is_none(size):
+    with pytest.raises(nl.errors.ModelSizeError) as caught:
+        tiny("mttt_linear", image_size=size)
+    assert str(caught.value) == (
+        "the image_size of a model is not that of an image\n"
+        f"  given: image_size={size!r}\n"
+        "  need:  a whole number, 1 or more, or (rows, cols)\n"
+        "  fix:   image_size=224"
+    )
+
+
+def test_a_model_without_blocks():
+    model = tiny("mttt_linear", depth=0, image_size=[8, 6])
+    assert model(torch.randn(2, 3, 8, 6)).shape == (2, 5)
+
+
 def test_the_short_name_is_refused(root):
     run = subprocess.run([sys.executable, "-c", "import models"], cwd=root, capture_output=True, text=True)
     assert run.returncode == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from nestloop.lang import coefficient
 from nestloop.lang.declare import Declaration, Gate, Slow
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.maps import chunk_period
-from nestloop.lang.schedule import BatchSchedule, Causal, Chunked, Program, Sliding, Stream
+from nestloop.lang.schedule import BatchSchedule, Causal, Chunked, Online, Program, Schedule, Sliding, Stream
 from nestloop.lang.state import averaged_gates
 from nestloop.lang.transforms import GlobalClip, global_clip, newton_schulz, restore_norm, soft_clip
 
@@ -241,7 +243,7 @@ def _check_causal(spec: LoopSpec) -> None:
             "a scale belongs to the token's own step, which a read-out before it has not seen.",
             f'scale; {_shown(spec)}, read = "before"',
             'read="after"',
-            "write schedule = nl.Causal(16)",
+            f"write schedule = {_call(type(schedule), schedule, read='after')}",
         )
     if optimizer.decays is not None and optimizer.decay_order == "before" and schedule.chunk > 1:
         raise _illegal(
@@ -249,7 +251,7 @@ def _check_causal(spec: LoopSpec) -> None:
             "gradients at a chunk's first weights cannot be taken at the decayed ones.",
             f'decay_order="before"; {_shown(spec)}, chunk = {schedule.chunk}',
             'decay_order="after", or gradients at the current weights',
-            'write schedule = nl.Online(), or decay_order="after"',
+            f'write schedule = {_call(Online, spec.schedule)}, or decay_order="after"',
         )
     if optimizer.window is not None and schedule.micro > 1:
         raise _illegal(
@@ -257,19 +259,35 @@ def _check_causal(spec: LoopSpec) -> None:
             "a window over tokens and micro-steps within one do not go together.",
             f"window={optimizer.window}, micro={schedule.micro}",
             "one of them",
-            "write schedule = nl.Online()",
+            f"write schedule = {_call(Online, schedule, micro=1)}",
         )
 
 
 def _stepping_once(schedule: Causal) -> tuple[str, str]:
     """What is needed, and the fix, where a step must have a whole gradient."""
     if schedule.chunk == schedule.micro == 1:
-        order = "update-apply" if schedule.read == "after" else "apply-update"
-        reset = f", reset={schedule.reset}" if schedule.reset else ""
-        return "the same steps as those of chunks of one token", f'write schedule = nl.Chunked(1, "{order}"{reset})'
-    size = max(schedule.chunk, 16)
+        call = _call(Chunked, schedule, order="update-apply" if schedule.read == "after" else "apply-update", size=1)
+        return "the same steps as those of chunks of one token", f"write schedule = {call}"
     need = "a schedule that steps once a chunk: the nearest is Chunked"
-    return need, f'write schedule = nl.Chunked({size}, "apply-update"), or "update-apply"'
+    return need, f'write schedule = {_call(Chunked, schedule, order="apply-update")}, or "update-apply"'
+
+
+def _call(kind: type[Schedule], like: Schedule, **changed: Any) -> str:
+    """The call that makes a schedule of a kind with all that another one says of it too, but for what is changed."""
+    reset = getattr(like, "reset", None)
+    size = getattr(like, "period", 1)
+    size = size if size > 1 else math.gcd(16, reset or 16)  # which a reset does not fall inside of
+    given = {"read": "before" if getattr(like, "order", "") == "apply-update" else "after", **vars(like)}
+    given |= {"size": size, "chunk": size, **changed}
+    written = []
+    for name, parameter in inspect.signature(kind).parameters.items():
+        value = given.get(name, parameter.default)
+        text = f'"{value}"' if isinstance(value, str) else str(value)
+        if name in ("size", "chunk") or (name == "order" and name in changed):
+            written.append(text)
+        elif value != parameter.default:
+            written.append(f"{name}={text}")
+    return f"nl.{kind.__name__}({', '.join(written)})"
 
 
 def _function(given: Any) -> str:
@@ -285,7 +303,7 @@ def _check_one_step(spec: LoopSpec) -> None:
             "a window belongs to a schedule that steps with every token.",
             f"window={optimizer.window}; {_shown(spec)}",
             "Causal or Online",
-            "write schedule = nl.Causal(16)",
+            f"write schedule = {_call(Causal, spec.schedule)}",
         )
     if optimizer.decays is not None and optimizer.decay_order == "before":
         raise _illegal(
@@ -293,7 +311,7 @@ def _check_one_step(spec: LoopSpec) -> None:
             "a step on many tokens takes its gradient before it decays.",
             f'decay_order="before"; {_shown(spec)}',
             'decay_order="after", or gradients at the current weights',
-            'write schedule = nl.Online(), or decay_order="after"',
+            f'write schedule = {_call(Online, spec.schedule)}, or decay_order="after"',
         )
 
 
@@ -306,7 +324,7 @@ def _check_micro(spec: LoopSpec) -> None:
             where=found[0].where,
             given=f"micro=True; {_shown(spec)}",
             need="a schedule with micro-steps",
-            fix=f"write schedule = nl.Online(micro=2), or leave micro out of the {found[0].kind}",
+            fix=f"write schedule = {_call(Online, spec.schedule, micro=2)}, or leave micro out of the {found[0].kind}",
         )
     if steps > 1 and not any(not isinstance(declared, Gate) for declared in found):
         raise ViewError(
@@ -360,5 +378,10 @@ def check_maps_of(spec: LoopSpec) -> None:
                 where=gate.where,
                 given=f"pooled=True; {_shown(spec)}",
                 need="a decay, momentum or scale of a schedule that steps once a chunk",
-                fix="leave pooled out, or write schedule = nl.Chunked(16)",
+                fix="leave pooled out"
+                + (
+                    ""
+                    if isinstance(spec.schedule, Chunked)
+                    else f", or write schedule = {_call(Chunked, spec.schedule)}"
+                ),
             )

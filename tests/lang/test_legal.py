@@ -203,6 +203,50 @@ def test_a_window_and_micro_steps():
     )
 
 
+@pytest.mark.parametrize(
+    "schedule, fix",
+    [
+        (nl.Causal(8, read="before", reset=32), "nl.Causal(8, reset=32)"),
+        (nl.Causal(8, read="before"), "nl.Causal(8)"),
+        (nl.Online("before", reset=6), "nl.Online(reset=6)"),
+    ],
+    ids=str,
+)
+def test_a_scale_read_before(schedule, fix):
+    illegal(
+        {"schedule": schedule, "optimizer": {"scale": 0.5}},
+        "a scale belongs to the token's own step, which a read-out before it has not seen.",
+        given=f'scale; schedule {type(schedule).__name__}, read = "before"',
+        need='read="after"',
+        fix=f"write schedule = {fix}",
+    )
+
+
+K_MICRO = {"k": nl.view("d", micro=True)}
+
+
+@pytest.mark.parametrize(
+    "schedule, declared, fix",
+    [
+        (nl.Causal(8, "before", reset=32), {"transform": torch.sign}, 'nl.Chunked(8, "apply-update", reset=32), or'),
+        (nl.Online(reset=24, micro=2), {"transform": torch.sign}, 'nl.Chunked(8, "apply-update", reset=24), or'),
+        (nl.Causal(8, "before", 32), {"decay": 0.9, "decay_order": "before"}, 'nl.Online(read="before", reset=32), or'),
+        (nl.Chunked(8, "apply-update"), {"decay": 0.9, "decay_order": "before"}, 'nl.Online(read="before"), or'),
+        (nl.Chunked(8, reset=32), {"window": 4}, "nl.Causal(8, reset=32)"),
+        (nl.Chunked(8, "apply-update"), {"window": 4}, 'nl.Causal(8, read="before")'),
+        (nl.Online("before", reset=6, micro=2), {"window": 4}, 'nl.Online(read="before", reset=6)'),
+    ],
+    ids=str,
+)
+def test_a_fix_keeps_what_fits_of_a_schedule(schedule, declared, fix):
+    views = K_MICRO if getattr(schedule, "micro", 1) > 1 else {}
+    with pytest.raises(IllegalScheduleError) as caught:
+        type("Loop", (Recall,), {"learner": Linear, "schedule": schedule, "optimizer": nl.SGD(**declared), **views})
+    assert str(caught.value.fix).startswith(f"write schedule = {fix}")
+    assert ", or" in fix or caught.value.fix == f"write schedule = {fix}"
+    eval(fix.removesuffix(", or"), {"nl": nl})  # which is a schedule
+
+
 # Views
 
 

@@ -297,7 +297,7 @@ def test_pooled_gates_where_tokens_step():
         "The gate 'eta' is made from a chunk's mean, which the tokens of the chunk cannot know.",
         given="pooled=True; schedule Causal",
         need="a decay, momentum or scale of a schedule that steps once a chunk",
-        fix="leave pooled out, or write schedule = nl.Chunked(16)",
+        fix="leave pooled out, or write schedule = nl.Chunked(4)",
     )
 
 

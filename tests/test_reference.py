@@ -256,6 +256,33 @@ def test_no_tokens_take_no_step(schedule, backend):
     assert torch.equal(grad, torch.full_like(grad, B))
 
 
+class Convolved(Squares):
+    """Of a grid, whose body takes none without rows."""
+
+    class learner(nl.Learner):
+        h, width = nl.grid()
+        w = nl.fast("d", 1, 3, 3)
+
+        def forward(self, x):
+            image = x.T.reshape(1, self.d, self.h, self.width)
+            return F.conv2d(image, self.w, padding=1, groups=self.d).reshape(self.d, -1).T
+
+
+@pytest.mark.parametrize("dims", [{}, {"h": 4}], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_grid_of_no_tokens_takes_no_step(backend, dims):
+    layer = nl.Layer(Convolved, H * d, H, backend=backend)
+    x = torch.randn(B, 0, H * d, requires_grad=True)
+    out, losses = layer(x, return_losses=True, **dims)
+    assert out.shape == x.shape
+    assert losses.shape == (B, H, 1) and losses.isnan().all()
+    out.sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+    _, state = layer.op(layer.make_views(x), dict(layer.fast), **dims)
+    assert torch.equal(state["w"], layer.fast["w"].expand(B, H, d, 1, 3, 3))
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpp"])
 @pytest.mark.parametrize("loop", [zoo.MTTTLinear, zoo.LinearAttention])
 def test_without_tokens_a_weight_that_starts_at_zero_stays_there(loop, backend):

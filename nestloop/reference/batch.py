@@ -14,7 +14,7 @@ from nestloop.lang.declare import Gate, Slow
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import BatchSchedule
 from nestloop.lang.state import steps_with
-from nestloop.reference.bodies import Tensors, checked_loss, checked_readout
+from nestloop.reference.bodies import Tensors, checked_loss, checked_readout, token_output
 
 
 def batch_gradient(
@@ -107,6 +107,10 @@ def one_sequence(
         losses.append(total / (stop - start))
     fast = {name: carried[name] for name in fast}
     whole = {**dims, "n": binding.tokens}
+    if spec.grid is not None and not binding.tokens:  # a grid without rows is none for many ops, a convolution's say
+        sizes = {name: size for name, size in binding.sizes.items() if name not in spec.grid}
+        z = next(iter(tokens.values())).new_zeros(0, *token_output(spec, sizes))
+        return z, fast, z.new_full([1 if return_losses else 0], torch.nan)  # the mean over no tokens
     if return_losses:
         losses.append(checked_loss(spec, whole)(fast, slow, tokens).mean())
     z = checked_readout(spec, whole)(fast, slow, tokens)

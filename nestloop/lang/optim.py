@@ -46,7 +46,7 @@ class SGD:
             - a gate (`eta = nl.gate()`): each token's loss is multiplied by its own rate, before any transform. With
               dims, each token's gradient has a rate per channel;
             - a dict of these by fast weight, 1.0 for those that it leaves out (of decays and scales 1.0 too, of momenta
-              0.0).
+              0.0); of rates under a batch schedule only what is the same in all steps: no tuple, gate, N or n.
         transform: plain PyTorch from one fast weight's S to its update, same shape (a clip, Newton-Schulz), or a joint
             one (`global_clip`) that sees all fast weights; None leaves it as it is.
         gradient_transform: the same for the gradient, before the momentum.

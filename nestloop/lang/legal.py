@@ -373,12 +373,12 @@ def check_maps_of(spec: LoopSpec) -> None:
     for gate in spec.gates.values():
         rates = coefficient.parts(spec.optimizer.lr)
         if gate.pooled and (gate not in averaged or gate in rates or not isinstance(spec.schedule, Chunked)):
-            is_chunked = isinstance(spec.schedule, Chunked)
-            chunked = "" if is_chunked else f", or write schedule = {_call(Chunked, spec.schedule)}"
+            elsewhere = gate not in rates and not isinstance(spec.schedule, Chunked)
+            instead = f", or write schedule = {_call(Chunked, spec.schedule)}" if elsewhere else ""
             raise ViewError(
                 f"The gate '{gate.name}' is made from a chunk's mean, which the tokens of the chunk cannot know.",
                 where=gate.where,
                 given=f"pooled=True; {_shown(spec)}",
                 need="a decay, momentum or scale of a schedule that steps once a chunk",
-                fix=f"leave pooled out{chunked}",
+                fix=f"leave pooled out{instead}",
             )

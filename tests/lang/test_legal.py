@@ -236,7 +236,6 @@ K_MICRO = {"k": nl.view("d", micro=True)}
         (nl.Chunked(8, "apply-update"), {"window": 4}, 'nl.Causal(8, read="before")'),
         (nl.Online("before", reset=6, micro=2), {"window": 4}, 'nl.Online(read="before", reset=6)'),
     ],
-    ids=str,
 )
 def test_a_fix_keeps_what_fits_of_a_schedule(schedule, declared, fix):
     views = K_MICRO if getattr(schedule, "micro", 1) > 1 else {}

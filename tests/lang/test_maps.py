@@ -283,13 +283,17 @@ def test_chunks_where_there_are_none():
     )
 
 
-def test_pooled_gates_where_tokens_step():
+@pytest.mark.parametrize(
+    ("of", "fix"),
+    [("lr", "leave pooled out"), ("decay", "leave pooled out, or write schedule = nl.Chunked(4)")],
+)
+def test_pooled_gates_where_tokens_step(of: str, fix: str):
     def step():
         class Loop(Squares):
             learner = Linear
             schedule = nl.Causal(4)
             eta = nl.gate(pooled=True)  # HERE
-            optimizer = nl.SGD(lr=eta)
+            optimizer = nl.SGD(**{of: eta})
 
     refused(
         step,
@@ -297,7 +301,7 @@ def test_pooled_gates_where_tokens_step():
         "The gate 'eta' is made from a chunk's mean, which the tokens of the chunk cannot know.",
         given="pooled=True; schedule Causal",
         need="a decay, momentum or scale of a schedule that steps once a chunk",
-        fix="leave pooled out, or write schedule = nl.Chunked(4)",
+        fix=fix,
     )
 
 

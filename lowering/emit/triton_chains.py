@@ -14,17 +14,16 @@ from nestloop.lowering.schedule.values import Value
 if TYPE_CHECKING:
     from nestloop.lowering.emit.triton import TritonFunction
 
-# Half of the warps where twice as many compute products this much oftener. Compiled for sm_90, that left each thread at
-# most 1.3 times the instructions, 1.1 to 1.2 times for most, and hence a program 0.55 to 0.65 of them; and it spilled
-# no more bytes a program, but where it had far too few registers anyway.
+# Half of the warps where twice as many compute products this much oftener. Compiled for sm_90, that left each thread
+# 1.1 to 1.3 times the instructions, and hence a program 0.55 to 0.65 of them. Most programs spilled fewer bytes, too.
 REPEATED = 1.6
 MOST_REGISTERS = 4 * TILE_REGISTERS  # that the tiles of a thread may want, then
 
 
 def spreads(function: TritonFunction) -> dict[Value, Spread]:
     """The tile of every product of a function, and where the warps of its chain lie: all products of a region, which a
-    walk over blocks and a loop are for themselves. A triangular
-    system ends with the product of its inverse and what it is solved for."""
+    walk over blocks and a loop are for themselves. A triangular system ends with the product of its inverse and what it
+    is solved for."""
     found: dict[Value, Spread] = {}
 
     def region(values: Sequence[Value]) -> None:

@@ -322,7 +322,7 @@ def _kernels(triton: TritonPlan) -> list[str]:
     return [
         f"  {launch.kernel}: {_OVER[launch.over]}"
         f"{f' and each of {launch.strips} strips of its state' if launch.strips > 1 else ''}"
-        f", {launch.warps} warps{', each step' if launch.each_step else ''}"
+        f", {launch.warps} warp{'' if launch.warps == 1 else 's'}{', each step' if launch.each_step else ''}"
         for direction in ("forward", "backward")
         for launch in triton.launches(direction)
     ]

@@ -162,8 +162,10 @@ def fewest_warps(warps: int, functions: Sequence[TritonFunction]) -> int:
     """As many warps for a kernel that calls functions, or fewer, where these are as good (`worth_while`)."""
     products: Counter[Spread] = Counter()
     for function in functions:
-        work = of_function(function)
-        products.update({spread: 0 for spread in spreads(function).values()})
+        work, spread = of_function(function), spreads(function)
+        if any(value.kind == "system" and value not in spread for value in function.values):
+            return warps  # a pivot at a time, which all threads share
+        products.update({tile: 0 for tile in spread.values()})
         for text, flops in work["products"].items():
             products[Spread.parse(text)] += flops
         for text, flops in work["exact"].items():

@@ -6,6 +6,7 @@ How many ranges a call has is set here: on a CPU it has one.
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -186,25 +187,26 @@ def test_a_plan_from_the_cache_is_the_same():
 
 def test_explain_says_what_has_a_program_of_its_own():
     text = nl.explain(nl.compile(zoo.MTTTLinear, backend="triton", d=6, D=16))
+    text = re.sub(r", \d warps?", "", text)
     assert (
         """
-  backward: a program a head and sequence, 4 warps
+  backward: a program a head and sequence
   or, with fewer heads and sequences than multiprocessors, in ranges of 64 tokens or more,
   whose sums are added up in order:
-  forward_start: a program a head and sequence, 4 warps
-  forward_gradient: a program a range of tokens of each, 4 warps, each step
-  forward_update: a program a head and sequence, 4 warps, each step
+  forward_start: a program a head and sequence
+  forward_gradient: a program a range of tokens of each, each step
+  forward_update: a program a head and sequence, each step
 """
         in text
     )
     assert (
         """
   once for all sequences, of slow weights alone:
-  every_decoders: a program a head, 4 warps
-  every_prepare: a program a head, 4 warps
-  every_prepare_vjp: a program a head, 4 warps
+  every_decoders: a program a head
+  every_prepare: a program a head
+  every_prepare_vjp: a program a head
   then:
-  forward: a program a head and sequence, 4 warps
+  forward: a program a head and sequence
 """
         in text
     )

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import nestloop as nl
 from nestloop import errors
+from nestloop.lang.declaration import is_whole
 from nestloop.layer.starts import begin, begin_again
 from nestloop.models import mixers
 from nestloop.models.hub import HubMixin
@@ -56,14 +57,10 @@ def sincos_positions(rows: int, cols: int, width: int) -> Tensor:
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()  # [N, W]
 
 
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
-
-
 def _check_counts(least: int, **sizes: Any) -> None:
     """Raise `ModelSizeError` for a size that is no whole number, or below `least`."""
     for name, size in sizes.items():
-        if not _is_count(size, least):
+        if not is_whole(size, least):
             raise errors.ModelSizeError(
                 f"the {name} of a model is not a count",
                 given=f"{name}={errors.shown(size)}",
@@ -75,7 +72,7 @@ def _check_counts(least: int, **sizes: Any) -> None:
 def _sides(size: Any) -> tuple[int, int]:
     """The rows and columns of images. Raises `ModelSizeError` for a size that is neither a count nor two."""
     sides = (size, size) if isinstance(size, Integral) else size
-    if not isinstance(sides, (tuple, list)) or len(sides) != 2 or not all(_is_count(side, 1) for side in sides):
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2 or not all(map(is_whole, sides)):
         raise errors.ModelSizeError(
             "the image_size of a model is not that of an image",
             given=f"image_size={errors.shown(size)}",

@@ -63,7 +63,7 @@ def worth_while(warps: int, products: Mapping[Spread, int], alive: int) -> int:
         products: the FLOPs of a kernel's products by their tiles, those of systems 0.
         alive: elements of its tiles that are alive at once.
     """
-    if not all(spread.is_narrow for spread in products) or not any(products.values()):
+    if not all(spread.is_narrow for spread in products):
         return warps
     least = max(1, -(-alive // (32 * MOST_REGISTERS)))
     while warps >= 2 * least and copies(products, warps) >= REPEATED * copies(products, warps // 2):

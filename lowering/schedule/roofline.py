@@ -197,8 +197,8 @@ def resident(device: Device, warps: int, registers: int, shared: int | None) -> 
 
 def _taken(products: Mapping[Spread, Any], device: Device, warps: int) -> Any:
     """FLOPs that warps take, as wide instructions would."""
-    narrow = {True: NARROW if has_wide(device) else 1.0, False: 1.0}
-    flops = (f * one.copies(warps, device) / narrow[one.is_narrow] for one, f in products.items())
+    narrow = NARROW if has_wide(device) else 1.0
+    flops = (f * one.copies(warps, device) / (narrow if one.is_narrow else 1.0) for one, f in products.items())
     return sum(flops, _ZERO)
 
 

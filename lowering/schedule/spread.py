@@ -7,6 +7,7 @@ warp beyond what that axis has is not idle: it computes what another does, and a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,9 @@ def along(rows: int, columns: int) -> str:
     return ROWS if rows >= columns else COLUMNS
 
 
-def copies(products: dict[Spread, Any], warps: int, device: Device | None = None) -> Any:
-    """How often products are computed on the average, by their FLOPs; 1 of none."""
+def copies(products: Mapping[Spread, Any], warps: int, device: Device | None = None) -> Any:
+    """How often products are computed on the average, by their FLOPs; 1 where there are none."""
     total = sum(products.values())
-    return sum(flops * spread.copies(warps, device) for spread, flops in products.items()) / total if products else 1
+    if total == 0:
+        return 1
+    return sum(flops * spread.copies(warps, device) for spread, flops in products.items()) / total

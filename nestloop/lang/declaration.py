@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from numbers import Integral
 
 from nestloop.errors import Location
 from nestloop.lang.dims import DimExpr, parse
@@ -40,6 +41,11 @@ def caller() -> Location:
 def is_count(value: object) -> bool:
     """Whether a value is a whole number, 1 or more."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def is_whole(value: object, least: int = 1) -> bool:
+    """The same of what calls give: numpy's numbers too, and `least` or more."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 class Declaration:

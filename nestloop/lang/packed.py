@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nestloop.errors import InputError, StateError
-from nestloop.lang.declaration import caller
+from nestloop.lang.declaration import caller, is_whole
 
 Bounds = list[tuple[int, int]]
 
@@ -27,7 +26,7 @@ def bounds_of(cu_seqlens: Any, sequences: int, tokens: int) -> Bounds:
     """
     cuts: Any = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else cu_seqlens  # a tensor, or an array of numpy's
     cuts = list(cuts) if isinstance(cuts, Iterable) else [cuts]
-    whole = all(isinstance(cut, Integral) and not isinstance(cut, bool) for cut in cuts)
+    whole = all(is_whole(cut, 0) for cut in cuts)
     if not whole or len(cuts) < 2 or cuts[0] != 0 or cuts[-1] != tokens or cuts != sorted(cuts):
         raise InputError(
             "cu_seqlens does not cut the tokens into sequences.",

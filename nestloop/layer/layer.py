@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from nestloop.compiled import spec_of
 from nestloop.errors import InputError, OrderError, StateError, shown
 from nestloop.lang import packed
+from nestloop.lang.declaration import is_whole
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.schedule import sees_later
@@ -60,7 +60,7 @@ class Layer(Branch):
         **dims: int,
     ) -> None:
         for name, size in (("width", width), ("heads", heads)):
-            if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+            if not is_whole(size):
                 raise InputError(
                     f"The {name} of a layer is not a positive whole number.",
                     where=caller(),

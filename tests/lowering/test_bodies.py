@@ -155,6 +155,13 @@ def test_a_loss_that_is_a_mean_by_hand(schedule: Schedule, backend: str):
     assert max(errors.values()) < 1e-10, errors
 
 
+def is_the_reference(loop: type[nl.Loop], backend: str, tokens: int) -> None:
+    """Of so many tokens."""
+    inputs = random_inputs(loop.spec, SIZES, tokens=tokens)
+    found, wanted = (run(nl.compile(loop, backend=one), inputs) for one in (backend, "reference"))
+    assert max(differences(found, wanted).values()) < 1e-10
+
+
 OF_THE_LENGTH: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "a power": lambda x, n: x.tanh() ** n,
     "a power of what it is made of": lambda x, n: x.tanh() ** (n - 1) + (x.abs() + 1) ** -n,
@@ -174,9 +181,7 @@ def test_numbers_of_the_length(name: str, backend: str, tokens: int):
         def loss(self, f, t):
             return OF_THE_LENGTH[name](f(t.k) - t.v, self.n).sum(-1)
 
-    inputs = random_inputs(Counts.spec, SIZES, tokens=tokens)
-    found, wanted = (run(nl.compile(Counts, backend=one), inputs) for one in (backend, "reference"))
-    assert max(differences(found, wanted).values()) < 1e-10
+    is_the_reference(Counts, backend, tokens)
 
 
 CONTRASTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -213,9 +218,7 @@ def test_rows_that_are_rolled(shift: int, tokens: int):
         def loss(self, f, t):
             return (f(t.k) - t.v.roll(shift, 0)).square().sum(-1)
 
-    inputs = random_inputs(Rolled.spec, SIZES, tokens=tokens)
-    found, wanted = (run(nl.compile(Rolled, backend=backend), inputs) for backend in ("torch", "reference"))
-    assert max(differences(found, wanted).values()) < 1e-10
+    is_the_reference(Rolled, "torch", tokens)
 
 
 JOINED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -237,9 +240,7 @@ def test_losses_that_are_joined(name: str, backend: str, tokens: int):
         def loss(self, f, t):
             return JOINED[name]((f(t.k) - t.v).square().sum(-1))
 
-    inputs = random_inputs(Joined.spec, SIZES, tokens=tokens)
-    found, wanted = (run(nl.compile(Joined, backend=one), inputs) for one in (backend, "reference"))
-    assert max(differences(found, wanted).values()) < 1e-10
+    is_the_reference(Joined, backend, tokens)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp", "triton"])

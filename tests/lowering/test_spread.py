@@ -33,6 +33,12 @@ def test_copies_are_of_warps_beyond_the_axis():
     assert (along(32, 32), along(16, 32), along(64, 16)) == (ROWS, COLUMNS, ROWS)
 
 
+def test_the_average_is_by_flops():
+    products = {Spread(32, 32, ROWS): 3, Spread(16, 32, ROWS): 1}
+    assert copies(products, 4) == (3 * 2 + 4) / 4
+    assert copies({}, 8) == copies(dict.fromkeys(products, 0), 8) == 1  # of a kernel that calls none
+
+
 def test_fewer_warps_where_the_others_would_compute_the_same():
     square = {Spread(32, 32, ROWS): 10}
     assert worth_while(4, square, alive=4096) == 2

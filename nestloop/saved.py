@@ -28,7 +28,7 @@ from nestloop.lowering.runtime.library import REGISTERED, NestedLoopOp
 from nestloop.lowering.runtime.recipe import Recipe, remade
 from nestloop.lowering.runtime.streams import stream_op
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save_ops(program: Any, path: str | os.PathLike[str]) -> None:

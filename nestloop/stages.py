@@ -262,7 +262,7 @@ def _run(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
 def _registered(op: NestedLoopOp) -> str:
     """The generated file and the schemas of its two ops."""
     file = f"{op.name}.py in the cache ({cache.cache_dir().name})"
-    return f"{file}\n{op.forward_op._schema}\n{op.backward_op._schema}"
+    return f"{file}\n{op.forward_op.overload._schema}\n{op.backward_op.overload._schema}"
 
 
 # By name, in their order; those that take Triton's compiler (`compiled`) are no part of them.

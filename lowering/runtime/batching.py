@@ -10,7 +10,9 @@ from torch import Tensor
 from nestloop.lowering.runtime.signature import axis_of_heads
 
 
-def batching_rule(op: Any, heads: int, results: Sequence[str] | None) -> Callable[..., Any]:
+def batching_rule(
+    op: Callable[..., Any], arguments: Sequence[str], heads: int, results: Sequence[str] | None
+) -> Callable[..., Any]:
     """The rule for `torch.library.register_vmap`.
 
     Heads are independent given their weights, so V copies of H heads are V * H heads. Every tensor with an axis of
@@ -18,11 +20,12 @@ def batching_rule(op: Any, heads: int, results: Sequence[str] | None) -> Callabl
     over copies below the op's own results undoes.
 
     Args:
-        op: forward or backward of a loop, whose arguments have the names of its tensors.
+        op: forward or backward of a loop, on tensors.
+        arguments: names of these.
         heads: H.
         results: names of forward's results; None of backward, which gives a cotangent for each of its first arguments.
     """
-    axes = [axis_of_heads(argument.name) for argument in op._schema.arguments]
+    axes = [axis_of_heads(name) for name in arguments]
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> Any:
         size = info.batch_size

@@ -23,7 +23,6 @@ from nestloop.lowering.runtime.library import NestedLoopOp
 from nestloop.lowering.runtime.native import NativeModule, NativePlan
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.recipe import Asked, Origin, Recipe
-from nestloop.lowering.runtime.refusals import check_arguments
 from nestloop.lowering.runtime.signature import Signature
 from nestloop.lowering.runtime.triton import TritonBatches
 from nestloop.lowering.runtime.triton_plan import TritonPlan
@@ -76,7 +75,6 @@ def batch_op(recipe: Recipe, name: str = "") -> NestedLoopOp:
     if name in _BY_CODE:
         return _BY_CODE[name]
     signature = _signature(recipe, plan.low if isinstance(chosen.native, TritonPlan) else ())
-    check_arguments(origin, signature)
     code = _code(recipe, plan, signature, chosen)
 
     def other() -> Code:

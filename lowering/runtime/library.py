@@ -15,12 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.flop_counter import _FlopCounterMode, flop_registry, register_flop_formula
 
 from nestloop.errors import NoPlanError
 from nestloop.lowering.runtime.batches import LOW, autocast_dtype, compute_dtype
-from nestloop.lowering.runtime.batching import batching_rule
 from nestloop.lowering.runtime.code import Code
 from nestloop.lowering.runtime.decision import Decision, known
 from nestloop.lowering.runtime.eager import in_one, transformed
@@ -28,6 +25,7 @@ from nestloop.lowering.runtime.groups import in_groups
 from nestloop.lowering.runtime.instead import Instead
 from nestloop.lowering.runtime.launching import TritonCode
 from nestloop.lowering.runtime.once import has_graph, once
+from nestloop.lowering.runtime.operator import Operator
 from nestloop.lowering.runtime.recipe import Recipe
 from nestloop.lowering.runtime.refusals import singular_system
 from nestloop.lowering.runtime.results import owned, strides_like, with_zeros
@@ -36,7 +34,6 @@ from nestloop.lowering.runtime.tiles import Singular, like_lead, or_zero
 from nestloop.lowering.runtime.triton import TritonBatches, TritonStream
 from nestloop.lowering.runtime.work import flops
 
-_LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
 REGISTERED: dict[str, NestedLoopOp] = {}  # by the names of their ops in PyTorch, forward and backward
 
 
@@ -73,41 +70,29 @@ class NestedLoopOp:
         self._took: tuple[Tensor, torch.device] | bool | None = None
         self.recipe, self.origin = recipe, recipe.origin
         self._make_wide, self._instead = wide, Instead(self, instead)
-        inputs = [f"Tensor {n}" for n in signature.inputs]
-        order = ["Tensor order"] if signature.ordered else []
-        results = signature.results
-        saved = [f"Tensor {r}" for r in signature.saved]
         self.cotangents = signature.cotangents
         self.names = {"forward": signature.inputs}
         self.names["backward"] = (*signature.inputs, *signature.saved, *[f"d_{c}" for c in self.cotangents])
         self._computes_outside = hasattr(code.module, "common") or hasattr(code.module, "conditioned")
-        grads = [f"Tensor d_{c}" for c in self.cotangents]
-        forward = f"{name}({', '.join(inputs + order)}) -> ({', '.join(['Tensor'] * len(results))})"
-        backward = (
-            f"{name}_backward({', '.join(inputs + saved + grads + order)}) -> ({', '.join(['Tensor'] * len(inputs))})"
-        )
-        if len(results) == 1:
-            forward = forward.replace("(Tensor)", "Tensor")
-        if len(inputs) == 1:
-            backward = backward.replace("(Tensor)", "Tensor")
-        work = flops(self.origin, recipe.plan, recipe.heads)
-        _define(forward, self._forward_kernel(), self._forward_fake, self._forward_flops(work))
-        _define(backward, self._backward_kernel(), self._backward_fake, self._backward_flops(work))
-        self.forward_op = getattr(torch.ops.nestloop, name).default
-        self.backward_op = getattr(torch.ops.nestloop, f"{name}_backward").default
-        for op, made in ((self.forward_op, results), (self.backward_op, None)):
-            torch.library.register_vmap(op, batching_rule(op, signature.heads, made))
-            REGISTERED[op._opname] = self
+        work, order = flops(self.origin, recipe.plan, recipe.heads), ["order"] if signature.ordered else []
+        results, gradients = len(signature.results), len(signature.inputs)
+        of_forward = self._forward_kernel(), self._forward_fake, self._forward_flops(work)
+        of_backward = self._backward_kernel(), self._backward_fake, self._backward_flops(work)
+        self.forward_op = Operator(name, [*self.names["forward"], *order], results, *of_forward)
+        self.backward_op = Operator(f"{name}_backward", [*self.names["backward"], *order], gradients, *of_backward)
+        for op, made in ((self.forward_op, signature.results), (self.backward_op, None)):
+            op.batched(signature.heads, made)
+            REGISTERED[op.name] = self
         self.function = self._function()
         self.transformed = transformed(self.function, self.origin)
         self.eager = in_one(self.transformed)
-        _LIBRARY.impl(name, self._differentiable(), "Autograd")
+        self.forward_op.differentiated(self._differentiable())
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Inputs (and the order) -> results, differentiable."""
         compiling = torch.compiler.is_compiling()
         if compiling and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-            results = self.forward_op(*tensors)  # Dynamo would give the function's `forward` one argument too many
+            results = self.forward_op.call(*tensors)  # Dynamo would give the function's `forward` one argument too many
         else:
             called = self.transformed if torch._C._are_functorch_transforms_active() else self.eager
             results = (self.function if compiling else called).apply(*tensors)
@@ -161,12 +146,11 @@ class NestedLoopOp:
             return None
         return native if isinstance(native, TritonBatches) else None
 
-    def _forward_kernel(self) -> Callable[..., Any]:
-        def kernel(*tensors: Tensor) -> Any:
+    def _forward_kernel(self) -> Callable[..., list[Tensor]]:
+        def kernel(*tensors: Tensor) -> list[Tensor]:
             inputs, order = self._split(tensors)
             made = self._instead.made("forward", inputs, order)
-            results = owned(made, *self.signature.layout(inputs), inputs)
-            return tuple(results) if len(results) > 1 else results[0]
+            return owned(made, *self.signature.layout(inputs), inputs)
 
         return kernel
 
@@ -245,14 +229,13 @@ class NestedLoopOp:
         shared = code.shared if name == "backward" else None
         return in_groups(getattr(code.module, name), self.signature, given, order, low, code.rows, shared)
 
-    def _forward_fake(self, *tensors: Tensor) -> Any:
+    def _forward_fake(self, *tensors: Tensor) -> list[Tensor]:
         inputs, _ = self._split(tensors)
-        made = self.signature.empty(inputs)
-        return tuple(made) if len(made) > 1 else made[0]
+        return self.signature.empty(inputs)
 
     def _differentiable(self) -> Callable[..., Any]:
         """The op where it is called by its name, as a graph does that `torch.export` has made of a call."""
-        forward_op, function, eager = self.forward_op, self.function, self.eager
+        forward_op, function, eager = self.forward_op.call, self.function, self.eager
 
         def kernel(*tensors: Tensor) -> Any:
             if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -264,10 +247,10 @@ class NestedLoopOp:
 
         return kernel
 
-    def _backward_kernel(self) -> Callable[..., Any]:
+    def _backward_kernel(self) -> Callable[..., list[Tensor]]:
         count, tokens = len(self.signature.inputs), len(self.signature.tokens)
 
-        def kernel(*tensors: Tensor) -> Any:
+        def kernel(*tensors: Tensor) -> list[Tensor]:
             given, order = self._split(tensors)
             own = given[:count]
             made = self._instead.made("backward", given, order)
@@ -275,25 +258,23 @@ class NestedLoopOp:
             made = [like_lead(g, t) for g, t in zip(made, own, strict=True)]
             # tokens' as `empty_like` lays them out, which the fake kernel promises
             strides = [strides_like(t.shape, t.stride()) if i < tokens else None for i, t in enumerate(own)]
-            results = owned(made, [t.shape for t in own], strides, [t.dtype for t in own], given)
-            return tuple(results) if len(results) > 1 else results[0]
+            return owned(made, [t.shape for t in own], strides, [t.dtype for t in own], given)
 
         return kernel
 
-    def _backward_fake(self, *tensors: Tensor) -> Any:
+    def _backward_fake(self, *tensors: Tensor) -> list[Tensor]:
         inputs, tokens = tensors[: len(self.signature.inputs)], len(self.signature.tokens)
-        made = [torch.empty_like(t) if i < tokens else t.new_empty(t.shape) for i, t in enumerate(inputs)]
-        return tuple(made) if len(made) > 1 else made[0]
+        return [torch.empty_like(t) if i < tokens else t.new_empty(t.shape) for i, t in enumerate(inputs)]
 
     def _forward_flops(self, work: Callable[[int, int], tuple[int, int]]) -> Callable[..., int]:
-        return lambda *shapes, out_shape=None, **_: work(max(s[1] for s in shapes), shapes[0][2])[0]
+        return lambda *shapes: work(max(s[1] for s in shapes), shapes[0][2])[0]
 
     def _backward_flops(self, work: Callable[[int, int], tuple[int, int]]) -> Callable[..., int]:
-        return lambda *shapes, out_shape=None, **_: work(max(s[1] for s in shapes), shapes[0][2])[1]
+        return lambda *shapes: work(max(s[1] for s in shapes), shapes[0][2])[1]
 
     def _function(self) -> type[torch.autograd.Function]:
         # What the methods below close over are ops, numbers and tuples: all that Dynamo can put in a graph.
-        forward_op, backward_op = self.forward_op, self.backward_op
+        forward_op, backward_op = self.forward_op.call, self.backward_op.call
         backward_once, results = once(self.origin, backward_op), self.signature.results
         states = tuple(results.index(name) for name in self.signature.saved)
         between = tuple(i for i, name in enumerate(results) if name.startswith(KEPT))
@@ -331,18 +312,6 @@ class NestedLoopOp:
 
         NestedLoop.__name__ = f"NestedLoop_{self.name}"
         return NestedLoop
-
-
-def _define(schema: str, kernel: Any, fake: Any, flops: Any) -> None:
-    name = schema.split("(")[0]
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"nestloop::{name}", fake, lib=_LIBRARY)
-    op = getattr(torch.ops.nestloop, name)
-    register_flop_formula(op)(flops)
-    for mode in _get_current_dispatch_mode_stack():  # a counter around this call has read the formulas before
-        if isinstance(mode, _FlopCounterMode):
-            mode.counter.flop_registry[op] = flop_registry[op]
 
 
 def _prepare(tensors: Sequence[Tensor], deciding: Sequence[Tensor], factors: int = 0) -> tuple[list[Tensor], Any]:

@@ -13,7 +13,6 @@ from typing import Any
 from nestloop.errors import Location
 from nestloop.lang.loop import LoopSpec, user_files
 from nestloop.lang.schedule import BatchSchedule, FullBatch, Shuffled
-from nestloop.lang.state import steps_with
 from nestloop.lowering.runtime import plan as plans
 from nestloop.lowering.runtime.plan import Plan
 
@@ -28,7 +27,6 @@ class Origin:
         name, where: of the loop.
         files: in which its bodies are written.
         tokens, slow: names of its views and gates, and of its slow weights.
-        state: how many tensors a step hands to the next.
         schedule: of batches; None of a stream, whose ops do not know it.
         halo: rows before a call's own tokens.
     """
@@ -38,7 +36,6 @@ class Origin:
     files: tuple[str, ...]
     tokens: tuple[str, ...]
     slow: tuple[str, ...]
-    state: int
     schedule: BatchSchedule | None
     halo: int
 
@@ -51,7 +48,6 @@ class Origin:
             files=tuple(sorted(user_files(spec))),
             tokens=tuple(spec.inputs),
             slow=tuple(spec.slow),
-            state=len({**spec.entries, **steps_with(spec)}),
             schedule=spec.schedule if isinstance(spec.schedule, BatchSchedule) else None,
             halo=(spec.optimizer.window or 1) - 1,
         )

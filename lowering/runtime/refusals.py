@@ -18,7 +18,6 @@ from nestloop.errors import (
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.recipe import Origin
-from nestloop.lowering.runtime.signature import MOST_ARGUMENTS, Signature
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 
 
@@ -50,19 +49,6 @@ def check_triton(spec: LoopSpec | Origin, plan: Plan) -> None:
             given="no module named triton",
             need="Triton 3.6 or newer",
             fix="pip install 'nestloop[triton]'",
-        )
-
-
-def check_arguments(origin: Origin, signature: Signature) -> None:
-    """Raise `NoPlanError` for a state of more tensors than PyTorch lets an op have."""
-    results, backward = len(signature.results), signature.backward_arguments
-    if max(backward, results) > MOST_ARGUMENTS:
-        raise NoPlanError(
-            f"No backend but the reference has a plan for {origin.name}: its state is too many tensors for one op.",
-            where=origin.where,
-            given=f"{origin.state} tensors in the state, {backward} arguments of its backward",
-            need=f"{MOST_ARGUMENTS} arguments at most",
-            fix='write nl.compile(..., backend="reference"), or join fast weights: a bias as a row of its matrix',
         )
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from nestloop.lang.kept import Kept
 from nestloop.lowering.runtime.batches import LOW, compute_dtype, is_token, output_dtype, strides_beside
 
-MOST_ARGUMENTS = 64  # of an operator of PyTorch
 DECIDED = "first_form"  # which of two forms forward has taken, on the host
 BETWEEN = "between_"  # of what is kept between steps: [steps, H, B, ...], where all else is [H, B, ...]
 KEPT = (BETWEEN, "shared_", DECIDED)  # results for backward alone
@@ -62,7 +61,7 @@ class Signature:
         states: whether fast weights are results (not for a kernel estimator).
         heads: H.
         shared: what all steps share, one head's tile of each, of what has a row for each token that row. `forward`
-            makes it, and it is kept for `backward` where the op may have as many arguments.
+            makes it, and it is kept for `backward`.
         low: which of `shared` is kept in the low precision of products.
         decides: whether a call's weights decide between two forms. Then that is kept too, and `shared` is of the first.
     """
@@ -89,17 +88,10 @@ class Signature:
         losses = ("losses",) if self.losses else ()
         return ("z", *[f"end_{n}" for n in self.ends], *losses, *self.between, *self.kept_shared)
 
-    @property
-    def backward_arguments(self) -> int:
-        """Of its backward: inputs, what is kept, cotangents, and the order."""
-        return len(self.inputs) + len(self.saved) + len(self.cotangents) + self.ordered
-
     @cached_property
     def kept_shared(self) -> tuple[str, ...]:
         """Results that hold what all steps share, and [H, 1], on the host, whether that is of the first form."""
-        names = [f"shared_{n}" for n in self.shared] + ([DECIDED] if self.decides else [])
-        others = 2 * len(self.ends) + len(self.between) + 2 + self.losses + self.ordered  # states, cotangents, z
-        return tuple(names) if len(self.inputs) + len(names) + others <= MOST_ARGUMENTS else ()
+        return (*[f"shared_{n}" for n in self.shared], *([DECIDED] if self.decides else []))
 
     @cached_property
     def between(self) -> tuple[str, ...]:

@@ -28,7 +28,6 @@ from nestloop.lowering.runtime.native import NativePlan
 from nestloop.lowering.runtime.native_stream import NativeStream
 from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.recipe import Asked, Origin, Recipe
-from nestloop.lowering.runtime.refusals import check_arguments
 from nestloop.lowering.runtime.signature import Signature, seen
 from nestloop.lowering.runtime.tiles import join, spacing
 from nestloop.lowering.runtime.triton import TritonStream
@@ -147,7 +146,6 @@ def stream_op(recipe: Recipe, name: str = "") -> StreamOp:
     if name in STREAM_OPS:
         return STREAM_OPS[name]
     signature = _signature(recipe, chosen.native)
-    check_arguments(origin, signature)
     module = cache.load(path)
     module = compiled_pieces(module, plan) if recipe.asked.inductor else module
     library: NativeStream | TritonStream | None = None

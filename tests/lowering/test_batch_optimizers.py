@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import nestloop as nl
-from nestloop.errors import NoPlanError
 from tests.lowering.comparison import assert_equal, differences, random_inputs, run
 from tests.test_reference import close
 
@@ -211,21 +210,3 @@ def test_kernels_compile_without_a_gpu():
     loop = declare(nl.FullBatch(3), lr=0.3, momentum=0.9, restore=nl.restore_norm(-1))
     text = nl.inspect(loop, "ptx", "sm_90", d=32)
     assert "spills" in text
-
-
-def test_too_many_tensors_for_one_op():
-    weights = {f"w{i}": nl.fast("d", "d") for i in range(12)}
-
-    def forward(self, x):
-        for name in weights:
-            x = x + torch.tanh(x @ getattr(self, name))
-        return x
-
-    deep = type("Deep", (nl.Learner,), {**weights, "forward": forward})
-    loop = type("Deep", (declare(nl.FullBatch(2), lr=0.1, momentum=0.9),), {"learner": deep})
-    with pytest.raises(NoPlanError) as caught:
-        run(nl.compile(loop, backend="torch", d=d), inputs_of(loop))
-    assert str(caught.value).splitlines()[0] == (
-        "No backend but the reference has a plan for Deep: its state is too many tensors for one op."
-    )
-    assert "24 tensors in the state" in str(caught.value)

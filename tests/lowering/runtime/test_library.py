@@ -67,7 +67,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
 
 
 def backward_arguments(op: NestedLoopOp, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    made = op.forward_op(*given)
+    made = op.forward_op.call(*given)
     made = made if isinstance(made, tuple) else (made,)
     states = [t for t, n in zip(made, op.signature.results, strict=True) if n in op.signature.saved]
     cotangents = [torch.randn_like(t) for t, n in zip(made, op.signature.results, strict=True) if n in op.cotangents]
@@ -81,8 +81,8 @@ def test_opcheck(loop: Any, losses: bool, calls: Calls):
     layer(loop)(tokens(), return_losses=losses)
     for op, given in calls:
         plain = tuple(t.detach().clone() for t in given)
-        assert set(opcheck(op.forward_op, plain).values()) == {"SUCCESS"}
-        assert set(opcheck(op.backward_op, backward_arguments(op, plain)).values()) == {"SUCCESS"}
+        assert set(opcheck(op.forward_op.overload, plain).values()) == {"SUCCESS"}
+        assert set(opcheck(op.backward_op.overload, backward_arguments(op, plain)).values()) == {"SUCCESS"}
 
 
 @over_loops
@@ -246,7 +246,7 @@ def test_results_have_memory_of_their_own(calls: Calls):
     z, end = nl.compile(Passed, backend="torch")(inputs.views, inputs.weights)
     torch.testing.assert_close(z, inputs.views["q"], rtol=0, atol=0)
     ((op, given),) = calls
-    made = op.forward_op(*[t.detach() for t in given])
+    made = op.forward_op.call(*[t.detach() for t in given])
     storages = [t.untyped_storage().data_ptr() for t in (*made, *given)]
     assert len({s for s, t in zip(storages, (*made, *given), strict=True) if t.numel()}) == sum(
         1 for t in (*made, *given) if t.numel()

@@ -108,11 +108,11 @@ def test_opcheck_of_a_scan_and_of_a_chunk_begun_before(loop: Any, calls: Calls):
     assert any("inside" in made.name for made, _ in calls) == (loop is Memory)
     for made, given in calls:
         plain = tuple(t.detach().clone() for t in given)
-        assert set(opcheck(made.forward_op, plain).values()) == {"SUCCESS"}
-        results = dict(zip(made.signature.results, made.forward_op(*plain), strict=True))
+        assert set(opcheck(made.forward_op.overload, plain).values()) == {"SUCCESS"}
+        results = dict(zip(made.signature.results, made.forward_op.call(*plain), strict=True))
         saved = [results[n] for n in made.signature.saved]
         cotangents = [torch.randn_like(results[n]) for n in made.cotangents]
-        assert set(opcheck(made.backward_op, (*plain, *saved, *cotangents)).values()) == {"SUCCESS"}
+        assert set(opcheck(made.backward_op.overload, (*plain, *saved, *cotangents)).values()) == {"SUCCESS"}
 
 
 @over_loops
@@ -181,7 +181,7 @@ def test_backward_keeps_the_states_that_spacing_says(tokens: int, sequences: int
     count = -(-tokens // CHUNK)
     views, state = given[: len(Memory.spec.inputs)], given[len(Memory.spec.inputs) :]
     every = spacing(count, *views, state=state)
-    made = dict(zip(op.signature.results, op.forward_op(*[t.detach() for t in given]), strict=True))
+    made = dict(zip(op.signature.results, op.forward_op.call(*[t.detach() for t in given]), strict=True))
     kept = [t for n, t in made.items() if n.startswith("between_")]
     assert [len(t) for t in kept] == [-(-count // every) - 1] * len(state)
     one = sequences * sum(t.numel() for t in state)  # a state of every sequence

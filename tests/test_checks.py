@@ -19,7 +19,7 @@ from nestloop.checks.stress import STRESSES
 from nestloop.checks.subject import Subject
 from nestloop.cli import main
 from nestloop.compiled import CompiledLoop
-from nestloop.errors import InputError, UnknownBackendError, UnknownDtypeError
+from nestloop.errors import InputError, ShapeMismatchError, UnknownBackendError, UnknownDtypeError
 
 STREAM, BATCH = {"dk": 4, "dv": 3}, {"d": 4}
 ONE_LENGTH = {**STREAM, "N": 9}
@@ -112,6 +112,33 @@ def test_a_backend_with_code_for_one_token_alone_says_why():
     reason = "no code: a size is (n//2), no whole polynomial in the number of tokens"
     assert [row.worst for row in found.rows if row.backend == "cpp"] == [reason]
     assert found.holds
+
+
+class Pairs(zoo.MTTTLinear):
+    """A loss of pairs of tokens, which sequences of odd length have not."""
+
+    def loss(self, f, t):
+        k, q = (x.unflatten(0, (-1, 2)).mean(1) for x in (t.k, t.q))
+        return (f(k) - q).square().mean(-1).repeat_interleave(2, 0)
+
+
+def test_lengths_that_the_definition_refuses_are_left_out():
+    found = checked(Pairs, BATCH)
+    assert found.holds
+    refused = [row for row in found.rows if row.error is None]
+    assert {row.tokens for row in refused} >= {1, 7, 67}
+    assert all(row.worst.startswith("not defined: unflatten: Provided sizes [-1, 2]") for row in refused)
+    assert {row.tokens for row in found.rows if row.check == "agreement"} == {8, 64}
+    assert checked(Pairs, {**BATCH, "N": 10}).holds
+
+
+def test_a_body_that_holds_for_no_length_is_an_error():
+    class Never(Pairs):
+        def readout(self, f, t):
+            return f(t.q) @ t.k
+
+    with pytest.raises(ShapeMismatchError, match="In the readout of Never, matmul got axes that do not fit"):
+        checked(Never, BATCH)
 
 
 # ---- Faults: each is seen by the property of its name ----------------------------------------------------------------

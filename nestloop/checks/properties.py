@@ -117,7 +117,7 @@ def splits(subject: Subject) -> Iterator[Row]:
     own = schedule.period if isinstance(schedule, Chunked) and schedule.order == "update-apply" else 1
     several = [cut for cut in (1, 4, tokens - 2) if 0 < cut < tokens] if own == 1 else [own]
     for cuts in (sorted({*several}), list(range(own, tokens, own))):
-        if not cuts or cuts[-1] >= tokens:
+        if not cuts or cuts[-1] >= tokens or _is_refused(subject, [0, *cuts, tokens]):
             continue
         what = "token by token" if len(cuts) == tokens - 1 else f"cut before {', '.join(map(str, cuts[:4]))}"
         for backend, op, given in subject.calls(subject.inputs(tokens), subject.walking):
@@ -133,6 +133,8 @@ def packed(subject: Subject) -> Iterator[Row]:
         return
     inputs = subject.inputs(tokens).of_sequence(0)
     bounds = [0, tokens // 3, tokens // 3 + 1, tokens]
+    if _is_refused(subject, bounds):
+        return
     for backend, op, given in subject.calls(inputs, subject.walking):
         together, *_ = op(given.views, given.weights, cu_seqlens=bounds, **given.dims)
         alone = [
@@ -140,6 +142,11 @@ def packed(subject: Subject) -> Iterator[Row]:
         ]
         found, wanted = (with_gradients({"z": z}, given) for z in (together, torch.cat(alone, 2)))
         yield subject.between("packed", backend, given, found, wanted)
+
+
+def _is_refused(subject: Subject, bounds: Sequence[int]) -> bool:
+    """Whether the definition takes no sequence as long as one of the parts between these bounds."""
+    return any(subject.refuses(length) for length in {stop - start for start, stop in pairwise(bounds)})
 
 
 @declared

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from nestloop.checks.certificate import Row
-from nestloop.checks.comparison import differences, moved_by_rounding, run
+from nestloop.checks.comparison import call, differences, moved_by_rounding, run
 from nestloop.checks.inputs import Inputs, draw
 from nestloop.compiled import BACKENDS, CompiledLoop
-from nestloop.errors import NoPlanError, UnknownBackendError, UnknownDtypeError, shown
+from nestloop.errors import CompileError, NoPlanError, UnknownBackendError, UnknownDtypeError, shown
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Program, Stream
@@ -34,6 +34,7 @@ MORE_IN_HALVES = 2  # the same in two bytes, for which what is lost in four is s
 SHARE = 1e-4  # of the largest gradient (or output), by which one that should be zero is measured
 UNDEFINED = "the definition is not finite there: "
 FEW_TOKENS = 7
+ROUND_LENGTHS = (8, 64)  # tokens, where no other length is one that the definition takes
 MOST_TOKENS = 67  # where the length is not given: generated code takes up to 64 at once, the reference one by one
 
 
@@ -72,6 +73,7 @@ class Subject:
     lengths: Sequence[int]
     seed: int
     _ops: dict[str, CompiledLoop] = field(default_factory=dict)
+    _refusals: dict[int, str] = field(default_factory=dict)
 
     @property
     def dims(self) -> dict[str, int]:
@@ -114,6 +116,29 @@ class Subject:
     def run(self, backend: str, inputs: Inputs) -> dict[str, Tensor]:
         """What a backend makes of inputs, as float64 on the CPU."""
         return {name: value.cpu().double() for name, value in run(self.op(backend), inputs).items()}
+
+    def refuses(self, tokens: int) -> str:
+        """Why the definition takes no sequence of so many tokens; "" where it does."""
+        if tokens not in self._refusals:
+            self._refusals[tokens] = ""
+            try:
+                with torch.no_grad():
+                    call(self.op("reference"), self.inputs(tokens))
+            except (RuntimeError, CompileError) as error:  # PyTorch's own, and ours of shapes
+                self._refusals[tokens] = str(error).splitlines()[0]
+        return self._refusals[tokens]
+
+    def without_refused(self) -> Iterator[Row]:
+        """Leave out lengths that the definition does not take, as of a body that pairs tokens: a row each. Where it
+        takes none, some stay, for what comes first to raise what is wrong."""
+        for lengths in (self.lengths,) if self.fixed else (self.lengths, ROUND_LENGTHS):
+            if taken := [tokens for tokens in lengths if not self.refuses(tokens)]:
+                self.lengths = taken
+                refused = {tokens: why for tokens, why in self._refusals.items() if why}
+                for tokens, why in refused.items():
+                    yield Row("definition", "reference", "float64", tokens, None, 0.0, f"not defined: {why}")
+                return
+            self.lengths = lengths
 
     def single(self, inputs: Inputs) -> dict[str, Tensor]:
         """What the definition makes of inputs, computed in float32."""

@@ -43,7 +43,7 @@ def check(
         seed: of the inputs.
         dims: sizes; those not given are small ones (d = 16, H = 2, B = 2). Without N, several lengths of at most 67
             tokens: one, seven, one less and one more than a chunk (or than a batch schedule's steps), and 67. Those
-            that the declaration is not defined for are left out, a row each; 8 and 64 where it is for none of them.
+            that the declaration is not defined for are left out, a row each, and then 8 and 64 are among them.
 
     Raises:
         UnknownDimError, UnknownDtypeError, UnknownBackendError: no such dim, dtype or backend.

@@ -34,7 +34,7 @@ MORE_IN_HALVES = 2  # the same in two bytes, for which what is lost in four is s
 SHARE = 1e-4  # of the largest gradient (or output), by which one that should be zero is measured
 UNDEFINED = "the definition is not finite there: "
 FEW_TOKENS = 7
-ROUND_LENGTHS = (8, 64)  # tokens, where no other length is one that the definition takes
+ROUND_LENGTHS = (8, 64)  # tokens, where the definition does not take others
 MOST_TOKENS = 67  # where the length is not given: generated code takes up to 64 at once, the reference one by one
 
 
@@ -130,15 +130,14 @@ class Subject:
 
     def without_refused(self) -> Iterator[Row]:
         """Leave out lengths that the definition does not take, as of a body that pairs tokens: a row each. Where it
-        takes none, some stay, for what comes first to raise what is wrong."""
-        for lengths in (self.lengths,) if self.fixed else (self.lengths, ROUND_LENGTHS):
-            if taken := [tokens for tokens in lengths if not self.refuses(tokens)]:
-                self.lengths = taken
-                refused = {tokens: why for tokens, why in self._refusals.items() if why}
-                for tokens, why in refused.items():
-                    yield Row("definition", "reference", "float64", tokens, None, 0.0, f"not defined: {why}")
-                return
-            self.lengths = lengths
+        takes none, they stay, for what comes first to raise what is wrong."""
+        refused = {tokens: why for tokens in self.lengths if (why := self.refuses(tokens))}
+        if refused and not self.fixed:
+            self.lengths = sorted({*self.lengths, *ROUND_LENGTHS})
+        if taken := [tokens for tokens in self.lengths if not self.refuses(tokens)]:
+            self.lengths = taken
+            for tokens, why in refused.items():
+                yield Row("definition", "reference", "float64", tokens, None, 0.0, f"not defined: {why}")
 
     def single(self, inputs: Inputs) -> dict[str, Tensor]:
         """What the definition makes of inputs, computed in float32."""

@@ -130,7 +130,7 @@ class Subject:
 
     def without_refused(self) -> Iterator[Row]:
         """Leave out lengths that the definition does not take, as of a body that pairs tokens: a row each. Where it
-        takes none, they stay, for what comes first to raise what is wrong."""
+        takes none, some stay, for what comes first to raise what is wrong."""
         refused = {tokens: why for tokens in self.lengths if (why := self.refuses(tokens))}
         if refused and not self.fixed:
             self.lengths = sorted({*self.lengths, *ROUND_LENGTHS})
@@ -138,6 +138,8 @@ class Subject:
             self.lengths = taken
             for tokens, why in refused.items():
                 yield Row("definition", "reference", "float64", tokens, None, 0.0, f"not defined: {why}")
+        elif not self.fixed:
+            self.lengths = ROUND_LENGTHS
 
     def single(self, inputs: Inputs) -> dict[str, Tensor]:
         """What the definition makes of inputs, computed in float32."""

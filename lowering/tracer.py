@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from nestloop.errors import CapturedTensorError, UnadmittedOpError
+from nestloop.errors import CapturedTensorError, Location, UnadmittedOpError
 from nestloop.lang.loop import LoopSpec
 from nestloop.lowering import ops
 from nestloop.lowering.any_length import record_for_any_length
@@ -118,18 +118,31 @@ def _op_name(func: Any) -> str:
     return func._schema.name.split("::")[-1] if hasattr(func, "_schema") else getattr(func, "__name__", str(func))
 
 
+def _is_of_another_dtype(node: fx.Node, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Whether a value is converted to a dtype outside these, or, of numbers, made in one that is floating."""
+    if node.target is torch.ops.aten._to_copy.default:
+        return node.meta["val"].dtype not in dtypes
+    made = node.kwargs.get("dtype")
+    return isinstance(made, torch.dtype) and made.is_floating_point and made not in dtypes
+
+
+def _where(node: fx.Node, spec: LoopSpec) -> Location:
+    """The line that a value is of: of what reads it, where it was made from numbers, which is no op."""
+    return next((one.meta["where"] for one in (node, *node.users) if "where" in one.meta), spec.where)
+
+
 def _check_admitted(spec: LoopSpec, module: fx.GraphModule, dtypes: tuple[torch.dtype, ...]) -> None:
     for node in module.graph.nodes:
         if node.op == "get_attr":
             raise CapturedTensorError(
                 f"A body of {spec.name} makes a tensor constant.",
-                where=node.meta.get("where", spec.where),
+                where=_where(node, spec),
                 given=f"a tensor made from numbers, used as {node.name}",
                 need="Python numbers, or weights that are declared",
                 fix="write the number itself, or declare it: scale = nl.slow('d', init='constant(0.5)')",
             )
-        if node.target is torch.ops.aten._to_copy.default and node.meta["val"].dtype not in dtypes:
-            raise rounding(spec, node.meta["val"].dtype, node.meta.get("where", spec.where))
+        if _is_of_another_dtype(node, dtypes):
+            raise rounding(spec, node.meta["val"].dtype, _where(node, spec))
         if node.op != "call_function" or ops.admitted(node.target):
             continue
         near = ops.nearest(node.target)

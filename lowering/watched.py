@@ -219,6 +219,8 @@ class WatchedCalls(TorchFunctionMode):
         if name in composites.FUNCTIONS:
             with self:
                 return composites.FUNCTIONS[name](*args, **kwargs)
+        if name in ("matmul", "__matmul__") and len(args) == 2 and args[0].ndim > 2 == args[1].ndim:
+            return ops.rows_at_once(*args)
         if name in _TAKEN_APART:
             return _TAKEN_APART[name](*args, **kwargs)
         if name == "__getitem__":

@@ -10,7 +10,7 @@ import torch
 
 from nestloop.lowering.ops import logic, movement, pointwise, products, reductions, results
 from nestloop.lowering.ops.calling import ADD, DIV, MUL, ONLY_TENSORS, SUB, TAKE_NUMBERS, call
-from nestloop.lowering.ops.decompose import cosine_similarity, decompositions, fused_rms_norm
+from nestloop.lowering.ops.decompose import cosine_similarity, decompositions, fused_rms_norm, rows_at_once
 from nestloop.lowering.ops.detached import OP as DETACHED
 from nestloop.lowering.ops.detached import detached
 from nestloop.lowering.ops.literals import literal
@@ -111,5 +111,6 @@ __all__ = [
     "quantile",
     "result_like",
     "row",
+    "rows_at_once",
     "take_along",
 ]

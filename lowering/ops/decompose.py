@@ -125,6 +125,12 @@ def fused_rms_norm(
     return x * rstd if weight is None else x * rstd * weight, rstd
 
 
+def rows_at_once(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for a matrix b and more axes of a, whose rows make one product. PyTorch decides so too, but 2.11 counts the
+    elements first, which it cannot where n is open."""
+    return (a.flatten(0, -2) @ b).unflatten(0, a.shape[:-1])
+
+
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     """As PyTorch's own, whose derivative does not see that short vectors are divided by `eps` instead."""
 
@@ -366,6 +372,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.addmv.default] = lambda x, matrix, vector, *, beta=1, alpha=1: beta * x + alpha * (matrix @ vector)
     table[aten.addbmm.default] = lambda x, a, b, *, beta=1, alpha=1: beta * x + alpha * (a @ b).sum(0)
     table[aten.dist.default] = lambda x, y, p=2: torch.linalg.vector_norm(x - y, p)
+    table[torch.ops.prims.scalar_tensor.default] = aten.scalar_tensor.default  # of a number where a tensor may be
     table[aten.sgn.default] = aten.sign.default  # PyTorch's own would import all of Dynamo; so for all below
     table.update(lengths.DECOMPOSITIONS)
     table.update(solve.DECOMPOSITIONS)

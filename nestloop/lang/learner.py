@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor
 
-from nestloop.errors import Location, MissingPartError, NothingReturnedError, SideEffectError, UnknownNameError
+from nestloop.errors import (
+    Location,
+    MissingPartError,
+    NothingReturnedError,
+    SideEffectError,
+    SignatureError,
+    UnknownNameError,
+)
 from nestloop.lang.declare import Dim, Fast, OfTokens, Slow, caller, collect
 from nestloop.lang.purity import check_body
 from nestloop.lang.unread import Made, check_learner
@@ -66,6 +74,22 @@ class Body(metaclass=Made):
         )
 
 
+def _first_line(learner: type[Learner]) -> Location:
+    """Where a learner's forward begins."""
+    code = getattr(inspect.unwrap(learner.forward), "__code__", None)
+    return Location(code.co_filename, code.co_firstlineno) if code else learner.declared_at
+
+
+def _takes_tokens(learner: type[Learner]) -> bool:
+    """Whether a learner's forward can be called on a tile, beside others perhaps."""
+    forward = inspect.getattr_static(learner, "forward")
+    if not isinstance(forward, FunctionType):  # nothing is known of what it takes
+        return True
+    parameters = list(inspect.signature(forward).parameters.values())
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(places) > 1 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+
+
 class Learner(Body):
     """A learner, declared by its fast weights and a `forward` written for one [tokens, features] tile.
 
@@ -79,6 +103,7 @@ class Learner(Body):
 
     Raises (when the class is created):
         MissingPartError: no `forward`, or no fast weight.
+        SignatureError: a `forward` without an argument for tokens.
         UnreadDeclarationError: a view, gate, optimizer or schedule, which only a loop has.
         SideEffectError: `forward` prints, keeps state or writes to outer names.
     """
@@ -103,6 +128,15 @@ class Learner(Body):
                 fix="add def forward(self, x): return ...",
             )
 
+        if cls.fast and not _takes_tokens(cls):
+            raise SignatureError(
+                f"The forward of {cls.__name__} takes no tokens.",
+                where=_first_line(cls),
+                given=f"forward{inspect.signature(cls.forward)}",
+                need="forward(self, x): a tile x [n, features]",
+                fix="write def forward(self, x): return ...",
+            )
+
     def forward(self, x: Tensor) -> Tensor:
         """f(W; x) for a tile x [n, features] -> [n, anything]."""
         raise NotImplementedError
@@ -110,10 +144,9 @@ class Learner(Body):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         made = self.forward(*args, **kwargs)
         if made is None:
-            code = getattr(inspect.unwrap(type(self).forward), "__code__", None)
             raise NothingReturnedError(
                 f"The forward of {type(self).__name__} returns nothing.",
-                where=Location(code.co_filename, code.co_firstlineno) if code else self.declared_at,
+                where=_first_line(type(self)),
                 given="None",
                 need="f(W; x), a tensor [n, *]",
                 fix="return what it has computed",

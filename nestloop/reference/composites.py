@@ -3,7 +3,8 @@
 In PyTorch 2.11 to 2.13 the third derivative of `layer_norm` is another one, and under `vmap`, with a weight for every
 sequence, the second too; losses of elements fail where only one side has the axis; in 2.11 `aminmax` has no derivative.
 `one_hot` and `gaussian_nll_loss` look at values, which no transform lets them; `cdist`, `hardsigmoid` and the kernels
-of attention have one derivative, not two. Under `vmap` the derivative of `select_scatter` in its source is another one.
+of attention have one derivative, not two; `count_nonzero` has no rule of `vmap` in 2.11. Under `vmap` the derivative of
+`select_scatter` in its source is another one.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ def _of_elements(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _aminmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Any:
     over = () if dim is None else dim
     return torch.return_types.aminmax((x.amin(over, keepdim), x.amax(over, keepdim)))
+
+
+def _count_nonzero(x: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
+    return (x != 0).sum(dim)
 
 
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
@@ -110,6 +115,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 _INSTEAD: dict[str, Callable[..., Any]] = {
     **FUNCTIONS,
     "aminmax": _aminmax,
+    "count_nonzero": _count_nonzero,
     "hardsigmoid": _hardsigmoid,
     "layer_norm": _layer_norm,
     "one_hot": _one_hot,

@@ -6,6 +6,7 @@ import torch
 import nestloop as nl
 from nestloop.errors import (
     MissingPartError,
+    SignatureError,
     UnknownBackendError,
 )
 from tests.errors.squares import Good, Linear, Squares
@@ -109,6 +110,24 @@ def test_a_learner_without_forward():
         given="fast weights w",
         need="f(W; x) as a method",
         fix="add def forward(self, x): return ...",
+    )
+
+
+def test_a_learner_whose_forward_takes_no_tokens():
+    def step():
+        class Weights(nl.Learner):
+            w = nl.fast("d", "d")
+
+            def forward(self):  # type: ignore[override]  # HERE
+                return self.w
+
+    refused(
+        step,
+        SignatureError,
+        "The forward of Weights takes no tokens.",
+        given="forward(self)",
+        need="forward(self, x): a tile x [n, features]",
+        fix="write def forward(self, x): return ...",
     )
 
 

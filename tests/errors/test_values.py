@@ -270,10 +270,15 @@ def widens_a_factor(self, f, t):
     return (t.k.double() @ f.w).float().square().sum(-1)  # HERE
 
 
+def makes_wide_numbers(self, f, t):
+    return ((f(t.k) - t.v) * torch.tensor([1.0, 2.0] * 4, dtype=torch.float64)).square().sum(-1)  # HERE
+
+
 @pytest.mark.parametrize(
     "loss, dtype",
     [
         (rounds, "torch.bfloat16"),
+        (makes_wide_numbers, "torch.float64"),
         (widens, "torch.float64"),
         (rounds_a_factor, "torch.float16"),
         (widens_a_factor, "torch.float64"),

@@ -343,11 +343,11 @@ def report(result: Mapping[str, Any]) -> None:
         print(f"{row['case']} {sizes}: forward / forward + backward{shown}")
         for name, found in row["plans"].items():
             if isinstance(found, str):
-                print(f"  {name:<24} {found[:90]}")
+                print(f"  {name:<26} {found[:90]}")
                 continue
             times = [f"{found[k][0]:9.3f}" if k in found else "        -" for k in ("forward", "forward + backward")]
             off = f"   off by {found['off by']:.1e}" if "off by" in found else ""
-            print(f"  {name:<24} {' / '.join(times)}{off}   {found.get('not timed', '')}".rstrip())
+            print(f"  {name:<26} {' / '.join(times)}{off}   {found.get('not timed', '')}".rstrip())
         for target in row["targets"]:
             reached = "not measured" if target["found"] is None else f"{target['found']:.2f}x"
             print(f"  {target['faster']} over {target['slower']}: {reached} (wanted {target['wanted']}x)")

@@ -17,6 +17,7 @@ from nestloop import models, zoo
 
 SETS = 3  # of random inputs, which the rounds take in turn
 TRITON, TORCH, INDUCTOR = "nestloop, triton", "nestloop, torch", "nestloop, inductor"
+IN_A_GRAPH = "nestloop, triton, compiled"  # the whole layer by `torch.compile`, as its peer is
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,10 @@ def layer_case(
 
         return run
 
-    def ours(backend: str, inductor: bool = False) -> Plan:
+    def ours(backend: str, inductor: bool = False, in_a_graph: bool = False) -> Plan:
         made = layer(backend, inductor)
-        return plan(made, [p for p in made.parameters() if p.requires_grad])
+        called = torch.compile(made, fullgraph=True, dynamic=False) if in_a_graph else made
+        return plan(called, [p for p in made.parameters() if p.requires_grad])
 
     def compiled() -> Plan:
         parameters = dict(layer("torch").named_parameters())
@@ -124,6 +126,7 @@ def layer_case(
 
     plans: dict[str, Callable[[], Plan]] = {
         TRITON: partial(ours, "triton"),
+        IN_A_GRAPH: partial(ours, "triton", in_a_graph=True),
         TORCH: partial(ours, "torch"),
         INDUCTOR: partial(ours, "torch", True),
         "vmap(grad), compiled": compiled,
@@ -132,6 +135,7 @@ def layer_case(
     if attention:
         plans["softmax attention"] = softmax
     targets = [(TRITON, "vmap(grad), compiled", 3.0), (TRITON, TORCH, 1.5), (TRITON, "vmap(grad), JAX", 2.0)]
+    targets.append((IN_A_GRAPH, "vmap(grad), compiled", 3.0))
     sizes = {"B": batch, "N": tokens, "D": width, "H": heads, "T": steps}
     return Case(f"{loop.__name__} layer", sizes, plans, targets)
 

@@ -277,7 +277,7 @@ def test_what_cannot_be_tuned_is_refused(loop, compiler, tmp_path: Path):
         str(caught.value)
         == f"""DepthwiseBranch has no Triton to tune.
   at:    {zoo.DepthwiseBranch.spec.where}   {zoo.DepthwiseBranch.spec.where.text}
-  given: its tokens mix, and a tile of all of them is more than registers hold
+  given: its tokens mix, and generated Triton takes some of them at a time
   need:  a plan in generated Triton
   fix:   leave it: generated PyTorch has nothing to choose"""
     )

@@ -112,7 +112,7 @@ class TritonPieces(Batches, TritonKernels):
 
     def _check_tiles(self) -> None:
         if self.whole:
-            raise NoSpelling("its tokens mix, and a tile of all of them is more than registers hold")
+            raise NoSpelling("its tokens mix, and generated Triton takes some of them at a time")
         for piece in self.pieces.values():
             for node in piece.backward.graph.find_nodes(op="placeholder"):
                 if not self.walks(self.name(node.name)) or (size := extent(node.meta["val"].shape[0])).has_tokens:

@@ -246,7 +246,7 @@ def test_a_plan_that_does_not_exist_says_so():
     assert row.why in cost_table.text(found)
     text = nl.cost(zoo.DepthwiseBranch)
     assert (
-        "no such plan: its tokens mix, and a tile of all of them is more than registers hold" in text
+        "no such plan: its tokens mix, and generated Triton takes some of them at a time" in text
         and "chosen: generated PyTorch: " in text
     )
 

@@ -27,6 +27,7 @@ from nestloop.lang.loop import LoopSpec, user_files
 from nestloop.lowering import ops
 from nestloop.lowering.draws import Generators
 from nestloop.lowering.mismatch import OpFailed, about_shapes, operands
+from nestloop.lowering.ops import lengths
 from nestloop.lowering.recorder import Mode, noting
 from nestloop.reference import composites
 
@@ -221,6 +222,8 @@ class WatchedCalls(TorchFunctionMode):
                 return composites.FUNCTIONS[name](*args, **kwargs)
         if name in ("matmul", "__matmul__") and len(args) == 2 and args[0].ndim > 2 == args[1].ndim:
             return ops.rows_at_once(*args)
+        if name in lengths.FUNCTIONS and len(args) == 2:
+            return lengths.FUNCTIONS[name](*args)
         if name in _TAKEN_APART:
             return _TAKEN_APART[name](*args, **kwargs)
         if name == "__getitem__":

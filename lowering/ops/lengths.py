@@ -42,6 +42,16 @@ def _scaled(sign: int) -> Callable[..., Any]:
     return scaled
 
 
+def _any_power(base: Any, exponent: Any) -> Tensor:
+    return power(base, exponent) if isinstance(base, Tensor) else power_of_number(base, exponent)
+
+
+# As bodies call them: a derivative that a body takes itself has looked at the number before there is an op.
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "pow": _any_power,
+    "__pow__": power,
+    "__rpow__": lambda x, base: power_of_number(base, x),
+}
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.pow.Tensor_Scalar: power,
     aten.pow.Scalar: power_of_number,

@@ -168,6 +168,7 @@ OF_THE_LENGTH: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "a root": lambda x, n: (x.abs() + 0.1) ** (1 / n),
     "its power": lambda x, n: n ** x.tanh() + (1 / n) ** x.tanh(),
     "a factor in a sum": lambda x, n: torch.add(x, x * x, alpha=n) + torch.sub(x, x.tanh(), alpha=n / 2),
+    "a derivative of powers": lambda x, n: torch.func.grad(lambda y: (y.tanh() ** n + (1 / n) ** y + n**y).sum())(x),
     "in a tensor's place": lambda x, n: torch.xlogy(n, 1 + x.square()) + torch.where(x > 0, n, x),
 }
 

@@ -123,9 +123,9 @@ def capture_with(tracer: Tracer) -> Captured:
     held = [f"{name}__held" for name in spec.fast] if spec.holds else []
     loss = _trace(tracer, lambda dims: _flat(reference.token_loss(spec, dims), spec, held), inputs + held, "loss")
     _check_loss(spec, loss)
-    _check_used(spec, loss)
     inputs = [name for name in inputs if name not in spec.inputs or not spec.inputs[name].micro]
     readout = _trace(tracer, lambda dims: _flat(reference.token_readout(spec, dims), spec), inputs, "readout")
+    _check_used(spec, loss, readout)
     output = _check_readout(spec, readout)
     loss, readout = (_once(by_groups(without_token_joins(graph, tracer), tracer)) for graph in (loss, readout))
     if spec.parts:
@@ -290,8 +290,10 @@ def _check_kernel(spec: LoopSpec, module: fx.GraphModule) -> None:
         raise misshapen(spec, "kernel", given, where)
 
 
-def _check_used(spec: LoopSpec, module: fx.GraphModule) -> None:
-    """Refuse a fast weight that the loss does not read, or from which nothing of it flows back: no step moves it."""
+def _check_used(spec: LoopSpec, module: fx.GraphModule, readout: fx.GraphModule) -> None:
+    """Refuse a fast weight that the loss does not read, or from which nothing of it flows back: no step moves it. What
+    the read-out reads and decays is moved all the same."""
+    fading = {n.meta.get("declared") for n in readout.graph.find_nodes(op="placeholder") if n.users}
     reached, stack = set(), [_value(module)]
     while stack:
         node = stack.pop()
@@ -303,6 +305,8 @@ def _check_used(spec: LoopSpec, module: fx.GraphModule) -> None:
         if node.op != "placeholder" or name not in spec.fast or node in reached:
             continue
         called, stop = spec.called.get(name, name), _stop(node)
+        if stop is None and name in fading and spec.optimizer.fades(name):
+            continue
         if stop is None:
             raise UnusedFastWeightError(
                 f"The loss of {spec.name} does not depend on the fast weight '{called}'.",

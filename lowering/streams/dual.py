@@ -293,7 +293,7 @@ def finish(
     z = call(readout, {**values, **slow, **queries, **micro}, Uses(readout, axes, of_product))
     made: Tensors = {}
     for name in spec.fast:
-        mixed = _mixed(name, found, every[name], is_matrix(spec, name))
+        mixed = _mixed(found.vectors.get(name), found.pairs.get(name, []), every[name], carried[name])
         made |= ends(step, name, carried, slow, keys, every[name], mixed)
     return (step.with_halo(z), *[made[name] for name in step.left], step.token_losses(found.losses))
 
@@ -330,14 +330,16 @@ def _first_of_token(step: Step, c: Coefficients) -> Coefficients:
     return of_rows(c, first)
 
 
-def _mixed(name: str, found: Gradients, c: Coefficients, is_pairs: bool) -> Callable[[Tensor | Halves], Tensor]:
-    """The last row of a mix, over every row's gradient of a fast weight."""
+def _mixed(
+    vectors: Tensor | None, pairs: list[tuple[Tensor, Tensor]], c: Coefficients, weight: Tensor
+) -> Callable[[Tensor | Halves], Tensor]:
+    """The last row of a mix, over every row's gradient of a fast weight: as vectors, as pairs, or none."""
 
     def of(mix: Tensor | Halves) -> Tensor:
         row = None if mix is c.mix and c.plain else last_row(mix)
-        if is_pairs:
-            return gathered(row, found.pairs[name])
-        return found.vectors[name].sum(0) if row is None else summed_rows(row, found.vectors[name])
+        if vectors is not None:
+            return vectors.sum(0) if row is None else summed_rows(row, vectors)
+        return gathered(row, pairs) if pairs else weight.new_zeros(weight.shape)
 
     return of
 

@@ -53,7 +53,8 @@ class SGD:
         scale: a coefficient on what is taken from W since the last anchor, the weights that gradients are taken at:
             under `Causal`, W_t = anchor - scale_t * sum_{s <= t} lr_s G_s, a rate of both positions (TTT-LM's
             tau_t * lr_s, arXiv 2407.04620). Not together with decay or momentum under `Causal`.
-        decay: the factor on W of one step; in [0, 1] it forgets.
+        decay: the factor on W of one step; in [0, 1] it forgets. A fast weight that decays and that the read-out reads
+            need not enter the loss.
         log_decay: its logarithm instead, at most 0 (GLA, Mamba-2).
         decay_order: "after" takes the gradient at W and then decays W (Titans); "before" takes it at the decayed W
             (gated delta rule). Only `Online` can tell them apart.
@@ -273,6 +274,11 @@ class SGD:
             if self.restore is not None:
                 made[name] = self.restored(made[name], initial[name])
         return made, kept
+
+    def fades(self, name: str) -> bool:
+        """Whether a fast weight decays: a step changes it though it has no gradient."""
+        kept = coefficient.of(self.decays, name)
+        return kept is not None and kept != (1.0 if self.log_decay is None else 0.0)
 
     def decayed(self, weight: Tensor, name: str, factor: Callable[[str, Any], Any]) -> Tensor:
         """A fast weight after the decay of one step."""

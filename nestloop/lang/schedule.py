@@ -7,7 +7,7 @@ while it learns.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
 import torch
@@ -21,10 +21,8 @@ from nestloop.lang.dims import DimExpr, parse
 def even(start: int, stop: int, count: int) -> list[tuple[int, int]]:
     """(start, stop) of `count` parts as even as can be, the first ones with one more."""
     size, larger = divmod(stop - start, count) if count else (0, 0)
-    bounds = [start]
-    for index in range(count):
-        bounds.append(bounds[-1] + size + (index < larger))
-    return list(pairwise(bounds))
+    sizes = [size + (index < larger) for index in range(count)]
+    return list(pairwise(accumulate(sizes, initial=start)))
 
 
 class Schedule:

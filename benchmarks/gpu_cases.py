@@ -134,8 +134,12 @@ def layer_case(
     }
     if attention:
         plans["softmax attention"] = softmax
-    targets = [(TRITON, "vmap(grad), compiled", 3.0), (TRITON, TORCH, 1.5), (TRITON, "vmap(grad), JAX", 2.0)]
-    targets.append((IN_A_GRAPH, "vmap(grad), compiled", 3.0))
+    targets = [
+        (TRITON, "vmap(grad), compiled", 3.0),
+        (TRITON, TORCH, 1.5),
+        (TRITON, "vmap(grad), JAX", 2.0),
+        (IN_A_GRAPH, "vmap(grad), compiled", 3.0),
+    ]
     sizes = {"B": batch, "N": tokens, "D": width, "H": heads, "T": steps}
     return Case(f"{loop.__name__} layer", sizes, plans, targets)
 

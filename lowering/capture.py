@@ -20,7 +20,8 @@ from nestloop.errors import (
     NestloopError,
     UnusedFastWeightError,
 )
-from nestloop.lang.loop import LoopSpec, body_line
+from nestloop.lang.declaration import body_line
+from nestloop.lang.loop import LoopSpec
 from nestloop.lang.optim import SGD
 from nestloop.lang.returned import described, misshapen
 from nestloop.lang.state import Entry, identifier, steps_with
@@ -293,7 +294,8 @@ def _check_kernel(spec: LoopSpec, module: fx.GraphModule) -> None:
 def _check_used(spec: LoopSpec, module: fx.GraphModule, readout: fx.GraphModule) -> None:
     """Refuse a fast weight that the loss does not read, or from which nothing of it flows back: no step moves it. What
     the read-out reads and decays is moved all the same."""
-    fading = {n.meta.get("declared") for n in readout.graph.find_nodes(op="placeholder") if n.users}
+    read = {n.meta.get("declared") for n in readout.graph.find_nodes(op="placeholder") if n.users}
+    fading = {name for name in spec.fast if name in read and spec.optimizer.fades(name)}
     reached, stack = set(), [_value(module)]
     while stack:
         node = stack.pop()
@@ -305,7 +307,7 @@ def _check_used(spec: LoopSpec, module: fx.GraphModule, readout: fx.GraphModule)
         if node.op != "placeholder" or name not in spec.fast or node in reached:
             continue
         called, stop = spec.called.get(name, name), _stop(node)
-        if stop is None and name in fading and spec.optimizer.fades(name):
+        if stop is None and name in fading:
             continue
         if stop is None:
             raise UnusedFastWeightError(

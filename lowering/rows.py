@@ -6,7 +6,8 @@ import torch
 from torch import fx
 
 from nestloop.errors import CompileError, NoPlanError
-from nestloop.lang.loop import LoopSpec, body_line
+from nestloop.lang.declaration import body_line
+from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import BatchSchedule, Causal
 from nestloop.lowering.axes import counting
 from nestloop.lowering.capture import Captured, capture_with

@@ -47,10 +47,13 @@ _INSTEAD = {
 _INSTEAD["__array__"] = _INSTEAD["numpy"]
 _OF_A_CALL = {"requires_grad", "is_leaf", "grad", "grad_fn", "is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu"}
 _TAKEN_APART = {
+    "__matmul__": ops.rows_at_once,
     "cosine_similarity": ops.cosine_similarity,
+    "matmul": ops.rows_at_once,
     "pad": ops.pad,
     "quantile": ops.quantile,
     "take_along_dim": ops.take_along,
+    **lengths.FUNCTIONS,
 }
 _BY_TAPE = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 _OURS = ("nestloop.lang", "nestloop.reference", "nestloop.lowering")
@@ -220,10 +223,6 @@ class WatchedCalls(TorchFunctionMode):
         if name in composites.FUNCTIONS:
             with self:
                 return composites.FUNCTIONS[name](*args, **kwargs)
-        if name in ("matmul", "__matmul__") and len(args) == 2 and args[0].ndim > 2 == args[1].ndim:
-            return ops.rows_at_once(*args)
-        if name in lengths.FUNCTIONS and len(args) == 2:
-            return lengths.FUNCTIONS[name](*args)
         if name in _TAKEN_APART:
             return _TAKEN_APART[name](*args, **kwargs)
         if name == "__getitem__":

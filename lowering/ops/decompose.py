@@ -125,10 +125,12 @@ def fused_rms_norm(
     return x * rstd if weight is None else x * rstd * weight, rstd
 
 
-def rows_at_once(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for a matrix b and more axes of a, whose rows make one product. PyTorch decides so too, but 2.11 counts the
-    elements first, which it cannot where n is open."""
-    return (a.flatten(0, -2) @ b).unflatten(0, a.shape[:-1])
+def rows_at_once(input: Tensor, other: Tensor) -> Tensor:
+    """input @ other for a matrix and more axes of the input, whose rows make one product. PyTorch decides so too, but
+    2.11 counts the elements first, which it cannot where n is open."""
+    if not input.ndim > 2 == other.ndim:
+        return NotImplemented
+    return (input.flatten(0, -2) @ other).unflatten(0, input.shape[:-1])
 
 
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:

@@ -42,8 +42,8 @@ def _scaled(sign: int) -> Callable[..., Any]:
     return scaled
 
 
-def _any_power(base: Any, exponent: Any) -> Tensor:
-    return power(base, exponent) if isinstance(base, Tensor) else power_of_number(base, exponent)
+def _any_power(input: Any, exponent: Any) -> Tensor:
+    return power(input, exponent) if isinstance(input, Tensor) else power_of_number(input, exponent)
 
 
 # As bodies call them: a derivative that a body takes itself has looked at the number before there is an op.

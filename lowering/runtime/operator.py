@@ -68,8 +68,8 @@ class Operator:
         rule = batching_rule(self.call, self.arguments, heads, results)
 
         def of_lists(info: Any, in_dims: Any, tensors: Sequence[Tensor]) -> Any:
-            made, dims = rule(info, in_dims[0], *tensors)
-            return (list(made), list(dims)) if isinstance(made, tuple) else ([made], [dims])
+            made = _several(rule(info, in_dims[0], *tensors)[0])
+            return made, [0] * len(made)
 
         torch.library.register_vmap(self.overload, of_lists if self._in_lists else rule)
 

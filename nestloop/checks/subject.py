@@ -128,7 +128,7 @@ class Subject:
                 self._refusals[tokens] = str(error).splitlines()[0]
         return self._refusals[tokens]
 
-    def without_refused(self) -> Iterator[Row]:
+    def leave_out_refused(self) -> list[Row]:
         """Leave out lengths that the definition does not take, as of a body that pairs tokens: a row each. Where it
         takes none, some stay, for what comes first to raise what is wrong."""
         refused = {tokens: why for tokens in self.lengths if (why := self.refuses(tokens))}
@@ -136,10 +136,12 @@ class Subject:
             self.lengths = sorted({*self.lengths, *ROUND_LENGTHS})
         if taken := [tokens for tokens in self.lengths if not self.refuses(tokens)]:
             self.lengths = taken
-            for tokens, why in refused.items():
-                yield Row("definition", "reference", "float64", tokens, None, 0.0, f"not defined: {why}")
-        elif not self.fixed:
-            self.lengths = ROUND_LENGTHS
+            return [
+                Row("definition", "reference", "float64", tokens, None, 0.0, f"not defined: {why}")
+                for tokens, why in refused.items()
+            ]
+        self.lengths = self.lengths if self.fixed else ROUND_LENGTHS
+        return []
 
     def single(self, inputs: Inputs) -> dict[str, Tensor]:
         """What the definition makes of inputs, computed in float32."""

@@ -48,6 +48,12 @@ def is_whole(value: object, least: int = 1) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
+def body_line(body: object, default: Location) -> Location:
+    """Where a body begins."""
+    code = getattr(body, "__code__", None)
+    return default if code is None else Location(code.co_filename, code.co_firstlineno)
+
+
 class Declaration:
     """One line of a learner's or loop's class body."""
 

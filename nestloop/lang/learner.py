@@ -16,6 +16,7 @@ from nestloop.errors import (
     SignatureError,
     UnknownNameError,
 )
+from nestloop.lang.declaration import body_line
 from nestloop.lang.declare import Dim, Fast, OfTokens, Slow, caller, collect
 from nestloop.lang.purity import check_body
 from nestloop.lang.unread import Made, check_learner
@@ -74,20 +75,16 @@ class Body(metaclass=Made):
         )
 
 
-def _first_line(learner: type[Learner]) -> Location:
-    """Where a learner's forward begins."""
-    code = getattr(inspect.unwrap(learner.forward), "__code__", None)
-    return Location(code.co_filename, code.co_firstlineno) if code else learner.declared_at
-
-
 def _takes_tokens(learner: type[Learner]) -> bool:
     """Whether a learner's forward can be called on a tile, beside others perhaps."""
     forward = inspect.getattr_static(learner, "forward")
     if not isinstance(forward, FunctionType):  # nothing is known of what it takes
         return True
-    parameters = list(inspect.signature(forward).parameters.values())
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(places) > 1 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+    try:
+        inspect.signature(forward).bind_partial("self", "x")
+    except TypeError:
+        return False
+    return True
 
 
 class Learner(Body):
@@ -127,11 +124,10 @@ class Learner(Body):
                 need="f(W; x) as a method",
                 fix="add def forward(self, x): return ...",
             )
-
         if cls.fast and not _takes_tokens(cls):
             raise SignatureError(
                 f"The forward of {cls.__name__} takes no tokens.",
-                where=_first_line(cls),
+                where=body_line(inspect.unwrap(cls.forward), cls.declared_at),
                 given=f"forward{inspect.signature(cls.forward)}",
                 need="forward(self, x): a tile x [n, features]",
                 fix="write def forward(self, x): return ...",
@@ -146,7 +142,7 @@ class Learner(Body):
         if made is None:
             raise NothingReturnedError(
                 f"The forward of {type(self).__name__} returns nothing.",
-                where=_first_line(type(self)),
+                where=body_line(inspect.unwrap(type(self).forward), self.declared_at),
                 given="None",
                 need="f(W; x), a tensor [n, *]",
                 fix="return what it has computed",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from nestloop.errors import (
     UnknownNameError,
     shown,
 )
-from nestloop.lang.declaration import is_count
+from nestloop.lang.declaration import body_line, is_count
 from nestloop.lang.declare import Dim, Fast, Gate, Slow, View, caller, collect
 from nestloop.lang.dims import DimExpr, parse
 from nestloop.lang.held import reads_held
@@ -264,12 +264,6 @@ def _specify(cls: type[Loop]) -> LoopSpec:
     else:
         check_optimizer(spec)
     return spec
-
-
-def body_line(body: Callable[..., Any], default: Location) -> Location:
-    """Where a body begins."""
-    code = getattr(body, "__code__", None)
-    return default if code is None else Location(code.co_filename, code.co_firstlineno)
 
 
 def user_files(spec: LoopSpec) -> set[str]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nestloop.lang.binding import Binding
-from nestloop.lang.loop import LoopSpec, body_line
+from nestloop.lang.declaration import body_line
+from nestloop.lang.loop import LoopSpec
 from nestloop.lang.returned import misshapen, seen
 
 Tensors = dict[str, Tensor]

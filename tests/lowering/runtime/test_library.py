@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ import nestloop as nl
 from nestloop import zoo
 from nestloop.lowering.runtime.library import NestedLoopOp
 from tests.lowering.comparison import random_inputs
+from tests.lowering.runtime.calls import Calls
 
 WIDTH, HEADS, SEQUENCES, TOKENS = 16, 2, 3, 9
 DIFFERENTIABLE = {
@@ -47,23 +47,6 @@ def tokens(*lead: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def relative(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)).item()
-
-
-Calls = list[tuple[NestedLoopOp, tuple[Tensor, ...]]]
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
-    """The ops that are called, with their tensors."""
-    found: Calls = []
-    original = NestedLoopOp.__call__
-
-    def recording(self: NestedLoopOp, *given: Tensor) -> tuple[Tensor, ...]:
-        found.append((self, given))
-        return original(self, *given)
-
-    monkeypatch.setattr(NestedLoopOp, "__call__", recording)
-    yield found
 
 
 def backward_arguments(op: NestedLoopOp, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -11,9 +11,10 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import nestloop as nl
-from nestloop.lowering.runtime.library import NestedLoopOp
 from nestloop.lowering.runtime.operator import MOST_ARGUMENTS
+from tests.lowering.body_loops import Recall
 from tests.lowering.comparison import assert_equal, differences, random_inputs, run
+from tests.lowering.runtime.calls import Calls
 from tests.lowering.runtime.test_library import backward_arguments
 
 H, d = 2, 4
@@ -30,26 +31,18 @@ class Deep(nl.Learner):
         return x
 
 
-class Recall(nl.Loop):
-    learner = Deep
-    k, v, q = nl.view("d"), nl.view("d"), nl.view("d")
-
-    def loss(self, f, t):
-        return (f(t.k) - t.v).square().mean(-1)
-
-    def readout(self, f, t):
-        return f(t.q)
-
-
 class Batches(Recall):
+    learner = Deep
     optimizer, schedule = nl.SGD(lr=0.1, momentum=0.9), nl.FullBatch(2)
 
 
 class Shuffled(Recall):
+    learner = Deep
     optimizer, schedule = nl.SGD(lr=0.1, momentum=0.9), nl.Shuffled(2)
 
 
 class Stream(Recall):
+    learner = Deep
     optimizer, schedule = nl.SGD(lr=0.1, momentum=0.9), nl.Causal(4)
 
 
@@ -73,23 +66,11 @@ def check(loop: Any, backend: str) -> None:
     assert_equal(differences(run(nl.compile(loop, backend=backend, d=d), inputs), wanted), 1e-10)
 
 
-def ops_of(loop: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[nl.Layer, list[tuple[NestedLoopOp, Any]]]:
-    """A layer, and the ops that it calls with what it calls them with."""
-    layer, found, original = nl.Layer(loop, H * d, H), [], NestedLoopOp.__call__
-
-    def recording(self: NestedLoopOp, *given: Tensor) -> tuple[Tensor, ...]:
-        found.append((self, tuple(t.detach() for t in given)))
-        return original(self, *given)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(NestedLoopOp, "__call__", recording)
-        layer(torch.randn(2, 6, H * d))
-    return layer, found
-
-
 @over_loops
-def test_pytorch_sees_an_ordinary_op(loop: Any, monkeypatch: pytest.MonkeyPatch):
-    for op, given in ops_of(loop, monkeypatch)[1]:
+def test_pytorch_sees_an_ordinary_op(loop: Any, calls: Calls):
+    nl.Layer(loop, H * d, H)(torch.randn(2, 6, H * d))
+    for op, tensors in calls:
+        given = tuple(t.detach() for t in tensors)
         backward = backward_arguments(op, given)
         assert len(backward) > MOST_ARGUMENTS
         assert str(op.backward_op.overload._schema).endswith("(Tensor[] tensors) -> Tensor[]")

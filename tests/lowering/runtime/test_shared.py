@@ -16,26 +16,20 @@ from nestloop.lowering.runtime.executable import OPS
 from nestloop.lowering.runtime.library import NestedLoopOp
 from nestloop.lowering.runtime.native import NativeModule
 from tests.lowering.comparison import assert_equal, differences, random_inputs, run
+from tests.lowering.runtime.calls import recorded
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
 SIZES = {"d": 4, "D": 24, "H": 3}
 
 
-def called(loop: Any, backend: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[Any, NestedLoopOp]:
+def called(loop: Any, backend: str, **settings: Any) -> tuple[Any, NestedLoopOp]:
     """A compiled loop, and its op once it has been called."""
-    found: list[NestedLoopOp] = []
-    original = NestedLoopOp.__call__
-
-    def recording(self: NestedLoopOp, *given: Tensor) -> tuple[Tensor, ...]:
-        found.append(self)
-        return original(self, *given)
-
     op = nl.compile(loop, backend=backend)
-    with monkeypatch.context() as patched:
-        patched.setattr(NestedLoopOp, "__call__", recording)
+    with recorded() as found:
         run(op, inputs_of(loop, **settings))
-    assert found[-1] in OPS.values()
-    return op, found[-1]
+    made, _ = found[-1]
+    assert made in OPS.values()
+    return op, made
 
 
 def inputs_of(loop: Any, **settings: Any) -> Any:
@@ -58,7 +52,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[str
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 @pytest.mark.parametrize("loop", [zoo.MTTTMLP, zoo.MTTTMLPSGD4])
 def test_it_is_made_once_for_forward_and_backward(loop: Any, backend: str, monkeypatch: pytest.MonkeyPatch):
-    op, inner = called(loop, backend, monkeypatch)
+    op, inner = called(loop, backend)
     calls = counted(monkeypatch, inner.code.module, "common")
     run(op, inputs_of(loop))
     assert op.ran == ["the Gram form"] and len(calls) == 1
@@ -66,7 +60,7 @@ def test_it_is_made_once_for_forward_and_backward(loop: Any, backend: str, monke
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 def test_the_wide_form_reads_nothing_of_it(backend: str, monkeypatch: pytest.MonkeyPatch):
-    op, inner = called(zoo.MTTTMLP, backend, monkeypatch)
+    op, inner = called(zoo.MTTTMLP, backend)
     inputs = inputs_of(zoo.MTTTMLP)
     with torch.no_grad():
         inputs.weights["g"][:, 1] = inputs.weights["g"][:, 0]  # two rows alike
@@ -91,7 +85,7 @@ class Decoded(nl.Loop):
 
 @pytest.mark.parametrize("loop", [zoo.MTTTLinear, zoo.MTTTMLP, Decoded])
 def test_slow_weights_are_prepared_in_cpp(loop: Any, monkeypatch: pytest.MonkeyPatch):
-    _, inner = called(loop, "cpp", monkeypatch)
+    _, inner = called(loop, "cpp")
     native = inner.code.native
     assert isinstance(native, NativeModule) and native.plan.prepare and native.plan.pulled
     built = native.prepared()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,9 +15,9 @@ from torch.library import opcheck
 from torch.profiler import profile
 
 import nestloop as nl
-from nestloop.lowering.runtime.library import NestedLoopOp
 from nestloop.lowering.runtime.tiles import spacing
 from tests.lowering.comparison import Inputs, differences, random_inputs, run
+from tests.lowering.runtime.calls import Calls
 
 CHUNK = 4
 SIZES = {"a": 3, "e": 4, "H": 2}
@@ -77,26 +76,11 @@ class Delta(nl.Loop):
 
 LOOPS = {"Memory": Memory, "Delta": Delta}
 over_loops = pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS.keys())
-Calls = list[tuple[NestedLoopOp, tuple[Tensor, ...]]]
 
 
 def inputs_of(loop: type[nl.Loop], tokens: int = 10, sequences: int = 2, dtype: torch.dtype = torch.float64) -> Inputs:
     scale = {"eta": 0.2, "k": 0.7}
     return random_inputs(loop.spec, SIZES, sequences=sequences, tokens=tokens, scale=scale, dtype=dtype)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
-    """The ops that are called, with their tensors."""
-    found: Calls = []
-    original = NestedLoopOp.__call__
-
-    def recording(self: NestedLoopOp, *given: Tensor) -> tuple[Tensor, ...]:
-        found.append((self, given))
-        return original(self, *given)
-
-    monkeypatch.setattr(NestedLoopOp, "__call__", recording)
-    yield found
 
 
 @over_loops

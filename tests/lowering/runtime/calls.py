@@ -1,0 +1,28 @@
+"""Which ops a test calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from torch import Tensor
+
+from nestloop.lowering.runtime.library import NestedLoopOp
+
+Calls = list[tuple[NestedLoopOp, tuple[Tensor, ...]]]
+
+
+@contextmanager
+def recorded() -> Iterator[Calls]:
+    """The ops that are called inside, with their tensors."""
+    found: Calls = []
+    original = NestedLoopOp.__call__
+
+    def recording(self: NestedLoopOp, *given: Tensor) -> tuple[Tensor, ...]:
+        found.append((self, given))
+        return original(self, *given)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(NestedLoopOp, "__call__", recording)
+        yield found

@@ -1,9 +1,10 @@
-"""What every test runs under: quiet threads, new memory full of NaN, repeatable hypothesis, a cache of its own."""
+"""What every test runs under: quiet threads, new memory full of NaN, repeatable random numbers, a cache of its own."""
 
 import gc
 import os
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
 
 # Read by the OpenMP runtime when torch loads it: waiting threads that spin slow the other test workers down.
@@ -44,6 +45,25 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: looking through it for garbage is a sixth of the time of lowering a loop."""
     gc.collect()
     gc.freeze()
+
+
+def _seed(node: pytest.Item | pytest.Collector) -> None:
+    torch.manual_seed(zlib.crc32(node.nodeid.encode()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    _seed(collector)  # for what a file draws when it is imported
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    _seed(item)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    _seed(item)  # again: whether a fixture that tests share drew before this one is chance
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,7 +20,8 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Chunked, sees_later
 from nestloop.lowering import ops
 from nestloop.lowering.ops import Kind
-from nestloop.lowering.ops.results import same_size
+from nestloop.lowering.ops.matrices import BY_OP as MATRICES
+from nestloop.lowering.ops.sizes import is_less, same_size
 
 aten = torch.ops.aten
 
@@ -202,6 +203,11 @@ def _rule(node: fx.Node, axes: Mapping[fx.Node, Axes]) -> tuple[Axes, bool]:
         return axes[node.args[1]], is_token(first[-1])
     if row.kind is Kind.REDUCTION:
         return _reduce(node, first, value)
+    if row.kind is Kind.MATRIX:
+        *batch, rows, columns = first
+        sizes = node.args[0].meta["val"].shape[-2:]
+        made = MATRICES[node.target].axes(rows, columns, lambda: columns if is_less(sizes[1], sizes[0]) else rows)
+        return (*batch, *made), is_token(rows) or is_token(columns)
     if row.kind is Kind.NORMALIZE:
         return first, is_token(first[node.args[1]])
     if row.kind is Kind.VIEW:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from nestloop.lowering.ops.results import same_shape
+from nestloop.lowering.ops.sizes import same_shape
 
 aten = torch.ops.aten
 

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from nestloop.lowering import ops
 from nestloop.lowering.horner import Expression, Spelling
 from nestloop.lowering.ops import Kind
-from nestloop.lowering.ops.results import same_shape
+from nestloop.lowering.ops.sizes import same_shape
 from nestloop.lowering.polynomials import TERMS, Function, Polynomial, Ring
 from nestloop.lowering.recorder import graph_module
 from nestloop.lowering.subexpressions import common_subexpressions

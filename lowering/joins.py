@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from nestloop.lang.parts import StaysWhole
 from nestloop.lowering import ops
 from nestloop.lowering.ops import Kind
-from nestloop.lowering.ops.results import is_less, same_shape, same_size
+from nestloop.lowering.ops.sizes import is_less, same_shape, same_size
 from nestloop.lowering.recorder import Located
 
 aten = torch.ops.aten

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from nestloop.lowering import ops
-from nestloop.lowering.ops.results import result_like, same_shape, same_size
+from nestloop.lowering.ops.results import result_like
+from nestloop.lowering.ops.sizes import same_shape, same_size
 
 aten = torch.ops.aten
 

@@ -17,7 +17,7 @@ from torch.fx.experimental.sym_node import wrap_node
 
 from nestloop.lowering import ops
 from nestloop.lowering.ops import Kind
-from nestloop.lowering.ops.results import same_shape, same_size
+from nestloop.lowering.ops.sizes import same_shape, same_size
 from nestloop.lowering.product_rules import Fill, ProductRules, is_gram, is_scalar, is_size
 from nestloop.lowering.recorder import graph_module
 from nestloop.lowering.subexpressions import common_subexpressions

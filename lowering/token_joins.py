@@ -12,7 +12,7 @@ from torch import fx
 from nestloop.lang.parts import StaysWhole
 from nestloop.lowering.axes import is_token, type_axes
 from nestloop.lowering.joins import without
-from nestloop.lowering.ops.results import same_size
+from nestloop.lowering.ops.sizes import same_size
 from nestloop.lowering.recorder import placeholders
 from nestloop.lowering.tracer import Tracer
 

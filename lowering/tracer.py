@@ -15,7 +15,7 @@ from nestloop.lowering.any_length import record_for_any_length
 from nestloop.lowering.draws import Generators, Heard
 from nestloop.lowering.length import HINT, Length
 from nestloop.lowering.runtime.fingerprint import whole_numbers
-from nestloop.lowering.watched import WatchedCalls, WatchedOps, as_compile_error, rounding
+from nestloop.lowering.watched import WatchedCalls, WatchedOps, as_compile_error, rounding, unvalidated
 
 # What a value may be converted to, beside the compute dtype. Of that, float32 is a lower bound: it is not rounded to.
 _KEPT = (torch.float32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -89,7 +89,7 @@ class Tracer:
         """The graph of `body` over given tensors, placeholders named `names`."""
 
         def run(tensors: Sequence[Tensor], generators: Generators) -> tuple[Any, WatchedCalls]:
-            with generators, WatchedOps(self.spec), WatchedCalls(self.spec, generators) as calls:
+            with unvalidated(), generators, WatchedOps(self.spec), WatchedCalls(self.spec, generators) as calls:
                 made = body(*tensors)
                 calls.check_surroundings()
             self.reads_dtype |= calls.reads_dtype

@@ -27,7 +27,7 @@ from nestloop.lang.loop import LoopSpec, user_files
 from nestloop.lowering import ops
 from nestloop.lowering.draws import Generators
 from nestloop.lowering.mismatch import OpFailed, about_shapes, operands
-from nestloop.lowering.ops import lengths
+from nestloop.lowering.ops import lengths, matrices
 from nestloop.lowering.recorder import Mode, noting
 from nestloop.reference import composites
 
@@ -54,6 +54,7 @@ _TAKEN_APART = {
     "quantile": ops.quantile,
     "take_along_dim": ops.take_along,
     **lengths.FUNCTIONS,
+    **matrices.FUNCTIONS,
 }
 _BY_TAPE = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 _OURS = ("nestloop.lang", "nestloop.reference", "nestloop.lowering")
@@ -61,6 +62,18 @@ _RANDOM = {
     *("dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "bernoulli", "multinomial", "rrelu"),
     *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal", "gumbel_softmax"),
 }
+
+
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """While `torch.distributions` do not look at the values that they are given, which a traced body has none of."""
+    kind = torch.distributions.Distribution
+    before = kind._validate_args
+    kind.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        kind.set_default_validate_args(before)
 
 
 class WatchedOps(Mode):

@@ -21,7 +21,7 @@ from nestloop.lang.unread import abstract_names
 from nestloop.lowering import lower, names
 from nestloop.lowering.runtime.executable import OPS
 from nestloop.lowering.runtime.recipe import Asked, Origin
-from nestloop.lowering.runtime.refusals import singular_system
+from nestloop.lowering.runtime.refusals import indefinite_matrix, singular_system
 from nestloop.lowering.runtime.streams import StreamOp, run_stream
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -136,6 +136,7 @@ class CompiledLoop:
         Raises:
             InputError, OrderError, UnresolvedDimError: the tensors do not fit the declaration.
             SingularSystemError: a body solves a linear system that has no solution with these numbers.
+            IndefiniteMatrixError: a body takes the Cholesky factor of a matrix that has none.
         """
         if cu_seqlens is None:
             z, end, losses = self.run(views, weights, state, order, return_losses, dims)
@@ -199,7 +200,10 @@ class CompiledLoop:
             except torch.linalg.LinAlgError as error:
                 from nestloop.lowering.watched import line_in_traceback  # all of tracing, which a call may do without
 
-                raise singular_system(Origin.of(self.spec), line_in_traceback(self.spec, error)) from None
+                refusal = indefinite_matrix if "cholesky" in str(error) else singular_system
+                if refusal is singular_system and "singular" not in str(error):  # singular values of NaN, say
+                    raise
+                raise refusal(Origin.of(self.spec), line_in_traceback(self.spec, error)) from None
             return z if binding.tokens else z + _nothing_of(views, weights).to(z.dtype), end, losses
         views, weights = names.inward(self.renamed, views), names.inward(self.renamed, weights)
         state = None if state is None else names.inward(self.renamed, state)

@@ -256,6 +256,10 @@ class SingularSystemError(NestloopError):
     """A linear system of a body that has no solution, or many: raised by the call that meets it."""
 
 
+class IndefiniteMatrixError(NestloopError):
+    """A matrix of a body without a Cholesky factor: raised by the call that meets it."""
+
+
 class UnresolvedDimError(InputError):
     """A dim with no size."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nestloop.lowering.ops import logic, movement, pointwise, products, reductions, results
+from nestloop.lowering.ops import logic, matrices, movement, pointwise, products, reductions, results
 from nestloop.lowering.ops.calling import ADD, DIV, MUL, ONLY_TENSORS, SUB, TAKE_NUMBERS, call
 from nestloop.lowering.ops.decompose import cosine_similarity, decompositions, fused_rms_norm, rows_at_once
 from nestloop.lowering.ops.detached import OP as DETACHED
@@ -23,7 +23,7 @@ from nestloop.lowering.ops.windows import pad
 
 aten = torch.ops.aten
 
-MODULES = (pointwise, logic, products, reductions, movement)
+MODULES = (pointwise, logic, products, matrices, reductions, movement)
 ROWS: dict[Any, Op] = {row.target: row for module in MODULES for row in module.ROWS}
 
 # Sizes are computed in Python, not on tensors: these may stand in a graph without a row.

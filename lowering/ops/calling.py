@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nestloop.lowering.ops.detached import OP as DETACHED
 from nestloop.lowering.ops.detached import detached
+from nestloop.lowering.ops.matrices import BY_OP as MATRICES
 from nestloop.lowering.ops.solve import OP as SOLVE
 
 aten = torch.ops.aten
@@ -33,6 +34,8 @@ def call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a `call_function` node computes of these arguments, so that PyTorch can differentiate and batch it."""
     if target is SOLVE:  # whose derivative is PyTorch's own
         return torch.linalg.solve(args[0].mT if args[2] else args[0], args[1])
+    if target in MATRICES:
+        return MATRICES[target].function(*args)
     if target is DETACHED:
         return detached(*args)
     if target is aten.view.default:  # of what `simplify` has left without its copy

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch._decomp import _core_aten_decompositions_post_autograd, get_decompositions
 
-from nestloop.lowering.ops import lengths, orders, places, rounding, solve, spaced, windows
+from nestloop.lowering.ops import lengths, matrices, orders, places, rounding, solve, spaced, windows
 from nestloop.lowering.ops.detached import detached
-from nestloop.lowering.ops.results import END, same_size
+from nestloop.lowering.ops.results import END
+from nestloop.lowering.ops.sizes import same_size
 
 aten = torch.ops.aten
 
@@ -378,6 +379,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.sgn.default] = aten.sign.default  # PyTorch's own would import all of Dynamo; so for all below
     table.update(lengths.DECOMPOSITIONS)
     table.update(solve.DECOMPOSITIONS)
+    table.update(matrices.DECOMPOSITIONS)
     table.update(places.DECOMPOSITIONS)
     table.update(orders.DECOMPOSITIONS)
     table.update(windows.DECOMPOSITIONS)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nestloop.lowering.ops.literals import MOST, literal
 from nestloop.lowering.ops.products import exact
-from nestloop.lowering.ops.results import same_size
+from nestloop.lowering.ops.sizes import same_size
 
 aten = torch.ops.aten
 

@@ -54,6 +54,12 @@ def pointwise(
     return Op(target, Kind.POINTWISE, spell, Element(cpp, triton), work, example)
 
 
+def in_pytorch(target: Any, spell: Spell, example: Example) -> Op:
+    """What neither C++ nor Triton has."""
+    name = target._schema.name.split("::")[-1]
+    return Op(target, Kind.POINTWISE, spell, Unsupported(f"C++ and Triton have no {name}"), 20, example)
+
+
 def function(target: Any, method: str, cpp: str, triton: str, example: Example = one, work: int = 1) -> Op:
     """A function of one operand: a method of PyTorch's tensors, and its names in C++ and Triton."""
     return pointwise(
@@ -281,6 +287,10 @@ ROWS = [
     function(aten.acosh.default, "acosh", "std::acosh", "tiles.acosh", lambda r: (r(5, 4).abs() + 1.5,), 10),
     function(aten.atanh.default, "atanh", "std::atanh", "tiles.atanh", inside, 10),
     function(aten.erfc.default, "erfc", "std::erfc", "tiles.erfc", work=10),
+    without_triton(aten.lgamma.default, "lgamma", positive),
+    in_pytorch(aten.digamma.default, lambda o: f"{o[0]}.digamma()", positive),
+    in_pytorch(aten.polygamma.default, call("torch.polygamma"), lambda r: (1, *positive(r))),
+    in_pytorch(aten.erfinv.default, lambda o: f"{o[0]}.erfinv()", inside),
     function(aten.floor.default, "floor", "std::floor", "tl.floor"),
     function(aten.isnan.default, "isnan", "std::isnan", "tiles.isnan"),
     pointwise(

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 
 from nestloop.lowering.ops.detached import OP as DETACHED
+from nestloop.lowering.ops.matrices import BY_OP as MATRICES
 from nestloop.lowering.ops.row import Kind, Op
+from nestloop.lowering.ops.sizes import lesser, same_shape, same_size
 
 aten = torch.ops.aten
 
@@ -75,28 +77,6 @@ def _ones(dtype: torch.dtype, rank: int) -> Tensor:
     return torch.ones([1] * rank, dtype=dtype)
 
 
-def same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes are equal for every n."""
-    if isinstance(a, int) or isinstance(b, int):
-        return isinstance(a, int) and isinstance(b, int) and a == b
-    return a.node.values == b.node.values
-
-
-def is_less(a: Any, b: Any) -> bool | None:
-    """Whether a size is less than another for every n; None where that depends on n."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a < b
-    many = (b if isinstance(a, int) else a).node
-    left, right = (many.wrap_int(s).values if isinstance(s, int) else s.node.values for s in (a, b))
-    found = {x < y for x, y in zip(left, right, strict=True)}
-    return found.pop() if len(found) == 1 else None
-
-
-def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two shapes are equal for every n."""
-    return len(a) == len(b) and all(map(same_size, a, b))
-
-
 def _shape(row: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any] | None:
     """The shape of an op's result; None where it takes more than a look at the operands'."""
     if row.target in _SHAPES:
@@ -109,6 +89,9 @@ def _shape(row: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[
         return [*batch, rows, columns] if same_shape([*batch, inner], [*again, depth]) else None
     if row.kind is Kind.SOLVE:
         return shapes[1] if same_shape(shapes[0][:-1], shapes[1][:-1]) else None
+    if row.kind is Kind.MATRIX:
+        *batch, rows, columns = shapes[0]
+        return [*batch, *MATRICES[row.target].axes(rows, columns, lambda: lesser(rows, columns))]
     return shapes[0] if row.kind is Kind.NORMALIZE else None
 
 

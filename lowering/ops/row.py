@@ -107,6 +107,7 @@ class Kind(Enum):
     MOVE = "move"  # some of the elements, or the elements at other places
     CREATE = "create"  # no operand's values
     SOLVE = "solve"  # a triangular system: the first operand's, for every column of the second
+    MATRIX = "matrix"  # couples the elements of the last two axes
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,21 @@
 """A linear system as one op. PyTorch's own solve keeps a factorisation for its derivative; here the derivative solves
 with the matrix itself, so that no graph holds factors and pivots.
+
+Matrices and right sides of a system have the same batch axes in a graph, triangular or not: where one matrix serves
+many right sides, these are columns of one.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nestloop.lowering.ops.sizes import same_shape, same_size
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
 _LIBRARY.define("solve(Tensor a, Tensor b, bool transposed) -> Tensor")
@@ -32,24 +40,57 @@ def solve_ex(
     a: Tensor, b: Tensor, *, left: bool = True, check_errors: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`torch.linalg.solve` for tracing: x [.., n, m] with a x = b; the matrix stands in the place of its factors."""
-    vector = b.ndim == a.ndim - 1
-    right = b.unsqueeze(-1) if vector else b
-    if right.ndim < a.ndim:
-        right = right.expand(*a.shape[:-2], *right.shape[-2:])
-    if a.ndim < right.ndim:
-        a = a.expand(*right.shape[:-2], *a.shape[-2:])
-    x = OP(a, right, False) if left else OP(a, right.mT, True).mT
+    pairs = list(zip(b.shape, a.shape[:-1], strict=False)) if b.ndim == a.ndim - 1 else [(0, 1)]
+    vector = b.ndim == 1 or all(same_size(*pair) for pair in pairs)
+    if not vector and all(same_size(*pair) or not all(isinstance(size, int) for size in pair) for pair in pairs):
+        raise RuntimeError(
+            "linalg.solve takes a right side of these shapes for vectors at one number of tokens, for a matrix at all "
+            "others: give it as many axes as the matrices have, by b.expand(len(a), -1, -1)"
+        )
+    x = lu_solve(a, a, b.unsqueeze(-1) if vector else b, left=left)
     pivots, info = (a.new_zeros(a.shape[:-axes], dtype=torch.int32) for axes in (1, 2))
     return x.squeeze(-1) if vector else x, a, pivots, info
 
 
 def lu_solve(lu: Tensor, pivots: Tensor, b: Tensor, *, left: bool = True, adjoint: bool = False) -> Tensor:
     """`torch.linalg.lu_solve` of what `solve_ex` gives for factors."""
-    return OP(lu, b, adjoint) if left else OP(lu, b.mT, not adjoint).mT
+
+    def solved(a: Tensor, columns: Tensor) -> Tensor:
+        return OP(a, columns, adjoint == left)
+
+    return _on_columns(solved, lu, b) if left else _on_columns(solved, lu, b.mT).mT
+
+
+def solve_triangular(a: Tensor, b: Tensor, *, upper: bool, left: bool = True, unitriangular: bool = False) -> Any:
+    """`torch.linalg.solve_triangular` of operands with the same batch axes."""
+    if same_shape(a.shape[:-2], b.shape[:-2]):
+        return NotImplemented
+
+    def solved(a: Tensor, columns: Tensor) -> Tensor:
+        right = columns if left else columns.mT
+        x = torch.linalg.solve_triangular(a, right, upper=upper, left=left, unitriangular=unitriangular)
+        return x if left else x.mT
+
+    return _on_columns(solved, a, b) if left else _on_columns(solved, a, b.mT).mT
+
+
+def _on_columns(solved: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """The solution of every column of b [.., n, m] by what gives it for operands with the same batch axes."""
+    lead, others = a.shape[:-2], b.shape[:-2]
+    if same_shape(lead, others):
+        return solved(a, b)
+    if all(same_size(size, 1) for size in lead) and len(lead) <= len(others):
+        rows = b.mT
+        columns = rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1]).mT
+        return solved(a.reshape(a.shape[-2:]), columns).mT.reshape(rows.shape).mT
+    pairs = zip_longest(reversed(lead), reversed(others), fillvalue=1)
+    both = [other if same_size(size, 1) else size for size, other in pairs][::-1]
+    return solved(a.expand(*both, *a.shape[-2:]), b.expand(*both, *b.shape[-2:]))
 
 
 DECOMPOSITIONS: dict[Any, Any] = {
     torch.ops.aten._linalg_solve_ex.default: solve_ex,
     torch.ops.aten.linalg_lu_solve.default: lu_solve,
+    torch.ops.aten.linalg_solve_triangular.default: solve_triangular,
     torch.ops.aten._linalg_check_errors.default: lambda *_, **__: None,  # the op itself refuses a singular matrix
 }

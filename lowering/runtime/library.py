@@ -27,10 +27,10 @@ from nestloop.lowering.runtime.launching import TritonCode
 from nestloop.lowering.runtime.once import has_graph, once
 from nestloop.lowering.runtime.operator import Operator
 from nestloop.lowering.runtime.recipe import Recipe
-from nestloop.lowering.runtime.refusals import singular_system
+from nestloop.lowering.runtime.refusals import indefinite_matrix, singular_system
 from nestloop.lowering.runtime.results import owned, strides_like, with_zeros
 from nestloop.lowering.runtime.signature import DECIDED, KEPT, Signature
-from nestloop.lowering.runtime.tiles import Singular, like_lead, or_zero
+from nestloop.lowering.runtime.tiles import Indefinite, Singular, like_lead, or_zero
 from nestloop.lowering.runtime.triton import TritonBatches, TritonStream
 from nestloop.lowering.runtime.work import flops
 
@@ -192,11 +192,13 @@ class NestedLoopOp:
 
     @contextmanager
     def _in_words(self) -> Iterator[None]:
-        """While generated code runs: a system without a solution, as the loop's user knows it."""
+        """While generated code runs: a system without a solution or a matrix without a factor, as users know it."""
         try:
             yield
         except Singular as met:
             raise singular_system(self.origin, str(met)) from None
+        except Indefinite as met:
+            raise indefinite_matrix(self.origin, str(met)) from None
 
     def _either(
         self, other: TritonBatches, own: Sequence[Tensor], inputs: Sequence[Tensor], order: Tensor | None, low: Any

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from nestloop.errors import (
     DoubleBackwardError,
     ForwardModeError,
+    IndefiniteMatrixError,
     Location,
     NoPlanError,
     SharedMemoryError,
@@ -87,20 +88,34 @@ def shared_memory_of(plan: TritonPlan, kernel: str) -> Iterator[None]:
 
 def singular_system(origin: Origin, line: str | Location) -> SingularSystemError:
     """The refusal of a linear system that has no solution; `line`: of the user's, as `Location.short` gives it."""
-    where: Location | None = origin.where
-    if isinstance(line, Location):
-        where = line
-    elif line:
-        name, _, number = line.rpartition(":")
-        file = next((f for f in origin.files if os.path.basename(f) == name), name)
-        where = Location(file, int(number))
     return SingularSystemError(
         f"A linear system of {origin.name} is singular.",
-        where=where,
+        where=_where(origin, line),
         given="a matrix with a pivot that is exactly zero",
         need="a matrix with an inverse, for every head, sequence and token",
         fix="add a positive diagonal, as a ridge does: a + torch.diag(self.lamb), with lamb > 0",
     )
+
+
+def indefinite_matrix(origin: Origin, line: str | Location) -> IndefiniteMatrixError:
+    """The refusal of a matrix that has no Cholesky factor; `line`: as above."""
+    return IndefiniteMatrixError(
+        f"A matrix of {origin.name} has no Cholesky factor.",
+        where=_where(origin, line),
+        given="one that is not positive definite",
+        need="a symmetric matrix whose eigenvalues are positive, for every head, sequence and token",
+        fix="add a positive diagonal, as a ridge does: a + torch.diag(self.lamb), with lamb > 0",
+    )
+
+
+def _where(origin: Origin, line: str | Location) -> Location | None:
+    if isinstance(line, Location):
+        return line
+    if not line:
+        return origin.where
+    name, _, number = line.rpartition(":")
+    file = next((f for f in origin.files if os.path.basename(f) == name), name)
+    return Location(file, int(number))
 
 
 def differentiated_twice(origin: Origin) -> DoubleBackwardError:

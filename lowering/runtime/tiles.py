@@ -158,12 +158,24 @@ class Singular(Exception):
     """A linear system has no solution, or many; its text is the user's line, if there is one."""
 
 
+class Indefinite(Exception):
+    """A matrix has no Cholesky factor; its text is the user's line, if there is one."""
+
+
 def solve(a: Tensor, b: Tensor, where: str) -> Tensor:
     """x of a x = b."""
     x, failed = torch.linalg.solve_ex(a, b)
     if bool(failed.any()):
         raise Singular(where)
     return x
+
+
+def cholesky(a: Tensor, where: str) -> Tensor:
+    """The lower triangle whose product with its transpose is a, of which the lower triangle is read."""
+    factor, failed = torch.linalg.cholesky_ex(a)
+    if bool(failed.any()):
+        raise Indefinite(where)
+    return factor
 
 
 def solve_triangle(a: Tensor, b: Tensor, where: str, *, upper: bool, left: bool) -> Tensor:

@@ -21,7 +21,7 @@ from torch import fx
 
 from nestloop.lowering import ops
 from nestloop.lowering.ops import Kind
-from nestloop.lowering.ops.results import same_shape
+from nestloop.lowering.ops.sizes import same_shape
 from nestloop.lowering.schedule.parts import is_size, part_of, results_of
 
 aten = torch.ops.aten

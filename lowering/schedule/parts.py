@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from nestloop.lowering import ops
-from nestloop.lowering.ops.results import same_size
+from nestloop.lowering.ops.sizes import same_size
 from nestloop.lowering.recorder import graph_module
 from nestloop.lowering.subexpressions import common_subexpressions
 

@@ -24,7 +24,7 @@ from torch import fx
 
 from nestloop.lowering import ops
 from nestloop.lowering.ops import Kind
-from nestloop.lowering.ops.results import same_shape, same_size
+from nestloop.lowering.ops.sizes import same_shape, same_size
 from nestloop.lowering.ops.strided import extent
 from nestloop.lowering.recorder import graph_module
 from nestloop.lowering.schedule.parts import is_size, part_of, results_of

@@ -4,7 +4,7 @@ In PyTorch 2.11 to 2.13 the third derivative of `layer_norm` is another one, and
 sequence, the second too; losses of elements fail where only one side has the axis; in 2.11 `aminmax` has no derivative.
 `one_hot` and `gaussian_nll_loss` look at values, which no transform lets them; `cdist`, `hardsigmoid` and the kernels
 of attention have one derivative, not two; `count_nonzero` has no rule of `vmap` in 2.11. Under `vmap` the derivative of
-`select_scatter` in its source is another one.
+`select_scatter` in its source is another one, and so is the solution of a system whose right side has fewer axes.
 """
 
 from __future__ import annotations
@@ -81,6 +81,21 @@ def _multi_dot(matrices: Sequence[Tensor]) -> Tensor:
     return reduce(torch.matmul, matrices)
 
 
+def _linalg_solve(a: Tensor, b: Tensor, *, left: bool = True) -> Tensor:
+    """With the batch axes of both on both, of which PyTorch's rule of `vmap` is not sure."""
+    vector = b.ndim == 1 or (b.ndim == a.ndim - 1 and b.shape == a.shape[:-1])
+    right = b.unsqueeze(-1) if vector else b
+    lead = torch.broadcast_shapes(a.shape[:-2], right.shape[:-2])
+    x = torch.linalg.solve(a.expand(*lead, *a.shape[-2:]), right.expand(*lead, *right.shape[-2:]), left=left)
+    return x.squeeze(-1) if vector else x
+
+
+def _soft_margin_loss(x: Tensor, target: Tensor, *_: Any, reduction: str = "mean", **__: Any) -> Tensor:
+    """With a derivative by the target, too."""
+    loss = F.softplus(-target * x)
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
 def _select_scatter(x: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
     start = index + x.shape[dim] if index < 0 else index
     return torch.slice_scatter(x, src.unsqueeze(dim), dim, start, start + 1)
@@ -118,9 +133,11 @@ _INSTEAD: dict[str, Callable[..., Any]] = {
     "count_nonzero": _count_nonzero,
     "hardsigmoid": _hardsigmoid,
     "layer_norm": _layer_norm,
+    "linalg_solve": _linalg_solve,
     "one_hot": _one_hot,
     "scaled_dot_product_attention": _attention,
     "select_scatter": _select_scatter,
+    "soft_margin_loss": _soft_margin_loss,
     "mse_loss": _of_elements(F.mse_loss),
     "huber_loss": _of_elements(F.huber_loss),
     "smooth_l1_loss": _of_elements(F.smooth_l1_loss),

@@ -1,0 +1,36 @@
+"""Sizes of axes compared, of which one may be a number made of n: for every n, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for every n."""
+    if isinstance(a, int) or isinstance(b, int):
+        return isinstance(a, int) and isinstance(b, int) and a == b
+    return a.node.values == b.node.values
+
+
+def is_less(a: Any, b: Any) -> bool | None:
+    """Whether a size is less than another for every n; None where that depends on n."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a < b
+    many = (b if isinstance(a, int) else a).node
+    left, right = (many.wrap_int(s).values if isinstance(s, int) else s.node.values for s in (a, b))
+    found = {x < y for x, y in zip(left, right, strict=True)}
+    return found.pop() if len(found) == 1 else None
+
+
+def lesser(a: Any, b: Any) -> Any:
+    """The lesser of two sizes. Raises RuntimeError where that depends on n."""
+    less = is_less(a, b)
+    if less is None and not same_size(a, b):
+        raise RuntimeError(f"whether {a} or {b} is less depends on the number of tokens")
+    return a if less else b
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are equal for every n."""
+    return len(a) == len(b) and all(map(same_size, a, b))

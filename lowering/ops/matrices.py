@@ -64,9 +64,7 @@ def _part(function: Callable[..., Any], index: int, **settings: Any) -> Callable
 _SVD = "torch.linalg.svd({0}, full_matrices=False)"
 MATRICES: dict[str, Matrix] = {
     "cholesky": Matrix("a Cholesky factor", torch.linalg.cholesky, _like, "cholesky({0}, {1!r})"),
-    "matrix_exp": Matrix(
-        "a matrix exponential", torch.linalg.matrix_exp, _like, "torch.linalg.matrix_exp({0}.contiguous())"
-    ),
+    "matrix_exp": Matrix("an exponential", torch.linalg.matrix_exp, _like, "torch.linalg.matrix_exp({0}.contiguous())"),
     "det_sign": Matrix("a determinant", _part(torch.linalg.slogdet, 0), _number, "torch.linalg.slogdet({0})[0]"),
     "logabsdet": Matrix("a determinant", _part(torch.linalg.slogdet, 1), _number, "torch.linalg.slogdet({0})[1]"),
     "qr_q": Matrix("a QR factor", _part(torch.linalg.qr, 0), _left, "torch.linalg.qr({0})[0]"),

@@ -24,10 +24,15 @@ def is_less(a: Any, b: Any) -> bool | None:
 
 
 def lesser(a: Any, b: Any) -> Any:
-    """The lesser of two sizes. Raises RuntimeError where that depends on n."""
+    """The lesser of two sizes.
+
+    Raises:
+        RuntimeError: that depends on n. It speaks of sizes, as those errors of PyTorch do after which each length is
+            traced alone.
+    """
     less = is_less(a, b)
     if less is None and not same_size(a, b):
-        raise RuntimeError(f"whether {a} or {b} is less depends on the number of tokens")
+        raise RuntimeError(f"which of the sizes {a} and {b} is less depends on the number of tokens")
     return a if less else b
 
 

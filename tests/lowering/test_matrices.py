@@ -172,6 +172,19 @@ def test_a_matrix_of_all_tokens(tokens: int):
     assert_exact(run(nl.compile(Evidence, backend="torch"), inputs), wanted, Evidence, inputs)
 
 
+@pytest.mark.parametrize("tokens", [3, 6])
+def test_factors_of_all_tokens(tokens: int):
+    """Whether there are more tokens than features decides on the axes of the factors."""
+
+    def scaled(x: Tensor, w: Tensor) -> Tensor:
+        return x * linalg.matrix_norm(x, "nuc") + linalg.qr(x)[0].square().sum(-1, keepdim=True) * (x @ w)
+
+    loop = loop_of(scaled, nl.FullBatch(steps=2))
+    inputs = random_inputs(loop.spec, SIZES, tokens=tokens)
+    wanted = run(nl.compile(loop, backend="reference"), inputs)
+    assert_exact(run(nl.compile(loop, backend="torch"), inputs), wanted, loop, inputs)
+
+
 def test_cpp_says_what_it_has_not():
     with pytest.raises(NoPlanError) as refusal:
         op = nl.compile(Evidence, backend="cpp")

@@ -200,8 +200,9 @@ class CompiledLoop:
             except torch.linalg.LinAlgError as error:
                 from nestloop.lowering.watched import line_in_traceback  # all of tracing, which a call may do without
 
-                refusal = indefinite_matrix if "cholesky" in str(error) else singular_system
-                if refusal is singular_system and "singular" not in str(error):  # singular values of NaN, say
+                met = {"cholesky": indefinite_matrix, "matrix is singular": singular_system}
+                refusal = next((made for word, made in met.items() if word in str(error)), None)
+                if refusal is None:  # factors of what is not finite, say
                     raise
                 raise refusal(Origin.of(self.spec), line_in_traceback(self.spec, error)) from None
             return z if binding.tokens else z + _nothing_of(views, weights).to(z.dtype), end, losses

@@ -40,16 +40,29 @@ def solve_ex(
     a: Tensor, b: Tensor, *, left: bool = True, check_errors: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`torch.linalg.solve` for tracing: x [.., n, m] with a x = b; the matrix stands in the place of its factors."""
-    pairs = list(zip(b.shape, a.shape[:-1], strict=False)) if b.ndim == a.ndim - 1 else [(0, 1)]
-    vector = b.ndim == 1 or all(same_size(*pair) for pair in pairs)
-    if not vector and all(same_size(*pair) or not all(isinstance(size, int) for size in pair) for pair in pairs):
-        raise RuntimeError(
-            "linalg.solve takes a right side of these shapes for vectors at one number of tokens, for a matrix at all "
-            "others: give it as many axes as the matrices have, by b.expand(len(a), -1, -1)"
-        )
+    vector = _is_of_vectors(a, b)
     x = lu_solve(a, a, b.unsqueeze(-1) if vector else b, left=left)
     pivots, info = (a.new_zeros(a.shape[:-axes], dtype=torch.int32) for axes in (1, 2))
     return x.squeeze(-1) if vector else x, a, pivots, info
+
+
+def _is_of_vectors(a: Tensor, b: Tensor) -> bool:
+    """Whether `torch.linalg.solve` takes its right side for vectors.
+
+    Raises:
+        RuntimeError: at one number of tokens alone. It speaks of shapes, after which each length is traced alone.
+    """
+    if b.ndim != a.ndim - 1:
+        return b.ndim == 1
+    pairs = list(zip(b.shape, a.shape[:-1], strict=True))
+    if all(same_size(*pair) for pair in pairs):
+        return True
+    if any(isinstance(one, int) and isinstance(other, int) and one != other for one, other in pairs):
+        return False
+    raise RuntimeError(
+        "linalg.solve takes a right side of these shapes for vectors at one number of tokens, for a matrix at all "
+        "others: give it as many axes as the matrices have, by b.expand(len(a), -1, -1)"
+    )
 
 
 def lu_solve(lu: Tensor, pivots: Tensor, b: Tensor, *, left: bool = True, adjoint: bool = False) -> Tensor:

@@ -171,19 +171,23 @@ def solve(a: Tensor, b: Tensor, where: str) -> Tensor:
 
 
 def cholesky(a: Tensor, where: str) -> Tensor:
-    """The lower triangle whose product with its transpose is a, of which the lower triangle is read."""
+    """The lower triangle whose product with its transpose is a, of which the lower triangle is read. Unchecked while a
+    CUDA graph is captured."""
     factor, failed = torch.linalg.cholesky_ex(a)
-    if bool(failed.any()):
+    if not _is_captured(a) and bool(failed.any()):
         raise Indefinite(where)
     return factor
 
 
 def solve_triangle(a: Tensor, b: Tensor, where: str, *, upper: bool, left: bool) -> Tensor:
     """x of a x = b, or x a = b, for a triangle whose diagonal is in a. Unchecked while a CUDA graph is captured."""
-    captured = a.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not captured and bool((a.diagonal(dim1=-2, dim2=-1) == 0).any()):
+    if not _is_captured(a) and bool((a.diagonal(dim1=-2, dim2=-1) == 0).any()):
         raise Singular(where)
     return torch.linalg.solve_triangular(a, b, upper=upper, left=left)
+
+
+def _is_captured(a: Tensor) -> bool:
+    return a.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def or_zero(cotangents: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor]:

@@ -20,7 +20,7 @@ from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Chunked, sees_later
 from nestloop.lowering import ops
 from nestloop.lowering.ops import Kind
-from nestloop.lowering.ops.matrices import BY_OP as MATRICES
+from nestloop.lowering.ops.matrices import MATRICES
 from nestloop.lowering.ops.sizes import is_less, same_size
 
 aten = torch.ops.aten

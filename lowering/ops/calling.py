@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nestloop.lowering.ops.detached import OP as DETACHED
 from nestloop.lowering.ops.detached import detached
-from nestloop.lowering.ops.matrices import BY_OP as MATRICES
+from nestloop.lowering.ops.matrices import MATRICES
 from nestloop.lowering.ops.solve import OP as SOLVE
 
 aten = torch.ops.aten

@@ -57,30 +57,25 @@ def _right(_: Any, columns: Any, least: Callable[[], Any]) -> Sequence[Any]:
     return least(), columns
 
 
-def _part(function: Callable[..., Any], index: int, **settings: Any) -> Callable[[Tensor], Tensor]:
-    return lambda a: function(a, **settings)[index]
+def _one_of(what: str, name: str, index: int, axes: Axes, **settings: Any) -> Matrix:
+    """One of the several tensors that a function of `torch.linalg` gives."""
+    function = getattr(torch.linalg, name)
+    given = ", ".join(["{0}", *(f"{setting}={value}" for setting, value in settings.items())])
+    return Matrix(what, lambda a: function(a, **settings)[index], axes, f"torch.linalg.{name}({given})[{index}]")
 
 
-_SVD = "torch.linalg.svd({0}, full_matrices=False)"
-MATRICES: dict[str, Matrix] = {
+_NAMED: dict[str, Matrix] = {
     "cholesky": Matrix("a Cholesky factor", torch.linalg.cholesky, _like, "cholesky({0}, {1!r})"),
     "matrix_exp": Matrix("an exponential", torch.linalg.matrix_exp, _like, "torch.linalg.matrix_exp({0}.contiguous())"),
-    "det_sign": Matrix("a determinant", _part(torch.linalg.slogdet, 0), _number, "torch.linalg.slogdet({0})[0]"),
-    "logabsdet": Matrix("a determinant", _part(torch.linalg.slogdet, 1), _number, "torch.linalg.slogdet({0})[1]"),
-    "qr_q": Matrix("a QR factor", _part(torch.linalg.qr, 0), _left, "torch.linalg.qr({0})[0]"),
-    "qr_r": Matrix("a QR factor", _part(torch.linalg.qr, 1), _right, "torch.linalg.qr({0})[1]"),
-    "eigenvalues": Matrix(
-        "eigenvalues", _part(torch.linalg.eigh, 0), lambda rows, *_: (rows,), "torch.linalg.eigh({0})[0]"
-    ),
-    "eigenvectors": Matrix("eigenvectors", _part(torch.linalg.eigh, 1), _like, "torch.linalg.eigh({0})[1]"),
-    "svd_u": Matrix("singular vectors", _part(torch.linalg.svd, 0, full_matrices=False), _left, f"{_SVD}[0]"),
-    "singular_values": Matrix(
-        "singular values",
-        _part(torch.linalg.svd, 1, full_matrices=False),
-        lambda _, __, least: (least(),),
-        f"{_SVD}[1]",
-    ),
-    "svd_vh": Matrix("singular vectors", _part(torch.linalg.svd, 2, full_matrices=False), _right, f"{_SVD}[2]"),
+    "det_sign": _one_of("a determinant", "slogdet", 0, _number),
+    "logabsdet": _one_of("a determinant", "slogdet", 1, _number),
+    "qr_q": _one_of("a QR factor", "qr", 0, _left),
+    "qr_r": _one_of("a QR factor", "qr", 1, _right),
+    "eigenvalues": _one_of("eigenvalues", "eigh", 0, lambda rows, *_: (rows,)),
+    "eigenvectors": _one_of("eigenvectors", "eigh", 1, _like),
+    "svd_u": _one_of("singular vectors", "svd", 0, _left, full_matrices=False),
+    "singular_values": _one_of("singular values", "svd", 1, lambda _, __, least: (least(),), full_matrices=False),
+    "svd_vh": _one_of("singular vectors", "svd", 2, _right, full_matrices=False),
 }
 
 
@@ -95,15 +90,15 @@ def _op(name: str, matrix: Matrix) -> Any:
     return getattr(torch.ops.nestloop, name).default
 
 
-OPS: dict[str, Any] = {name: _op(name, matrix) for name, matrix in MATRICES.items()}
-BY_OP: dict[Any, Matrix] = {OPS[name]: matrix for name, matrix in MATRICES.items()}
+_OPS: dict[str, Any] = {name: _op(name, matrix) for name, matrix in _NAMED.items()}
+MATRICES: dict[Any, Matrix] = {_OPS[name]: matrix for name, matrix in _NAMED.items()}
 
 
 def _example(name: str) -> Callable[..., Any]:
     """Of a definite matrix, where it must be one; of one with more rows than columns where it may be."""
     if name in ("cholesky", "eigenvalues", "eigenvectors"):
         return lambda r: ((lambda a: a @ a.mT + 0.5 * torch.eye(4))(r(4, 6)),)
-    square = MATRICES[name].axes is _number or name == "matrix_exp"
+    square = _NAMED[name].axes is _number or name == "matrix_exp"
     return lambda r: (r(4, 4) if square else r(5, 3),)
 
 
@@ -112,36 +107,36 @@ def _row(name: str, matrix: Matrix) -> Op:
         return matrix.text.format(o[0], o.where)
 
     unsupported = Unsupported(f"{matrix.what} of a matrix, which generated PyTorch alone takes")
-    return Op(OPS[name], Kind.MATRIX, spell, unsupported, _WORK, _example(name))
+    return Op(_OPS[name], Kind.MATRIX, spell, unsupported, _WORK, _example(name))
 
 
-ROWS = [_row(name, matrix) for name, matrix in MATRICES.items()]
+ROWS = [_row(name, matrix) for name, matrix in _NAMED.items()]
 
 
 def _cholesky_ex(a: Tensor, *, upper: bool = False, check_errors: bool = False) -> tuple[Tensor, Tensor]:
     """Of the triangle that is read; the op itself refuses a matrix that has no factor."""
-    factor = OPS["cholesky"](a.mT).mT if upper else OPS["cholesky"](a)
+    factor = _OPS["cholesky"](a.mT).mT if upper else _OPS["cholesky"](a)
     return factor, a.new_zeros(a.shape[:-2], dtype=torch.int32)
 
 
 def _slogdet(a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The matrix stands in the place of its factors, as `solve` has it."""
-    return OPS["det_sign"](a), OPS["logabsdet"](a), a, a.new_zeros(a.shape[:-1], dtype=torch.int32)
+    return _OPS["det_sign"](a), _OPS["logabsdet"](a), a, a.new_zeros(a.shape[:-1], dtype=torch.int32)
 
 
 def _qr(a: Tensor, mode: str = "reduced") -> Any:
-    return (OPS["qr_q"](a), OPS["qr_r"](a)) if mode == "reduced" else NotImplemented
+    return (_OPS["qr_q"](a), _OPS["qr_r"](a)) if mode == "reduced" else NotImplemented
 
 
 def _eigh(a: Tensor, UPLO: str = "L", compute_v: bool = True) -> tuple[Tensor, Tensor]:
     a = a if UPLO.upper() == "L" else a.mT
-    return OPS["eigenvalues"](a), OPS["eigenvectors"](a)
+    return _OPS["eigenvalues"](a), _OPS["eigenvectors"](a)
 
 
 def _svd(a: Tensor, full_matrices: bool = False, compute_uv: bool = True, *, driver: str | None = None) -> Any:
     if full_matrices and not same_size(*a.shape[-2:]):
         return NotImplemented
-    return tuple(OPS[name](a) for name in ("svd_u", "singular_values", "svd_vh"))
+    return tuple(_OPS[name](a) for name in ("svd_u", "singular_values", "svd_vh"))
 
 
 def _cholesky_solve(b: Tensor, factor: Tensor, upper: bool = False) -> Tensor:
@@ -165,7 +160,7 @@ def det(a: Tensor) -> Tensor:
 FUNCTIONS: dict[str, Callable[..., Any]] = {"det": det, "linalg_det": det}
 DECOMPOSITIONS: dict[Any, Any] = {
     aten.linalg_cholesky_ex.default: _cholesky_ex,
-    aten.linalg_matrix_exp.default: OPS["matrix_exp"],
+    aten.linalg_matrix_exp.default: _OPS["matrix_exp"],
     aten._linalg_slogdet.default: _slogdet,
     aten.linalg_qr.default: _qr,
     aten._linalg_eigh.default: _eigh,

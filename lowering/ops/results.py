@@ -17,9 +17,9 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 
 from nestloop.lowering.ops.detached import OP as DETACHED
-from nestloop.lowering.ops.matrices import BY_OP as MATRICES
+from nestloop.lowering.ops.matrices import MATRICES
 from nestloop.lowering.ops.row import Kind, Op
-from nestloop.lowering.ops.sizes import lesser, same_shape, same_size
+from nestloop.lowering.ops.sizes import broadcast, lesser, same_shape, same_size
 
 aten = torch.ops.aten
 
@@ -83,7 +83,7 @@ def _shape(row: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[
         return _SHAPES[row.target](*args, **kwargs)
     shapes = [a.shape for a in args if isinstance(a, Tensor)]
     if row.kind is Kind.POINTWISE:
-        return _broadcast(shapes)
+        return broadcast(shapes)
     if row.kind is Kind.PRODUCT:
         (*batch, rows, inner), (*again, depth, columns) = shapes
         return [*batch, rows, columns] if same_shape([*batch, inner], [*again, depth]) else None
@@ -93,22 +93,6 @@ def _shape(row: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[
         *batch, rows, columns = shapes[0]
         return [*batch, *MATRICES[row.target].axes(rows, columns, lambda: lesser(rows, columns))]
     return shapes[0] if row.kind is Kind.NORMALIZE else None
-
-
-def _broadcast(shapes: Sequence[Sequence[Any]]) -> list[Any]:
-    """The shape of operands side by side; PyTorch's own words where they do not fit."""
-    result: list[Any] = [1] * max(map(len, shapes), default=0)
-    for shape in shapes:
-        for axis in range(-len(shape), 0):
-            mine, other = result[axis], shape[axis]
-            if same_size(mine, 1):
-                result[axis] = other
-            elif not same_size(other, 1) and not same_size(mine, other) and mine != other:  # a decision, where one is n
-                raise RuntimeError(
-                    f"The size of tensor a ({mine}) must match the size of tensor b ({other}) "
-                    f"at non-singleton dimension {axis % len(result)})"
-                )
-    return result
 
 
 # ---- Rules of single ops, with their arguments by PyTorch's own names ------------------------------------------------

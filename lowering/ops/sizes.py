@@ -39,3 +39,19 @@ def lesser(a: Any, b: Any) -> Any:
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes are equal for every n."""
     return len(a) == len(b) and all(map(same_size, a, b))
+
+
+def broadcast(shapes: Sequence[Sequence[Any]]) -> list[Any]:
+    """The shape of operands side by side; PyTorch's own words where they do not fit."""
+    result: list[Any] = [1] * max(map(len, shapes), default=0)
+    for shape in shapes:
+        for axis in range(-len(shape), 0):
+            mine, other = result[axis], shape[axis]
+            if same_size(mine, 1):
+                result[axis] = other
+            elif not same_size(other, 1) and not same_size(mine, other) and mine != other:  # a decision, where one is n
+                raise RuntimeError(
+                    f"The size of tensor a ({mine}) must match the size of tensor b ({other}) "
+                    f"at non-singleton dimension {axis % len(result)})"
+                )
+    return result

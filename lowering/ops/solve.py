@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nestloop.lowering.ops.sizes import same_shape, same_size
+from nestloop.lowering.ops.sizes import broadcast, same_shape, same_size
 
 _LIBRARY = torch.library.Library("nestloop", "FRAGMENT")
 _LIBRARY.define("solve(Tensor a, Tensor b, bool transposed) -> Tensor")
@@ -96,8 +95,7 @@ def _on_columns(solved: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor
         rows = b.mT
         columns = rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1]).mT
         return solved(a.reshape(a.shape[-2:]), columns).mT.reshape(rows.shape).mT
-    pairs = zip_longest(reversed(lead), reversed(others), fillvalue=1)
-    both = [other if same_size(size, 1) else size for size, other in pairs][::-1]
+    both = broadcast([lead, others])
     return solved(a.expand(*both, *a.shape[-2:]), b.expand(*both, *b.shape[-2:]))
 
 

@@ -21,6 +21,8 @@ from nestloop.lowering.runtime.plan import Plan
 from nestloop.lowering.runtime.recipe import Origin
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 
+_RIDGE = "add a positive diagonal, as a ridge does: a + torch.diag(self.lamb), with lamb > 0"
+
 
 def no_native(origin: Origin, reason: str) -> NoPlanError:
     """The refusal of a loop without C++, where that was asked for by name."""
@@ -93,7 +95,7 @@ def singular_system(origin: Origin, line: str | Location) -> SingularSystemError
         where=_where(origin, line),
         given="a matrix with a pivot that is exactly zero",
         need="a matrix with an inverse, for every head, sequence and token",
-        fix="add a positive diagonal, as a ridge does: a + torch.diag(self.lamb), with lamb > 0",
+        fix=_RIDGE,
     )
 
 
@@ -104,7 +106,7 @@ def indefinite_matrix(origin: Origin, line: str | Location) -> IndefiniteMatrixE
         where=_where(origin, line),
         given="one that is not positive definite",
         need="a symmetric matrix whose eigenvalues are positive, for every head, sequence and token",
-        fix="add a positive diagonal, as a ridge does: a + torch.diag(self.lamb), with lamb > 0",
+        fix=_RIDGE,
     )
 
 

@@ -40,6 +40,10 @@ def _of_elements(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return loss
 
 
+def _reduced(loss: Tensor, reduction: str) -> Tensor:
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
 def _aminmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> Any:
     over = () if dim is None else dim
     return torch.return_types.aminmax((x.amin(over, keepdim), x.amax(over, keepdim)))
@@ -67,7 +71,7 @@ def _gaussian_nll_loss(
         var = var.unsqueeze(-1)
     var = var + (var.clamp_min(eps) - var).detach()
     loss = 0.5 * (var.log() + (x - target).square() / var) + (0.5 * math.log(2 * math.pi) if full else 0.0)
-    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+    return _reduced(loss, reduction)
 
 
 def _one_hot(x: Tensor, num_classes: int = -1) -> Tensor:
@@ -92,8 +96,7 @@ def _linalg_solve(a: Tensor, b: Tensor, *, left: bool = True) -> Tensor:
 
 def _soft_margin_loss(x: Tensor, target: Tensor, *_: Any, reduction: str = "mean", **__: Any) -> Tensor:
     """With a derivative by the target, too."""
-    loss = F.softplus(-target * x)
-    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+    return _reduced(F.softplus(-target * x), reduction)
 
 
 def _select_scatter(x: Tensor, src: Tensor, dim: int, index: int) -> Tensor:

@@ -14,7 +14,8 @@ import nestloop as nl
 from nestloop.errors import IndefiniteMatrixError, NoPlanError, ShapeMismatchError
 from nestloop.lang.schedule import Schedule
 from nestloop.lowering import ops
-from tests.lowering.comparison import assert_exact, random_inputs, run
+from nestloop.lowering.recorder import record
+from tests.lowering.comparison import Inputs, assert_exact, random_inputs, run
 from tests.refusals import marked
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
@@ -104,13 +105,17 @@ def loop_of(function: Of, schedule: Schedule) -> type[nl.Loop]:
     return type("Of", (Loop,), {"schedule": schedule})
 
 
+def assert_is_the_reference(loop: type[nl.Loop], inputs: Inputs, backend: str = "torch") -> None:
+    wanted = run(nl.compile(loop, backend="reference"), inputs)
+    assert_exact(run(nl.compile(loop, backend=backend), inputs), wanted, loop, inputs)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_of_matrices_is_the_reference(name: str, schedule: str):
     loop = loop_of(FUNCTIONS[name], SCHEDULES[schedule])
     inputs = random_inputs(loop.spec, SIZES, tokens=6, scale={"k": 0.5})
-    wanted = run(nl.compile(loop, backend="reference"), inputs)
-    assert_exact(run(nl.compile(loop, backend="torch"), inputs), wanted, loop, inputs)
+    assert_is_the_reference(loop, inputs)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
@@ -120,8 +125,7 @@ def test_a_system_is_the_reference(name: str, schedule: str, backend: str):
     """As many sequences as heads and features as tokens, so that axes of another may be taken for one."""
     loop = loop_of(SYSTEMS[name], SCHEDULES[schedule])
     inputs = random_inputs(loop.spec, SIZES, sequences=2, tokens=4 if schedule == "batch" else 6)
-    wanted = run(nl.compile(loop, backend="reference"), inputs)
-    assert_exact(run(nl.compile(loop, backend=backend), inputs), wanted, loop, inputs)
+    assert_is_the_reference(loop, inputs, backend)
 
 
 def own_system(x: Tensor, w: Tensor) -> Tensor:
@@ -133,8 +137,7 @@ def own_system(x: Tensor, w: Tensor) -> Tensor:
 def test_vectors_at_one_length_and_a_matrix_at_others(tokens: int):
     loop = loop_of(own_system, nl.FullBatch())
     inputs = random_inputs(loop.spec, SIZES, tokens=tokens)
-    wanted = run(nl.compile(loop, backend="reference"), inputs)
-    assert_exact(run(nl.compile(loop, backend="torch"), inputs), wanted, loop, inputs)
+    assert_is_the_reference(loop, inputs)
 
 
 def test_vectors_at_one_length_and_a_matrix_at_others_are_refused_where_tokens_are_on_their_own():
@@ -168,8 +171,7 @@ class Evidence(nl.Loop):
 @pytest.mark.parametrize("tokens", [1, 4, 7])
 def test_a_matrix_of_all_tokens(tokens: int):
     inputs = random_inputs(Evidence.spec, SIZES, tokens=tokens)
-    wanted = run(nl.compile(Evidence, backend="reference"), inputs)
-    assert_exact(run(nl.compile(Evidence, backend="torch"), inputs), wanted, Evidence, inputs)
+    assert_is_the_reference(Evidence, inputs)
 
 
 @pytest.mark.parametrize("tokens", [3, 6])
@@ -181,8 +183,7 @@ def test_factors_of_all_tokens(tokens: int):
 
     loop = loop_of(scaled, nl.FullBatch(steps=2))
     inputs = random_inputs(loop.spec, SIZES, tokens=tokens)
-    wanted = run(nl.compile(loop, backend="reference"), inputs)
-    assert_exact(run(nl.compile(loop, backend="torch"), inputs), wanted, loop, inputs)
+    assert_is_the_reference(loop, inputs)
 
 
 def test_cpp_says_what_it_has_not():
@@ -258,11 +259,16 @@ def test_a_loss_by_a_distribution_is_the_reference(name: str, monkeypatch: pytes
             return DISTRIBUTIONS[name](f(t.k), t)
 
     inputs = random_inputs(Likely.spec, SIZES)
-    wanted = run(nl.compile(Likely, backend="reference"), inputs)
-    assert_exact(run(nl.compile(Likely, backend="torch"), inputs), wanted, Likely, inputs)
+    assert_is_the_reference(Likely, inputs)
     with pytest.raises(ValueError, match="scale"):  # others still look at what they are given
         torch.distributions.Normal(0.0, -1.0)
 
 
 def test_every_matrix_function_is_tried():
-    assert len([row for row in ops.ROWS.values() if row.kind is ops.Kind.MATRIX]) == 11
+    x, w = torch.empty(3, 4, device="meta"), torch.empty(4, 4, device="meta")
+    with torch.device("meta"):
+        graphs = [record(function, [x, w], ["x", "w"]).graph for function in FUNCTIONS.values()]
+    tried = {node.target for graph in graphs for node in graph.nodes}
+    rows = [row for row in ops.ROWS.values() if row.kind is ops.Kind.MATRIX]
+    assert len(rows) == 11
+    assert [row.name for row in rows if row.target not in tried] == []

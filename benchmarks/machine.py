@@ -78,6 +78,16 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def generation() -> str:
+    """Family and model as CPUID numbers them, "25-17": one name may cover several generations ("" where unknown)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+    found = [re.search(rf"^{field}\s*:\s*(\d+)$", text, re.MULTILINE) for field in ("cpu family", "model")]
+    return "-".join(number[1] for number in found if number)
+
+
 def vector_width() -> str:
     """The widest vector instructions that torch uses here, as torch names them."""
     return torch.backends.cpu.get_cpu_capability()
@@ -99,6 +109,7 @@ def facts() -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "processor": processor(),
+        "generation": generation(),
         "vectors": vector_width(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
@@ -117,7 +128,7 @@ def facts() -> dict[str, Any]:
 
 def kind(device: str) -> str:
     """A short name of this kind of host, for file names."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{processor()} {cores()} cores"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{processor()} {generation()} {cores()} cores"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -37,3 +37,4 @@ def test_the_machine_is_described():
     assert facts["processor"] and facts["cores"] >= 1 and facts["torch"] == torch.__version__
     assert machine.gemm_rate(size=64, repeats=1) > 0
     assert machine.kind("cpu") == machine.kind("cpu").lower()
+    assert machine.generation() in machine.kind("cpu")

@@ -29,8 +29,10 @@ from nestloop.lowering import ops
 from nestloop.lowering.axes import Axes, declared_axes, type_axes
 from nestloop.lowering.groups import by_groups
 from nestloop.lowering.joins import taken_apart
+from nestloop.lowering.layouts import as_products
 from nestloop.lowering.mismatch import OpFailed, shape_mismatch, trial_sizes
 from nestloop.lowering.recorder import Located, graph_module, placeholders
+from nestloop.lowering.stacks import of_matrices
 from nestloop.lowering.subexpressions import common_subexpressions
 from nestloop.lowering.token_joins import without_token_joins
 from nestloop.lowering.tracer import Tracer
@@ -113,6 +115,8 @@ def capture(spec: LoopSpec, sizes: dict[str, int], tokens: int | None) -> Captur
 def capture_with(tracer: Tracer) -> Captured:
     """`capture` with a tracer that later stages go on using."""
     spec, sizes = tracer.spec, tracer.sizes
+    if spec.whole is not None:
+        return _with_matrices(tracer, spec.whole)
     everything = {**spec.fast, **spec.slow}
     if spec.is_kernel_estimator:
         kernel = _trace(tracer, lambda dims: _kernel_body(spec, dims), [*spec.slow, "q", "k"], "kernel")
@@ -128,11 +132,26 @@ def capture_with(tracer: Tracer) -> Captured:
     readout = _trace(tracer, lambda dims: _flat(reference.token_readout(spec, dims), spec), inputs, "readout")
     _check_used(spec, loss, readout)
     output = _check_readout(spec, readout)
-    loss, readout = (_once(by_groups(without_token_joins(graph, tracer), tracer)) for graph in (loss, readout))
+    loss, readout = (_with_products(graph, tracer) for graph in (loss, readout))
     if spec.parts:
         loss, readout = (_in_parts(graph, tracer) for graph in (loss, readout))
     spec = replace(spec, optimizer=_traced_functions(tracer))
     return Captured(spec, loss, readout, sizes, output, tracer.fixed_tokens())
+
+
+def _with_matrices(tracer: Tracer, whole: LoopSpec) -> Captured:
+    """`capture` of a loop whose fast weights are matrices to its bodies, by way of the loop as it is declared."""
+    with tracer.of(whole):
+        captured = capture_with(tracer)
+    assert captured.loss is not None
+    loss, readout = (of_matrices(graph, tracer) for graph in (captured.loss, captured.readout))
+    return replace(captured, spec=tracer.spec, loss=_once(loss), readout=_once(readout))
+
+
+def _with_products(module: fx.GraphModule, tracer: Tracer) -> fx.GraphModule:
+    """A body's graph whose products are of matrices, with rows of one token at most."""
+    module = as_products(without_token_joins(module, tracer), tracer)
+    return _once(by_groups(module, tracer))
 
 
 def _once(module: fx.GraphModule) -> fx.GraphModule:

@@ -37,7 +37,7 @@ def in_parts(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> Lo
         sizes: every dim but N and n.
         tokens: one sequence length, or None for any.
     """
-    tried = _ways(spec, sizes)
+    tried = [] if spec.stacks else _ways(spec, sizes)
     if not tried:
         return spec
     key = fingerprint(spec, "in parts", sorted(sizes.items()), tokens)
@@ -180,7 +180,7 @@ def _with_parts(spec: LoopSpec, name: str, axis: int, made: list[Fast], sizes: l
     for other, weight in spec.fast.items():
         fast |= {part.name: part for part in made} if other == name else {other: weight}
     parts = Parts(name, axis, tuple(part.name for part in made), tuple(sizes))
-    optimizer = spec.optimizer.with_each(partial(_for_parts, name=name, made=made))
+    optimizer = spec.optimizer.with_each(partial(for_parts, name=name, made=made))
     return replace(spec, fast=fast, optimizer=optimizer, parts=(*spec.parts, parts))
 
 
@@ -192,10 +192,10 @@ def _runs_alike(one: Any, whole: Fast, made: list[Fast]) -> bool:
         return False
 
 
-def _for_parts(value: Any, name: str, made: list[Fast]) -> Any:
-    """A coefficient by fast weight, by its parts too."""
+def for_parts(value: Any, name: str, made: list[Fast]) -> Any:
+    """A coefficient by fast weight, given by its parts instead."""
     if isinstance(value, tuple):
-        return tuple(_for_parts(one, name, made) for one in value)
+        return tuple(for_parts(one, name, made) for one in value)
     if not isinstance(value, Mapping) or name not in value:
         return value
     return {k: v for k, v in value.items() if k != name} | {part.name: value[name] for part in made}

@@ -17,6 +17,7 @@ import torch
 from nestloop.errors import CompileError
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.parts import StaysWhole
+from nestloop.lowering.in_matrices import in_matrices
 from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.runtime import plan as plans
 from nestloop.lowering.runtime.choice import runs_triton
@@ -75,6 +76,7 @@ def plan_for(
     Raises:
         CompileError: a body cannot be compiled.
     """
+    spec = _apart(in_matrices, spec, sizes, tokens)
     key = fingerprint(spec, sorted(sizes.items()), tokens, losses, carried, double, part, triton, tiling)
     if key is not None and key in _PLANS:
         return _PLANS[key]
@@ -156,12 +158,16 @@ def lower(
     `asked`: what is to run; the other arguments as for `plan_for`.
     """
     triton, double = asked.may_be_triton, asked.double
+    stacked = _apart(in_matrices, spec, sizes, tokens)
+    if stacked is not spec:
+        name = lower(stacked, sizes, tokens, losses, carried, asked, part)
+        return called_whole(name, stacked.stacks, spec.streams) if name else ""
     parted = _apart(in_parts, spec, sizes, tokens) if triton and not spec.parts else spec
     if parted is not spec:
         with suppress(StaysWhole):  # with other tokens, say
             name = lower(parted, sizes, tokens, losses, carried, asked, part)
             if name:
-                return called_whole(parted, name)
+                return called_whole(name, parted.parts, spec.streams)
     tiling = tiling_for(spec, sizes) if triton else UNTUNED
     plan = plan_for(spec, sizes, tokens, losses, carried, part=part, triton=triton, tiling=tiling)
     if plan.triton is None and tiling.rows is not None:  # tuned for the loop alone, without losses or a state

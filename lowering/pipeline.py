@@ -28,6 +28,7 @@ from nestloop.lowering.emit.triton_loop import TritonLoop
 from nestloop.lowering.emit.triton_piece import TritonPiece
 from nestloop.lowering.emit.triton_pieces import HEIGHTS
 from nestloop.lowering.emit.triton_shared import TritonShared
+from nestloop.lowering.in_matrices import in_matrices, told
 from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.length import HINT
 from nestloop.lowering.ops import NoSpelling
@@ -355,9 +356,13 @@ def any_stages(
     spec: LoopSpec, sizes: dict[str, int], tokens: int | None, part: str = "scan", triton: bool = False
 ) -> AnyLowered:
     """`stages` of a loop, or `stream_stages` of a part of a stream, without inner losses and from no state."""
+    spec = in_matrices(spec, sizes, tokens)
+    rules = [Rewrite("matrices", True, told(stack, spec)) for stack in spec.stacks]
     if spec.streams:
-        return stream_stages(spec, sizes, tokens, False, part, triton=triton)
-    return stages(spec, sizes, tokens, False, False, triton=triton)
+        stream = stream_stages(spec, sizes, tokens, False, part, triton=triton)
+        return replace(stream, rewrites=[*rules, *stream.rewrites])
+    batch = stages(spec, sizes, tokens, False, False, triton=triton)
+    return replace(batch, rewrites=[*rules, *batch.rewrites])
 
 
 def stages_with_triton(
@@ -365,6 +370,7 @@ def stages_with_triton(
 ) -> tuple[AnyLowered, AnyLowered]:
     """The same of a loop, but for its Triton, which has fast weights in parts where they come apart; and what that is
     of. Arguments as for `any_stages`."""
+    spec = in_matrices(spec, sizes, tokens)
     parted = in_parts(spec, sizes, tokens)
     lowered = any_stages(spec, sizes, tokens, part, triton=parted is spec)
     if parted is spec:

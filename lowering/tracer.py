@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,15 @@ class Tracer:
         self.dims: dict[str, Any] = {**self.sizes, "n": spec.schedule.seen(self.length)}
         if (not spec.schedule.needs_order and not spec.streams) or spec.is_kernel_estimator:
             self.dims["N"] = self.length
+
+    @contextmanager
+    def of(self, spec: LoopSpec) -> Iterator[None]:
+        """Trace functions of another loop's tensors, which runs over the same tokens."""
+        own, self.spec = self.spec, spec
+        try:
+            yield
+        finally:
+            self.spec = own
 
     def tile(self, name: str, micro: int = 0, tokens: bool = True) -> Tensor:
         """A fresh tile of a declared tensor: [n, *dims] for views (with `micro`, [n, micro, *dims]; without `tokens`,

@@ -120,7 +120,7 @@ def _lower(spec: LoopSpec, sizes: dict[str, int], triton: bool = False) -> AnyLo
 
 
 def _explain(lowered: AnyLowered, sizes: Mapping[str, int], op: CompiledLoop | None) -> list[str]:
-    spec = lowered.spec
+    spec = lowered.spec.declared
     lines = [
         f"{spec.name}  ({spec.where.short})",
         spec.about,
@@ -218,7 +218,7 @@ def _inner_loop(spec: LoopSpec) -> list[str]:
 
 
 def _gradients(lowered: AnyLowered) -> list[str]:
-    spec = lowered.spec
+    spec, matrices = lowered.spec.declared, {stack.whole: stack.names for stack in lowered.spec.stacks}
     reached: dict[str, list[str]] = {}
     for name, piece in lowered.pieces.items():
         (results,) = next(n for n in piece.backward.graph.nodes if n.op == "output").args
@@ -227,7 +227,9 @@ def _gradients(lowered: AnyLowered) -> list[str]:
                 reached.setdefault(wrt, []).append(name)
     lines = ["outer gradients reach, nothing detached, through the inner gradients (second order):"]
     for name in [*spec.inputs, *[n for n in spec.fast if not spec.fast[n].frozen_zero], *spec.slow]:
-        through = ", ".join(n.replace("_", " ") for n in reached.get(name, []))
+        through = ", ".join(
+            dict.fromkeys(n.replace("_", " ") for one in matrices.get(name, (name,)) for n in reached.get(one, []))
+        )
         lines.append(f"  {name}: through the {through}" if through else f"  {name}: no path, its gradient is zero")
     return lines
 

@@ -30,7 +30,7 @@ from nestloop.lowering.schedule.cost import cost
 
 def _declare(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     """What was declared: weights, views, the optimizer and the schedule, with their sizes."""
-    spec = lowered.spec
+    spec = lowered.spec.declared
     lines = [f"loop {spec.name}  {spec.where.short}", f"learner {spec.learner.__name__}"]
     for kind in (spec.fast, spec.slow, spec.views, spec.gates):
         lines += [f"  {_declaration(d)}" for d in kind.values()]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import nestloop as nl
@@ -130,6 +131,21 @@ def test_lengths_that_the_definition_refuses_are_left_out():
     assert all(row.worst.startswith("not defined: unflatten: Provided sizes [-1, 2]") for row in refused)
     assert {row.tokens for row in found.rows if row.check == "agreement"} == {2, 8, 64}
     assert checked(Pairs, {**BATCH, "N": 10}).holds
+
+
+class Normed(zoo.MTTTLinear):
+    """Keys normalised over the tokens, which PyTorch refuses for one of them by a ValueError."""
+
+    def loss(self, f, t):
+        k = F.instance_norm(t.k.T[None])[0].T
+        return (f(k) - t.q).square().mean(-1)
+
+
+def test_a_length_that_pytorch_refuses_by_its_own_checks_is_left_out():
+    found = checked(Normed, BATCH)
+    assert found.holds
+    refused = [row for row in found.rows if row.error is None]
+    assert [(row.tokens, row.worst[:42]) for row in refused] == [(1, "not defined: Expected more than 1 spatial ")]
 
 
 def test_a_body_that_holds_for_no_length_is_an_error():

@@ -41,7 +41,7 @@ def fingerprint(spec: LoopSpec, *settings: Any) -> str | None:
     try:
         digest.add(own_files(), torch.__version__, str(torch.get_default_dtype()), spec.name, repr(settings))
         digest.add_bodies(spec)
-        digest.add(repr(spec.schedule), repr(spec.heads), repr(spec.parts), repr(spec.called))
+        digest.add(repr(spec.schedule), repr(spec.heads), repr(spec.parts), repr(spec.stacks), repr(spec.called))
     except (_Unknown, RecursionError):
         return None
     return digest.text()

@@ -1,4 +1,4 @@
-"""What runs fast weights in parts (`lowering.in_parts`), called with them whole."""
+"""What runs fast weights in parts (`lowering.in_parts`, `lowering.stacks`), called with them whole."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nestloop.lang.loop import LoopSpec
-from nestloop.lang.parts import Parts, apart, joined
+from nestloop.lang.parts import Parts, Stack, apart, joined
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.executable import EXECUTABLES, OPS
 from nestloop.lowering.runtime.streams import STREAM_OPS, StreamOp
@@ -18,20 +17,20 @@ from nestloop.lowering.runtime.streams import STREAM_OPS, StreamOp
 class WholeOp(StreamOp):
     """An op of a stream, called with fast weights, and all that is as they are, whole."""
 
-    parts: Sequence[Parts] = ()
+    parts: Sequence[Parts | Stack] = ()
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(joined(self.parts, super().__call__(apart(self.parts, tensors)), "end_"))
 
 
-def called_whole(spec: LoopSpec, name: str) -> str:
-    """Of an executable or an op of a stream of a loop in parts: one with the loop's own weights; its name."""
-    made = f"{name}_{cache.digest(repr(spec.parts))}"
-    if spec.streams:
+def called_whole(name: str, parts: Sequence[Parts | Stack], streams: bool) -> str:
+    """Of an executable, or an op of a stream, of a loop in parts: one with the loop's own weights; its name."""
+    made = f"{name}_{cache.digest(repr(parts))}"
+    if streams:
         inner = STREAM_OPS[name]
-        STREAM_OPS.setdefault(made, WholeOp(inner.op, inner.signature, spec.parts))
+        STREAM_OPS.setdefault(made, WholeOp(inner.op, inner.signature, parts))
         return made
-    run, parts = EXECUTABLES[name], spec.parts
+    run = EXECUTABLES[name]
 
     def whole(
         views: Mapping[str, Tensor],

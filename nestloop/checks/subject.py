@@ -124,7 +124,7 @@ class Subject:
             try:
                 with torch.no_grad():
                     call(self.op("reference"), self.inputs(tokens))
-            except (RuntimeError, CompileError) as error:  # PyTorch's own, and ours of shapes
+            except (RuntimeError, ValueError, IndexError, CompileError) as error:  # PyTorch's own, and ours of shapes
                 self._refusals[tokens] = str(error).splitlines()[0]
         return self._refusals[tokens]
 

@@ -27,7 +27,7 @@ from nestloop.lang.legal import check_estimator, check_maps_of, check_optimizer
 from nestloop.lang.maps import check_output
 from nestloop.lang.names import check_dims, check_names
 from nestloop.lang.optim import SGD
-from nestloop.lang.parts import Parts, joined
+from nestloop.lang.parts import Parts, Stack, joined
 from nestloop.lang.purity import check_body
 from nestloop.lang.schedule import FullBatch, Schedule, Sliding, Stream
 from nestloop.lang.state import Entry, entries
@@ -47,6 +47,8 @@ class LoopSpec:
         holds: whether a body reads `f.held`, the learner with its weights held constant.
         called: what bodies call a tensor, by its name here, where the compiler works under other names.
         parts: the fast weights that the compiler has taken apart, in order; `fast` has their parts.
+        stacks: those of several axes that it works on as matrices, which `fast` has in their place.
+        whole: the loop without these; None where it has none.
     """
 
     name: str
@@ -66,6 +68,13 @@ class LoopSpec:
     where: Location
     called: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[Parts, ...] = ()
+    stacks: tuple[Stack, ...] = ()
+    whole: LoopSpec | None = field(default=None, repr=False)
+
+    @property
+    def declared(self) -> LoopSpec:
+        """The loop with its fast weights as they are declared."""
+        return self.whole or self
 
     @property
     def streams(self) -> bool:

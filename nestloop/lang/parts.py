@@ -1,4 +1,4 @@
-"""A fast weight in parts along an axis: the compiler works on each, bodies go on reading the whole.
+"""A fast weight in parts, along an axis or as matrices: the compiler works on each, bodies go on reading the whole.
 
 Where a loop declares nl.fast("dk", "dv + 1"), dv columns of values and one of ones, tiles of dv columns and of one are
 less than a tile of dv + 1, whose next power of two is twice dv.
@@ -6,8 +6,9 @@ less than a tile of dv + 1, whose next power of two is twice dv.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -38,14 +39,10 @@ class Parts:
 
         prefix: of all names.
         """
-        first, *others = (prefix + name for name in self.names)
-        made = dict(values)
-        for name in values:
-            tail = _tail(name, first)
-            if tail is not None:
-                parts = [made.pop(one + tail) for one in (first, *others)]
-                made[prefix + self.whole + tail] = torch.cat(parts, self.axis)
-        return made
+        return _in_place(values, [prefix + name for name in self.names], prefix + self.whole, self._join)
+
+    def _join(self, parts: list[Any]) -> Any:
+        return torch.cat(parts, self.axis)
 
     def take_apart(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The other way around: views of the whole."""
@@ -60,20 +57,83 @@ class Parts:
         return made
 
 
+@dataclass(frozen=True)
+class Stack:
+    """A fast weight of several axes as what it is to the bodies: matrices, one for each place along some of its axes.
+
+    Attributes:
+        whole: its name.
+        names: of the matrices, the last axis of `over` the fastest; that of the weight where it is one matrix.
+        shape: of the weight.
+        over: its axes, of those there is a matrix for each place of; maybe none.
+        rows, columns: those that a matrix's rows and columns run along.
+    """
+
+    whole: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    over: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+    def join(self, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        """Tensors by name, the whole in the place of its matrices: of the weight, and of what is as it is.
+
+        prefix: of all names.
+        """
+        return _in_place(values, [prefix + name for name in self.names], prefix + self.whole, self._join)
+
+    def _join(self, matrices: list[Any]) -> Any:
+        stacked = torch.stack(matrices, -3)
+        order, lead = (*self.over, *self.rows, *self.columns), stacked.shape[:-3]
+        split = stacked.reshape(*lead, *(self.shape[axis] for axis in order))
+        return split.permute(*range(len(lead)), *(len(lead) + order.index(axis) for axis in range(len(order))))
+
+    def take_apart(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The other way around."""
+        made: dict[str, Any] = {}
+        for name, value in values.items():
+            tail = _tail(name, self.whole)
+            if tail is None:
+                made[name] = value
+            else:
+                lead = value.ndim - len(self.shape)
+                turned = value.permute(*range(lead), *(lead + d for d in (*self.over, *self.rows, *self.columns)))
+                sizes = [prod(self.shape[d] for d in axes) for axes in (self.over, self.rows, self.columns)]
+                matrices = turned.reshape(*value.shape[:lead], *sizes).unbind(-3)
+                made |= {one + tail: matrix for one, matrix in zip(self.names, matrices, strict=True)}
+        return made
+
+
+def _in_place(
+    values: Mapping[str, Any], names: Sequence[str], whole: str, join: Callable[[list[Any]], Any]
+) -> dict[str, Any]:
+    """Tensors by name, what `join` makes of parts in the place of the first of them."""
+    first, *others = names
+    made = {}
+    for name, value in values.items():
+        tail = _tail(name, first)
+        if tail is not None:
+            made[whole + tail] = join([values[one + tail] for one in names])
+        elif all(_tail(name, other) is None for other in others):
+            made[name] = value
+    return made
+
+
 def _tail(name: str, weight: str) -> str | None:
     """What follows a weight's name in that of a tensor which is as it is; None where that is of another."""
     tail = name.removeprefix(weight)
     return tail if name.startswith(weight) and (not tail or tail.startswith("__")) else None
 
 
-def joined(parts: Sequence[Parts], values: Mapping[str, Any], prefix: str = "") -> Mapping[str, Any]:
+def joined(parts: Sequence[Parts | Stack], values: Mapping[str, Any], prefix: str = "") -> Mapping[str, Any]:
     """Tensors by name, all that was taken apart whole again; `parts` in the order in which that was done."""
     for one in reversed(parts):
         values = one.join(values, prefix)
     return values
 
 
-def apart(parts: Sequence[Parts], values: Mapping[str, Any]) -> Mapping[str, Any]:
+def apart(parts: Sequence[Parts | Stack], values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Tensors by name, all in parts."""
     for one in parts:
         values = one.take_apart(values)

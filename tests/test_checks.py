@@ -15,7 +15,7 @@ from torch import Tensor
 import nestloop as nl
 from nestloop import zoo
 from nestloop.checks import Certificate, Row
-from nestloop.checks.properties import PROPERTIES
+from nestloop.checks.properties import PROPERTIES, STEPS
 from nestloop.checks.stress import STRESSES
 from nestloop.checks.subject import Subject
 from nestloop.cli import main
@@ -131,6 +131,34 @@ def test_lengths_that_the_definition_refuses_are_left_out():
     assert all(row.worst.startswith("not defined: unflatten: Provided sizes [-1, 2]") for row in refused)
     assert {row.tokens for row in found.rows if row.check == "agreement"} == {2, 8, 64}
     assert checked(Pairs, {**BATCH, "N": 10}).holds
+
+
+class Quantiles(zoo.TTTLinear):
+    """A loss with a kink in every feature, which some cross when products are rounded."""
+
+    def loss(self, f, t):
+        error = t.v - f(t.k)
+        return torch.maximum(0.9 * error, -0.1 * error).sum(-1)
+
+
+def test_kinks_that_rounding_crosses_widen_the_bound_of_their_row_alone(quick_builds):
+    found = nl.check(Quantiles, dtypes=("bfloat16",), backends=("torch",), d=16)
+    (row,) = [row for row in found.rows if row.dtype == "bfloat16" and row.check == "agreement"]
+    assert found.holds and row.error is not None and 0.1 < row.error < row.bound
+    assert {row.bound for row in found.rows if row.check == "agreement" and row.dtype == "float64"} == {1e-9}
+
+
+class Bent(zoo.MTTTMLP):
+    """A step that bends within a hundred thousandth of zero."""
+
+    optimizer = nl.SGD(lr=0.01, transform=lambda g: g / (g.abs() + 1e-5))
+
+
+def test_differences_are_taken_closer_where_the_loop_bends(monkeypatch):
+    assert checked(Bent, BATCH).holds
+    monkeypatch.setattr("nestloop.checks.properties.FINER", STEPS[:1])
+    failed = [row.check for row in checked(Bent, BATCH).rows if not row.holds]
+    assert failed == ["definition"]
 
 
 class Normed(zoo.MTTTLinear):

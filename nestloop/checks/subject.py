@@ -148,11 +148,14 @@ class Subject:
         return self.run("reference", inputs.map(lambda name, value: value.float()))
 
     def bound(self, inputs: Inputs, wanted: Mapping[str, Tensor], dtype: str) -> float:
-        """How far off code may be that computes in a dtype what the reference makes of inputs."""
-        if dtype == "float64":
-            eps = torch.finfo(torch.float64).eps
-            return max(LEAST[dtype], MORE * moved_by_rounding(self.reference, _exactly(inputs), wanted, eps, SHARE))
-        return allowed(dtype, furthest(self.single(inputs), wanted)[0])
+        """How far off code may be, at least, that computes in a dtype what the reference makes of inputs."""
+        return LEAST[dtype] if dtype == "float64" else allowed(dtype, furthest(self.single(inputs), wanted)[0])
+
+    def moved(self, inputs: Inputs, wanted: Mapping[str, Tensor], dtype: str) -> float:
+        """How far off it may be where the inputs, rounded to that dtype, move the definition as far: over a kink, say,
+        or because it is ill-conditioned."""
+        eps, times = torch.finfo(DTYPES[dtype]).eps, MORE if dtype in ("float64", "float32") else MORE_IN_HALVES
+        return times * moved_by_rounding(self.reference, _exactly(inputs), wanted, eps, SHARE)
 
     def calls(self, inputs: Inputs, backends: Sequence[str]) -> Iterator[tuple[str, CompiledLoop, Inputs]]:
         """(backend, the loop on it, the inputs in its closest dtype) of each of some backends."""
@@ -171,7 +174,7 @@ class Subject:
         alike = all(torch.equal(found[name].isfinite(), value.isfinite()) for name, value in wanted.items())
         if alike and (where := not_finite(wanted)):
             return replace(row, error=None, worst=f"neither is finite there: {where}")
-        return replace(row, bound=self.bound(given, self.reference(given), dtype))
+        return replace(row, bound=max(row.bound, self.moved(given, self.reference(given), dtype)))
 
     def told(self, row: Row, given: Inputs) -> Row:
         """The same row, but where the definition has no finite numbers that code could be compared with: there it says

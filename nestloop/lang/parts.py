@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -83,6 +82,12 @@ class Stack:
         """
         return _in_place(values, [prefix + name for name in self.names], prefix + self.whole, self._join)
 
+    def _size(self, axes: tuple[int, ...]) -> int:
+        size = 1
+        for axis in axes:  # which torch.compile follows, unlike a product of what a generator gives
+            size *= self.shape[axis]
+        return size
+
     def _join(self, matrices: list[Any]) -> Any:
         stacked = torch.stack(matrices, -3)
         order, lead = (*self.over, *self.rows, *self.columns), stacked.shape[:-3]
@@ -99,7 +104,7 @@ class Stack:
             else:
                 lead = value.ndim - len(self.shape)
                 turned = value.permute(*range(lead), *(lead + d for d in (*self.over, *self.rows, *self.columns)))
-                sizes = [prod(self.shape[d] for d in axes) for axes in (self.over, self.rows, self.columns)]
+                sizes = [self._size(axes) for axes in (self.over, self.rows, self.columns)]
                 matrices = turned.reshape(*value.shape[:lead], *sizes).unbind(-3)
                 made |= {one + tail: matrix for one, matrix in zip(self.names, matrices, strict=True)}
         return made

@@ -340,3 +340,15 @@ def test_one_lowering_is_called_with_the_weight_whole():
     assert spec.declared is loop.spec and in_matrices.in_matrices(spec, SIZES, None) is spec
     assert pipeline.any_stages(loop.spec, {**SIZES, "H": 2}, None).spec.stacks == spec.stacks
     assert lower.plan_for(loop.spec, {**SIZES, "H": 2}, None, False, False, part="scan").output == (4,)
+
+
+@pytest.mark.parametrize("schedule", [nl.Causal(4), nl.FullBatch(2)], ids=str)
+def test_torch_compile_takes_a_layer_of_it_as_one_graph(schedule: Any, quick_builds):
+    loop = declared(Batched, schedule, nl.SGD(lr=0.05))
+    layer = nl.Layer(loop, width=8, heads=2).double()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    for tokens in (5, 9):
+        x = torch.randn(2, tokens, 8, dtype=torch.float64, requires_grad=True)
+        found, wanted = (torch.autograd.grad(one(x).square().sum(), [x, layer.fast["w"]]) for one in (compiled, layer))
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    assert layer.fast["w"].shape == (2, 3, 4, 4)

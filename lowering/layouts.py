@@ -1,7 +1,8 @@
-"""Products of which operands and results come by layouts alone: x @ w, whatever einsum, matmul or bmm made of it.
+"""Products whose operands and results come by layouts alone: x @ w, whatever einsum, matmul or bmm made of it.
 
 PyTorch traces einsum("nd,de->ne", x, w) as a batched product of one batch, between ten views and permutations that undo
-one another. Everything after this looks for the product of a token's row with a matrix.
+one another, and w @ x[:, :, None] as one of n batches, in each of which w is repeated. Everything after this looks for
+the product of a token's row with a matrix.
 """
 
 from __future__ import annotations
@@ -20,19 +21,26 @@ from nestloop.lowering.tracer import Tracer
 
 aten = torch.ops.aten
 
-Axes = tuple[tuple[int, ...], ...]
-
 _SAME = (aten.alias.default, aten.clone.default)
 _FLIPS = (aten.t.default, aten.transpose.int)
 _SHAPES = (
     aten.view.default,
     aten._unsafe_view.default,
-    aten.expand.default,
     aten.unsqueeze.default,
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Repeated:
+    """An axis along which a tensor is the same."""
+
+    size: Any
+
+
+Axis = tuple[int | Repeated, ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Laid:
     """
 
     source: Tensor
-    axes: Axes
+    axes: tuple[Axis, ...]
 
     @classmethod
     def of(cls, value: Tensor | Laid) -> Laid:
@@ -57,7 +65,16 @@ class Laid:
 
     @property
     def shape(self) -> list[Any]:
-        return [prod(self.source.shape[d] for d in axis) for axis in self.axes]
+        return [self._size(axis) for axis in self.axes]
+
+    @property
+    def mT(self) -> Laid:
+        """With its last two axes turned."""
+        *batch, rows, columns = self.axes
+        return Laid(self.source, (*batch, columns, rows))
+
+    def _size(self, axis: Axis) -> Any:
+        return prod(d.size if isinstance(d, Repeated) else self.source.shape[d] for d in axis)
 
     def by(self, target: Any, rest: Sequence[Any], shape: Sequence[Any]) -> Laid | None:
         """What an op makes of it, of a known shape; None where that is more than a layout."""
@@ -70,44 +87,107 @@ class Laid:
             a, b = [d % rank for d in rest] or ([0, 1] if rank == 2 else [0, 0])
             order = [b if d == a else a if d == b else d for d in range(rank)]
             return Laid(self.source, tuple(self.axes[d] for d in order))
+        if target is aten.expand.default:
+            return Laid(self.source, self._expanded(rest[0]))
         axes = self._in_shape(shape) if target in _SHAPES else None
         return None if axes is None else Laid(self.source, axes)
 
-    def _in_shape(self, shape: Sequence[Any]) -> Axes | None:
-        """Its axes where they are those of a shape, some of them joined; None where one is cut, or repeated."""
+    def _expanded(self, sizes: Sequence[Any]) -> tuple[Axis, ...]:
+        axes: list[Axis] = [*[()] * (len(sizes) - len(self.axes)), *self.axes]
+        for place, size in enumerate(sizes):
+            if not axes[place] and not same_size(size, 1) and not same_size(size, -1):
+                axes[place] = (Repeated(size),)
+        return tuple(axes)
+
+    def _in_shape(self, shape: Sequence[Any]) -> tuple[Axis, ...] | None:
+        """Its axes where they are those of a shape, some of them joined; None where one is cut."""
         left = [d for axis in self.axes for d in axis]
-        found = []
+        found: list[Axis] = []
         for size in shape:
-            joined: list[int] = []
-            while left and not same_size(size, prod(self.source.shape[d] for d in joined)):
-                joined.append(left.pop(0))
-            if not same_size(size, prod(self.source.shape[d] for d in joined)):
+            joined: Axis = ()
+            while left and not same_size(size, self._size(joined)):
+                joined = (*joined, left.pop(0))
+            if not same_size(size, self._size(joined)):
                 return None
-            found.append(tuple(joined))
+            found.append(joined)
         return None if left else tuple(found)
 
     def tensor(self) -> Tensor:
         """The layout, by as few ops as it takes."""
-        order = [d for axis in self.axes for d in axis]
+        every = [d for axis in self.axes for d in axis]
+        order = [d for d in every if not isinstance(d, Repeated)]
         kept = sorted(order)
         made = self.source
         if order != kept:
             if len(kept) < made.ndim:
                 made = made.reshape([made.shape[d] for d in kept])
             made = made.permute([kept.index(d) for d in order])
+        if len(order) < len(every):
+            made = made.reshape([1 if isinstance(d, Repeated) else self._size((d,)) for d in every])
+            made = made.expand([self._size((d,)) for d in every])
         shape = self.shape
         return made if same_shape(made.shape, shape) else made.reshape(shape)
 
 
 def as_products(module: fx.GraphModule, tracer: Tracer) -> fx.GraphModule:
-    """A body's graph with products of matrices in the place of batched ones of one batch; as it is without these."""
-    if not any(node.target is aten.bmm.default and _is_one(node.meta["val"].shape[0]) for node in module.graph.nodes):
+    """A body's graph whose products, as far as they are such, are of rows of tokens with a matrix; as it is where they
+    all are."""
+    if not any(map(_is_otherwise, module.graph.nodes)):
         return module
     return tracer.trace(_AsProducts(module).run, placeholders(module))
 
 
-def _is_one(size: Any) -> bool:
-    return same_size(size, 1)
+def _is_otherwise(node: fx.Node) -> bool:
+    """Whether a node is a product of batches, or of a matrix with columns of tokens, or a view of the same shape."""
+    if node.target is aten.mm.default:
+        return _has_tokens_beside(*(operand.meta["val"].shape for operand in node.args))
+    if node.target is aten.bmm.default:
+        return not _selects(node)
+    return node.target in _SHAPES and same_shape(node.meta["val"].shape, node.args[0].meta["val"].shape)
+
+
+def _selects(node: fx.Node) -> bool:
+    """Whether a batched product is of truth values, as one that reads rows of a table is: it stays exact in any
+    precision, as products of rows with a matrix do not."""
+    left = node.args[0]
+    while isinstance(left, fx.Node) and left.target in (*_SHAPES, *_SAME, *_FLIPS, aten.permute.default):
+        left = left.args[0]
+    of_truth = isinstance(left, fx.Node) and left.target is aten._to_copy.default
+    return of_truth and left.args[0].meta["val"].dtype == torch.bool
+
+
+def _has_tokens_beside(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether the right side of a product has tokens as columns, and the left side none as rows."""
+    return isinstance(left[-2], int) and not isinstance(right[-1], int)
+
+
+def _product(left: Laid, right: Laid) -> Laid | None:
+    """[b, r, c] times [b, c, e], as one product where one of them is the same in every batch; tokens are its rows."""
+    rows_are_tokens = not isinstance(right.shape[0], int)
+    if _has_tokens_beside(left.shape, right.shape) or (_is_repeated(left) and rows_are_tokens):
+        turned = _product(right.mT, left.mT)
+        return None if turned is None else turned.mT
+    batch, rows, columns = left.axes
+    if _is_repeated(right):
+        joined = Laid(left.source, ((*batch, *rows), columns)).tensor()
+        made = joined @ Laid(right.source, right.axes[1:]).tensor()
+        if batch and rows:
+            return Laid.of(made.reshape(*left.shape[:2], made.shape[1]))
+        first, last = Laid.of(made).axes
+        return Laid(made, (first, (), last) if batch else ((), first, last))
+    if _is_repeated(left):
+        batch, down, beside = right.axes
+        joined = Laid(right.source, (down, (*batch, *beside))).tensor()
+        made = Laid(left.source, left.axes[1:]).tensor() @ joined
+        made = made.reshape(left.shape[1], right.shape[0], right.shape[2])
+        first, second, third = Laid.of(made).axes
+        return Laid(made, (second, first, third))
+    return None
+
+
+def _is_repeated(value: Laid) -> bool:
+    """Whether a value is the same in every batch."""
+    return not any(isinstance(d, int) for d in value.axes[0])
 
 
 class _AsProducts(Located):
@@ -123,12 +203,13 @@ class _AsProducts(Located):
             return first.shape[args[1]]
         if isinstance(first, (Tensor, Laid)):
             made = Laid.of(first).by(target, args[1:], self.node.meta["val"].shape)
+            if target is aten.bmm.default and not _selects(self.node):
+                made = _product(*map(Laid.of, args))
+            elif target is aten.mm.default and _has_tokens_beside(*(operand.shape for operand in args)):
+                left, right = map(Laid.of, args)
+                made = Laid.of(right.mT.tensor() @ left.mT.tensor()).mT
             if made is not None:
                 return made
-            if target is aten.bmm.default and _is_one(first.shape[0]):
-                left, right = (Laid.of(value) for value in args)
-                product = Laid(left.source, left.axes[1:]).tensor() @ Laid(right.source, right.axes[1:]).tensor()
-                return Laid(product, ((), *Laid.of(product).axes))
         return super().call_function(target, fx.node.map_aggregate(args, _made), fx.node.map_aggregate(kwargs, _made))
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from math import prod
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, fx
 
 from nestloop.lang.parts import Stack, StaysWhole
 from nestloop.lowering.layouts import Laid
+from nestloop.lowering.ops.sizes import same_size
 from nestloop.lowering.recorder import Located, placeholders
 from nestloop.lowering.tracer import Tracer
 
@@ -56,17 +56,29 @@ class _Read:
     laid: Laid
     places: Mapping[int, int] = field(default_factory=dict)
 
+    @property
+    def axes(self) -> list[tuple[int, ...]]:
+        """For each axis, those of the weight that it runs along."""
+        return [tuple(d for d in axis if isinstance(d, int)) for axis in self.laid.axes]
+
     def by(self, target: Any, rest: Sequence[Any], shape: Sequence[Any]) -> _Read | None:
         """What an op reads of it; None where that is no layout of places."""
-        if target is not aten.select.int:
-            made = self.laid.by(target, rest, shape)
-            return None if made is None else replace(self, laid=made)
+        if target in (aten.select.int, aten.slice.Tensor):
+            return self._at(target, rest, shape)
+        made = self.laid.by(target, rest, shape)
+        whole = made is not None and all(isinstance(d, int) for axis in made.axes for d in axis)
+        return replace(self, laid=made) if whole else None
+
+    def _at(self, target: Any, rest: Sequence[Any], shape: Sequence[Any]) -> _Read | None:
+        """One place along an axis; None where that is several, or joined of several."""
         axes = list(self.laid.axes)
-        chosen = axes.pop(rest[0] % len(axes))
-        if len(chosen) > 1:
+        place = rest[0] % len(axes)
+        chosen, start = axes[place], (*rest, 0)[1] or 0
+        if len(chosen) > 1 or (target is aten.slice.Tensor and not same_size(shape[place], 1)):
             return None
-        size = prod(self.laid.source.shape[axis] for axis in chosen)
-        return _Read(Laid(self.laid.source, tuple(axes)), {**self.places, **{axis: rest[1] % size for axis in chosen}})
+        axes[place : place + 1] = [()] if target is aten.slice.Tensor else []
+        at = {axis: start % self.laid.source.shape[axis] for axis in chosen if isinstance(axis, int)}
+        return _Read(Laid(self.laid.source, tuple(axes)), {**self.places, **at})
 
 
 def uses(module: fx.GraphModule, name: str) -> list[Use]:
@@ -90,7 +102,7 @@ def uses(module: fx.GraphModule, name: str) -> list[Use]:
         if made is not None:
             read[node] = made
         elif of is not None and node.target in _PRODUCTS and node.args[0] not in read:
-            *batch, rows, columns = of.laid.axes
+            *batch, rows, columns = of.axes
             found.append(Use(frozenset([*of.places, *(a for axes in batch for a in axes)]), rows, columns))
         else:
             raise StaysWhole(str(node.target))
@@ -148,7 +160,7 @@ class _Matrices:
     def product(self, x: Tensor) -> Tensor:
         """x [n, rows] times what was read [rows, columns], or of each of a batch: [n, columns]."""
         read = self._read
-        *batch, rows, columns = read.laid.axes
+        *batch, rows, columns = read.axes
         if not batch:
             return self._of_one(x, read.places, rows, columns)
         axes = batch[0]

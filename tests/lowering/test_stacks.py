@@ -65,6 +65,14 @@ class OneByOne(Memories):
         return torch.stack([x @ self.w[i] for i in (0, 1, -1)], 1)
 
 
+class Unbound(Memories):
+    """One after another."""
+
+    def forward(self, x):
+        a, b, c = self.w
+        return torch.stack([x @ a, torch.tanh(x @ a) @ b, x @ c], 1)
+
+
 class Grouped(nl.Learner):
     """Memories of two features each; their two rows make up a token."""
 
@@ -116,6 +124,27 @@ class Plain(nl.Learner):
         return torch.einsum("nd,de->ne", x, self.w)[:, None].expand(-1, 3, -1)
 
 
+class Columns(nl.Learner):
+    """w x, of each token's column."""
+
+    w = nl.fast("d", "d")
+
+    def forward(self, x):
+        return (self.w @ x[:, :, None]).mT.expand(-1, 3, -1)
+
+
+class OfColumns(Columns):
+    """w x, of a matrix with the tokens as columns."""
+
+    def forward(self, x):
+        return (self.w @ x.T).T[:, None].expand(-1, 3, -1)
+
+
+class Contracted(Columns):
+    def forward(self, x):
+        return torch.tensordot(x, self.w, dims=([1], [0]))[:, None].expand(-1, 3, -1)
+
+
 def declared(learner: type[nl.Learner], schedule: Any = None, optimizer: Any = None, **names: Any) -> type[nl.Loop]:
     """`Routed` of a learner."""
     optimizer = optimizer or nl.SGD(lr=0.05, decay=0.95)
@@ -129,7 +158,8 @@ LEARNERS: dict[type[nl.Learner], dict[str, str]] = {  # the fast weights that th
     Turned: {"w": "[d, 3 * d]"},
     Middle: {"w": "[d, 3 * d]"},
     Flat: {"w": "[d, 3 * d]"},
-    Batched: {"w_0": "[d, d]", "w_1": "[d, d]", "w_2": "[d, d]"},
+    Batched: {"w": "[d, 3 * d]"},
+    Unbound: {"w_0": "[d, d]", "w_1": "[d, d]", "w_2": "[d, d]"},
     OneByOne: {"w_0": "[d, d]", "w_1": "[d, d]", "w_2": "[d, d]"},
     Grouped: {"w_0": "[d // 2, d]", "w_1": "[d // 2, d]"},
     Deep: {
@@ -142,6 +172,9 @@ LEARNERS: dict[type[nl.Learner], dict[str, str]] = {  # the fast weights that th
     Nested: {"w": "[2 * (d // 2), 3 * d]"},
     OfOne: {"w": "[d, d]"},
     Plain: {"w": "[d, d]"},
+    Columns: {"w": "[d, d]"},
+    OfColumns: {"w": "[d, d]"},
+    Contracted: {"w": "[d, d]"},
 }
 
 
@@ -195,24 +228,24 @@ class Held(Routed):
 
 def weighed(schedule: Any, **coefficients: Any) -> type[nl.Loop]:
     given = {name: getattr(Weighed, gate) for name, gate in coefficients.items()}
-    return type("Weighed", (Weighed,), {"learner": Batched, "schedule": schedule, "optimizer": nl.SGD(**given)})
+    return type("Weighed", (Weighed,), {"learner": OneByOne, "schedule": schedule, "optimizer": nl.SGD(**given)})
 
 
 SCHEDULES: dict[str, type[nl.Loop]] = {
     "steps on all tokens": declared(Deep, nl.FullBatch(2), nl.SGD(lr=0.1)),
-    "steps on batches": declared(Batched, nl.Shuffled(3), nl.SGD(lr=0.1, momentum=0.5)),
+    "steps on batches": declared(OneByOne, nl.Shuffled(3), nl.SGD(lr=0.1, momentum=0.5)),
     "at the current weights": declared(Memories, nl.Online()),
-    "one matrix of three after another": declared(Batched, nl.Online()),
+    "one matrix of three after another": declared(OneByOne, nl.Online()),
     "a network at the current weights": declared(Deep, nl.Online(), nl.SGD(lr=0.05)),
-    "a step a chunk": declared(Batched, nl.Chunked(4, "apply-update"), nl.SGD(lr=0.05, momentum=(0.5, 0.3))),
+    "a step a chunk": declared(OneByOne, nl.Chunked(4, "apply-update"), nl.SGD(lr=0.05, momentum=(0.5, 0.3))),
     "a program": declared(Deep, nl.Program(("update", 0, 5), ("apply", 0, "N")), nl.SGD(lr=0.1)),
     "gates": weighed(nl.Causal(4), lr="eta", decay="alpha", momentum="theta"),
-    "a window": declared(Batched, nl.Causal(4), nl.SGD(lr=0.05, window=3)),
+    "a window": declared(OneByOne, nl.Causal(4), nl.SGD(lr=0.05, window=3)),
     "a reset": declared(Memories, nl.Causal(4, reset=8), nl.SGD(lr=0.05)),
     "a rate of both positions": weighed(nl.Causal(4), lr="eta", scale="theta"),
     "rates by weight": declared(Deep, nl.Causal(4), nl.SGD(lr={"w1": 0.1, "w2": 0.02}, decay={"w2": 0.9})),
     "clipped together": declared(Deep, nl.Chunked(4), nl.SGD(lr=0.1, gradient_transform=nl.global_clip(0.5))),
-    "held": type("Held", (Held,), {"learner": Batched, "schedule": nl.Causal(4), "optimizer": nl.SGD(lr=0.05)}),
+    "held": type("Held", (Held,), {"learner": OneByOne, "schedule": nl.Causal(4), "optimizer": nl.SGD(lr=0.05)}),
     "a channel's decay": type(
         "Channels",
         (Channels,),
@@ -248,7 +281,8 @@ class Many(nl.Learner):
     w = nl.fast(17, "d", "d")
 
     def forward(self, x):
-        return (x @ self.w).transpose(0, 1)[:, :3] + (x @ self.w).sum(0)[:, None]
+        made = [x @ self.w[i] for i in range(17)]
+        return torch.stack([made[0], made[1], sum(made[2:])], 1)
 
 
 class Named(Routed):
@@ -268,7 +302,7 @@ STAY: dict[str, type[nl.Loop]] = {
     "a product with itself": in_batches(Routed, learner=OfItself),
     "too many": in_batches(Routed, learner=Many),
     "a transform sees it": declared(Memories, nl.Chunked(4), nl.SGD(lr=0.05, transform=nl.soft_clip(-2))),
-    "another weight has the name": in_batches(Named, learner=Batched),
+    "another weight has the name": in_batches(Named, learner=OneByOne),
     "a decay for each matrix": in_batches(PerMemory, learner=Memories, optimizer=nl.SGD(decay=PerMemory.alpha)),
 }
 
@@ -314,7 +348,7 @@ def test_what_is_taken_apart_is_whole_again():
 
 
 def test_what_the_bodies_say_is_asked_once(monkeypatch):
-    loop = declared(Batched)
+    loop = declared(OneByOne)
     first = matrices_of(loop)
     in_matrices._CHOSEN.clear()
     monkeypatch.setattr(in_matrices, "_found", lambda *_: pytest.fail("asked again"))
@@ -322,7 +356,7 @@ def test_what_the_bodies_say_is_asked_once(monkeypatch):
 
 
 def test_it_is_told():
-    loop = declared(Batched)
+    loop = declared(OneByOne)
     told = "matrices: fired: w [3, d, d] enters products alone, as 3 matrices [d, d]"
     assert told in nl.inspect(loop, stage="rewrite", d=4)
     text = nl.explain(loop)
@@ -331,7 +365,7 @@ def test_it_is_told():
 
 
 def test_one_lowering_is_called_with_the_weight_whole():
-    loop = declared(Batched)
+    loop = declared(OneByOne)
     inputs = random_inputs(loop.spec, SIZES, tokens=4)
     nl.compile(loop, backend="torch")(inputs.views, inputs.weights)
     found = {op.parts[0].whole: op.parts[0].names for op in STREAM_OPS.values() if isinstance(op, WholeOp)}
@@ -344,7 +378,7 @@ def test_one_lowering_is_called_with_the_weight_whole():
 
 @pytest.mark.parametrize("schedule", [nl.Causal(4), nl.FullBatch(2)], ids=str)
 def test_torch_compile_takes_a_layer_of_it_as_one_graph(schedule: Any, quick_builds):
-    loop = declared(Batched, schedule, nl.SGD(lr=0.05))
+    loop = declared(OneByOne, schedule, nl.SGD(lr=0.05))
     layer = nl.Layer(loop, width=8, heads=2).double()
     compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
     for tokens in (5, 9):

@@ -97,14 +97,16 @@ def _found(
     from nestloop.lowering.capture import capture  # which a call whose answer is kept does not import
     from nestloop.lowering.stacks import uses
 
+    lengths = {tokens, 1} if spec.streams else {tokens}  # one token may have a graph of its own
     try:
-        captured = capture(spec, dict(sizes), tokens)
+        captured = [capture(spec, dict(sizes), length) for length in lengths]
     except (StaysWhole, NestloopError):  # what is wrong with the loop, lowering it as it is will say
         return {}
+    bodies = [body for one in captured for body in (one.loss, one.readout) if body is not None]
     found = {}
     for name, shape in asked.items():
         try:
-            every = [use for body in (captured.loss, captured.readout) if body is not None for use in uses(body, name)]
+            every = [use for body in bodies for use in uses(body, name)]
         except StaysWhole:
             continue
         along = [one for one in spec.optimizer.coefficients(name) if isinstance(one, Declaration)]

@@ -7,7 +7,7 @@ the product of a token's row with a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from nestloop.lowering.axes import Axes, is_token, type_axes
 from nestloop.lowering.ops.sizes import same_shape, same_size
 from nestloop.lowering.recorder import Located, placeholders
 from nestloop.lowering.tracer import Tracer
@@ -132,18 +133,37 @@ class Laid:
 def as_products(module: fx.GraphModule, tracer: Tracer) -> fx.GraphModule:
     """A body's graph whose products, as far as they are such, are of rows of tokens with a matrix; as it is where they
     all are."""
-    if not any(map(_is_otherwise, module.graph.nodes)):
+    if not any(node.target is aten.mm.default or _is_otherwise(node) for node in module.graph.nodes):
         return module
-    return tracer.trace(_AsProducts(module).run, placeholders(module))
+    tokens = _Tokens(type_axes(tracer.spec, module).axes)
+    if not any(_is_otherwise(node) or tokens.lie_beside(node) for node in module.graph.nodes):
+        return module
+    return tracer.trace(_AsProducts(module, tokens).run, placeholders(module))
 
 
 def _is_otherwise(node: fx.Node) -> bool:
-    """Whether a node is a product of batches, or of a matrix with columns of tokens, or a view of the same shape."""
-    if node.target is aten.mm.default:
-        return _has_tokens_beside(*(operand.meta["val"].shape for operand in node.args))
+    """Whether a node is a product of batches, or a view of the same shape."""
     if node.target is aten.bmm.default:
         return not _selects(node)
     return node.target in _SHAPES and same_shape(node.meta["val"].shape, node.args[0].meta["val"].shape)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Where the operands of products have tokens."""
+
+    axes: Mapping[fx.Node, Axes]
+
+    def lie_beside(self, node: fx.Node) -> bool:
+        """Whether the right side of a product has them as columns, and the left side not as rows."""
+        if node.target not in (aten.mm.default, aten.bmm.default):
+            return False
+        left, right = (self.axes[operand] for operand in node.args)
+        return is_token(right[-1]) and not is_token(left[-2])
+
+    def lie_behind(self, node: fx.Node) -> bool:
+        """Whether each of them has a right side of its own, in a batch."""
+        return is_token(self.axes[node.args[1]][0])
 
 
 def _selects(node: fx.Node) -> bool:
@@ -162,11 +182,7 @@ def _has_tokens_beside(left: Sequence[Any], right: Sequence[Any]) -> bool:
 
 
 def _product(left: Laid, right: Laid) -> Laid | None:
-    """[b, r, c] times [b, c, e], as one product where one of them is the same in every batch; tokens are its rows."""
-    rows_are_tokens = not isinstance(right.shape[0], int)
-    if _has_tokens_beside(left.shape, right.shape) or (_is_repeated(left) and rows_are_tokens):
-        turned = _product(right.mT, left.mT)
-        return None if turned is None else turned.mT
+    """[b, r, c] times [b, c, e], as one product where one of them is the same in every batch."""
     batch, rows, columns = left.axes
     if _is_repeated(right):
         joined = Laid(left.source, ((*batch, *rows), columns)).tensor()
@@ -193,6 +209,10 @@ def _is_repeated(value: Laid) -> bool:
 class _AsProducts(Located):
     """Runs a body whose layouts are made where something else reads them."""
 
+    def __init__(self, module: fx.GraphModule, tokens: _Tokens) -> None:
+        super().__init__(module)
+        self.tokens = tokens
+
     def run_node(self, n: fx.Node) -> Any:
         self.node = n
         return super().run_node(n)
@@ -203,14 +223,23 @@ class _AsProducts(Located):
             return first.shape[args[1]]
         if isinstance(first, (Tensor, Laid)):
             made = Laid.of(first).by(target, args[1:], self.node.meta["val"].shape)
-            if target is aten.bmm.default and not _selects(self.node):
-                made = _product(*map(Laid.of, args))
-            elif target is aten.mm.default and _has_tokens_beside(*(operand.shape for operand in args)):
-                left, right = map(Laid.of, args)
-                made = Laid.of(right.mT.tensor() @ left.mT.tensor()).mT
+            if target in (aten.mm.default, aten.bmm.default):
+                made = self._product(*map(Laid.of, args))
             if made is not None:
                 return made
         return super().call_function(target, fx.node.map_aggregate(args, _made), fx.node.map_aggregate(kwargs, _made))
+
+    def _product(self, left: Laid, right: Laid) -> Laid | None:
+        """A product with tokens as rows; None where it is that, or one of batches."""
+        beside = self.tokens.lie_beside(self.node)
+        if self.node.target is aten.mm.default:
+            return Laid.of(right.mT.tensor() @ left.mT.tensor()).mT if beside else None
+        if _selects(self.node):
+            return None
+        if beside or (_is_repeated(left) and self.tokens.lie_behind(self.node)):
+            turned = _product(right.mT, left.mT)
+            return None if turned is None else turned.mT
+        return _product(left, right)
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().output(target, fx.node.map_aggregate(args, _made), kwargs)

@@ -205,6 +205,12 @@ def test_the_loop_is_the_same(learner: type[nl.Learner], backend: str, quick_bui
     same(declared(learner), backend, [6])
 
 
+@pytest.mark.parametrize("learner", LEARNERS, ids=lambda learner: learner.__name__)
+def test_it_is_the_same_one_token_after_another(learner: type[nl.Learner]):
+    """Which bodies may have another graph for."""
+    same(declared(learner, nl.Online(), nl.SGD(lr=0.05)), "torch", [6], 8)
+
+
 class Weighed(Routed):
     """Rates, decays and momenta of each token."""
 

@@ -293,7 +293,9 @@ def random_inputs(spec: LoopSpec, sizes: Mapping[str, int], dtype: str) -> tuple
         views[name] = noise.to(device, kind).requires_grad_()
     for name, weight in spec.weights.items():
         alone = isinstance(weight, Slow) and weight.shared
-        value = fill(torch.empty([*([] if alone else [sizes["H"]]), *shape(weight)]), weight.init, not alone)
+        value = fill(
+            torch.empty([*([] if alone else [sizes["H"]]), *shape(weight)]), weight.init, not alone, weight.maps
+        )
         weights[name] = value.to(device).requires_grad_()
     return views, weights
 

@@ -83,7 +83,7 @@ def draw(spec: LoopSpec, sizes: Mapping[str, int]) -> Inputs:
     for name, weight in spec.weights.items():
         alone = weight.kind == "slow weight" and weight.shared  # type: ignore[union-attr]
         value = torch.empty([*([] if alone else [axes["H"]]), *shape(weight)], dtype=torch.float64)
-        value = fill(value, weight.init, not alone)
+        value = fill(value, weight.init, not alone, weight.maps)
         weights[name] = (value + 0.1 * torch.rand_like(value) if weight.learned else value).requires_grad_()
     order = None
     if spec.schedule.needs_order and not spec.is_kernel_estimator:

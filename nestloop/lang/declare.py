@@ -18,7 +18,16 @@ from nestloop.lang.dims import parse
 from nestloop.lang.maps import Project, all_maps, check_plain
 
 
-class Fast(Declaration):
+class Weight(Declaration):
+    """A fast or a slow weight."""
+
+    @property
+    def maps(self) -> bool:
+        """Whether more than two axes are several maps [*, in, out], and not a kernel, whose window is of numbers."""
+        return len(self.dims) > 2 and bool(self.dims[-1].names)
+
+
+class Fast(Weight):
     """A fast weight: the inner loop changes it while it reads one sequence. See `fast`."""
 
     kind = "fast weight"
@@ -35,7 +44,7 @@ class Fast(Declaration):
         return self.init == "zeros" and not self.learned
 
 
-class Slow(Declaration):
+class Slow(Weight):
     """A slow weight: the inner loop reads it, only the outer loop changes it. See `slow`."""
 
     kind = "slow weight"
@@ -127,7 +136,7 @@ def fast(*dims: str | int, init: str | None = None, learned: bool = True) -> Any
     Args:
         dims: axis sizes, as dim expressions ("d", "4*d") or ints.
         init: initialiser of the initial value (`nestloop.lang.init`): "xavier_uniform" for two axes or more,
-            else "zeros", unless given.
+            else "zeros", unless given. Of more than two, (4, "d", "d") are four maps, (8, 1, 3, 3) a kernel.
         learned: whether the outer loop learns the initial value. With `init="zeros", learned=False` every
             sequence starts from exact zero, which lets the compiler remove the work on it.
 
@@ -142,7 +151,7 @@ def slow(*dims: str | int, init: str | None = None, shared: bool = False, learne
 
     Args:
         dims: axis sizes; none at all declares a scalar (a learned learning rate, say).
-        init: "xavier_uniform" for two axes or more, else "ones", unless given.
+        init: "xavier_uniform" for two axes or more, else "ones", unless given; of more than two as for `fast`.
         shared: one tensor for all heads.
         learned: whether the outer loop learns it; without, it keeps its initial value (a decay fixed per head, say).
 

@@ -1,7 +1,8 @@
 """Initialisers of fast and slow weights, by name: one line each, PyTorch's own underneath.
 
-A weight of dims (a, b) is read as a map from a to b (`x @ w`): fan-in a, fan-out b, per head. Names may carry
-one number, as in "normal(0.02)".
+A weight of dims (a, b) is read as a map from a to b (`x @ w`): fan-in a, fan-out b, per head. One of more axes is a
+kernel [out, in, *window] where its last axis is a number, as PyTorch's are, and else maps [*, a, b], each filled as if
+it were alone. Names may carry one number, as in "normal(0.02)".
 """
 
 from __future__ import annotations
@@ -134,8 +135,11 @@ def _usage(name: str) -> str:
 
 
 @torch.no_grad()
-def fill(tensor: Tensor, init: str, per_head: bool) -> Tensor:
-    """Initialise `tensor` in place, head by head when its first axis is the heads."""
+def fill(tensor: Tensor, init: str, per_head: bool, maps: bool = False) -> Tensor:
+    """Initialise `tensor` in place, head by head when its first axis is the heads.
+
+    maps: whether more than two axes of a head's are several maps (`Weight.maps`), and not a kernel.
+    """
     match = _CALL.fullmatch(init)
     assert match is not None, init
     arguments = [float(match["value"])] if match["value"] else []
@@ -143,6 +147,7 @@ def fill(tensor: Tensor, init: str, per_head: bool) -> Tensor:
     for head, tile in enumerate(tiles):
         if match["name"] in BY_HEAD:
             tile.fill_(BY_HEAD[match["name"]](head, len(tiles), *arguments))
-        else:
-            INITIALISERS[match["name"]](tile, *arguments)
+            continue
+        for one in tile.flatten(0, -3) if maps else (tile,):
+            INITIALISERS[match["name"]](one, *arguments)
     return tensor

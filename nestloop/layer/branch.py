@@ -161,7 +161,7 @@ class Branch(nn.Module):
             learned = isinstance(weight, Slow) or weight.learned
             label = self.labels[name] = free_label(made, name, ["reset_parameters"])
             made[label] = nn.Parameter(torch.empty(shape if common else [self.heads, *shape]), learned)
-            fills[label] = partial(init.fill, init=weight.init, per_head=not common)
+            fills[label] = partial(init.fill, init=weight.init, per_head=not common, maps=weight.maps)
         begin(made, fills)
         return made
 

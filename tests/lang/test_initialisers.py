@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import nestloop as nl
+from nestloop import zoo
 from nestloop.errors import (
     UnknownInitError,
 )
@@ -87,6 +88,28 @@ def test_every_initialiser_fills_head_by_head(name):
     if name in ("normal", "trunc_normal"):
         assert filled.std() == pytest.approx(0.02, rel=0.05)
         assert fill(torch.empty(2, 40, 60), f"{name}(0.5)", True).std() == pytest.approx(0.5, rel=0.05)
+
+
+def test_maps_are_filled_as_if_each_were_alone_and_kernels_as_pytorch_fills_them():
+    class Both(nl.Learner):
+        maps, kernel = nl.fast(3, "d", "2*d"), nl.fast("d", 1, 3, 3)
+
+        def forward(self, x):
+            return x
+
+    class Maps(nl.Learner):
+        w = nl.fast(3, "d", "d")
+
+        def forward(self, x):
+            return torch.einsum("nd,mde->ne", x, self.w)
+
+    assert Both.fast["maps"].maps and not Both.fast["kernel"].maps
+    bounds = {"maps": math.sqrt(6 / (40 + 80)), "kernel": math.sqrt(6 / (9 + 9 * 40))}
+    for name, shape in {"maps": (3, 40, 80), "kernel": (40, 1, 3, 3)}.items():
+        filled = fill(torch.full((2, *shape), math.nan), "xavier_uniform", True, Both.fast[name].maps)
+        assert filled.abs().max() == pytest.approx(bounds[name], rel=2e-2)
+    layer = nl.Layer(type("Many", (zoo.TTTLinear,), {"learner": Maps}), width=64, heads=2)
+    assert layer.fast["w"].detach().abs().max() == pytest.approx(math.sqrt(6 / 64), rel=2e-2)
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,41 @@ def test_it_is_the_same_one_token_after_another(learner: type[nl.Learner]):
     same(declared(learner, nl.Online(), nl.SGD(lr=0.05)), "torch", [6], 8)
 
 
+class Tied(Routed):
+    """Read by the transposes of what is learned."""
+
+    learner, schedule, optimizer = OneByOne, nl.Causal(4), nl.SGD(lr=0.05)
+
+    def readout(self, f, t):
+        return torch.stack([t.q @ f.w[i].T for i in range(3)]).sum(0)
+
+
+class Grid(nl.Learner):
+    """Six matrices, two for each of three outputs."""
+
+    w = nl.fast(2, 3, "d", "d")
+
+    def forward(self, x):
+        return torch.stack([x @ self.w[1, i] + x @ self.w[0, 2 - i] for i in range(3)], 1)
+
+
+class Contracting(Routed):
+    """Read by one sum over all six."""
+
+    learner, schedule, optimizer = Grid, nl.Causal(4), nl.SGD(lr=0.05)
+
+    def readout(self, f, t):
+        q = torch.arange(1, 3)[:, None, None] * (t.q[:, None] * t.r[:, :, None])[:, None]
+        return torch.einsum("nabd,abde->ne", q, f.w)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("loop, count", [(Tied, 3), (Contracting, 6)], ids=lambda one: getattr(one, "__name__", one))
+def test_it_is_the_same_where_bodies_take_it_otherwise(loop: type[nl.Loop], count: int, backend: str, quick_builds):
+    assert matrices_of(loop) == {f"w_{i}": "[d, d]" for i in range(count)}
+    same(loop, backend, [6])
+
+
 class Weighed(Routed):
     """Rates, decays and momenta of each token."""
 

@@ -34,7 +34,7 @@ from nestloop.zoo.delta import (
 )
 from nestloop.zoo.in_context import InContextAutoregression, InContextGD
 from nestloop.zoo.lact import CausalLaCT, CausalLaCTMuon, LaCT, LaCTMuon
-from nestloop.zoo.memories import Atlas, Moneta, OmegaNet, Yaad
+from nestloop.zoo.memories import Atlas, Memora, Moneta, OmegaNet, Yaad
 from nestloop.zoo.mttt import (
     MTTTMLP,
     MTTTMLP4,
@@ -85,6 +85,7 @@ __all__ = [
     "LonghornDiagonal",
     "MTTTLinear",
     "Mamba2",
+    "Memora",
     "Mesa",
     "MesaNet",
     "Moneta",

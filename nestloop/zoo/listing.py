@@ -24,7 +24,7 @@ STREAM_FORMS = {
     ),
     "solved": ("DeltaNet", "Longhorn", "GatedDeltaNet", "DeltaProduct", "Comba", "KDA", "GDN2"),
     "dual": ("TTTLinear", "TTTLinearMamba", "TTTMLP", "TTTMLPMamba", "Titans", "Yaad", "OmegaNet"),
-    "primal": ("Moneta",),
+    "primal": ("Memora", "Moneta"),
     "sequential": ("LonghornDiagonal", "GeneralizedDeltaRule", "PGDN"),
     "chunk": (
         *("InContextAutoregression", "NeuralMemory", "Atlas", "CausalLaCT", "CausalLaCTMuon"),

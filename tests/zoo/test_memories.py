@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import nestloop as nl
 from nestloop import zoo
 from tests.equality import equal, normal
-from tests.zoo.forms import H, N, both, causal, dk, dv, log_decay, products, qkv, rates, run
+from tests.zoo.forms import B, H, N, both, causal, dk, dv, log_decay, products, qkv, rates, run
 
 
 class Deep(nl.Learner):
@@ -128,3 +128,28 @@ def test_a_last_layer_under_a_dot_product_is_linear_attention_on_its_features(ba
     scores = q @ k.mT * earlier * views["eta"][:, :, None]
     z = run(LastLayerLaCT, views, weights, backend=backend)
     equal(z, q @ weights["w"] + scores @ views["v"], [*views.values(), *weights.values()], 1e-12)
+
+
+@both
+def test_memora_is_mirror_descent_over_distributions(backend):
+    class Threes(zoo.Memora):
+        schedule = nl.Causal(3)
+
+    def read(x, w2, w1):
+        return x + F.layer_norm(F.gelu(x @ w2) @ w1, (dk,))
+
+    views = {**{name: normal(B, H, N, dk) for name in "qkv"}, "eta": rates(), "alpha": rates()}
+    weights = {"w2": normal(H, dk, 4 * dk), "w1": normal(H, 4 * dk, dk)}
+    start = W = [weights[name].softmax(-1).expand(B, -1, -1, -1) for name in ("w2", "w1")]
+    outputs = []
+    for t in range(N):
+        q, k, v = (views[name][:, :, t : t + 1] for name in "qkv")
+        eta, alpha = (views[name][:, :, t, None, None] for name in ("eta", "alpha"))
+        if t % 3 == 0:
+            start = W
+        loss = (read(k, *start) - v).square().sum()
+        gradients = torch.autograd.grad(loss, start, create_graph=True)
+        W = [(alpha * w.log() - eta * g).softmax(-1) for w, g in zip(W, gradients, strict=True)]
+        outputs.append(read(q, *W))
+    z = run(Threes, views, weights, backend=backend)
+    equal(z, torch.cat(outputs, 2), [*views.values(), *weights.values()], 1e-10)

@@ -71,21 +71,21 @@ class Clock:
 
 def processor() -> str:
     """The model of the processor."""
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    return _of_processor("model name") or platform.processor() or platform.machine()
 
 
 def generation() -> str:
     """Family and model as CPUID numbers them, "25-17": one name may cover several generations ("" where unknown)."""
+    return "-".join(filter(None, map(_of_processor, ("cpu family", "model"))))
+
+
+def _of_processor(field: str) -> str:
+    """What Linux says of the first core; "" where it does not."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        found = re.search(rf"^{field}\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
         return ""
-    found = [re.search(rf"^{field}\s*:\s*(\d+)$", text, re.MULTILINE) for field in ("cpu family", "model")]
-    return "-".join(number[1] for number in found if number)
+    return found[1] if found else ""
 
 
 def vector_width() -> str:

@@ -40,16 +40,13 @@ def _groups(node: fx.Node) -> int:
 class _ByGroups(Located):
     """Runs a body, such products group by group."""
 
-    def run_node(self, n: fx.Node) -> Any:
-        self.groups = _groups(n)
-        return super().run_node(n)
-
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if not self.groups:
+        groups = _groups(self.node)
+        if not groups:
             return super().call_function(target, args, kwargs)
         rows, weight = args
         lead = rows.shape[:-2]
-        made = _product(rows.reshape(-1, self.groups, rows.shape[-1]), weight.reshape(weight.shape[-2:]))
+        made = _product(rows.reshape(-1, groups, rows.shape[-1]), weight.reshape(weight.shape[-2:]))
         return made.reshape(*lead, -1, weight.shape[-1])
 
 

@@ -6,13 +6,10 @@ The forms of a stream, and tiles of generated Triton, are of matrices: what is o
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nestloop.errors import CoefficientError, NestloopError
@@ -21,9 +18,8 @@ from nestloop.lang.declare import Declaration, Fast
 from nestloop.lang.dims import DimExpr, parse
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.parts import Stack, StaysWhole
-from nestloop.lang.transforms import GlobalClip
-from nestloop.lowering.in_parts import for_parts
-from nestloop.lowering.runtime import cache
+from nestloop.lowering.in_parts import in_place, sees_whole, with_dims
+from nestloop.lowering.runtime.answers import Answers
 from nestloop.lowering.runtime.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -32,7 +28,7 @@ if TYPE_CHECKING:
 Sides = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 _MOST = 16  # matrices of one weight: each is an input, and a product, of its own
-_CHOSEN: dict[str | None, dict[str, Sides]] = {}
+_CHOSEN = Answers("matrices")
 
 
 def in_matrices(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> LoopSpec:
@@ -46,16 +42,10 @@ def in_matrices(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) ->
     asked = {} if spec.stacks or spec.parts else _asked(spec, sizes)
     if not asked:
         return spec
-    key = fingerprint(spec, "in matrices", sorted(sizes.items()), tokens)
-    found = _CHOSEN.get(key)
-    if found is None:
-        found = _kept(key)
-        if found is None:
-            found = _found(spec, asked, sizes, tokens)
-            if key is not None:
-                cache.put(_path(key), json.dumps(found))
-        if key is not None:
-            _CHOSEN[key] = found
+    found = _CHOSEN.get(
+        fingerprint(spec, "in matrices", sorted(sizes.items()), tokens),
+        lambda: _found(spec, asked, sizes, tokens),
+    )
     made = spec
     for name, sides in found.items():
         made = _with_stack(made, name, asked[name], sides)
@@ -64,29 +54,16 @@ def in_matrices(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) ->
 
 def told(stack: Stack, spec: LoopSpec) -> str:
     """In words, as which matrices a loop has one of its fast weights."""
-    shown = ", ".join(map(str, spec.declared.fast[stack.whole].dims))
     dims = ", ".join(map(str, spec.fast[stack.names[0]].dims))
     many = "a matrix" if len(stack.names) == 1 else f"{len(stack.names)} matrices"
-    return f"{stack.whole} [{shown}] enters products alone, as {many} [{dims}]"
-
-
-def _path(key: str) -> Path:
-    return cache.cache_dir() / f"{key}.matrices"
-
-
-def _kept(key: str | None) -> dict[str, Sides] | None:
-    """What an earlier process found."""
-    try:
-        return None if key is None else json.loads(_path(key).read_text())
-    except (OSError, ValueError):
-        return None
+    whole = with_dims(spec.declared.fast[stack.whole], stack.whole)
+    return f"{whole} enters products alone, as {many} [{dims}]"
 
 
 def _asked(spec: LoopSpec, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Fast weights that may be matrices without being declared as such, and their shapes."""
-    functions = spec.optimizer.functions.values()
-    if spec.is_kernel_estimator or any(not isinstance(function, GlobalClip) for function in functions):
-        return {}  # what may see a weight as a whole
+    if sees_whole(spec):
+        return {}
     shapes = {name: tuple(expr.size(sizes) for expr in fast.dims) for name, fast in spec.fast.items()}
     return {name: shape for name, shape in shapes.items() if len(shape) > 2 and sum(size > 1 for size in shape) > 1}
 
@@ -149,15 +126,9 @@ def _with_stack(spec: LoopSpec, name: str, shape: tuple[int, ...], sides: Sides)
     over, rows, columns = map(tuple, sides)
     fast, count = spec.fast[name], prod(shape[axis] for axis in over)
     names = (name,) if count == 1 else tuple(f"{name}_{i}" for i in range(count))
-    if {*names} & ({*spec.fast, *spec.slow, *spec.inputs} - {name}):
-        return spec
-    made = [_matrix(fast, called, rows, columns) for called in names]
-    weights: dict[str, Fast] = {}
-    for other, weight in spec.fast.items():
-        weights |= {one.name: one for one in made} if other == name else {other: weight}
-    optimizer = spec.optimizer.with_each(partial(for_parts, name=name, made=made))
+    changed = in_place(spec, name, [_matrix(fast, called, rows, columns) for called in names])
     stack = Stack(name, names, shape, over, rows, columns)
-    return replace(spec, fast=weights, optimizer=optimizer, stacks=(*spec.stacks, stack))
+    return spec if changed is None else replace(changed, stacks=(*spec.stacks, stack))
 
 
 def _matrix(fast: Fast, name: str, rows: tuple[int, ...], columns: tuple[int, ...]) -> Fast:

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from nestloop.errors import CoefficientError, NestloopError, UnresolvedDimError
@@ -22,11 +21,11 @@ from nestloop.lang.dims import DimExpr, parse
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.parts import Parts, StaysWhole
 from nestloop.lang.transforms import GlobalClip
-from nestloop.lowering.runtime import cache
+from nestloop.lowering.runtime.answers import Answers
 from nestloop.lowering.runtime.fingerprint import fingerprint
 
 _MOST_TIMES = 4  # a term of a dim is taken for so many parts
-_CHOSEN: dict[str | None, int] = {}
+_CHOSEN = Answers("parts")
 
 
 def in_parts(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> LoopSpec:
@@ -40,17 +39,17 @@ def in_parts(spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> Lo
     tried = [] if spec.stacks else _ways(spec, sizes)
     if not tried:
         return spec
-    key = fingerprint(spec, "in parts", sorted(sizes.items()), tokens)
-    found = _CHOSEN.get(key)
-    if found is None:
-        found = _kept(key)
-        if found is None or found >= len(tried):
-            found = next((i for i, one in enumerate(tried) if _comes_apart(one, spec, sizes, tokens)), -1)
-            if key is not None:
-                cache.put(_path(key), str(found))
-        if key is not None:
-            _CHOSEN[key] = found
+    found = _CHOSEN.get(
+        fingerprint(spec, "in parts", sorted(sizes.items()), tokens),
+        lambda: next((i for i, one in enumerate(tried) if _comes_apart(one, spec, sizes, tokens)), -1),
+        lambda kept: isinstance(kept, int) and kept < len(tried),
+    )
     return spec if found < 0 else tried[found]
+
+
+def sees_whole(spec: LoopSpec) -> bool:
+    """Whether what computes on a loop's fast weights, its bodies aside, may take one as a whole."""
+    return spec.is_kernel_estimator or any(not isinstance(f, GlobalClip) for f in spec.optimizer.functions.values())
 
 
 def told(parted: LoopSpec, spec: LoopSpec) -> str:
@@ -60,26 +59,15 @@ def told(parted: LoopSpec, spec: LoopSpec) -> str:
     def of(name: str) -> str:
         if name in within:
             return ", ".join(map(of, within[name]))
-        return _shown(parted.fast[name], name)
+        return with_dims(parted.fast[name], name)
 
-    found = [f"{_shown(fast, name)} in parts {of(name)}" for name, fast in spec.fast.items() if name in within]
+    found = [f"{with_dims(fast, name)} in parts {of(name)}" for name, fast in spec.fast.items() if name in within]
     return f"tiles of generated Triton are smaller with {'; '.join(found)}"
 
 
-def _shown(fast: Fast, name: str) -> str:
+def with_dims(fast: Fast, name: str) -> str:
+    """A fast weight by its name and dims."""
     return f"{name} [{', '.join(map(str, fast.dims))}]"
-
-
-def _path(key: str) -> Path:
-    return cache.cache_dir() / f"{key}.parts"
-
-
-def _kept(key: str | None) -> int | None:
-    """Which way an earlier process found."""
-    try:
-        return None if key is None else int(_path(key).read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _comes_apart(parted: LoopSpec, spec: LoopSpec, sizes: Mapping[str, int], tokens: int | None) -> bool:
@@ -102,9 +90,8 @@ def _comes_apart(parted: LoopSpec, spec: LoopSpec, sizes: Mapping[str, int], tok
 def _ways(spec: LoopSpec, sizes: Mapping[str, int]) -> list[LoopSpec]:
     """The loop with fast weights in parts, as far as that makes their tiles smaller: the parts as they are written in
     the declaration, and the other way around."""
-    functions = spec.optimizer.functions.values()
-    if spec.is_kernel_estimator or any(not isinstance(function, GlobalClip) for function in functions):
-        return []  # what may see a weight as a whole
+    if sees_whole(spec):
+        return []
     found: dict[tuple[Parts, ...], LoopSpec] = {}
     for turned in (False, True):
         made = spec
@@ -170,18 +157,24 @@ def _part(fast: Fast, name: str, axis: int, term: DimExpr, index: int) -> Fast:
 
 def _with_parts(spec: LoopSpec, name: str, axis: int, made: list[Fast], sizes: list[int]) -> LoopSpec | None:
     """The loop with these in the place of a fast weight; None where a coefficient runs along their axis."""
-    declared, whole = {*spec.fast, *spec.slow, *spec.inputs}, spec.fast[name]
-    if any(part.name in declared for part in made):
-        return None
+    whole = spec.fast[name]
     along = [one for one in spec.optimizer.coefficients(name) if isinstance(one, Declaration)]
     if not all(_runs_alike(one, whole, made) for one in along):
+        return None
+    changed = in_place(spec, name, made)
+    parts = Parts(name, axis, tuple(part.name for part in made), tuple(sizes))
+    return None if changed is None else replace(changed, parts=(*spec.parts, parts))
+
+
+def in_place(spec: LoopSpec, name: str, made: list[Fast]) -> LoopSpec | None:
+    """The loop with several fast weights in the place of one; None where another tensor has a name of theirs."""
+    if {part.name for part in made} & ({*spec.fast, *spec.slow, *spec.inputs} - {name}):
         return None
     fast: dict[str, Fast] = {}
     for other, weight in spec.fast.items():
         fast |= {part.name: part for part in made} if other == name else {other: weight}
-    parts = Parts(name, axis, tuple(part.name for part in made), tuple(sizes))
-    optimizer = spec.optimizer.with_each(partial(for_parts, name=name, made=made))
-    return replace(spec, fast=fast, optimizer=optimizer, parts=(*spec.parts, parts))
+    optimizer = spec.optimizer.with_each(partial(_for_parts, name=name, made=made))
+    return replace(spec, fast=fast, optimizer=optimizer)
 
 
 def _runs_alike(one: Any, whole: Fast, made: list[Fast]) -> bool:
@@ -192,10 +185,10 @@ def _runs_alike(one: Any, whole: Fast, made: list[Fast]) -> bool:
         return False
 
 
-def for_parts(value: Any, name: str, made: list[Fast]) -> Any:
+def _for_parts(value: Any, name: str, made: list[Fast]) -> Any:
     """A coefficient by fast weight, given by its parts instead."""
     if isinstance(value, tuple):
-        return tuple(for_parts(one, name, made) for one in value)
+        return tuple(_for_parts(one, name, made) for one in value)
     if not isinstance(value, Mapping) or name not in value:
         return value
     return {k: v for k, v in value.items() if k != name} | {part.name: value[name] for part in made}

@@ -108,15 +108,9 @@ class _Apart(Located):
     def __init__(self, module: fx.GraphModule, is_left: Callable[[fx.Node, tuple[Any, ...]], bool]) -> None:
         super().__init__(module)
         self.is_left = is_left
-        self.node: fx.Node | None = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.node = n
-        return super().run_node(n)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is aten.cat.default and not _reads_joined(args):
-            assert self.node is not None
             tensors, axis = args[0], _from_last(*args)
             if self.is_left(self.node, tuple(tensor.shape[axis] for tensor in tensors)):
                 return Joined(tuple(tensors), axis)

@@ -213,10 +213,6 @@ class _AsProducts(Located):
         super().__init__(module)
         self.tokens = tokens
 
-    def run_node(self, n: fx.Node) -> Any:
-        self.node = n
-        return super().run_node(n)
-
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         first = args[0] if args else None
         if target is aten.sym_size.int:

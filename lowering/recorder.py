@@ -199,13 +199,20 @@ class Recorder(Mode):
 
 
 class Located(fx.Interpreter):
-    """Runs a recorded graph; where that is recorded, the new nodes keep what was noted of the old ones."""
+    """Runs a recorded graph; where that is recorded, the new nodes keep what was noted of the old ones.
+
+    Attributes:
+        node: that which is run.
+    """
+
+    node: fx.Node
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.extra_traceback = False  # errors in here choose between forms; PyTorch would import Dynamo to log them
 
     def run_node(self, n: fx.Node) -> Any:
+        self.node = n
         with noting(**{fact: n.meta.get(fact) for fact in _NOTED}):
             return super().run_node(n)
 

@@ -211,10 +211,6 @@ def _at(x: Tensor, rows: Sequence[int], axes: Sequence[int], places: Sequence[in
 class _OfMatrices(Located):
     """Runs a body some of whose inputs are `_Matrices`."""
 
-    def run_node(self, n: fx.Node) -> Any:
-        self.node = n
-        return super().run_node(n)
-
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if args and isinstance(args[0], _Matrices):
             made = args[0].by(target, args[1:], self.node.meta["val"].shape)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nestloop.lang.parts import Parts, Stack, apart, joined
+from nestloop.lang.parts import Apart, apart, joined
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.executable import EXECUTABLES, OPS
 from nestloop.lowering.runtime.streams import STREAM_OPS, StreamOp
@@ -17,13 +17,13 @@ from nestloop.lowering.runtime.streams import STREAM_OPS, StreamOp
 class WholeOp(StreamOp):
     """An op of a stream, called with fast weights, and all that is as they are, whole."""
 
-    parts: Sequence[Parts | Stack] = ()
+    parts: Sequence[Apart] = ()
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(joined(self.parts, super().__call__(apart(self.parts, tensors)), "end_"))
 
 
-def called_whole(name: str, parts: Sequence[Parts | Stack], streams: bool) -> str:
+def called_whole(name: str, parts: Sequence[Apart], streams: bool) -> str:
     """Of an executable, or an op of a stream, of a loop in parts: one with the loop's own weights; its name."""
     made = f"{name}_{cache.digest(repr(parts))}"
     if streams:

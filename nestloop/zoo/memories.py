@@ -120,18 +120,12 @@ class Yaad(nl.Loop):
         return f(t.q)
 
 
-class Memora(nl.Loop):
+class Memora(Moneta):
     """Memora: W_t = softmax(alpha_t log W_{t-1} - eta_t dl/dW), l = |M_W(k) - v|^2: each row of W is a distribution.
 
     The state is A = log W up to a constant of each row, which a softmax does not see: A_t = alpha_t A_{t-1} - eta_t
     dl/dW, exactly. The gradient is W's, taken at the start of a chunk of 16. The paper's gates are per channel.
     """
-
-    paper = "2504.13173"
-    learner, schedule = NormedMLP, nl.Causal(16)
-    k, q, v = nl.view("d"), nl.view("d"), nl.view("d")
-    eta, alpha = nl.gate(), nl.gate()
-    optimizer = nl.SGD(lr=eta, decay=alpha)
 
     def loss(self, f, t):
         own = [a + b.softmax(-1) - b for a, b in ((f.w2, f.held.w2), (f.w1, f.held.w1))]  # W, the gradient left at A

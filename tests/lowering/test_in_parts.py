@@ -261,7 +261,7 @@ def test_plans_of_parts_are_not_those_of_the_whole():
 def test_what_bodies_say_is_kept(monkeypatch: pytest.MonkeyPatch):
     loop = declared(Both, nl.FullBatch(1), small())
     apart = in_parts_of(loop)
-    in_parts._CHOSEN.clear()
+    in_parts._CHOSEN.known.clear()
     monkeypatch.setattr(in_parts, "_comes_apart", lambda *_: pytest.fail("asked again"))
     assert in_parts_of(loop) == apart and len(apart) == 4
     kept = [path for path in cache.cache_dir().iterdir() if path.suffix == ".parts" and path.read_text() == "0"]

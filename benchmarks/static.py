@@ -45,7 +45,7 @@ from nestloop.lowering.runtime.triton_plan import TritonPlan
 from nestloop.targets import trial_sizes
 
 TABLE = RESULTS / "static.json"
-TILES = Path(emit.__path__[0]) / "tiles.py"  # which generated modules import
+CALLED = [Path(emit.__path__[0]) / name for name in ("elements.py", "tiles.py")]  # by generated modules
 # Features of a head, and the devices compiled for at each.
 CASES = {64: ("sm_90", "sm_80", "gfx942"), 32: ("sm_90",), 128: ("sm_90",)}
 HEADS = 6
@@ -84,9 +84,10 @@ class Kernel:
     def code(self) -> str:
         """A digest of what is compiled, without its header and comments, which name lines of declarations, and by what
         assembler."""
-        text = without_comments(self.plan.text.split('"""', 2)[2])
-        text += "".join(called_of_tiles(text, TILES.read_text()).values())
-        options = self.plan.options(self.kernel, offline.TARGETS[self.device][0] == "cuda")
+        nvidia = offline.TARGETS[self.device][0] == "cuda"
+        text = without_comments(self.plan.text_for(nvidia).split('"""', 2)[2])
+        text += "".join(called(text, "".join(path.read_text() for path in CALLED)).values())
+        options = self.plan.options(self.kernel, nvidia)
         assembler = str(hopper_assembler()) if self.device == "sm_90" else ""
         return hashlib.sha256(f"{text}{sorted(options.items())}{assembler}".encode()).hexdigest()[:12]
 
@@ -117,28 +118,28 @@ def without_comments(text: str) -> str:
     return re.sub(r"[ \t]*#.*", "", text)
 
 
-def called_of_tiles(module: str, tiles: str) -> dict[str, str]:
+def called(module: str, files: str) -> dict[str, str]:
     """The functions that a generated module calls on tiles, and those that these call, by name, without comments.
 
-    `tiles`: the text of `lowering/emit/tiles.py`.
+    `files`: the text of `CALLED`.
     """
-    defined = _functions_of(tiles)
+    defined = _functions_of(files)
     found: dict[str, str] = {}
-    left = set(re.findall(r"\btiles\.(\w+)", module))
+    left = set(re.findall(r"\b(?:elements|tiles)\.(\w+)", module))
     while left:
         name = left.pop()
         function = defined[name]
-        documented = ast.get_source_segment(tiles, function.body[0]) if ast.get_docstring(function) else ""
-        text = ast.get_source_segment(tiles, function) or ""
+        documented = ast.get_source_segment(files, function.body[0]) if ast.get_docstring(function) else ""
+        text = ast.get_source_segment(files, function) or ""
         found[name] = without_comments(text.replace(documented or "", "", 1))
         left |= {node.id for node in ast.walk(function) if isinstance(node, ast.Name)} & {*defined} - {*found}
     return dict(sorted(found.items()))
 
 
 @cache
-def _functions_of(tiles: str) -> dict[str, ast.FunctionDef]:
+def _functions_of(files: str) -> dict[str, ast.FunctionDef]:
     """Its functions by name, read once for all kernels."""
-    return {node.name: node for node in ast.parse(tiles).body if isinstance(node, ast.FunctionDef)}
+    return {node.name: node for node in ast.parse(files).body if isinstance(node, ast.FunctionDef)}
 
 
 def plans(loop: type[nl.Loop], d: int) -> dict[str, TritonPlan | str]:

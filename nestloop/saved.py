@@ -121,5 +121,5 @@ def _unreadable(path: Any, error: Exception) -> SavedOpsError:
 @cache
 def _tiles() -> str:
     """The digest of nestloop's own files that generated code calls: the same wherever they are installed."""
-    files = [Path(tiles.__file__), HEADER, HEADER.with_suffix(".py")]
+    files = [Path(tiles.__file__), HEADER, HEADER.with_suffix(".py"), HEADER.with_name("elements.py")]
     return kept.digest("".join(f"{file.name}\n{file.read_text(encoding='utf-8')}" for file in files))

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from nestloop.lowering.emit.elements import above_one, exp
+
 
 @triton.jit
 def dot(a, b, S: tl.constexpr, PRODUCT: tl.constexpr):
@@ -94,141 +96,11 @@ def anew(n):
 
 
 @triton.jit
-def maximum(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def minimum(a, b):
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def sign(x):
-    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, tl.zeros_like(x)))  # 0 of NaN, too, as PyTorch has it
-
-
-@triton.jit
-def tanh(x):
-    # Of a large |x| the exponential overflows to infinity, and the quotient is 0.
-    e = tl.exp(2 * tl.abs(x))
-    far = 1 - 2 / (e + 1)
-    y = x * x  # near 0 the difference above cancels
-    near = x * (1 - y * (1.0 / 3 - y * (2.0 / 15 - y * (17.0 / 315 - y * (62.0 / 2835 - y * (1382.0 / 155925))))))
-    return tl.where(tl.abs(x) < 0.04, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def expm1(x):
-    # Kahan: the error of u cancels in the quotient.
-    u = tl.exp(x)
-    below = u - 1
-    exact = below * (x / tl.log(u))  # which does not overflow before u does
-    return tl.where(u == 1, x, tl.where((below == -1) | (u == float("inf")), below, exact))
-
-
-@triton.jit
-def log1p(x):
-    # Kahan: the error of u cancels in the quotient.
-    u = 1 + x
-    return tl.where((u == 1) | (u == float("inf")), x, tl.log(u) * (x / (u - 1)))
-
-
-@triton.jit
-def sinh(x):
-    up = expm1(tl.abs(x))  # far below zero it is -1, and the quotient infinite
-    far = tl.where(up == float("inf"), up, 0.5 * (up + up / (up + 1)))
-    return tl.where(x < 0, -far, far)
-
-
-@triton.jit
-def asinh(x):
-    size = tl.abs(x)
-    near = log1p(size + x * x / (1 + tl.sqrt(1 + x * x)))
-    far = tl.where(size > 1e9, tl.log(size) + 0.6931471805599453, near)  # whose square may overflow
-    return tl.where(x < 0, -far, far)
-
-
-@triton.jit
-def acosh(x):
-    near = tl.log(x + tl.sqrt(x - 1) * tl.sqrt(x + 1))
-    return tl.where(x > 1e9, tl.log(x) + 0.6931471805599453, near)
-
-
-@triton.jit
-def atanh(x):
-    return 0.5 * (log1p(x) - log1p(-x))
-
-
-@triton.jit
-def erfc(x):
-    # t exp(r - z z), r a polynomial of t = 2 / (2 + z) (Press et al., Numerical Recipes, 6.2.2): no digits cancel.
-    z = minimum(tl.abs(x), 30.0)
-    t = 2 / (2 + z)
-    u = 2 * t - 1
-    r = (-1.18182903808e-07 * u + 1.64150378496e-07) * u + 8.549446451199999e-07
-    r = ((r * u - 1.723317223423999e-06) * u - 2.352940777472e-06) * u + 8.966702268415998e-06
-    r = ((r * u - 4.063842795519992e-07) * u - 3.0432771907584e-05) * u + 3.206559937331199e-05
-    r = ((r * u + 7.150155859763198e-05) * u - 0.000174425972878336) * u - 9.376250539366399e-05
-    r = ((r * u + 0.00067370905235584) * u - 0.000146242063788416) * u - 0.00234581704061376
-    r = ((r * u + 0.001758933059610464) * u + 0.008824938935285152) * u - 0.00987268933950617
-    r = ((r * u - 0.04689561024571256) * u + 0.04734330684133281) * u + 0.6726432239778217
-    r = r * u - 0.6717940840566903
-    high = z.to(tl.bfloat16).to(z.dtype)  # whose square is exact
-    beyond = t * tl.exp(-high * high) * tl.exp(r - (z - high) * (z + high))
-    return tl.where(x < 0, 2 - beyond, beyond)
-
-
-@triton.jit
-def isnan(x):
-    return x != x
-
-
-@triton.jit
-def truncated(x):
-    return tl.where(x < 0, tl.ceil(x), tl.floor(x))
-
-
-@triton.jit
-def gelu(x):
-    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def gelu_tanh(x):
-    return x * tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
-
-
-@triton.jit
-def softplus(x, beta, threshold):
-    return tl.where(x * beta > threshold, x, log1p(tl.exp(tl.where(x * beta > threshold, 0.0, x * beta))) / beta)
-
-
-@triton.jit
-def softplus_backward(d, x, beta, threshold):
-    return tl.where(x * beta > threshold, d, d * tl.sigmoid(x * beta))
-
-
-@triton.jit
-def elu(x, alpha, scale, input_scale):
-    return tl.where(x > 0, x * scale, expm1(tl.where(x > 0, 0.0, x * input_scale)) * (alpha * scale))
-
-
-@triton.jit
-def elu_backward(d, alpha, scale, input_scale, is_result: tl.constexpr, x):
-    if is_result:
-        slope = input_scale * (x + alpha * scale)
-    else:
-        slope = input_scale * alpha * scale * tl.exp(tl.where(x > 0, 0.0, x * input_scale))
-    return tl.where(x > 0, d * scale, d * slope)
-
-
-@triton.jit
 def softmax(x, axis: tl.constexpr, live):
     """Over one axis, of which `live` holds."""
     x = tl.where(live, x, float("-inf"))
-    e = tl.exp(x - tl.expand_dims(tl.max(x, axis), axis))
-    return e / tl.expand_dims(tl.sum(e, axis), axis)
+    e = exp(x - tl.expand_dims(tl.max(x, axis), axis))
+    return e * tl.expand_dims(above_one(tl.sum(e, axis)), axis)
 
 
 @triton.jit

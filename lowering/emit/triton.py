@@ -17,7 +17,7 @@ from torch import fx
 
 from nestloop.lowering.axes import Axes
 from nestloop.lowering.emit.triton_repeats import LOOPS, TritonRepeats
-from nestloop.lowering.emit.triton_tiles import BARRIER, NARROWEST, TOKENS, Rows, held, walk
+from nestloop.lowering.emit.triton_tiles import BARRIER, MOST_AHEAD, NARROWEST, TOKENS, Rows, held, may_read_ahead, walk
 from nestloop.lowering.emit.triton_values import NEUTRAL, TRITON
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, product
 from nestloop.lowering.schedule.apart import Block, tell_apart
@@ -27,6 +27,8 @@ from nestloop.lowering.schedule.reading import read
 from nestloop.lowering.schedule.recompute import recompute_phases
 from nestloop.lowering.schedule.repeats import Repeat, every, readers, repeats
 from nestloop.lowering.schedule.values import SCALARS, Value, fold
+
+MOST_LATE = 8192  # elements that a block of a walk keeps in registers to write them last: 64 of a thread of 4 warps
 
 
 class TritonFunction(TritonRepeats):
@@ -217,6 +219,14 @@ class TritonFunction(TritonRepeats):
         return [name for name, value in self.given.items() if value.users and self.is_factor(name)]
 
     @property
+    def read_ahead(self) -> bool:
+        """Whether a loop of calls may read for each while the one before computes: it is innermost, they read where
+        they lie what no call writes, and shared memory holds it."""
+        read = [value for name, value in self.given.items() if name in self.rows and value.users]
+        innermost = self.block is None or self.outside
+        return innermost and not self.scratch and not self.ordered and sum(map(super()._weight, read)) <= MOST_AHEAD
+
+    @property
     def kept(self) -> int:
         return sum(self._weight(value) for value in self.values if value.result in self.returned)
 
@@ -313,6 +323,8 @@ class TritonFunction(TritonRepeats):
         lines += self.pending
         self.pending, before = [], set(self.there)
         inside = [line for value in phase.blocks for line in self._value(value)]
+        if all(value.kind in ("input", "element") for value in phase.blocks):
+            inside = self._reads_first(phase.blocks, inside)
         # The next walk reads its own blocks; rows are read again where they are needed again, not kept meanwhile.
         self.there = {value for value in before if value.kind != "input" or value.name not in self.rows}
         self.used.add(length)
@@ -320,7 +332,9 @@ class TritonFunction(TritonRepeats):
             shape = ", ".join(str(self.padded(n)) for n in held(value))
             sizes, start = f"({shape}{',' if len(held(value)) == 1 else ''})", NEUTRAL[self._reduced_by(value)]
             lines.append(f"{value.name} = tl.full({sizes}, {start}, S)")
-        lines.append(walk("block", f"0, {size}, {length}"))
+        read = {view.base for value in phase.blocks for view in value.reads} - before
+        elements = sum(super(TritonFunction, self)._weight(v) for v in read if v.kind == "input" or v in self.handed)
+        lines.append(walk("block", f"0, {size}, {length}", may_read_ahead(inside, elements)))
         masked = [self._masked(size)] if size in self.masks else []
         lines += [f"    {line}" for line in [f"{self.block.places} = block + i{length}", *masked, *inside]]
         if any(value in self.handed for value in phase.blocks):
@@ -328,6 +342,14 @@ class TritonFunction(TritonRepeats):
         for value in sums:
             lines += self._ended(value)
         return lines
+
+    def _reads_first(self, values: Sequence[Value], lines: list[str]) -> list[str]:
+        """Lines of a block without products, all that is written behind all that is read: no read is taken past a write
+        that might be to the same place, and each would be waited for. Where registers do not hold it, as they are."""
+        if sum(self._weight(value) for value in values if value.written) > MOST_LATE:
+            return lines
+        late = [line for line in lines if line.startswith("tl.store(") and "tl.load(" not in line]
+        return [*[line for line in lines if line not in late], *late]
 
     def _ended(self, value: Value) -> list[str]:
         """Lines after the last block of a reduction."""

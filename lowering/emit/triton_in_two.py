@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from nestloop.lowering.emit.triton_kernels import indented
 from nestloop.lowering.emit.triton_pieces import TritonPieces
 from nestloop.lowering.emit.triton_tiles import BARRIER, walk
-from nestloop.lowering.runtime.triton_plan import Handed
+from nestloop.lowering.runtime.triton_plan import AHEAD, Handed
 
 # Where rows lie: those that are only ever factors of products, in the dtype that these are rounded to, and the others.
 LOW, FULL = "low_handed", "rows_handed"
@@ -86,6 +86,7 @@ class TritonInTwo(TritonPieces):
             self.call(name, {**given, **into}, "c_"),
             *[f"{blocks[r]} += c_{r}" for r in function.returned],
         ]
+        ahead = f", {AHEAD}" if function.read_ahead else ""
         lines = [
             f"in_block = block + i{length}",
             *[self.load(n, read[n], blocks[n], block=size, is_factor=n in function.factors) for n in weights],
@@ -95,7 +96,7 @@ class TritonInTwo(TritonPieces):
                 else self.load(r, into[r], blocks[r], block=size)
                 for r in function.returned
             ],
-            f"for first in tl.range({start}, {stop}, {height}):",
+            f"for first in tl.range({start}, {stop}, {height}{ahead}):",
             *indented(tile),
             *[self.store(r, into[r], blocks[r], block=size) for r in function.returned],
             *([BARRIER] if set(function.results) - set(function.returned) else []),  # the next adds to the same rows

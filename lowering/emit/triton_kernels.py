@@ -32,7 +32,7 @@ S is the compute dtype; PRODUCT is what the factors of products are rounded to, 
 import triton
 import triton.language as tl
 
-from nestloop.lowering.emit import tiles
+from nestloop.lowering.emit import elements, tiles
 '''
 
 PIECE = 4096  # numbers that are copied at a time
@@ -148,11 +148,15 @@ class TritonKernels(Fitting):
         return f"@triton.jit{once}\n" + "\n".join(lines)
 
     @staticmethod
-    def each_turn(index: str, bounds: str, lines: Sequence[str]) -> list[str]:
-        """A loop with calls in it: where tensors lie is computed anew in each turn, as places are in what it calls."""
+    def each_turn(index: str, bounds: str, lines: Sequence[str], ahead: bool = False) -> list[str]:
+        """A loop with calls in it: where tensors lie is computed anew in each turn, as places are in what it calls.
+
+        Args:
+            ahead: as of `walk`.
+        """
         names = ("head", "sequence", "item")
         same = f"{', '.join(names)} = {', '.join(f'{name} + same' for name in names)}"
-        return [walk(index, bounds), *indented([f"same = tiles.anew({index})", same, *lines])]
+        return [walk(index, bounds, ahead), *indented([f"same = tiles.anew({index})", same, *lines])]
 
     def pointers(self, names: Sequence[str]) -> list[str]:
         """The arguments for tensors that are given: where each lies and its strides, one along the tokens where it has

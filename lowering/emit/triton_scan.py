@@ -37,12 +37,17 @@ class TritonScan(TritonStream):
                 elif plain in self.carry:
                     lines.append(f"{plain} = {result if there else self.zeros(plain)}")
                 else:
-                    lines.append(self.store(plain, self.end(plain), result if there else self.zeros(plain)))
+                    left = self.store(plain, self.end(plain), result if there else self.zeros(plain))
+                    lines += ["if start + own == N:", f"    {left}"]
             return [line for line in lines if line]
 
         loop += self.either(run)
-        body += self.each_turn("index", f"0, tl.cdiv(N, {self.longest})", loop)
+        body += self.each_turn("index", f"0, tl.cdiv(N, {self.longest})", loop, self._reads_ahead("forward"))
         return body + [self.store(n, self.end(n), n) for n in self.carry]
+
+    def _reads_ahead(self, kernel: str) -> bool:
+        """Whether what chunks read may be read ahead; windows that overlap add to rows that others have written."""
+        return not self.halo and all(function.read_ahead for function in self._functions_of(kernel))
 
     def _anchored(self) -> list[str]:
         """Lines that set an anchor where its period begins."""
@@ -84,7 +89,8 @@ class TritonScan(TritonStream):
             ahead += [self.store(n, then[n], n) for n in self.anchors]
             ahead.append(BARRIER)
             group += self.each_turn("index", "first, last - 1", [line for line in ahead if line])
-        group += self.each_turn("back", "first, last", ["index = last - 1 - (back - first)", *self._pull()])
+        loop = ["index = last - 1 - (back - first)", *self._pull()]
+        group += self.each_turn("back", "first, last", loop, self._reads_ahead("backward"))
         body += self.each_turn("turn", "0, groups", group)
         for n in self.starts:
             body.append(self.store(n, self.pulled(n), f"d_{n}"))

@@ -186,11 +186,11 @@ class TritonSteps(TritonInTwo):
         inner = [f"n = tl.minimum({stop} - first, {height})"]
         inner.append(self.call(name, {**read, **into}, "c_"))
         inner += [f"{r} += c_{r}" for r in function.returned]
-        if function.scratch or any(r in into for r in function.results if r not in function.returned):
-            inner.append(BARRIER)  # the next tile works in the same memory
+        alone = not function.scratch and not any(r in into for r in function.results if r not in function.returned)
+        inner += [] if alone else [BARRIER]  # the next tile works in the same memory
         return [
             *[self.load(r, into[r]) for r in returned],
-            *self.each_turn("first", f"{start}, {stop}, {height}", inner),
+            *self.each_turn("first", f"{start}, {stop}, {height}", inner, alone and function.read_ahead),
             *[self.store(r, into[r], r) for r in returned],
         ]
 

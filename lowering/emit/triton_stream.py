@@ -20,6 +20,7 @@ from nestloop.lowering.emit.triton_work import fewest_warps
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch, TritonPlan
 from nestloop.lowering.schedule.apart import Block
+from nestloop.lowering.schedule.roofline import WIDE_REGISTERS
 from nestloop.lowering.schedule.spread import WIDE_ROWS
 from nestloop.lowering.streams.step import VALID
 
@@ -175,7 +176,9 @@ class TritonStream(TritonKernels, ScanTensors):
     def _launches(self, which: str) -> tuple[Launch, ...]:
         """The kernels of a direction."""
         states = self._state if which == "backward" else 0
-        warps = fewest_warps(self.warps_for(self.alive_in(which)), self._functions_of(which))
+        alive = self.alive_in(which)
+        few = 4 if alive <= 4 * 32 * WIDE_REGISTERS else self.warps_for(alive)  # 8 would take more instructions
+        warps = fewest_warps(few, self._functions_of(which))
         return (Launch(which, "sequences", warps, self._scratch(which), states),)
 
     def _handed(self, which: str) -> tuple[Handed, ...]:

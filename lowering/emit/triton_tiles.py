@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from nestloop.lowering.emit.expressions import offset
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, dense, product
+from nestloop.lowering.runtime.triton_plan import AHEAD
 from nestloop.lowering.schedule.apart import Block
 from nestloop.lowering.schedule.values import Value
 
@@ -40,6 +42,8 @@ def padded(size: int) -> int:
 
 
 BARRIER = "tl.debug_barrier()"  # a program's threads wait for one another, and see what they have written
+# Elements that a turn reads ahead: they wait in shared memory, in float32 80 KB of a multiprocessor's 164 or 228.
+MOST_AHEAD = 20_480
 
 
 def walk(index: str, bounds: str, ahead: bool = False) -> str:
@@ -48,8 +52,16 @@ def walk(index: str, bounds: str, ahead: bool = False) -> str:
     Args:
         ahead: whether a turn's tiles are read while the one before computes, for which it may write none of them.
     """
-    stages = "num_stages=2, " if ahead else ""
-    return f"for {index} in tl.range({bounds}, {stages}disable_licm=True):"
+    return f"for {index} in tl.range({bounds}, {f'{AHEAD}, ' if ahead else ''}disable_licm=True):"
+
+
+def may_read_ahead(lines: Sequence[str], elements: int) -> bool:
+    """Whether turns of a loop, which read so many elements each, have products to read for, and write nothing that
+    another might read."""
+    if elements > MOST_AHEAD:
+        return False
+    writes = any("tl.store(" in line for line in lines)
+    return not writes and any(re.search(r"tiles\.(exact_)?dot", line) for line in lines)
 
 
 class TritonTiles:

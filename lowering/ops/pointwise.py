@@ -124,20 +124,20 @@ def exact(o: Operands, position: int) -> str:
     return text if struct.unpack("f", struct.pack("f", value))[0] == value else f"tl.full((), {text}, S)"
 
 
-def tiles(name: str, *defaults: str) -> Spell:
-    """A call of a function of `emit/tiles.py`."""
+def elements(name: str, *defaults: str) -> Spell:
+    """A call of a function of `emit/elements.py`."""
 
     def spell(o: Operands) -> str:
         given = [exact(o, i) for i in range(len(o.text))]
-        return f"tiles.{name}({', '.join([*given, *defaults[len(given) - 1 :]])})"
+        return f"elements.{name}({', '.join([*given, *defaults[len(given) - 1 :]])})"
 
     return spell
 
 
 def _clamp_triton(o: Operands) -> str:
     low, high = [*[exact(o, i) for i in range(1, len(o.text))], "None"][:2]
-    inside = o[0] if low == "None" else f"tiles.maximum({o[0]}, {low})"
-    return inside if high == "None" else f"tiles.minimum({inside}, {high})"
+    inside = o[0] if low == "None" else f"elements.maximum({o[0]}, {low})"
+    return inside if high == "None" else f"elements.minimum({inside}, {high})"
 
 
 def _clamp_cpp(o: Operands) -> str:
@@ -155,7 +155,7 @@ def _converted(o: Operands) -> str:
 def _converted_triton(o: Operands) -> str:
     if o.dtype is torch.bool:
         return f"{o[0]} != 0"
-    return f"tiles.truncated({o[0]})" if _cuts(o) else f"tl.cast({o[0]}, S)"
+    return f"elements.truncated({o[0]})" if _cuts(o) else f"tl.cast({o[0]}, S)"
 
 
 def _cuts(o: Operands) -> bool:
@@ -170,7 +170,7 @@ def _cuts(o: Operands) -> bool:
 
 
 def _gelu_triton(o: Operands) -> str:
-    return f"tiles.gelu{'_tanh' if o.kwargs.get('approximate', 'none') == 'tanh' else ''}({o[0]})"
+    return f"elements.gelu{'_tanh' if o.kwargs.get('approximate', 'none') == 'tanh' else ''}({o[0]})"
 
 
 def _where_triton(o: Operands) -> str:
@@ -200,13 +200,22 @@ def _power_triton(o: Operands) -> str:
         return short[exponent]
     if exponent == int(exponent):
         raise NoSpelling(f"the power {exponent:g} in Triton")
-    return f"tl.exp({o[1]} * tl.log({x}))"
+    return f"elements.exp({o[1]} * tl.log({x}))"
 
 
 def _power_of_number(o: Operands) -> str:
     if o.raw[0] <= 0:
         raise NoSpelling(f"powers of {o.raw[0]:g} in Triton")
-    return f"tl.exp({math.log(o.raw[0])!r} * {o[1]})"
+    return f"tl.exp2({math.log2(o.raw[0])!r} * {o[1]})"
+
+
+def _quotient_triton(o: Operands) -> str:
+    """Of a divisor that the result repeats, one reciprocal for all that it divides: a division is 8 instructions."""
+    divisor = o.raw[1].meta["val"] if isinstance(o.raw[1], fx.Node) else None
+    if not isinstance(divisor, torch.Tensor):
+        return f"{o[0]} / {o[1]}"
+    own, made = (sum(not (isinstance(s, int) and s == 1) for s in sizes) for sizes in (divisor.shape, o.sizes))
+    return f"{o[0]} * (1 / {o[1]})" if own < made else f"{o[0]} / {o[1]}"
 
 
 def _with_defaults(name: str, *defaults: str) -> Spell:
@@ -222,15 +231,15 @@ ROWS = [
     pointwise(aten.add.Tensor, _scaled("+"), _scaled("+"), two),
     pointwise(aten.sub.Tensor, _scaled("-"), _scaled("-"), two),
     pointwise(aten.mul.Tensor, infix("*"), infix("*"), two),
-    pointwise(aten.div.Tensor, infix("/"), infix("/"), two_apart),
+    pointwise(aten.div.Tensor, infix("/"), infix("/"), two_apart, triton=_quotient_triton),
     pointwise(aten.add.Scalar, _scaled("+"), _scaled("+"), scalar),
     pointwise(aten.sub.Scalar, _scaled("-"), _scaled("-"), scalar),
     pointwise(aten.mul.Scalar, infix("*"), infix("*"), scalar),
     pointwise(aten.div.Scalar, infix("/"), infix("/"), scalar),
     pointwise(aten.neg.default, lambda o: f"-{o[0]}", form("-{0}"), one),
     function(aten.abs.default, "abs", "std::abs", "tl.abs"),
-    function(aten.sign.default, "sign", "sign", "tiles.sign"),
-    function(aten.sgn.default, "sign", "sign", "tiles.sign"),
+    function(aten.sign.default, "sign", "sign", "elements.sign"),
+    function(aten.sgn.default, "sign", "sign", "elements.sign"),
     pointwise(aten.reciprocal.default, lambda o: f"1 / {o[0]}", form("S(1) / {0}"), positive, triton=form("1 / {0}")),
     pointwise(aten.pow.Tensor_Scalar, infix("**"), _power, lambda r: (r(5, 4), 3), triton=_power_triton),
     pointwise(
@@ -246,15 +255,15 @@ ROWS = [
     ),
     function(aten.sqrt.default, "sqrt", "std::sqrt", "tl.sqrt", positive, work=4),
     function(aten.rsqrt.default, "rsqrt", "rsqrt", "tl.rsqrt", positive, work=4),
-    function(aten.exp.default, "exp", "exp_", "tl.exp", work=8),
+    function(aten.exp.default, "exp", "exp_", "elements.exp", work=8),
     function(aten.exp2.default, "exp2", "std::exp2", "tl.exp2", work=8),
-    function(aten.expm1.default, "expm1", "std::expm1", "tiles.expm1", work=8),
+    function(aten.expm1.default, "expm1", "std::expm1", "elements.expm1", work=8),
     function(aten.log.default, "log", "std::log", "tl.log", positive, work=8),
-    function(aten.log1p.default, "log1p", "std::log1p", "tiles.log1p", positive, work=8),
+    function(aten.log1p.default, "log1p", "std::log1p", "elements.log1p", positive, work=8),
     function(aten.log2.default, "log2", "std::log2", "tl.log2", positive, work=8),
-    function(aten.tanh.default, "tanh", "tanh_", "tiles.tanh", work=10),
-    function(aten.sigmoid.default, "sigmoid", "sigmoid", "tl.sigmoid", work=10),
-    function(aten.erf.default, "erf", "erf_", "tl.erf", work=10),
+    function(aten.tanh.default, "tanh", "tanh_", "elements.tanh", work=10),
+    function(aten.sigmoid.default, "sigmoid", "sigmoid", "elements.sigmoid", work=10),
+    function(aten.erf.default, "erf", "erf_", "elements.erf", work=10),
     function(aten.sin.default, "sin", "std::sin", "tl.sin", work=10),
     function(aten.cos.default, "cos", "std::cos", "tl.cos", work=10),
     pointwise(
@@ -265,14 +274,14 @@ ROWS = [
         10,
         triton=form("tl.sin({0}) / tl.cos({0})"),
     ),
-    function(aten.sinh.default, "sinh", "std::sinh", "tiles.sinh", work=10),
+    function(aten.sinh.default, "sinh", "std::sinh", "elements.sinh", work=10),
     pointwise(
         aten.cosh.default,
         lambda o: f"{o[0]}.cosh()",
         form("std::cosh({0})"),
         one,
         10,
-        triton=form("0.5 * (tl.exp({0}) + tl.exp(-{0}))"),
+        triton=form("0.5 * (elements.exp({0}) + elements.exp(-{0}))"),
     ),
     *[without_triton(op, name, inside) for op, name in _ARCS.items()],
     pointwise(
@@ -283,55 +292,55 @@ ROWS = [
         10,
         triton=Unsupported("Triton has no atan2"),
     ),
-    function(aten.asinh.default, "asinh", "std::asinh", "tiles.asinh", work=10),
-    function(aten.acosh.default, "acosh", "std::acosh", "tiles.acosh", lambda r: (r(5, 4).abs() + 1.5,), 10),
-    function(aten.atanh.default, "atanh", "std::atanh", "tiles.atanh", inside, 10),
-    function(aten.erfc.default, "erfc", "std::erfc", "tiles.erfc", work=10),
+    function(aten.asinh.default, "asinh", "std::asinh", "elements.asinh", work=10),
+    function(aten.acosh.default, "acosh", "std::acosh", "elements.acosh", lambda r: (r(5, 4).abs() + 1.5,), 10),
+    function(aten.atanh.default, "atanh", "std::atanh", "elements.atanh", inside, 10),
+    function(aten.erfc.default, "erfc", "std::erfc", "elements.erfc", work=10),
     without_triton(aten.lgamma.default, "lgamma", positive),
     in_pytorch(aten.digamma.default, lambda o: f"{o[0]}.digamma()", positive),
     in_pytorch(aten.polygamma.default, call("torch.polygamma"), lambda r: (1, *positive(r))),
     in_pytorch(aten.erfinv.default, lambda o: f"{o[0]}.erfinv()", inside),
     function(aten.floor.default, "floor", "std::floor", "tl.floor"),
-    function(aten.isnan.default, "isnan", "std::isnan", "tiles.isnan"),
+    function(aten.isnan.default, "isnan", "std::isnan", "elements.isnan"),
     pointwise(
         aten.relu.default,
         lambda o: f"F.relu({o[0]})",
         form("maximum({0}, S(0))"),
         one,
-        triton=form("tiles.maximum({0}, 0.0)"),
+        triton=form("elements.maximum({0}, 0.0)"),
     ),
     pointwise(aten.gelu.default, _gelu, _gelu_cpp, one, 16, _gelu_triton),
-    pointwise(aten.softplus.default, call("aten.softplus"), _softplus, one, 16, tiles("softplus", "1.0", "20.0")),
+    pointwise(aten.softplus.default, call("aten.softplus"), _softplus, one, 16, elements("softplus", "1.0", "20.0")),
     pointwise(
         aten.softplus_backward.default,
         call("aten.softplus_backward"),
         form("softplus_backward({0}, {1}, {2}, {3})"),
         lambda r: (r(5, 4), r(5, 4), 1, 20),
         16,
-        tiles("softplus_backward"),
+        elements("softplus_backward"),
     ),
-    pointwise(aten.elu.default, call("aten.elu"), _elu, one, 10, tiles("elu", "1.0", "1.0", "1.0")),
+    pointwise(aten.elu.default, call("aten.elu"), _elu, one, 10, elements("elu", "1.0", "1.0", "1.0")),
     pointwise(
         aten.elu_backward.default,
         call("aten.elu_backward"),
         form("elu_backward({0}, {1}, {2}, {3}, {4}, {5})"),
         lambda r: (r(5, 4), 1, 1, 1, False, r(5, 4)),
         10,
-        tiles("elu_backward"),
+        elements("elu_backward"),
     ),
     pointwise(
         aten.maximum.default,
         call("torch.maximum"),
         form("maximum({0}, {1})"),
         two,
-        triton=tiles("maximum"),
+        triton=elements("maximum"),
     ),
     pointwise(
         aten.minimum.default,
         call("torch.minimum"),
         form("minimum({0}, {1})"),
         two,
-        triton=tiles("minimum"),
+        triton=elements("minimum"),
     ),
     pointwise(aten.clamp.default, _clamp, _clamp_cpp, lambda r: (r(5, 4), -0.5, 0.5), triton=_clamp_triton),
     pointwise(
@@ -339,14 +348,14 @@ ROWS = [
         _where_clamped("min"),
         form("maximum({0}, {1})"),
         scalar,
-        triton=tiles("maximum"),
+        triton=elements("maximum"),
     ),
     pointwise(
         aten.clamp_max.default,
         _where_clamped("max"),
         form("minimum({0}, {1})"),
         scalar,
-        triton=tiles("minimum"),
+        triton=elements("minimum"),
     ),
     pointwise(
         aten.where.self,

@@ -41,7 +41,8 @@ class TritonCode:
     def module_of(self, plan: TritonPlan) -> ModuleType:
         """The kernels of the plan, or of what it is at once."""
         if plan.text not in self._modules:
-            self._modules[plan.text] = cache.load(cache.write(f"{self.name}_triton", plan.text))
+            text = plan.text_for(nvidia=torch.version.hip is None)
+            self._modules[plan.text] = cache.load(cache.write(f"{self.name}_triton", text))
         return self._modules[plan.text]
 
     def launch(

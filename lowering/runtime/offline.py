@@ -110,9 +110,10 @@ def compiled(
         NoPlanError: it does not compile, or not in time.
         SharedMemoryError: it does, and wants more shared memory than a program may take there.
     """
-    request: dict[str, Any] = {"text": plan.text, "kernel": kernel, "device": device, "dtype": dtype, "wide": plan.wide}
-    request |= {"low": plan.low, "computed": plan.computed, "timeout": timeout}
-    request["options"] = plan.options(kernel, TARGETS[device][0] == "cuda")
+    nvidia = TARGETS[device][0] == "cuda"
+    request: dict[str, Any] = {"text": plan.text_for(nvidia), "kernel": kernel, "device": device, "dtype": dtype}
+    request |= {"wide": plan.wide, "low": plan.low, "computed": plan.computed, "timeout": timeout}
+    request["options"] = plan.options(kernel, nvidia)
     ran = _ask({**request, "environment": dict(os.environ)})
     if not ran["status"]:
         made = json.loads(ran["out"].splitlines()[-1])
@@ -193,13 +194,14 @@ def _compile(request: Mapping[str, Any]) -> Compiled:
     took = sum(os.times()[:4]) - before
     text = {stage: made.asm[stage] for stage in STAGES if stage in made.asm}
     if backend == "cuda":
-        text["sass"] = _disassembled(made.asm["cubin"])
+        text["sass"] = disassembled(made.asm["cubin"])
     found = _said_by_ptxas(log.getvalue()) if backend == "cuda" else _of_amd(text["amdgcn"])
     warps, named = request["options"]["num_warps"], "" if assembler is None else str(assembler)
     return Compiled(request["kernel"], device, dtype, warps, *found, made.metadata.shared, took, text, named)
 
 
-def _disassembled(cubin: bytes) -> str:
+def disassembled(cubin: bytes) -> str:
+    """NVIDIA's machine code as text."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"

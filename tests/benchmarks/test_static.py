@@ -119,12 +119,12 @@ def test_what_is_in_the_table_is_not_compiled_again(tmp_path: Path, capsys: pyte
 
 
 def test_what_a_kernel_calls_on_tiles_is_of_its_code():
-    text = static.TILES.read_text()
-    called = static.called_of_tiles("tiles.softplus(x)\ntiles.dot(a, b)", text)
-    assert list(called) == ["dot", "log1p", "softplus"]
+    text = "".join(path.read_text() for path in static.CALLED)
+    called = static.called("elements.softplus(x)\ntiles.dot(a, b)", text)
+    assert list(called) == ["above_one", "dot", "exp", "log1p", "softplus"]
     assert "Kahan" not in called["log1p"] and "in the compute dtype" not in called["dot"] and "tl.dot" in called["dot"]
     changed = text.replace("u = 1 + x\n", "u = x + 1\n")
-    again = static.called_of_tiles("tiles.softplus(x)", changed)
+    again = static.called("elements.softplus(x)", changed)
     assert again["log1p"] != called["log1p"] and again["softplus"] == called["softplus"]
 
 

@@ -39,7 +39,7 @@ KERNEL = """
 import triton
 import triton.language as tl
 
-from nestloop.lowering.emit import tiles
+from nestloop.lowering.emit import elements, tiles
 
 
 {function}
@@ -184,7 +184,7 @@ SOLVES = """
 import triton
 import triton.language as tl
 
-from nestloop.lowering.emit import tiles
+from nestloop.lowering.emit import elements, tiles
 
 
 @triton.jit
@@ -228,7 +228,7 @@ INVERSES = """
 import triton
 import triton.language as tl
 
-from nestloop.lowering.emit import tiles
+from nestloop.lowering.emit import elements, tiles
 
 
 @triton.jit
@@ -265,7 +265,7 @@ OF_WHOLE = """
 import triton
 import triton.language as tl
 
-from nestloop.lowering.emit import tiles
+from nestloop.lowering.emit import elements, tiles
 
 
 @triton.jit

@@ -345,8 +345,9 @@ class TritonFunction(TritonRepeats):
 
     def _reads_first(self, values: Sequence[Value], lines: list[str]) -> list[str]:
         """Lines of a block without products, all that is written behind all that is read: no read is taken past a write
-        that might be to the same place, and each would be waited for. Where registers do not hold it, as they are."""
-        if sum(self._weight(value) for value in values if value.written) > MOST_LATE:
+        that might be to the same place, and each would be waited for. Where registers do not hold it, or some goes
+        through memory, as they are."""
+        if BARRIER in lines or sum(self._weight(value) for value in values if value.written) > MOST_LATE:
             return lines
         late = [line for line in lines if line.startswith("tl.store(") and "tl.load(" not in line]
         return [*[line for line in lines if line not in late], *late]

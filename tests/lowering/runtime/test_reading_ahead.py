@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from benchmarks import static
 from nestloop import zoo
-from nestloop.lowering.emit.triton_tiles import may_read_ahead
+from nestloop.lowering.emit.triton import MOST_LATE, TritonFunction
+from nestloop.lowering.emit.triton_tiles import BARRIER, may_read_ahead
 from nestloop.lowering.runtime import offline
 from nestloop.lowering.runtime.machine_code import innermost_loops
 from nestloop.lowering.runtime.triton_plan import AHEAD, TritonPlan
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.oldest_triton
 PRODUCT = re.compile(r"\bHG?MMA\b")
 
 
@@ -80,6 +84,16 @@ def test_weights_are_all_read_before_any_is_written():
     (body,) = body_of(function(plan_of(zoo.MTTTMLP).text, "update"), "for block in")
     kinds = [kind for line in body for kind in re.findall(r"tl\.(load|store)\(", line)]
     assert kinds == ["load"] * 6 + ["store"] * 3
+
+
+def test_what_goes_through_memory_stays_in_order():
+    function: Any = SimpleNamespace(_weight=lambda value: MOST_LATE + 1)
+    written: Any = SimpleNamespace(written=True)
+    lines = ["a = tl.load(a_at)", "tl.store(x_at, a)", "b = tl.load(b_at)", "tl.store(y_at, tl.load(y_at) + b)"]
+    assert TritonFunction._reads_first(function, [], lines) == [lines[0], *lines[2:], lines[1]]
+    assert TritonFunction._reads_first(function, [written], lines) == lines  # registers do not hold so much
+    turned = ["tl.store(scratch + 0, a)", BARRIER, "b = tl.load(scratch + 4)", "tl.store(x_at, b)"]
+    assert TritonFunction._reads_first(function, [], turned) == turned
 
 
 def test_only_the_last_chunk_leaves_its_update_and_four_warps_take_it():

@@ -55,15 +55,20 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    far = 1 - 2 * above_one(1 + exp(2 * x))  # where the exponential overflows, the quotient is 0
-    y = x * x  # near 0 the difference above cancels
-    NEAR: tl.constexpr = 0.04 if x.dtype == tl.float64 else 0.625
+    y = x * x
     if x.dtype == tl.float64:
-        r = 1.0 / 3 - y * (2.0 / 15 - y * (17.0 / 315 - y * (62.0 / 2835 - y * (1382.0 / 155925))))  # Taylor's
+        # Of a large |x| the exponential overflows to infinity, and the quotient is 0.
+        size = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
+        far = tl.where(x < 0, -size, size)
+        # Near 0 that difference cancels: Taylor's.
+        r = 1.0 / 3 - y * (2.0 / 15 - y * (17.0 / 315 - y * (62.0 / 2835 - y * (1382.0 / 155925))))
+        made = tl.where(tl.abs(x) < 0.04, x * (1 - y * r), far)
     else:
+        far = 1 - 2 * above_one(1 + exp(2 * x))
         # Minimax, of Moshier's Cephes library (tanhf.c).
         r = 0.333332819422 - y * (0.133314422036 - y * (0.0537397155531 - y * (0.0206390887954 - y * 0.00570498872745)))
-    return tl.where(tl.abs(x) < NEAR, x - x * y * r, far)
+        made = tl.where(tl.abs(x) < 0.625, x - x * y * r, far)
+    return made
 
 
 @triton.jit

@@ -45,7 +45,6 @@ from nestloop.lowering.runtime.triton_plan import TritonPlan
 from nestloop.targets import trial_sizes
 
 TABLE = RESULTS / "static.json"
-CALLED = [Path(emit.__path__[0]) / name for name in ("elements.py", "tiles.py")]  # by generated modules
 # Features of a head, and the devices compiled for at each.
 CASES = {64: ("sm_90", "sm_80", "gfx942"), 32: ("sm_90",), 128: ("sm_90",)}
 HEADS = 6
@@ -86,7 +85,7 @@ class Kernel:
         assembler."""
         nvidia = offline.TARGETS[self.device][0] == "cuda"
         text = without_comments(self.plan.text_for(nvidia).split('"""', 2)[2])
-        text += "".join(called(text, "".join(path.read_text() for path in CALLED)).values())
+        text += "".join(called(text, files_called()).values())
         options = self.plan.options(self.kernel, nvidia)
         assembler = str(hopper_assembler()) if self.device == "sm_90" else ""
         return hashlib.sha256(f"{text}{sorted(options.items())}{assembler}".encode()).hexdigest()[:12]
@@ -118,10 +117,16 @@ def without_comments(text: str) -> str:
     return re.sub(r"[ \t]*#.*", "", text)
 
 
+@cache
+def files_called() -> str:
+    """The text of the files whose functions generated modules call."""
+    return "".join((Path(emit.__path__[0]) / name).read_text() for name in emit.CALLED)
+
+
 def called(module: str, files: str) -> dict[str, str]:
     """The functions that a generated module calls on tiles, and those that these call, by name, without comments.
 
-    `files`: the text of `CALLED`.
+    `files`: as of `files_called`.
     """
     defined = _functions_of(files)
     found: dict[str, str] = {}

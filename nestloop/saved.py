@@ -20,6 +20,7 @@ import torch
 from torch._ops import OpOverload
 
 from nestloop.errors import SavedOpsError, StaleOpsError, shown
+from nestloop.lowering.emit import CALLED
 from nestloop.lowering.runtime import cache as kept
 from nestloop.lowering.runtime import tiles
 from nestloop.lowering.runtime.compiler import HEADER
@@ -121,5 +122,5 @@ def _unreadable(path: Any, error: Exception) -> SavedOpsError:
 @cache
 def _tiles() -> str:
     """The digest of nestloop's own files that generated code calls: the same wherever they are installed."""
-    files = [Path(tiles.__file__), HEADER, HEADER.with_suffix(".py"), HEADER.with_name("elements.py")]
+    files = [Path(tiles.__file__), HEADER, *map(HEADER.with_name, CALLED)]
     return kept.digest("".join(f"{file.name}\n{file.read_text(encoding='utf-8')}" for file in files))

@@ -138,7 +138,7 @@ def erfc(x):
 
 
 @triton.jit
-def beyond(x):
+def upper_tail(x):
     """Of float32 x >= 0, erfc(x / sqrt(2)) / 2 within 7e-8: the share of a normal distribution beyond x.
 
     Its logarithm is nearly a polynomial, fitted for x < 5.5 by least squares reweighted until errors times that share
@@ -154,7 +154,7 @@ def erf(x):
     if x.dtype == tl.float64:
         y = tl.erf(x)
     else:
-        far = 1 - 2 * beyond(tl.abs(x) * 1.4142135623730951)
+        far = 1 - 2 * upper_tail(tl.abs(x) * 1.4142135623730951)
         z = x * x  # near 0 the difference above cancels: Taylor's
         near = x * (1.1283792 - z * (0.37612639 - z * (0.11283792 - z * (0.026866171 - z * 0.0052239776))))
         y = tl.where(tl.abs(x) < 0.45, near, tl.where(x < 0, -far, far))
@@ -177,7 +177,7 @@ def gelu(x):
         y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     else:
         size = minimum(tl.abs(x), 12.0)  # beyond which is nothing, and none of infinity
-        y = tl.maximum(x, 0.0) - size * beyond(size)
+        y = tl.maximum(x, 0.0) - size * upper_tail(size)
     return y
 
 

@@ -8,7 +8,7 @@ view that no turn or broadcast gives (a slice, tiles side by side) goes through 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from types import MappingProxyType
 
@@ -178,9 +178,13 @@ class TritonFunction(TritonRepeats):
     def _weight(self, value: Value) -> int:
         return self._packed(value) if self.rounded else super()._weight(value)
 
+    def _whole(self, values: Iterable[Value]) -> int:
+        """Elements of values' tiles in memory, where none is packed."""
+        return sum(map(super()._weight, values))
+
     def _packed(self, value: Value) -> int:
         """Elements of a value's tile, two as one of what is but a factor of products."""
-        whole = super()._weight(value)
+        whole = self._whole([value])
         if value.result is not None or value.kind in (*LOOPS, "inside"):
             return whole
         if self._is_of_positions(value):
@@ -224,7 +228,7 @@ class TritonFunction(TritonRepeats):
         they lie what no call writes, and shared memory holds it."""
         read = [value for name, value in self.given.items() if name in self.rows and value.users]
         innermost = self.block is None or self.outside
-        return innermost and not self.scratch and not self.ordered and sum(map(super()._weight, read)) <= MOST_AHEAD
+        return innermost and not self.scratch and not self.ordered and self._whole(read) <= MOST_AHEAD
 
     @property
     def kept(self) -> int:
@@ -332,9 +336,9 @@ class TritonFunction(TritonRepeats):
             shape = ", ".join(str(self.padded(n)) for n in held(value))
             sizes, start = f"({shape}{',' if len(held(value)) == 1 else ''})", NEUTRAL[self._reduced_by(value)]
             lines.append(f"{value.name} = tl.full({sizes}, {start}, S)")
-        read = {view.base for value in phase.blocks for view in value.reads} - before
-        elements = sum(super(TritonFunction, self)._weight(v) for v in read if v.kind == "input" or v in self.handed)
-        lines.append(walk("block", f"0, {size}, {length}", may_read_ahead(inside, elements)))
+        bases = {view.base for value in phase.blocks for view in value.reads} - before
+        read = [value for value in bases if value.kind == "input" or value in self.handed]
+        lines.append(walk("block", f"0, {size}, {length}", may_read_ahead(inside, self._whole(read))))
         masked = [self._masked(size)] if size in self.masks else []
         lines += [f"    {line}" for line in [f"{self.block.places} = block + i{length}", *masked, *inside]]
         if any(value in self.handed for value in phase.blocks):

@@ -23,9 +23,9 @@ class Fitting:
     """Chooses among the tiles that a function may have."""
 
     @staticmethod
-    def warps_for(alive: int) -> int:
-        """As many as hold so many elements; with more than 8 a thread has too few registers."""
-        return 4 if alive <= 4 * 32 * TILE_REGISTERS else 8
+    def warps_for(alive: int, each: int = TILE_REGISTERS) -> int:
+        """As many as hold so many elements, a thread's share in so many registers; with more than 8 it has too few."""
+        return 4 if alive <= 4 * 32 * each else 8
 
     def fitting(
         self,

@@ -156,7 +156,7 @@ class TritonSplitScan(TritonHanded):
                 return 4
         elif packed <= 4 * 32 * FORWARD_REGISTERS:
             return 4
-        return 4 if wide and alive <= 4 * 32 * WIDE_REGISTERS else self.warps_for(alive)
+        return self.warps_for(alive, WIDE_REGISTERS) if wide else self.warps_for(alive)
 
     def _functions_of(self, which: str) -> list[TritonFunction]:
         ends = {"forward_outputs": "", "backward_cotangents": "_state_vjp", "backward_tokens": "_vjp"}

@@ -176,9 +176,7 @@ class TritonStream(TritonKernels, ScanTensors):
     def _launches(self, which: str) -> tuple[Launch, ...]:
         """The kernels of a direction."""
         states = self._state if which == "backward" else 0
-        alive = self.alive_in(which)
-        few = 4 if alive <= 4 * 32 * WIDE_REGISTERS else self.warps_for(alive)  # 8 would take more instructions
-        warps = fewest_warps(few, self._functions_of(which))
+        warps = fewest_warps(self.warps_for(self.alive_in(which), WIDE_REGISTERS), self._functions_of(which))
         return (Launch(which, "sequences", warps, self._scratch(which), states),)
 
     def _handed(self, which: str) -> tuple[Handed, ...]:

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from nestloop.lowering.ops.row import Element, Kind, Op, Operands, Spell, Unsupported, call, infix
+from nestloop.lowering.ops.sizes import same_size
 from nestloop.lowering.ops.strided import NoSpelling
 
 aten = torch.ops.aten
@@ -214,7 +215,7 @@ def _quotient_triton(o: Operands) -> str:
     divisor = o.raw[1].meta["val"] if isinstance(o.raw[1], fx.Node) else None
     if not isinstance(divisor, torch.Tensor):
         return f"{o[0]} / {o[1]}"
-    own, made = (sum(not (isinstance(s, int) and s == 1) for s in sizes) for sizes in (divisor.shape, o.sizes))
+    own, made = (sum(not same_size(s, 1) for s in sizes) for sizes in (divisor.shape, o.sizes))
     return f"{o[0]} * (1 / {o[1]})" if own < made else f"{o[0]} / {o[1]}"
 
 

@@ -16,32 +16,27 @@ _BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 _SPILL = re.compile(r"\b(STL|LDL)((?:\.\w+)*) .*\[R1(?:\+0x[0-9a-f]+)?\]")
 
 
-def instructions(text: str) -> list[str]:
-    """All of them, in order."""
-    return [shown[1] for line in text.splitlines() if (shown := _INSTRUCTION.match(line))]
-
-
 def innermost_loops(text: str) -> list[list[str]]:
     """The instructions of each loop that has no other in it, in order.
 
     A loop is what lies between a branch and the label before it that it goes to. A branch to itself, which ends a
     kernel, is none.
     """
-    found: list[str] = []
+    instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
         if label := _LABEL.match(line):
-            labels[label[1]] = len(found)
+            labels[label[1]] = len(instructions)
         elif shown := _INSTRUCTION.match(line):
-            found.append(shown[1])
+            instructions.append(shown[1])
     ends: dict[int, int] = {}
-    for at, instruction in enumerate(found):
+    for at, instruction in enumerate(instructions):
         branch = _BRANCH.search(instruction)
         if branch and labels.get(branch[1], at) < at:
             ends[labels[branch[1]]] = at
     loops = sorted(ends.items())
     within = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
-    return [found[a : b + 1] for a, b in within]
+    return [instructions[a : b + 1] for a, b in within]
 
 
 def spilled(instructions: Sequence[str]) -> tuple[int, int]:

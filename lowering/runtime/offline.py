@@ -194,14 +194,13 @@ def _compile(request: Mapping[str, Any]) -> Compiled:
     took = sum(os.times()[:4]) - before
     text = {stage: made.asm[stage] for stage in STAGES if stage in made.asm}
     if backend == "cuda":
-        text["sass"] = disassembled(made.asm["cubin"])
+        text["sass"] = _disassembled(made.asm["cubin"])
     found = _said_by_ptxas(log.getvalue()) if backend == "cuda" else _of_amd(text["amdgcn"])
     warps, named = request["options"]["num_warps"], "" if assembler is None else str(assembler)
     return Compiled(request["kernel"], device, dtype, warps, *found, made.metadata.shared, took, text, named)
 
 
-def disassembled(cubin: bytes) -> str:
-    """NVIDIA's machine code as text."""
+def _disassembled(cubin: bytes) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"

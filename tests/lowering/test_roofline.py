@@ -19,6 +19,7 @@ from nestloop.lowering import names
 from nestloop.lowering.candidates import Candidate, candidates
 from nestloop.lowering.runtime import offline, plan
 from nestloop.lowering.runtime.tiles import spacing_within
+from nestloop.lowering.runtime.triton_plan import AHEAD
 from nestloop.lowering.schedule.devices import DEVICES
 from nestloop.lowering.schedule.plan_work import attention
 from nestloop.lowering.schedule.roofline import Estimate, Facts, Work, estimate, least, registers, resident
@@ -171,11 +172,12 @@ def test_registers_are_about_what_the_compiler_takes():
     found, _ = plans(zoo.CausalLinearAttention, dk=64, dv=64)
     (one,) = (c for c in found if c.name == "Triton, chunks of 32")
     assert one.plan is not None and one.plan.triton is not None
-    # Tokens in float32, as tiles are counted: in bfloat16, what is read and written takes half the registers. What is
-    # read ahead waits in shared memory, and so takes fewer than are counted.
-    made = offline.compiled(one.plan.triton.with_warps((4, 4)), "forward", dtype="fp32")
+    # Tokens in float32, as tiles are counted: in bfloat16, what is read and written takes half the registers. Nothing
+    # is read ahead, which would wait in shared memory instead.
+    text = one.plan.triton.text.replace(f"{AHEAD}, ", "")
+    made = offline.compiled(dataclasses.replace(one.plan.triton.with_warps((4, 4)), text=text), "forward", dtype="fp32")
     expected, spilled = registers(H200, one.plan.triton.work["kernels"]["forward"]["alive"], 4)
-    assert -48 < made.registers - expected < 40 and made.spilled[0] == spilled == 0
+    assert abs(made.registers - expected) < 40 and made.spilled[0] == spilled == 0
 
 
 def test_what_a_compiled_kernel_shows_takes_the_place_of_what_is_expected():

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import static
+from nestloop import zoo
 from nestloop.lowering.emit.triton import TritonFunction
-from nestloop.lowering.runtime import cache, offline
-from nestloop.lowering.runtime.machine_code import instructions
+from nestloop.lowering.runtime import offline
+from nestloop.lowering.runtime.triton_plan import TritonPlan
 
 pytest.importorskip("triton")
-import triton
-
 from tests.lowering.ops.test_triton_rows import graph_of, run
 
 pytestmark = pytest.mark.oldest_triton
@@ -67,7 +68,7 @@ from nestloop.lowering.emit import elements
 
 
 @triton.jit
-def kernel(x_p, y_p):
+def forward_states(x_p, y_p, S: tl.constexpr, PRODUCT: tl.constexpr):
     i = tl.arange(0, 4096)
     x = tl.load(x_p + i)
     tl.store(y_p + i, {text})
@@ -88,14 +89,11 @@ COSTS = {
 
 def counted(text: str) -> Counter[str]:
     """Instructions of a thread of 4 warps, by their names, each for 32 elements."""
-    module = cache.load(cache.write("activation", KERNEL.format(text=text)))
-    types = {"x_p": "*fp32", "y_p": "*fp32"}
-    whole = {(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]}
-    source = triton.compiler.ASTSource(module.kernel, types, {}, whole)
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    made = triton.compile(source, target=target, options={"num_warps": 4})
-    code = instructions(offline.disassembled(made.asm["cubin"]))
-    return Counter(re.sub(r"^@!?U?P\w+ ", "", one).split()[0].split(".")[0] for one in code)
+    plan = static.plans(zoo.CausalLinearAttention, 16)["scan"]
+    assert isinstance(plan, TritonPlan)
+    plan = replace(plan.with_warps((4, 4)), text=KERNEL.format(text=text))
+    made = offline.compiled(plan, "forward_states", dtype="fp32")
+    return Counter(re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ )?(\w+)", made.text["sass"]))
 
 
 @pytest.mark.parametrize("text", COSTS)

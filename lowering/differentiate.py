@@ -246,6 +246,7 @@ def make_piece(
     cotangent_names = [f"d_{r}" for r in results[:keep]]
     backward = tracer.trace_on(vjp, [*fresh(), *cotangents], [*names, *cotangent_names])
     made, back = factored(simplify(raw, zeros)), factored(simplify(backward, zeros, zero_is_none=True))
+    made, back = simplify(made), simplify(back)  # signs, which polynomials leave where they are
     return Piece(name, made, back, tuple(results[:keep]), tuple(wrt))
 
 

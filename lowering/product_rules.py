@@ -14,6 +14,9 @@ from nestloop.lowering.ops.sizes import same_shape, same_size
 
 aten = torch.ops.aten
 
+_PRODUCTS = (aten.mm.default, aten.bmm.default)
+_OF_TERMS = (*ops.ADD, *ops.SUB, *ops.MUL, *ops.DIV, aten.neg.default)
+
 
 @dataclass(frozen=True)
 class Fill:
@@ -27,28 +30,75 @@ class Fill:
 
 
 class ProductRules:
-    """What a rebuilt graph has for a product."""
+    """What a rebuilt graph has for a product.
+
+    Attributes:
+        env: a node of the original graph -> its value.
+    """
+
+    env: dict[fx.Node, Any]
 
     def _emit(self, target: Any, args: tuple[Any, ...], like: fx.Node, val: Any = None) -> fx.Node:
         """A node that the original graph did not have, for the original node `like`."""
+        raise NotImplementedError
+
+    def _copy(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+        """The same op on other operands."""
+        raise NotImplementedError
+
+    def _mapped(self, args: Any) -> list[Any]:
+        """Arguments of a node of the original graph as those of the new one."""
         raise NotImplementedError
 
     def _size(self, size: Any, old: fx.Node) -> Any:
         """A size as an int, or a node that computes it from a tensor which has it as an axis."""
         raise NotImplementedError
 
-    def _flipped_product(self, node: fx.Node, source: fx.Node, order: list[int]) -> fx.Node | None:
-        """(a b)^T = b^T a^T, where nothing else reads a b."""
+    def _flipped(self, node: fx.Node, order: list[int]) -> fx.Node | None:
+        """What an axis order makes of products that nothing else reads, and of sums of them: (a b + c d)^T is
+        b^T a^T + d^T c^T, which exchanges the axes of no product's result."""
         rank = len(order)
         swap = [*range(rank - 2), rank - 1, rank - 2]
-        if source.target not in (aten.mm.default, aten.bmm.default) or order != swap or len(node.args[0].users) > 1:
-            return None
-        made = [self._turned(factor, swap) for factor in source.args[::-1]]
-        return self._emit(source.target, tuple(made), node)
+        source = node.all_input_nodes[0]
+        return self._turn(source, swap) if order == swap and self._turns(source, swap) else None
+
+    def _turns(self, old: fx.Node, swap: list[int], inside: bool = False) -> bool:
+        """Whether a value is made of products that are computed with their axes exchanged, by numbers and sums."""
+        made = self.env.get(old)
+        if not isinstance(made, fx.Node):
+            return False
+        if inside and (_is_turned(old, swap) or is_gram(made)):
+            return True
+        if len(old.users) > 1 or made.target is not old.target:
+            return False
+        if made.target in _PRODUCTS:
+            return True
+        if made.target not in _OF_TERMS or old.kwargs.get("alpha", 1) != 1:
+            return False
+        terms, shape = old.all_input_nodes, old.meta["val"].shape
+        if made.target in (*ops.MUL, *ops.DIV) and len(terms) != 1:
+            return False
+        alike = all(not is_size(term) and same_shape(term.meta["val"].shape, shape) for term in terms)
+        return alike and all(self._turns(term, swap, inside=True) for term in terms)
+
+    def _turn(self, old: fx.Node, swap: list[int]) -> fx.Node:
+        """Such a value with its last two axes exchanged."""
+        made: fx.Node = self.env[old]
+        if _is_turned(old, swap):
+            return self.env[old.all_input_nodes[0]]
+        if is_gram(made):
+            return made
+        args: list[Any]
+        if made.target in _PRODUCTS:
+            args = [self._turned(factor, swap) for factor in made.args[::-1]]
+        else:
+            args = [self._turn(term, swap) if isinstance(term, fx.Node) else term for term in old.args]
+        turned = result_like(ops.row(aten.permute.default), aten.permute.default, (made.meta["val"], swap), {})
+        return self._emit(made.target, tuple(args), old, turned)
 
     def _turned(self, value: fx.Node, order: list[int]) -> fx.Node:
         """A value with its last two axes exchanged."""
-        if value.target is aten.permute.default and [d % len(order) for d in value.args[1]] == order:
+        if _is_turned(value, order):
             (before,) = value.all_input_nodes
             return before
         if is_gram(value):
@@ -114,6 +164,11 @@ def is_size(node: fx.Node) -> bool:
 
 def is_scalar(node: fx.Node) -> bool:
     return is_size(node) or not node.meta["val"].shape
+
+
+def _is_turned(value: fx.Node, order: list[int]) -> bool:
+    """Whether a value is another one with its axes in an order."""
+    return value.target is aten.permute.default and [d % len(order) for d in value.args[1]] == order
 
 
 def is_gram(value: fx.Node) -> bool:

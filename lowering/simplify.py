@@ -16,9 +16,10 @@ from torch import fx
 from torch.fx.experimental.sym_node import wrap_node
 
 from nestloop.lowering import ops
+from nestloop.lowering.number_rules import NumberRules
 from nestloop.lowering.ops import Kind
 from nestloop.lowering.ops.sizes import same_shape, same_size
-from nestloop.lowering.product_rules import Fill, ProductRules, is_gram, is_scalar, is_size
+from nestloop.lowering.product_rules import Fill, is_gram, is_scalar, is_size
 from nestloop.lowering.recorder import graph_module
 from nestloop.lowering.subexpressions import common_subexpressions
 
@@ -39,7 +40,7 @@ _ARITHMETIC = {
 _CONSTANTS = {"zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0, "ones": 1.0, "ones_like": 1.0, "new_ones": 1.0}
 
 
-class _Rebuild(ProductRules):
+class _Rebuild(NumberRules):
     """One pass over a graph, producing a simpler one."""
 
     def __init__(self, known: Mapping[str, float], zero_is_none: bool) -> None:
@@ -162,6 +163,8 @@ class _Rebuild(ProductRules):
             zero = args[0].number == 0 and node.target in (aten.tril.default, aten.triu.default)
             if zero or node.target in (aten.slice.Tensor, aten.select.int, aten.flip.default):
                 simple = args[0]
+        if simple is None and row.kind is not Kind.POINTWISE:
+            simple = self._numbers_out(node, row.kind)
         return self._copy(node, self._mapped(node.args), node.kwargs) if simple is None else simple
 
     def _create(self, node: fx.Node) -> Any:
@@ -185,7 +188,7 @@ class _Rebuild(ProductRules):
                 return source
             if order == [1, 0] and is_gram(source):
                 return source
-            flipped = self._flipped_product(node, source, order)
+            flipped = self._flipped(node, order)
             if flipped is not None:
                 return flipped
             if source.target is aten.permute.default:
@@ -243,7 +246,7 @@ class _Rebuild(ProductRules):
         sunk = self._below_expansion(node, args)
         if sunk is not None:
             return sunk
-        folded = self._fold_factor(node, args, numbers)
+        folded = self._fold_factor(node, args, numbers) or self._numbers_out(node, Kind.POINTWISE)
         return folded if folded is not None else self._broadcast(node, args)
 
     def _identity(self, target: Any, args: list[Any], numbers: list[Any]) -> Any:
@@ -261,35 +264,6 @@ class _Rebuild(ProductRules):
         if target is aten.pow.Tensor_Scalar and numbers[1] in (0, 1):
             return args[0] if numbers[1] == 1 else Fill(1.0)
         return None
-
-    def _fold_factor(self, node: fx.Node, args: list[Any], numbers: list[Any]) -> Any:
-        """Numbers gather in one factor: (x a) b = x (a b), -(x a) = x (-a), 0 - x = -x; x^2 is x x."""
-        target = node.target
-        if target is aten.neg.default:
-            factor, source = -1.0, args[0]
-        elif target in ops.MUL and (numbers[0] is not None) != (numbers[1] is not None):
-            factor, source = (numbers[0], args[1]) if numbers[0] is not None else (numbers[1], args[0])
-        elif target in ops.SUB and numbers[0] == 0:
-            factor, source = -1.0, args[1]
-        elif target is aten.pow.Tensor_Scalar and numbers[1] == 2 and isinstance(args[0], fx.Node):
-            return self._emit(aten.mul.Tensor, (args[0], args[0]), node)
-        else:
-            return None
-        if not isinstance(source, fx.Node) or not same_shape(source.meta["val"].shape, node.meta["val"].shape):
-            return None
-        dtype, inner = node.meta["val"].dtype, source.args[0] if source.args else None
-        if isinstance(inner, fx.Node) and inner.meta["val"].dtype == dtype:
-            if source.target is aten.neg.default:
-                factor, source = -factor, inner
-            elif source.target in ops.MUL and isinstance(source.args[1], (int, float)):
-                factor, source = factor * source.args[1], inner
-        if source.meta["val"].dtype != dtype:
-            return None
-        if factor == 1:
-            return source
-        if factor == -1:
-            return self._emit(aten.neg.default, (source,), node)
-        return self._emit(aten.mul.Tensor, (source, factor), node)
 
     def _below_expansion(self, node: fx.Node, args: list[Any]) -> Any:
         """f(expand(x)) = expand(f(x)) where x is the only tensor: fewer elements to compute."""

@@ -21,7 +21,7 @@ from nestloop.lowering.emit.triton_tiles import BARRIER, MOST_AHEAD, NARROWEST, 
 from nestloop.lowering.emit.triton_values import NEUTRAL, TRITON
 from nestloop.lowering.ops.strided import ONE, ZERO, Extent, NoSpelling, Strided, product
 from nestloop.lowering.schedule.apart import Block, tell_apart
-from nestloop.lowering.schedule.order import fewest_alive, most_alive
+from nestloop.lowering.schedule.order import most_alive
 from nestloop.lowering.schedule.phases import NoPhases, Phase, handed_on, is_blocked, phases, sums_over
 from nestloop.lowering.schedule.reading import read
 from nestloop.lowering.schedule.recompute import recompute_phases
@@ -302,7 +302,7 @@ class TritonFunction(TritonRepeats):
             for value in part:
                 if isinstance(value, Repeat):
                     self.order_repeat(value)
-            part[:] = fewest_alive(part, weight, given, kept)
+            part[:] = self.put_in_order(part, weight, given, kept)
 
     def _alive(self, weigh: Callable[[Value], int]) -> list[tuple[list[Value], int]]:
         """The most elements that are alive at once in the lines of every phase."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from nestloop.lowering.emit.expressions import offset
+from nestloop.lowering.emit.triton_chains import with_fewest_copies
 from nestloop.lowering.emit.triton_tiles import BARRIER, Rows, held, walk
 from nestloop.lowering.emit.triton_values import TritonValues
 from nestloop.lowering.ops.strided import Extent, dense, product
 from nestloop.lowering.schedule.apart import Block
-from nestloop.lowering.schedule.order import fewest_alive, most_alive
+from nestloop.lowering.schedule.order import Weight, fewest_alive, most_alive
 from nestloop.lowering.schedule.repeats import Carried, Kept, Left, Repeat
 from nestloop.lowering.schedule.values import Value
 
@@ -47,9 +48,16 @@ class TritonRepeats(TritonValues):
         def weight(value: Value) -> int:
             return self._weight(value) if value in own else 0
 
-        loop.body = fewest_alive(loop.body, weight, loop.carried, after)
+        loop.body = self.put_in_order(loop.body, weight, loop.carried, after)
         self.times |= dict.fromkeys(own, loop.times)
         self.alive_in[loop] = most_alive(loop.body, weight, loop.carried, after)
+
+    def put_in_order(
+        self, values: Sequence[Value], weight: Weight, given: Collection[Value], kept: Collection[Value]
+    ) -> list[Value]:
+        """The values of a region in order: few alive at once, and few products that warps compute alike."""
+        ordered = fewest_alive(values, weight, given, kept)
+        return with_fewest_copies(self, ordered, lambda order: most_alive(order, weight, given, kept))
 
     def with_insides(self, values: Sequence[Value]) -> list[Value]:
         """The values with one more before each loop: it holds what the loop does while it runs, and no longer."""

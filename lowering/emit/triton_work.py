@@ -111,12 +111,9 @@ def of_function(function: TritonFunction) -> dict[str, Any]:
     instructions, spread = 0, spreads(function)
     depth: dict[Value, int] = {}
     for value in function.values:
-        before = max((depth.get(operand.base, 0) for operand in value.reads), default=0)
+        depth[value] = _depth(function, value, depth)
         if value.kind in LOOPS:
-            inside = max((depth[one] for one in value.body), default=before) if isinstance(value, Repeat) else before
-            depth[value] = before + (inside - before) * (value.times if isinstance(value, Repeat) else 1)
             continue
-        depth[value] = before + _waits(function, value)
         space = _elements(function, value.space) * _turns(function, value)
         if value.kind == "product":
             a, b = value.factors
@@ -190,6 +187,17 @@ def _turns(function: TritonFunction, value: Value) -> int:
         return function.times.get(value, 1)
     size = function.block.size
     return function.block.count if is_blocked(value, size) or sums_over(value, size) else 1
+
+
+def _depth(function: TritonFunction, value: Value, depth: Mapping[Value, int]) -> int:
+    """Products, reductions and solved rows that wait for one another, up to a value; `depth`: of those before it."""
+    before = max((depth.get(operand.base, 0) for operand in value.reads), default=0)
+    if isinstance(value, Repeat):
+        turn: dict[Value, int] = {}
+        for one in value.body:
+            turn[one] = _depth(function, one, turn)
+        return before + max(turn.values(), default=0) * value.times
+    return before if value.kind in LOOPS else before + _waits(function, value)
 
 
 def _waits(function: TritonFunction, value: Value) -> int:

@@ -43,6 +43,15 @@ def most_alive(values: Sequence[Value], weight: Weight, given: Collection[Value]
     return worst
 
 
+def with_last(values: Sequence[Value], value: Value) -> list[Value]:
+    """The same order, but for a value and what needs it behind all others."""
+    late: dict[Value, None] = {value: None}
+    for other in values:
+        if any(operand.base in late for operand in other.reads):
+            late[other] = None
+    return [*[other for other in values if other not in late], *late]
+
+
 def _stays(value: Value) -> bool:
     """Whether a value is a result that is handed on, and not one that is written out as soon as it is there."""
     return value.result is not None and not value.written

@@ -73,24 +73,24 @@ def drawn(scale: float = 3.0, inputs: int = 3) -> list[Tensor]:
     return [torch.randn(3, 4, generator=generator, dtype=torch.float64) * scale for _ in range(inputs)]
 
 
-FUNCTIONS: dict[str, tuple[Function, int]] = {  # with how many operations fewer two derivatives take, at least
-    "gelu, tanh": (lambda x: F.gelu(x, approximate="tanh"), 14),
-    "gelu, erf": (F.gelu, 8),
-    "silu": (F.silu, 4),
-    "tanh": (torch.tanh, 0),
-    "x tanh(x)": (lambda x: x * torch.tanh(x), 5),
-    "quick gelu": (lambda x: x * torch.sigmoid(1.702 * x), 9),
-    "a polynomial": (lambda x: 0.5 * x**2 + 0.1 * x * x * x * x, 40),
-    "a gaussian": (lambda x: torch.exp(-0.5 * x * x), 12),
-    "a gate": (lambda x: x * torch.sigmoid(x) * torch.tanh(x), 14),
+FUNCTIONS: dict[str, tuple[Function, int]] = {  # with how many operations it and two derivatives take, at most
+    "gelu, tanh": (lambda x: F.gelu(x, approximate="tanh"), 29),
+    "gelu, erf": (F.gelu, 22),
+    "silu": (F.silu, 15),
+    "tanh": (torch.tanh, 9),
+    "x tanh(x)": (lambda x: x * torch.tanh(x), 16),
+    "quick gelu": (lambda x: x * torch.sigmoid(1.702 * x), 17),
+    "a polynomial": (lambda x: 0.5 * x**2 + 0.1 * x * x * x * x, 15),
+    "a gaussian": (lambda x: torch.exp(-0.5 * x * x), 11),
+    "a gate": (lambda x: x * torch.sigmoid(x) * torch.tanh(x), 33),
 }
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_derivatives_take_fewer_operations_and_are_the_same(name: str):
-    function, fewer = FUNCTIONS[name]
+def test_derivatives_take_few_operations_and_are_the_same(name: str):
+    function, most = FUNCTIONS[name]
     before, after = derived(function)
-    assert len(operations(before)) - len(operations(after)) >= fewer
+    assert len(operations(after)) <= min(most, len(operations(before)))
     for scale in (0.01, 1.0, 10.0):
         inputs = drawn(scale)
         for a, b in zip(numbers(after, *inputs), slopes(function)(*inputs), strict=True):

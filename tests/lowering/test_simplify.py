@@ -90,6 +90,33 @@ IDENTITIES: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "-(x a)": (lambda x, y: -(x * 3), ["mul.Tensor"]),
     "(-x) a": (lambda x, y: (-x) * -1, []),
     "x 2 / 2": (lambda x, y: x * 2 * 0.5, []),
+    "x + (-y)": (lambda x, y: x + -y, ["sub.Tensor"]),
+    "(-x) + y": (lambda x, y: -x + y, ["sub.Tensor"]),
+    "x - (-y)": (lambda x, y: x - -y, ["add.Tensor"]),
+    "(-x) - y": (lambda x, y: -x - y, ["neg.default", "sub.Tensor"]),
+    "(-x) + (-y)": (lambda x, y: -x + -y, ["neg.default", "sub.Tensor"]),
+    "-(x - y)": (lambda x, y: -(x - y), ["sub.Tensor"]),
+    "-(x - y), where x - y is read": (lambda x, y: ((d := x - y), -d), ["sub.Tensor", "neg.default"]),
+    "x + x": (lambda x, y: x + x, ["mul.Tensor"]),
+    "-x - x": (lambda x, y: -x - x, ["mul.Tensor"]),
+    "(x + y) + y": (lambda x, y: x + y + y, ["mul.Tensor", "add.Tensor"]),
+    "(x + x) + x": (lambda x, y: x + x + x, ["mul.Tensor", "add.Tensor"]),
+    "2 x + 2 y": (lambda x, y: x * 2 + y * 2, ["add.Tensor", "mul.Tensor"]),
+    "2 x - 2 y": (lambda x, y: x * 2 - y * 2, ["sub.Tensor", "mul.Tensor"]),
+    "-2 x + 2 y": (lambda x, y: x * -2 + y * 2, ["sub.Tensor", "mul.Tensor"]),
+    "3 x - y": (lambda x, y: x * 3 - y, ["mul.Tensor", "sub.Tensor"]),
+    "(-x) (-y)": (lambda x, y: -x * -y, ["mul.Tensor"]),
+    "(-x) / y": (lambda x, y: -(-x / y), ["div.Tensor"]),
+    "1 - (-x)": (lambda x, y: 1 - -x, ["neg.default", "sub.Tensor"]),
+    "a sum of -x": (lambda x, y: y - (-x).sum(0), ["sum.dim_IntList", "add.Tensor"]),
+    "a running sum of -x": (lambda x, y: y - (-x).cumsum(0), ["cumsum.default", "add.Tensor"]),
+    "a triangle of -x": (lambda x, y: y - (-x).tril(), ["tril.default", "add.Tensor"]),
+    "a product of -x": (lambda x, y: y - (-x @ y.T) @ y, ["permute.default", "mm.default", "mm.default", "add.Tensor"]),
+    "a product of -x and -y": (lambda x, y: -x @ -y.T, ["permute.default", "mm.default"]),
+    "a transposed sum of products": (
+        lambda x, y: (x.T @ y + y.T @ x).T,
+        ["permute.default", "mm.default", "permute.default", "mm.default", "add.Tensor"],
+    ),
     "transposed twice": (lambda x, y: x.permute(1, 0).permute(1, 0), []),
     "reshaped to itself": (lambda x, y: x.reshape(3, 4).clone(), []),
     "expanded to itself": (lambda x, y: x.expand(3, 4), []),
@@ -101,7 +128,7 @@ IDENTITIES: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "a slice of zeros": (lambda x, y: x[1:] + torch.zeros_like(y)[1:], ["slice.Tensor"]),
     "a triangle of zeros": (lambda x, y: x + torch.zeros_like(y).tril(), []),
     "a count is no constant": (lambda x, y: x + torch.arange(4), ["arange.start_step", "add.Tensor"]),
-    "the same twice": (lambda x, y: x.tanh() + x.tanh(), ["tanh.default", "add.Tensor"]),
+    "the same twice": (lambda x, y: x.tanh() + x.tanh(), ["tanh.default", "mul.Tensor"]),
     "dead": (lambda x, y: (x.exp(), x + y)[1], ["add.Tensor"]),
 }
 
@@ -110,6 +137,27 @@ IDENTITIES: dict[str, tuple[Callable[..., Any], list[str]]] = {
 def test_an_identity(name: str):
     function, left = IDENTITIES[name]
     assert simplified(function)[1] == left
+
+
+def test_a_number_goes_to_the_smaller_factor():
+    module, left = simplified(lambda x, y: x * y[:, :1] * 3)
+    assert left == ["slice.Tensor", "mul.Tensor", "mul.Tensor"]
+    row, whole = [tuple(node.meta["val"].shape) for node in _calls(module)[1:]]
+    assert (row, whole) == ((3, 1), (3, 4))
+
+
+def test_a_number_stays_in_a_product():
+    """Which a sum adds up in: behind it, the number would be one operation more for each element of the result."""
+    module, left = simplified(lambda x, y: y + (x * -2 @ y.T) @ y)
+    assert left == ["permute.default", "mul.Tensor", "mm.default", "mm.default", "sub.Tensor"]
+    assert _calls(module)[1].args[1] == 2
+
+
+def test_products_turn_only_where_nothing_else_reads_them():
+    _, left = simplified(lambda x, y: ((made := x.T @ y + y.T @ x).T, made))
+    assert left.count("mm.default") == 2 and left.count("permute.default") == 3
+    _, left = simplified(lambda x, y: (x.T @ y + (y.T @ x).tanh()).T)
+    assert left.count("mm.default") == 2 and left[-1] == "permute.default"
 
 
 def test_zeros_are_followed_from_a_known_input():
@@ -165,6 +213,9 @@ UNARY: list[Callable[[Tensor], Tensor]] = [
     lambda a: torch.cat([a[:, 2:], a[:, :2]], 1),
     lambda a: a / 2,
     lambda a: a.abs().sqrt(),
+    lambda a: a[:, :1] * -2.0 * a,
+    lambda a: (-a).cumsum(0),
+    lambda a: (a * 3)[:, 1:].sum(1, keepdim=True) - a,
 ]
 BINARY: list[Callable[[Tensor, Tensor], Tensor]] = [
     torch.add,
@@ -176,10 +227,16 @@ BINARY: list[Callable[[Tensor, Tensor], Tensor]] = [
     torch.maximum,
     lambda a, b: torch.add(a, b, alpha=-2),
     lambda a, b: a[:1] * b,
+    lambda a, b: (a.T @ -b - 2 * (b.T @ a)).T[:3],
+    lambda a, b: a + b + b,
+    lambda a, b: a + b[:1] + b[:1],
+    lambda a, b: torch.add(a, b, alpha=3) + b,
+    lambda a, b: -torch.sub(a, b, alpha=3),
+    lambda a, b: torch.linalg.solve_triangular((a @ b.T).tril(-1), -a, upper=False, unitriangular=True),
 ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     program=st.lists(
         st.tuples(st.integers(0, len(UNARY) + len(BINARY) - 1), st.integers(0, 99), st.integers(0, 99)),

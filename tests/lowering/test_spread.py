@@ -48,6 +48,15 @@ def test_fewer_warps_where_the_others_would_compute_the_same():
     assert worth_while(4, {}, alive=512) == worth_while(4, {Spread(16, 16, ROWS): 0}, alive=512) == 4
 
 
+def test_the_last_product_is_one_whose_axis_all_warps_share():
+    """TTT-Linear's cotangents end with products of chunks of 16 rows and of the state: behind the latter, of 32 rows
+    and columns, four warps would compute all others four times."""
+    functions = kernel("TTTLinear", "backward", 32).work["functions"]
+    spreads = [Spread.parse(text) for text in functions["chunk_vjp"]["products"]]
+    assert {spread.along for spread in spreads} == {COLUMNS}
+    assert {(spread.rows, spread.columns) for spread in spreads} == {(16, 16), (16, 32), (32, 32)}
+
+
 def kernel(loop: str, name: str, d: int) -> TritonPlan:
     plans = static.plans(getattr(zoo, loop), d).values()
     return next(one for plan in plans if isinstance(plan, TritonPlan) for one in plan.forms if name in one.kernels)
@@ -89,6 +98,7 @@ def found(text: str) -> float:
         ("GLA", "forward_states", 32),
         ("RWKV6", "backward_cotangents", 32),
         ("TTTLinear", "forward", 32),
+        ("TTTLinear", "backward", 32),
     ],
 )
 def test_layouts_are_those_that_triton_chooses(loop: str, name: str, d: int):

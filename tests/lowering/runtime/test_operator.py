@@ -43,7 +43,7 @@ class Shuffled(Recall):
 
 class Stream(Recall):
     learner = Deep
-    optimizer, schedule = nl.SGD(lr=0.1, momentum=0.9), nl.Causal(4)
+    optimizer, schedule = nl.SGD(lr=0.02, momentum=0.9), nl.Causal(4)  # larger steps amplify rounding
 
 
 over_loops = pytest.mark.parametrize("loop", [Batches, Shuffled, Stream], ids=lambda loop: loop.__name__)

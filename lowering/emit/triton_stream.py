@@ -20,7 +20,7 @@ from nestloop.lowering.emit.triton_work import fewest_warps
 from nestloop.lowering.ops.strided import NoSpelling
 from nestloop.lowering.runtime.triton_plan import Handed, Launch, TritonPlan
 from nestloop.lowering.schedule.apart import Block
-from nestloop.lowering.schedule.roofline import WIDE_REGISTERS
+from nestloop.lowering.schedule.roofline import TILE_REGISTERS, WIDE_REGISTERS
 from nestloop.lowering.schedule.spread import WIDE_ROWS
 from nestloop.lowering.streams.step import VALID
 
@@ -176,7 +176,10 @@ class TritonStream(TritonKernels, ScanTensors):
     def _launches(self, which: str) -> tuple[Launch, ...]:
         """The kernels of a direction."""
         states = self._state if which == "backward" else 0
-        warps = fewest_warps(self.warps_for(self.alive_in(which), WIDE_REGISTERS), self._functions_of(which))
+        functions = self._functions_of(which)
+        walks = any(one.block is not None for one in functions)  # blocks of an axis, whose loops must not spill
+        each = TILE_REGISTERS if walks else WIDE_REGISTERS
+        warps = fewest_warps(self.warps_for(self.alive_in(which), each), functions)
         return (Launch(which, "sequences", warps, self._scratch(which), states),)
 
     def _handed(self, which: str) -> tuple[Handed, ...]:

@@ -43,7 +43,8 @@ TILE_REGISTERS = 112  # so many for tiles leave a thread of 255 few spills, or n
 # The same of 4 warps in scans whose chunks run at once, compiled for sm_90: without a spill where all products have 64
 # rows; and in backward kernels, the factors of products packed in pairs, but for those that spill with 8 warps too.
 # Twice as many threads take 1.2 to 2 times the instructions. The first is so of scans in one kernel, too, whatever
-# their products are (TTT-Linear, the generalized delta rule, Longhorn's diagonal form: 1.45 to 1.7 times).
+# their products are, that walk no blocks (TTT-Linear, the generalized delta rule, Longhorn's diagonal form: 1.45 to 1.7
+# times).
 WIDE_REGISTERS = 136
 PACKED_REGISTERS = 176
 # With factors counted so, all other kernels of 4 warps: forward without a spill, backward (WIDE_REGISTERS) with a few

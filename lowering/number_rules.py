@@ -29,7 +29,7 @@ _OF_PARTS = (
     aten.select.int,
     aten.cumsum.default,
 )
-_SUMS = ("sum", "mean")
+_SUMS = (aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim)
 _NOT_ALIKE = (ops.DETACHED, aten.expand.default)  # views that hide what they have, or are larger
 
 
@@ -68,28 +68,24 @@ class NumberRules(ProductRules):
             return None
         if node.target in (*ops.ADD, *ops.SUB):
             return self._sum(node, tensors) if len(tensors) == 2 and node.kwargs.get("alpha", 1) == 1 else None
-        outer, made = 1.0, self._mapped(node.args)
+        given = self._mapped(node.args)
+        outer, made = 1.0, list(given)
+        signs = kind in (Kind.PRODUCT, Kind.SOLVE)  # a sum that adds up in a product takes them alone
         for place in self._linear(node, kind):
             number, inner = _apart(made[place])
-            if inner.meta["val"].dtype != node.meta["val"].dtype:
-                continue
-            if kind in (Kind.PRODUCT, Kind.SOLVE) and number < 0:  # a sum that adds up in a product takes signs alone
-                outer, made[place] = -outer, self._times(-number, inner, node.args[place])
-            elif kind not in (Kind.PRODUCT, Kind.SOLVE):
-                outer, made[place] = outer * number, inner
-        if outer == 1 and made == self._mapped(node.args):
-            return None
-        return self._times(outer, self._copy(node, made, node.kwargs), node)
+            taken = math.copysign(1.0, number) if signs else number
+            if taken != 1 and inner.meta["val"].dtype == node.meta["val"].dtype:
+                outer, made[place] = outer * taken, self._times(number / taken, inner, node.args[place])
+        return None if made == given else self._times(outer, self._copy(node, made, node.kwargs), node)
 
     def _linear(self, node: fx.Node, kind: Kind) -> list[int]:
         """The operands from which numbers go to the result: where it is as large, of what nothing else reads, or where
         another factor is smaller and takes them (`_times`)."""
-        name = node.target._schema.name.split("::")[-1]
         if kind is Kind.PRODUCT:
             return [0, 1]
         if node.target is aten.linalg_solve_triangular.default:
             return [1]
-        if (kind is Kind.REDUCTION and name in _SUMS) or (kind is Kind.VIEW and node.target not in _NOT_ALIKE):
+        if node.target in _SUMS or (kind is Kind.VIEW and node.target not in _NOT_ALIKE):
             return [0]
         tensors = {place: a for place, a in enumerate(node.args) if isinstance(a, fx.Node)}
         whole = [place for place, a in tensors.items() if same_shape(a.meta["val"].shape, node.meta["val"].shape)]

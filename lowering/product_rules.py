@@ -93,8 +93,7 @@ class ProductRules:
             args = [self._turned(factor, swap) for factor in made.args[::-1]]
         else:
             args = [self._turn(term, swap) if isinstance(term, fx.Node) else term for term in old.args]
-        turned = result_like(ops.row(aten.permute.default), aten.permute.default, (made.meta["val"], swap), {})
-        return self._emit(made.target, tuple(args), old, turned)
+        return self._emit(made.target, tuple(args), old, _in_order(made, swap))
 
     def _turned(self, value: fx.Node, order: list[int]) -> fx.Node:
         """A value with its last two axes exchanged."""
@@ -103,8 +102,7 @@ class ProductRules:
             return before
         if is_gram(value):
             return value
-        turned = result_like(ops.row(aten.permute.default), aten.permute.default, (value.meta["val"], order), {})
-        return self._emit(aten.permute.default, (value, order), value, turned)
+        return self._emit(aten.permute.default, (value, order), value, _in_order(value, order))
 
     def _product_of_fill(self, node: fx.Node, args: list[Any]) -> Any:
         """a b with one number all over b (or a) is that number times the sums of a's rows (of b's columns)."""
@@ -164,6 +162,11 @@ def is_size(node: fx.Node) -> bool:
 
 def is_scalar(node: fx.Node) -> bool:
     return is_size(node) or not node.meta["val"].shape
+
+
+def _in_order(value: fx.Node, order: list[int]) -> Any:
+    """What a value is like with its axes in an order."""
+    return result_like(ops.row(aten.permute.default), aten.permute.default, (value.meta["val"], order), {})
 
 
 def _is_turned(value: fx.Node, order: list[int]) -> bool:

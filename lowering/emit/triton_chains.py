@@ -69,11 +69,15 @@ def with_fewest_copies(
 
     # With wide instructions no warp may hold more for it; without, narrow products and all others are one chain.
     wide, narrow = computed(values, None), computed(values, DEVICES["a100"])
-    found, least = values, most_alive(values) * (wide + narrow)
+    alive = most_alive(values)
+    found, least = values, alive * (wide + narrow)
     for order in (with_last(values, value) for value in tiles):
-        again, alive = (computed(order, None), computed(order, DEVICES["a100"])), most_alive(order)
-        if sum(again) < wide + narrow and alive * again[0] <= most_alive(values) * wide and alive * sum(again) < least:
-            found, least = order, alive * sum(again)
+        again = computed(order, None), computed(order, DEVICES["a100"])
+        if sum(again) >= wide + narrow:
+            continue
+        now = most_alive(order)
+        if now * again[0] <= alive * wide and now * sum(again) < least:
+            found, least = order, now * sum(again)
     return found
 
 

@@ -44,7 +44,7 @@ def main() -> None:
         if spec.is_kernel_estimator or (given.loops and loop.__name__ not in given.loops):
             continue
         sizes = trial_sizes(spec, dict.fromkeys(("d", "dk", "dv", "dx", "dy"), given.width))
-        tokens = sizes["N"] if spec.grid else None
+        tokens = sizes["N"] if spec.sees_grid else None
         sizes = {name: size for name, size in sizes.items() if name not in ("B", "N", "n")}
         parts = [""] if not spec.streams else ["scan", "inside"]
         parts = ["update", "read"] if isinstance(spec.schedule, Program) else parts

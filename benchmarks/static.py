@@ -157,7 +157,7 @@ def plans(loop: type[nl.Loop], d: int) -> dict[str, TritonPlan | str]:
     if spec.is_kernel_estimator:
         return {"loop": "a kernel estimator: PyTorch's attention runs it"}
     sizes = trial_sizes(spec, {**dict.fromkeys(("d", "dk", "dv", "dx", "dy"), d), "H": HEADS})
-    tokens = sizes["N"] if spec.grid else None
+    tokens = sizes["N"] if spec.sees_grid else None
     sizes = {name: size for name, size in sizes.items() if name not in ("B", "N", "n")}
     spec, parts = in_parts(spec, sizes, tokens), ["loop"]
     if spec.streams:

@@ -26,7 +26,7 @@ from nestloop.lang.optim import SGD
 from nestloop.lang.returned import described, misshapen
 from nestloop.lang.state import Entry, identifier, steps_with
 from nestloop.lowering import ops
-from nestloop.lowering.axes import Axes, declared_axes, type_axes
+from nestloop.lowering.axes import Axes, type_axes
 from nestloop.lowering.groups import by_groups
 from nestloop.lowering.joins import taken_apart
 from nestloop.lowering.layouts import as_products
@@ -56,6 +56,7 @@ class Captured:
         decoders: slow weights -> rows [*, D] whose correlations say whether the loss is as precise as it was before
             `lowering.rewrites.gram` rewrote it; None where it did not.
         squares: how many of those are the rows of each square of the loss, in order.
+        fit: of a kernel estimator, (slow, tokens) -> the estimate at each query [n, *].
         reads_dtype: whether a body asks for the dtype, or uses a constant of it (RMSNorm's default eps).
     """
 
@@ -71,14 +72,14 @@ class Captured:
     projected: Mapping[str, Tensor] = field(default_factory=dict)
     decoders: fx.GraphModule | None = None
     squares: tuple[int, ...] = ()
+    fit: fx.GraphModule | None = None
     reads_dtype: bool = False
 
     @property
     def readout_axes(self) -> Axes:
         """The axes of the output."""
-        if self.loss is None:
-            return declared_axes(self.spec, "v")
-        return type_axes(self.spec, self.readout).axes[_value(self.readout)]
+        graph = self.readout if self.fit is None else self.fit
+        return type_axes(self.spec, graph).axes[_value(graph)]
 
     @property
     def loss_inputs(self) -> list[str]:
@@ -121,8 +122,9 @@ def capture_with(tracer: Tracer) -> Captured:
     if spec.is_kernel_estimator:
         kernel = _trace(tracer, lambda dims: _kernel_body(spec, dims), [*spec.slow, "q", "k"], "kernel")
         _check_kernel(spec, kernel)
-        value = tracer.tile("v")
-        return Captured(spec, None, kernel, sizes, tuple(value.shape[1:]), tracer.fixed_tokens())
+        fit = _trace(tracer, lambda dims: _fit_body(spec, dims), [*spec.slow, *spec.inputs], "fit")
+        output = _check_rows(spec, "fit", fit)
+        return Captured(spec, None, kernel, sizes, output, tracer.fixed_tokens(), fit=fit)
 
     inputs = [*everything, *spec.inputs]
     held = [f"{name}__held" for name in spec.fast] if spec.holds else []
@@ -131,7 +133,7 @@ def capture_with(tracer: Tracer) -> Captured:
     inputs = [name for name in inputs if name not in spec.inputs or not spec.inputs[name].micro]
     readout = _trace(tracer, lambda dims: _flat(reference.token_readout(spec, dims), spec), inputs, "readout")
     _check_used(spec, loss, readout)
-    output = _check_readout(spec, readout)
+    output = _check_rows(spec, "readout", readout)
     loss, readout = (_with_products(graph, tracer) for graph in (loss, readout))
     if spec.parts:
         loss, readout = (_in_parts(graph, tracer) for graph in (loss, readout))
@@ -270,6 +272,18 @@ def _kernel_body(spec: LoopSpec, dims: dict[str, Any]) -> Callable[..., Tensor]:
     return kernel
 
 
+def _fit_body(spec: LoopSpec, dims: dict[str, Any]) -> Callable[..., Tensor]:
+    def fit(*tensors: Tensor) -> Tensor:
+        given = dict(zip([*spec.slow, *spec.inputs], tensors, strict=True))
+        groups = (spec.slow, spec.inputs, spec.of_keys)
+        slow, queries, keys = ({name: given[name] for name in group} for group in groups)
+        body = spec.body_with(slow, dims)
+        weight = body.kernel(queries["q"], keys["k"])
+        return body.fit(weight, spec.tokens_with(queries), spec.tokens_with(keys))
+
+    return fit
+
+
 def _value(module: fx.GraphModule) -> Any:
     (result,) = next(node for node in module.graph.nodes if node.op == "output").args
     return result
@@ -364,8 +378,9 @@ def _stop(weight: fx.Node) -> fx.Node | None:
     return None
 
 
-def _check_readout(spec: LoopSpec, module: fx.GraphModule) -> tuple[int, ...]:
-    given, shape, where = _written(spec, "readout", module)
+def _check_rows(spec: LoopSpec, body: str, module: fx.GraphModule) -> tuple[int, ...]:
+    """The shape of one row of what a body returns, which has one for each token."""
+    given, shape, where = _written(spec, body, module)
     if shape is None or not shape or not _runs_over_tokens(spec, module, shape[0]):
-        raise misshapen(spec, "readout", given, where)
+        raise misshapen(spec, body, given, where)
     return tuple(int(size) for size in shape[1:])

@@ -252,14 +252,7 @@ def make_piece(
 
 def _fit(captured: Captured, tracer: Tracer) -> Piece:
     """A kernel estimator's fit at every query: slow, q, k, v (and other views) -> z."""
-    spec = captured.spec
-    names = [*spec.slow, *spec.inputs]
-    kernel = _call(captured.readout)
-
-    def fit(*tensors: Tensor) -> Tensor:
-        given = dict(zip(names, tensors, strict=True))
-        weight = kernel(*[given[n] for n in spec.slow], given["q"], given["k"])
-        return weight @ given["v"] / weight.sum(-1, keepdim=True)
-
-    forward = tracer.trace(fit, names)
+    assert captured.fit is not None
+    names = [*captured.spec.slow, *captured.spec.inputs]
+    forward = tracer.trace(_call(captured.fit), names)
     return make_piece("fit", forward, names, ["z"], tracer, captured, True, {})

@@ -137,7 +137,7 @@ def _plan(
 
     dtype = {"dtype": torch.float64} if double else {}
     code = {"triton": triton, "tiling": tiling}
-    if spec.streams:
+    if spec.streams and not spec.slides:
         return pipeline.stream_plan(pipeline.stream_stages(spec, sizes, tokens, losses, part, **dtype, **code))
     wide = part == "wide"
     return pipeline.plan(pipeline.stages(spec, sizes, tokens, losses, carried, **dtype, wide=wide, **code))
@@ -179,7 +179,9 @@ def lower(
         return ""  # parts are for Triton alone
     if double and plan.reads_dtype:
         plan = plan_for(spec, sizes, tokens, losses, carried, double, part, triton, tiling)
-    if spec.streams:
+    if spec.slides and plan.form != "attention":
+        return ""  # what defines the loop computes as little as any plan would
+    if spec.streams and not spec.slides:
         return build_stream(spec, plan, sizes["H"], asked)
 
     def wide() -> Plan:

@@ -53,7 +53,7 @@ class Lowered:
         typing: the axes of the loss, and what mixes tokens; None for a kernel estimator.
         pieces: step, read-out and their backwards, simplified.
         rewrites: every rule, whether it fired and why.
-        source: the generated module; None where the loop runs on PyTorch's own attention.
+        source: the generated module; None where the loop runs on PyTorch's own attention, or is a window of keys.
         native: the generated C++; None where the loop has none.
         not_native: why it has none.
         triton: the generated Triton; None where the loop has none, or where it was not asked for.
@@ -124,7 +124,8 @@ def stages(
         unused = ("first_gradient", "first_update") if carried else ("gradient", "update")
         differentiated = {name: piece for name, piece in differentiated.items() if name not in unused}
     attention = next((r for r in applied if r.name == "softmax attention" and r.fired), None)
-    source = None if attention else TorchEmitter(projected, differentiated, losses, carried).emit()
+    generated = attention is None and not spec.slides
+    source = TorchEmitter(projected, differentiated, losses, carried).emit() if generated else None
     parts = (projected, differentiated, losses, carried)
     native, not_native = _spelled(lambda: _native(*parts))
     kernels, not_triton = _spelled(lambda: _triton(*parts, tiling, wide)) if triton else (None, "")
@@ -327,7 +328,8 @@ def plan(lowered: Lowered) -> Plan:
     spec, captured, source = lowered.spec, lowered.captured, lowered.source
     heads = captured.sizes["H"]
     tiles = {n: tuple(e.size(captured.sizes) for e in entry.like.dims) for n, entry in captured.states.items()}
-    form = "attention" if source is None else "fit" if captured.loss is None else "loop"
+    scale = dot_product_scale(captured) if source is None else None
+    form = "loop" if captured.loss is not None else "fit" if scale is None else "attention"
     return Plan(
         form=form,
         name=re.sub(r"\W", "_", spec.name).lower(),
@@ -341,7 +343,7 @@ def plan(lowered: Lowered) -> Plan:
         reads_dtype=captured.reads_dtype,
         pieces={name: _numbers(piece) for name, piece in lowered.pieces.items()},
         rows=rows_in_cache([module for p in lowered.pieces.values() for module in (p.forward, p.backward)], heads),
-        scale=dot_product_scale(captured) if form == "attention" else None,
+        scale=scale,
         native=lowered.native,
         not_native=lowered.not_native,
         triton=lowered.triton,
@@ -358,7 +360,7 @@ def any_stages(
     """`stages` of a loop, or `stream_stages` of a part of a stream, without inner losses and from no state."""
     spec = in_matrices(spec, sizes, tokens)
     rules = [Rewrite("matrices", True, told(stack, spec)) for stack in spec.stacks]
-    if spec.streams:
+    if spec.streams and not spec.slides:
         stream = stream_stages(spec, sizes, tokens, False, part, triton=triton)
         return replace(stream, rewrites=[*rules, *stream.rewrites])
     batch = stages(spec, sizes, tokens, False, False, triton=triton)

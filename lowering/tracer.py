@@ -21,7 +21,7 @@ from nestloop.lowering.watched import WatchedCalls, WatchedOps, as_compile_error
 # What a value may be converted to, beside the compute dtype. Of that, float32 is a lower bound: it is not rounded to.
 _KEPT = (torch.float32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _LOW = (torch.bfloat16, torch.float16)
-_BODIES = ("loss", "readout", "kernel")
+_BODIES = ("loss", "readout", "kernel", "fit")
 
 
 class Tracer:

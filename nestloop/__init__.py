@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nestloop.lang.schedule import Causal, Chunked, FullBatch, Online, Program, Shuffled, Sliding
     from nestloop.lang.solve import conjugate_gradient
     from nestloop.lang.transforms import global_clip, newton_schulz, restore_norm, soft_clip
+    from nestloop.lang.whole import conv2d, instance_norm
     from nestloop.layer import Layer
     from nestloop.saved import load_ops, save_ops
     from nestloop.timing import bench
@@ -53,6 +54,7 @@ __all__ = [
     "compile",
     "conjugate_gradient",
     "conv",
+    "conv2d",
     "cos_reweight",
     "cost",
     "dim",
@@ -63,6 +65,7 @@ __all__ = [
     "global_clip",
     "grid",
     "inspect",
+    "instance_norm",
     "l2_norm",
     "layer_norm",
     "load_ops",
@@ -98,6 +101,7 @@ _HOME = {
     "nestloop.lang.solve": ("conjugate_gradient",),
     "nestloop.lang.schedule": ("Causal", "Chunked", "FullBatch", "Online", "Program", "Shuffled", "Sliding"),
     "nestloop.lang.transforms": ("global_clip", "newton_schulz", "restore_norm", "soft_clip"),
+    "nestloop.lang.whole": ("conv2d", "instance_norm"),
     "nestloop.layer": ("Layer",),
     "nestloop.saved": ("load_ops", "save_ops"),
     "nestloop.timing": ("bench",),

@@ -60,7 +60,7 @@ class CompiledLoop:
         self.loop, self.spec = loop, spec_of(loop)
         self.renamed = names.safe(self.spec, triton=backend in ("auto", "triton"))
         for spec in (self.spec, self.renamed):  # found now: Python 3.11 takes a lock, which PyTorch 2.11 does not trace
-            _ = spec.inputs, spec.weights, spec.entries, spec.dim_names, spec.default_dims
+            _ = spec.inputs, spec.weights, spec.entries, spec.dim_names, spec.default_dims, spec.sees_grid
         if backend not in BACKENDS:
             raise UnknownBackendError(
                 "There is no such backend.",
@@ -90,11 +90,6 @@ class CompiledLoop:
         called = [OPS[name] for name in names if name in OPS]
         called += [lower.STREAM_OPS[name].op for name in names if name in lower.STREAM_OPS]
         return sorted({op.ran for op in called if op.ran})
-
-    @property
-    def _walks(self) -> bool:
-        """Whether the reference is what runs; a window of keys has no steps, and it is as good as any plan."""
-        return self.backend == "reference" or (self.spec.streams and self.spec.is_kernel_estimator)
 
     def __reduce__(self):
         return (_remake, (self.loop, self.requested, self.inductor, self.dims))
@@ -191,7 +186,11 @@ class CompiledLoop:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """`__call__` with every argument given, and always three results."""
         binding = self._bind(views, weights, state, order, {**self.dims, **dims})
-        if self._walks or binding.tokens == 0:  # no tokens, no step
+        attention = self._attention(binding) if self.spec.slides else ""
+        if attention:
+            return lower.EXECUTABLES[attention](views, weights, state, order)
+        # A window of keys has no steps, and the reference computes no more than any plan; no tokens, no step.
+        if self.backend == "reference" or self.spec.slides or binding.tokens == 0:
             start = None if state is None else dict(state)
             try:
                 z, end, losses = reference.run(
@@ -214,6 +213,13 @@ class CompiledLoop:
             z, end, losses = self._run_batch(binding, views, weights, state, order, return_losses)
         return z, names.outward(self.renamed, end), losses
 
+    def _attention(self, binding: Binding) -> str:
+        """The name of PyTorch's attention to a window of keys; "" where the loop is something else."""
+        if self.backend == "reference" or binding.tokens == 0:
+            return ""
+        sizes = tuple(sorted({**binding.dims, "H": binding.heads}.items()))
+        return self._lowered(False, False, 0, sizes, False)
+
     def _run_batch(
         self,
         binding: Binding,
@@ -229,7 +235,7 @@ class CompiledLoop:
         double = reference.compute_dtype({**views, **weights, **(state or {})}) == torch.float64
         gpu = not double and self._may_be_triton(views)
         name = ""
-        if self.spec.grid is None and binding.tokens != 1:
+        if not self.spec.sees_grid and binding.tokens != 1:
             name = self._lowered(return_losses, carried, 0, sizes, double, gpu=gpu)
         if not name:
             name = self._lowered(return_losses, carried, binding.tokens, sizes, double, gpu=gpu)
@@ -302,13 +308,13 @@ class CompiledLoop:
         Raises the `CompileError` of whatever is wrong in a body.
         """
         sizes = {**self.spec.default_dims, **self.dims, "H": heads}
-        if self.spec.streams and not self._walks:
+        if self.backend == "reference" or self.spec.slides:
+            return reference.token_output(self.spec, sizes)
+        if self.spec.streams:
             part = "read" if isinstance(self.spec.schedule, Program) else "scan"
             return lower.plan_for(self.renamed, sizes, None, False, False, part=part).output
-        if self._walks:
-            return reference.token_output(self.spec, sizes)
         tokens = 0
-        if self.spec.grid is not None:
+        if self.spec.grid is not None and self.spec.sees_grid:
             rows, columns = self.spec.grid
             if rows not in sizes or columns not in sizes:  # no call has shown the grid: a small one shows the output
                 trial = {**sizes, rows: sizes.get(rows, 4), columns: sizes.get(columns, 4)}

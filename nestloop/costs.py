@@ -152,7 +152,7 @@ def costs_of(
     _check(spec)
     sizes = trial_sizes(spec, dims)
     plain = {name: size for name, size in sizes.items() if name not in ("B", "N", "n")}
-    plans = candidates(spec, plain, sizes["N"] if spec.grid else None)
+    plans = candidates(spec, plain, sizes["N"] if spec.sees_grid else None)
     if plans[0].plan is not None and plans[0].plan.tokens not in (None, sizes["N"]):
         plans = candidates(spec, plain, sizes["N"])  # its graphs hold for one length
     untuned = plans[0].plan

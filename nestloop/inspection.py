@@ -109,7 +109,7 @@ def explain_text(loop: Any, dims: Mapping[str, int], op: CompiledLoop | None = N
 
 def _lower(spec: LoopSpec, sizes: dict[str, int], triton: bool = False) -> AnyLowered:
     plain = {name: size for name, size in sizes.items() if name not in ("B", "N", "n")}
-    tokens = sizes["N"] if spec.grid else None
+    tokens = sizes["N"] if spec.sees_grid else None
     part = "update" if isinstance(spec.schedule, Program) else "scan"
     if not triton:
         return pipeline.any_stages(spec, plain, tokens, part)
@@ -127,6 +127,7 @@ def _explain(lowered: AnyLowered, sizes: Mapping[str, int], op: CompiledLoop | N
     ]
     if spec.is_kernel_estimator:
         lines += ["", "fast weights: none. The state is the keys and values of the sequence."]
+        lines += _state(spec) if spec.streams else []
     else:
         numbers = state_numbers(spec, sizes)
         lines += ["", "fast weights (the inner loop changes them while it reads one sequence):"]
@@ -258,7 +259,8 @@ def _what_streams(lowered: LoweredStream, op: CompiledLoop | None, sizes: Mappin
 def _tiles(lowered: Lowered) -> str:
     assert lowered.native is not None
     if lowered.native.whole:
-        return "in parallel over heads and sequences; a tile holds all tokens, which mix"
+        why = "which mix" if lowered.typing is not None and lowered.typing.mixing else "on whose number it depends"
+        return f"in parallel over heads and sequences; a tile holds all tokens, {why}"
     rows = lowered.native.rows
     return f"in parallel over heads and sequences, and tokens where those are few; tiles of at most {rows} tokens"
 
@@ -343,6 +345,15 @@ def _what_runs(lowered: AnyLowered, op: CompiledLoop | None, sizes: Mapping[str,
     return [*lines, f"  the last call: {', '.join(op.ran)}"] if op is not None and op.ran else lines
 
 
+def _attention(spec: LoopSpec, fired: Sequence[Rewrite]) -> str:
+    """What runs where nothing is generated."""
+    if not spec.slides:
+        return f"runs: PyTorch's scaled_dot_product_attention, because {fired[0].why}"
+    if not fired:
+        return "runs: the reference, which has no steps to take and computes no more than any plan would"
+    return f"runs: PyTorch's scaled_dot_product_attention, in blocks of queries, because {fired[0].why}"
+
+
 def _what_is_to_run(lowered: AnyLowered, op: CompiledLoop | None, sizes: Mapping[str, int]) -> list[str]:
     fired = [rule for rule in lowered.rewrites if rule.fired]
     if op is not None and op.backend == "reference":
@@ -351,7 +362,7 @@ def _what_is_to_run(lowered: AnyLowered, op: CompiledLoop | None, sizes: Mapping
     if isinstance(lowered, LoweredStream):
         return _what_streams(lowered, op, sizes)
     if lowered.source is None:
-        return [f"runs: PyTorch's scaled_dot_product_attention, because {fired[0].why}"]
+        return [_attention(spec, fired)]
     lines, native, chosen = _backend(spec, pipeline.plan(lowered), op, sizes)
     lines += [f"  {_tiles(lowered)}"] if native else []
     lines += chosen

@@ -11,7 +11,7 @@ from torch import fx
 
 from nestloop.errors import UnknownStageError
 from nestloop.lang.declare import Declaration, Gate, Slow, View, caller
-from nestloop.lang.loop import LoopSpec
+from nestloop.lang.loop import Loop, LoopSpec
 from nestloop.lang.state import state_numbers, state_size
 from nestloop.lowering import pipeline
 from nestloop.lowering.axes import is_token, type_axes
@@ -91,7 +91,10 @@ def _capture(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     captured = lowered.captured
     parts = [] if captured.loss is None else [f"loss:\n{graph_text(lowered.spec, captured.loss)}"]
     name = "readout" if captured.loss is not None else "kernel"
-    return "\n".join([*parts, f"{name}:\n{graph_text(lowered.spec, captured.readout)}"])
+    parts.append(f"{name}:\n{graph_text(lowered.spec, captured.readout)}")
+    if captured.fit is not None and lowered.spec.cls.fit is not Loop.fit:
+        parts.append(f"fit:\n{graph_text(lowered.spec, captured.fit)}")
+    return "\n".join(parts)
 
 
 def graph_text(spec: LoopSpec, module: fx.GraphModule, output: tuple[str, ...] = ()) -> str:
@@ -174,6 +177,8 @@ def _cost(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     lines.append(
         f"state: {state_size(lowered.spec)} = {state_numbers(lowered.spec, sizes):,} numbers per head and sequence"
     )
+    if lowered.spec.is_kernel_estimator:
+        return "\n".join(lines)
     if isinstance(lowered, LoweredStream) and lowered.part == "scan":
         return "\n".join([*lines, *_kept(lowered, sizes)])
     lines.append("backward: recomputes every step from the state it started from; keeps one state per step")
@@ -198,10 +203,19 @@ def _kept(lowered: LoweredStream, sizes: Mapping[str, int]) -> list[str]:
     return lines
 
 
+def _runs(lowered: AnyLowered) -> str:
+    """What runs where nothing is generated."""
+    spec = lowered.spec
+    if not any(rule.name == "softmax attention" and rule.fired for rule in lowered.rewrites):
+        return "the reference runs, which defines a window of keys and computes no more than any plan"
+    seen = f", in blocks of queries, each to the last {spec.schedule.window} keys" if spec.slides else ""
+    return f"PyTorch's scaled_dot_product_attention(q, k, v, scale=...) runs{seen}"
+
+
 def _emit(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     """The generated PyTorch."""
     if lowered.source is None:
-        return "nothing: z = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=...)"
+        return f"nothing: {_runs(lowered)}"
     return lowered.source.text.rstrip()
 
 
@@ -251,7 +265,7 @@ def compiled(lowered: AnyLowered, stage: str, device: str) -> str:
 def _run(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     """The registered ops, and the file in the cache that they run."""
     if lowered.source is None:
-        return "PyTorch's scaled_dot_product_attention, called as it is"
+        return _runs(lowered)
     if isinstance(lowered, LoweredStream):
         name = build_stream(lowered.spec, pipeline.stream_plan(lowered), sizes["H"], Asked("torch"))
         return _registered(STREAM_OPS[name].op)

@@ -35,7 +35,9 @@ class CppEmitter(CppCalls):
         prepare = CppPrepare(self)
         functions = [*prepare.functions.values(), *self.functions.values()]
         systems = numbered(functions)
-        plan = "A tile holds all tokens: they mix." if self.whole else f"The cost model takes {rows}."
+        plan = f"The cost model takes {rows}."
+        if self.whole or self.one_length:
+            plan = f"A tile holds all tokens: {'they mix' if self.whole else 'its graphs hold for one number of them'}."
         parts = [*written(functions), *prepare.write(), self._forward(), self._backward()]
         return NativePlan(
             header(self.captured, plan) + "\n\n".join(parts) + "\n",
@@ -43,7 +45,7 @@ class CppEmitter(CppCalls):
             tuple(map(self.original, self.given("backward"))),
             tuple(map(self.original, self.gradients)),
             (*self.hoisted, *self.captured.projected),
-            self.whole,
+            self.whole or self.one_length,
             rows,
             systems,
             prepare=tuple(map(self.original, prepare.inputs("prepare"))),

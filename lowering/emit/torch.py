@@ -13,7 +13,7 @@ from textwrap import indent
 from torch import fx
 
 from nestloop.lang.dims import DimExpr
-from nestloop.lowering.axes import Axes, needs_all_tokens, type_axes
+from nestloop.lowering.axes import Axes, holds_for_one_length, needs_all_tokens, type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.tile import TileFunction, is_rounded
@@ -86,9 +86,10 @@ class TorchEmitter:
         self.variants = ["first_", ""] if "first_gradient" in self.pieces else [""]
         if self.captured.loss is not None and "gradient" not in self.pieces:
             self.variants = ["first_"]
-        self.mixes = {
-            "gradient": captured.loss is not None and needs_all_tokens(spec, captured.loss),
-            "readout": needs_all_tokens(spec, captured.readout),
+        bodies = {"gradient": captured.loss, "readout": captured.readout}
+        self.whole = {  # whether a tile must hold all tokens
+            name: body is not None and (needs_all_tokens(spec, body) or holds_for_one_length(spec, body))
+            for name, body in bodies.items()
         }
         self.low = rounded_results(self.pieces.get("project"))
         self.functions: dict[str, TileFunction] = {}
@@ -167,7 +168,7 @@ class TorchEmitter:
 
     def _over_tiles(self, piece: str, bounds: str, order: str, functions: list[str], lines: list[str]) -> list[str]:
         """A loop over tiles of tokens, which takes the tokens that the functions read."""
-        rows = "None" if self.mixes[piece] else "_rows"
+        rows = "None" if self.whole[piece] else "_rows"
         read = {n for f in functions for n in self.functions[f].signature}
         takes = [f"{n}_i = take({n}, {order}, _from, _to)" for n in self.tiled if n in read]
         if "d_z" in read:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from nestloop.lang.loop import Loop
 from nestloop.lowering import ops
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
@@ -22,6 +23,8 @@ def softmax_attention(captured: Captured, pieces: dict[str, Piece]) -> Rewrite:
     del pieces
     if captured.loss is not None:
         return Rewrite("softmax attention", False, "the learner is parametric, not a kernel estimator")
+    if captured.spec.cls.fit is not Loop.fit:
+        return Rewrite("softmax attention", False, f"{captured.spec.name} has a fit of its own")
     scale = dot_product_scale(captured)
     if scale is None:
         return Rewrite(
@@ -41,7 +44,9 @@ def softmax_attention(captured: Captured, pieces: dict[str, Piece]) -> Rewrite:
 
 
 def dot_product_scale(captured: Captured) -> float | None:
-    """c where the captured kernel is exp(c q k^T), else None."""
+    """c where the captured kernel is exp(c q k^T) and the fit the locally constant one, else None."""
+    if captured.spec.cls.fit is not Loop.fit:
+        return None
     (result,) = next(n for n in simplify(captured.readout).graph.nodes if n.op == "output").args
     result = result[0] if isinstance(result, tuple) else result
     base = {aten.exp.default: 1.0, aten.exp2.default: math.log(2)}.get(result.target)

@@ -8,15 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
 from nestloop.lang.binding import grouped_heads
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.state import identifier, steps_with
 from nestloop.lowering.runtime import cache
-from nestloop.lowering.runtime.batches import BatchLoop, autocast_dtype, compute_dtype, output_dtype, with_pieces
+from nestloop.lowering.runtime.attention import attention
+from nestloop.lowering.runtime.batches import BatchLoop, autocast_dtype, compute_dtype, with_pieces
 from nestloop.lowering.runtime.choice import Choice, choose
 from nestloop.lowering.runtime.code import Code
 from nestloop.lowering.runtime.library import NestedLoopOp
@@ -28,7 +27,7 @@ from nestloop.lowering.runtime.triton import TritonBatches
 from nestloop.lowering.runtime.triton_plan import TritonPlan
 from nestloop.lowering.runtime.work import pays
 
-Executable = Callable[..., tuple[Tensor, dict[str, Tensor], Tensor | None]]
+Executable = Callable[..., tuple[Tensor, dict[str, Any], Tensor | None]]
 
 EXECUTABLES: dict[str, Executable] = {}
 OPS: dict[str, NestedLoopOp] = {}  # what those of them call that are no attention
@@ -47,9 +46,10 @@ def build(
     Raises:
         NoPlanError: "cpp" or "triton" was asked for, and the loop has none, or it cannot be built.
     """
-    if plan.form == "attention" and asked.backend != "cpp":
-        name = f"softmax_attention_{plan.scale}_{heads}_{_layout(spec)}"
-        EXECUTABLES.setdefault(name, _attention(spec, plan.scale, heads))
+    if plan.form == "attention" and (spec.slides or asked.backend != "cpp"):
+        over = f"_to_{spec.schedule.window}" if spec.slides else ""
+        name = f"softmax_attention_{plan.scale}_{heads}{over}_{_layout(spec)}"
+        EXECUTABLES.setdefault(name, attention(spec, plan.scale, heads))
         return name
     op = batch_op(Recipe(Origin.of(spec), plan, heads, losses, asked, wide))
     made = f"{op.name}_{_layout(spec)}"
@@ -122,41 +122,6 @@ def _library(
     if isinstance(plan, TritonPlan):
         return TritonBatches(name, plan, module, loop)
     return NativeModule(name, plan, module, loop)
-
-
-_ATTENDING = ("q", "k", "v")
-
-
-def _count_attention_on_cpu() -> None:
-    """FLOPs of PyTorch's CPU attention, which its own counter takes for free; a kernel estimator may run on it."""
-    packet = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    if packet not in flop_registry:
-        register_flop_formula(packet)(lambda q, k, v, *_, out_shape=None, **__: sdpa_flop(q, k, v))
-    packet = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    if packet not in flop_registry:
-        register_flop_formula(packet)(lambda d, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop(d, q, k, v))
-
-
-_count_attention_on_cpu()
-
-
-def _attention(spec: LoopSpec, scale: float | None, heads: int) -> Executable:
-    """The loop as PyTorch's own attention, differentiable as it is."""
-
-    def every_head(name: str, view: Tensor) -> Tensor:
-        if getattr(spec.inputs[name], "shared", False):
-            return view.unsqueeze(1).expand(-1, heads, -1, -1)
-        return grouped_heads(spec, name, view)
-
-    def run(
-        views: Mapping[str, Tensor], weights: Any, state: Any, order: Any
-    ) -> tuple[Tensor, dict[str, Tensor], None]:
-        given = [every_head(name, views[name]) for name in _ATTENDING]
-        q, k, v = (view.to(output_dtype(given, given)) for view in given)
-        z = F.scaled_dot_product_attention(q, k, v, scale=scale)
-        return z, {}, None
-
-    return run
 
 
 def compiled_pieces(module: types.ModuleType, plan: Plan) -> types.ModuleType:

@@ -134,7 +134,8 @@ def _sizes(spec: LoopSpec, given: Sequence[_Given], dims: Mapping[str, int]) -> 
             fix="pass views [B, H, N, *]; a batch or a sequence may be empty",
         )
     sizes = {**spec.default_dims, **sizes}
-    _resolve_grid(spec, sizes)
+    if spec.grid is not None:
+        sizes.update(zip(spec.grid, grid_sizes(spec, sizes, sizes["N"]), strict=True))
     return sizes
 
 
@@ -370,23 +371,25 @@ def _tokens_first(spec: LoopSpec, turned: Sequence[_Given]) -> InputError:
     )
 
 
-def _resolve_grid(spec: LoopSpec, sizes: dict[str, int]) -> None:
+def grid_sizes(spec: LoopSpec, sizes: Mapping[str, int], tokens: int) -> tuple[int, ...]:
+    """Rows and columns of the token grid, of which a call gives both, one or none; none where the loop has no grid.
+    Raises `UnresolvedDimError` where the tokens are no such grid."""
     if spec.grid is None:
-        return
+        return ()
     rows, columns = spec.grid
-    tokens = sizes["N"]
-    if rows not in sizes and columns not in sizes:
-        sizes[rows] = sizes[columns] = math.isqrt(tokens)
-    elif rows not in sizes:
-        sizes[rows] = tokens // sizes[columns]
-    elif columns not in sizes:
-        sizes[columns] = tokens // sizes[rows]
-    if sizes[rows] * sizes[columns] != tokens:
+    height, width = sizes.get(rows), sizes.get(columns)
+    if height is None and width is None:
+        height = width = math.isqrt(tokens)
+    if height is None:
+        height = tokens // (width or 1)
+    if width is None:
+        width = tokens // (height or 1)
+    if height * width != tokens:
         raise UnresolvedDimError(
-            f"The {tokens} tokens of {spec.name} are not a grid of "
-            f"{rows} = {sizes[rows]} by {columns} = {sizes[columns]}.",
+            f"The {tokens} tokens of {spec.name} are not a grid of {rows} = {height} by {columns} = {width}.",
             where=spec.dims[rows].where,
             given=f"N = {tokens}",
             need=f"{rows} * {columns} = N; without sizes a square",
             fix=f"pass {rows}=..., {columns}=... with the call",
         )
+    return height, width

@@ -6,7 +6,7 @@ identity is the declaration itself, never its name, so two loops may both call s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -169,7 +169,7 @@ def view(
     group: int = 1,
     micro: bool = False,
     of: Any = (),
-    make: Sequence[Any] = (),
+    make: Any = (),
 ) -> Any:
     """Declare a view: [B, H, N, *dims], or [B, N, *dims] with `shared=True` (one for all heads).
 
@@ -201,7 +201,7 @@ def gate(
     micro: bool = False,
     rank: int | None = None,
     of: Any = (),
-    make: Sequence[Any] = (),
+    make: Any = (),
     scale: str | float = 1.0,
     pooled: bool = False,
 ) -> Any:

@@ -15,6 +15,19 @@ from nestloop.lang.declaration import caller, is_count
 from nestloop.lang.maps import Call, Map, Place, Shape, read_period, refused
 
 
+def check_over(over: str, label: str, what: str, where: Any) -> str:
+    """Which features a map takes together. Raises `ViewError`."""
+    if over not in ("head", "width"):
+        raise refused(
+            f"nl.{label} does not know what to {what}.",
+            where,
+            f"over={shown(over)}",
+            '"head" for each head\'s features, "width" for all of them together',
+            f'write nl.{label}(over="width")',
+        )
+    return over
+
+
 class Conv(Map):
     """A causal depthwise convolution, made by `conv`."""
 
@@ -66,7 +79,7 @@ class Rope(Map):
 
     label = "rope"
 
-    def __init__(self, theta: float, period: int | str | None, pairs: str) -> None:
+    def __init__(self, theta: float, period: int | str | None, pairs: str, grid: bool, over: str) -> None:
         super().__init__()
         if not (is_number(theta) and theta > 0):
             raise refused(
@@ -77,6 +90,15 @@ class Rope(Map):
                 "write nl.rope(theta=10000.0)",
             )
         self.theta, self.period, self.pairs = float(theta), read_period(period, "nl.rope", self.where), pairs
+        self.on_grid, self.over = grid, check_over(over, "rope", "turn", self.where)
+        if grid and period is not None:
+            raise refused(
+                "Rotary positions on a grid have no period.",
+                self.where,
+                f"grid=True, period={shown(period)}",
+                "rows and columns of the whole grid",
+                "write nl.rope(grid=True)",
+            )
         if pairs not in ("interleaved", "half"):
             raise refused(
                 "Rotary positions do not know these pairs.",
@@ -87,33 +109,36 @@ class Rope(Map):
             )
 
     def __call__(self, x: Tensor, own: Any, call: Call) -> Tensor:
+        whole, x = x.shape, x.flatten(2)[:, :, None] if self.over == "width" else x
         features = x.shape[-1]
-        if features % 2:
+        if features % (4 if self.on_grid else 2):
             raise InputError(
-                "Rotary positions turn pairs of features.",
+                f"Rotary positions turn pairs of features{', half of them by row' if self.on_grid else ''}.",
                 where=self.where,
                 given=f"{features} features",
-                need="an even number of features per head",
-                fix="choose an even d, or leave nl.rope() out",
+                need=f"{'a multiple of four' if self.on_grid else 'an even number of'} features per {self.over}",
+                fix=f"choose {'another' if self.on_grid else 'an even'} d, or leave nl.rope() out",
             )
         period = call.chunk if self.period == "chunk" else self.period
-        key = (self.label, self.theta, period, features, x.dtype)
+        key = (self.label, self.theta, period, call.grid if self.on_grid else (), features, x.dtype)
         if key not in call.memo:  # views that are turned alike read one table
             call.memo[key] = self._table(x, call, period)  # type: ignore[arg-type]
         cos, sin = call.memo[key]
         if self.pairs == "half":
             one, other = x.chunk(2, -1)
-            return torch.cat([one * cos - other * sin, other * cos + one * sin], -1)
+            return torch.cat([one * cos - other * sin, other * cos + one * sin], -1).view(whole)
         one, other = x[..., ::2], x[..., 1::2]
-        return torch.stack([one * cos - other * sin, other * cos + one * sin], -1).flatten(-2)
+        return torch.stack([one * cos - other * sin, other * cos + one * sin], -1).view(whole)
 
     def _table(self, x: Tensor, call: Call, period: int | None) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the positions of x [B, N, G, f]: [N, 1, f/2]."""
         # float32, as the tables of the published models are
-        features = x.shape[-1]
+        places = call.positions(x.shape[1], x.device, period)
+        axes = [places // call.grid[1], places % call.grid[1]] if self.on_grid else [places]
+        features = x.shape[-1] // len(axes)
         index = torch.arange(0, features, 2, dtype=torch.int64, device=x.device).float()
-        places = call.positions(x.shape[1], x.device, period).float()
-        angle = (places[:, None] * (1.0 / self.theta ** (index / features)))[:, None]
+        frequencies = 1.0 / self.theta ** (index / features)
+        angle = torch.cat([axis.float()[:, None] * frequencies for axis in axes], -1)[:, None]
         return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 
@@ -158,14 +183,7 @@ class Norm(Map):
         super().__init__()
         self.label = label  # type: ignore[misc]
         self.eps, self.over, self.scale, self.bias, self.outside = eps, over, scale, bias, outside
-        if over not in ("head", "width"):
-            raise refused(
-                f"nl.{label} does not know what to normalise over.",
-                self.where,
-                f"over={over!r}",
-                '"head" for each head\'s features, "width" for all of them together',
-                f'write nl.{label}(over="width")',
-            )
+        check_over(over, label, "normalise over", self.where)
         if eps is not None and not (is_number(eps) and 0 <= eps <= 1):
             raise refused(
                 f"The eps of nl.{label} is none.",
@@ -217,8 +235,15 @@ def conv(size: int = 4, bias: bool = True) -> Conv:
     return Conv(size, bias)
 
 
-def rope(*unnamed: Any, theta: float = 10000.0, period: int | str | None = None, pairs: str = "interleaved") -> Rope:
-    """Rotary positions on each head's features, frequencies theta^(-2i/f).
+def rope(
+    *unnamed: Any,
+    theta: float = 10000.0,
+    period: int | str | None = None,
+    pairs: str = "interleaved",
+    grid: bool = False,
+    over: str = "head",
+) -> Rope:
+    """Rotary positions on each head's features, or on all of them with `over="width"`, frequencies theta^(-2i/f).
 
     All by name: where others take the number of features first, it is the view's own.
 
@@ -226,16 +251,21 @@ def rope(*unnamed: Any, theta: float = 10000.0, period: int | str | None = None,
         theta: the base of the frequencies.
         period: positions start again every so many tokens; "chunk" for the schedule's chunk (TTT-LM).
         pairs: "interleaved" turns features (2i, 2i + 1), "half" features (i, i + f/2).
+        grid: the first half of the pairs turns by the token's row, the others by its column, both with frequencies
+            theta^(-4i/f), in a loop that declares `h, w = nl.grid()` (ViT^3, arXiv 2512.01643).
+
+    Raises:
+        ViewError: a theta, period or pairs that are none; at the loop's declaration, no grid.
     """
     if unnamed:
         raise refused(
             "nl.rope takes its arguments by name.",
             caller(),
             ", ".join(map(shown, unnamed)),
-            "theta=, period= or pairs=; the number of features is the view's own",
+            "theta=, period=, pairs=, grid= or over=; the number of features is the view's own",
             f"write nl.rope(), or nl.rope(theta={shown(unnamed[0])})",
         )
-    return Rope(theta, period, pairs)
+    return Rope(theta, period, pairs, grid, over)
 
 
 def l2_norm(eps: float = 1e-6, over: str = "head", outside: bool = False) -> Norm:

@@ -159,6 +159,11 @@ class KernelEstimator(Learner):
         def kernel(self, q, k):            # q [n, d], k [m, d] -> [n, m], positive
             return torch.exp(q @ k.T)
 
-    and has no loss, optimizer or schedule. With the exponential of a scaled dot product it is softmax
-    self-attention (arXiv 2310.13807 eqs. 12-13; 2407.04620 Theorem 2).
+    and has no loss and no optimizer; `schedule = nl.Sliding(...)` leaves it the last keys. With the exponential of a
+    scaled dot product it is softmax self-attention (arXiv 2310.13807 eqs. 12-13; 2407.04620 Theorem 2).
+
+    What else is to be fitted a loop says itself: a line instead of a constant (`zoo.LocalLinearAttention`), say.
+
+        def fit(self, weight, t, s):       # weight [n, m], tokens t of the queries and s of the keys -> [n, *]
+            return weight @ s.v / weight.sum(-1, keepdim=True)
     """

@@ -358,10 +358,26 @@ def check_estimator(spec: LoopSpec) -> None:
 
 
 def check_maps_of(spec: LoopSpec) -> None:
-    """Refuse maps and pooled gates that ask for chunks where the schedule has none."""
-    chunked = isinstance(spec.schedule, (Causal, Chunked))
+    """Refuse maps and pooled gates that ask for chunks, a grid or all tokens where there are none."""
+    for one, of in spec.maps.items():
+        if one.on_grid and spec.grid is None:
+            raise ViewError(
+                f"A map of {of} is on the token grid, of which {spec.name} has none.",
+                where=one.where,
+                given=repr(one),
+                need="the grid's two dims",
+                fix=f"write h, w = nl.grid() in {spec.name}",
+            )
+        if one.whole and spec.streams:
+            raise ViewError(
+                f"A map of {of} sees all tokens of a sequence, of which {spec.name} has not seen the later ones.",
+                where=one.where,
+                given=f"{one!r}; {_shown(spec)}",
+                need="a batch schedule, or a map of each token",
+                fix=f"write schedule = nl.FullBatch(1), or leave {one!r} out",
+            )
     for declared in spec.inputs.values():
-        if chunk_period(declared.maps) and not chunked:
+        if chunk_period(declared.maps) and not isinstance(spec.schedule, (Causal, Chunked)):
             raise ViewError(
                 f"A map of the {declared.kind} '{declared.name}' counts in chunks, of which {spec.name} has none.",
                 where=declared.where,

@@ -21,10 +21,10 @@ from nestloop.errors import (
 from nestloop.lang.declaration import body_line, is_count
 from nestloop.lang.declare import Dim, Fast, Gate, Slow, View, caller, collect
 from nestloop.lang.dims import DimExpr, parse
-from nestloop.lang.held import reads_held
 from nestloop.lang.learner import Body, KernelEstimator, Learner
 from nestloop.lang.legal import check_estimator, check_maps_of, check_optimizer
-from nestloop.lang.maps import check_output
+from nestloop.lang.maps import Gated, Map, check_output
+from nestloop.lang.mentioned import mention
 from nestloop.lang.names import check_dims, check_names
 from nestloop.lang.optim import SGD
 from nestloop.lang.parts import Parts, Stack, joined
@@ -85,10 +85,32 @@ class LoopSpec:
     def is_kernel_estimator(self) -> bool:
         return issubclass(self.learner, KernelEstimator)
 
+    @property
+    def slides(self) -> bool:
+        """Whether it is a kernel estimator on a window of keys, which is a stream that takes no steps."""
+        return self.streams and self.is_kernel_estimator
+
     @cached_property
     def inputs(self) -> dict[str, View | Gate]:
         """Everything that comes per token: views, then gates."""
         return {**self.views, **self.gates}
+
+    @cached_property
+    def maps(self) -> dict[Map, str]:
+        """Every map of a layer's with what it is of: "the view 'k'"."""
+        given = {f"the {one.kind} '{name}'": one.maps for name, one in self.inputs.items()}
+        given["the read-out"] = self.output or ()
+        found = [(m, of) for of, maps in given.items() for m in maps]
+        found += [(m, of) for one, of in found if isinstance(one, Gated) for m in one.of]
+        return {m: of for m, of in found if isinstance(m, Map)}
+
+    @cached_property
+    def of_keys(self) -> tuple[str, ...]:
+        """What a kernel estimator sees of the tokens whose keys count at a query: keys and values, or, where it has a
+        `fit` of its own, all but queries."""
+        if self.cls.fit is Loop.fit:
+            return ("k", "v")
+        return tuple(name for name in self.inputs if name != "q")
 
     @cached_property
     def weights(self) -> dict[str, Fast | Slow]:
@@ -127,6 +149,12 @@ class LoopSpec:
         """The two dims of the token grid, where the loop declares one."""
         names = [name for name, dim in self.dims.items() if dim.on_grid]
         return (names[0], names[1]) if names else None
+
+    @cached_property
+    def sees_grid(self) -> bool:
+        """Whether bodies may see the token grid, and each has graphs of its own; maps alone may see it too."""
+        names = {self.called.get(name, name) for name in self.grid or ()}
+        return mention([self.cls, self.learner], names)
 
     def learner_with(self, values: dict[str, Any], dims: dict[str, int], held: dict[str, Any] | None = None) -> Learner:
         """The learner with its weights standing for `values`: the `f` that bodies call.
@@ -195,6 +223,7 @@ class Loop(Body):
         loss(self, f, t) -> [n]: each token's loss. `f.held` is the learner with the same fast weights, which the inner
             gradient takes for constants (outer gradients flow through them).
         readout(self, f, t) -> [n, *]: the output, with the weights that the schedule reads each token with.
+        Of a kernel estimator, instead: kernel(self, q, k) -> [n, m], and `fit` where that is not a mean of values.
 
     Raises (when the class is created):
         MissingPartError, UnknownDimError, DuplicateNameError, LearningRateError, CoefficientError, ViewError,
@@ -232,6 +261,15 @@ class Loop(Body):
         """For a kernel estimator: how much each k counts at each q, [n, d] x [m, d] -> [n, m]."""
         raise NotImplementedError
 
+    def fit(self, weight: Tensor, t: Any, s: Any) -> Tensor:
+        """For a kernel estimator: the estimate [n, *] at each query, the locally constant one unless given.
+
+        Args:
+            weight: [n, m], how much each key counts at each query: the kernel, and 0 where a query does not see a key.
+            t, s: the tokens of the queries, views [n, *], and those of the keys, views [m, *].
+        """
+        return weight @ s.v / weight.sum(-1, keepdim=True)
+
 
 def _specify(cls: type[Loop]) -> LoopSpec:
     """Check a loop's class body. Everything that can be wrong without sizes is found here."""
@@ -260,11 +298,12 @@ def _specify(cls: type[Loop]) -> LoopSpec:
         heads=parse(cls.heads, cls.declared_at) if isinstance(cls.heads, str) else cls.heads,
         output=None if cls.output is None else check_output(cls.output, cls.declared_at),
         beside=cls.beside,
-        holds=not estimator and reads_held(cls),
+        holds=not estimator and mention([cls], {"held"}),
         where=cls.declared_at,
     )
     check_dims(spec)
-    bodies = {"kernel": ("q", "k")} if estimator else {"loss": ("f", "t"), "readout": ("f", "t")}
+    fitting = {"kernel": ("q", "k"), "fit": ("weight", "t", "s")}
+    bodies = fitting if estimator else {"loss": ("f", "t"), "readout": ("f", "t")}
     for body, arguments in bodies.items():
         _check_signature(spec, body, arguments)
     check_maps_of(spec)
@@ -336,13 +375,14 @@ def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View]
     if not views:
         raise missing(cls, "it has no view", "no nl.view", 'declare k = nl.view("d")')
     if estimator:
-        absent = [name for name in ("q", "k", "v") if name not in views]
+        needed, said = (("q", "k", "v"), "q, k and v") if cls.fit is Loop.fit else (("q", "k"), "q and k")
+        absent = [name for name in needed if name not in views]
         if "kernel" not in own:
             raise missing(cls, "it has no kernel", "no method kernel", "add def kernel(self, q, k): return ...")
         if absent:
             raise missing(
                 cls,
-                "its kernel estimator takes views q, k and v",
+                f"its kernel estimator takes views {said}",
                 f"views {', '.join(views)}",
                 f'declare {absent[0]} = nl.view("d")',
             )

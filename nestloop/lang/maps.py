@@ -46,6 +46,7 @@ class Call:
         position: tokens of the sequence before x.
         chunk: tokens per chunk of the loop's schedule, 1 where it has none.
         carried: what maps kept of the tokens before, by key; `kept` what they keep of these.
+        grid: rows and columns of the token grid; none where the loop declares none.
         run: (maps, x, where) -> x after these maps of a gate that is declared there; all are shared or have no
             parameters.
         memo: what is made of x once, for all who ask for it.
@@ -56,17 +57,18 @@ class Call:
         input: Tensor,
         position: int,
         chunk: int,
+        grid: tuple[int, ...],
         carried: Mapping[str, Tensor],
         kept: dict[str, Tensor],
         run: Callable[[Sequence[Any], Tensor, Location], Tensor],
         memo: dict[tuple[Any, ...], Any],
     ) -> None:
-        self.input, self.position, self.chunk = input, position, chunk
+        self.input, self.position, self.chunk, self.grid = input, position, chunk, grid
         self.carried, self.kept, self.run, self.memo, self.key = carried, kept, run, memo, ""
 
     def apart(self) -> Call:
         """The same for what is not the token, of which `memo` has nothing."""
-        return Call(self.input, self.position, self.chunk, self.carried, self.kept, self.run, {})
+        return Call(self.input, self.position, self.chunk, self.grid, self.carried, self.kept, self.run, {})
 
     def positions(self, tokens: int, device: torch.device, period: int | None = None) -> Tensor:
         """The places of so many tokens in the sequence, or in their period: int64 [N]."""
@@ -81,6 +83,8 @@ class Map(Declaration):
     label: ClassVar[str] = "map"
     source: ClassVar[bool] = False  # whether it turns the token into groups of features
     linear: ClassVar[bool] = False  # whether its module is a linear map of the token, which needs nothing but x
+    whole: ClassVar[bool] = False  # whether it sees all tokens of a sequence at once
+    on_grid: bool = False  # whether it sees their token grid
 
     @property
     def shared(self) -> bool:

@@ -31,11 +31,17 @@ _BODIES: dict[str, tuple[type[CompileError], str, str, str]] = {
         "[n, m]: how much each of the m keys counts at each of the n queries",
         "return torch.exp(q @ k.T), or another positive function of the two",
     ),
+    "fit": (
+        ReadoutShapeError,
+        "The fit of {} is not one row per query.",
+        "[n, *]: the estimate at each of the n queries",
+        "return weight @ s.v / weight.sum(-1, keepdim=True), or another sum over keys",
+    ),
 }
 
 
 def misshapen(spec: LoopSpec, body: str, given: str, where: Location | None) -> CompileError:
-    """The error of a "loss", "readout" or "kernel" that returns what `given` says."""
+    """The error of a "loss", "readout", "kernel" or "fit" that returns what `given` says."""
     error, what, need, fix = _BODIES[body]
     rows = given.strip("[]").split(", ")[0]
     if given == _NOTHING:

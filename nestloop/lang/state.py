@@ -68,7 +68,7 @@ def entries(spec: LoopSpec) -> dict[str, Entry]:
             found += [Entry(f"{gate.name}.pending", gate, "pending") for gate in averaged_gates(spec)]
         if isinstance(schedule, Sliding) and schedule.window > 1:
             rows = schedule.window - 1
-            found += [Entry(f"{name}.tail", spec.views[name], "tail", rows) for name in ("k", "v")]
+            found += [Entry(f"{name}.tail", spec.views[name], "tail", rows) for name in spec.of_keys]
         if optimizer.window is not None and optimizer.window > 1:
             rows = optimizer.window - 1
             found += [Entry(f"{name}.tail", declared, "tail", rows) for name, declared in spec.inputs.items()]

@@ -12,7 +12,7 @@ from nestloop.lang.optim import SGD
 from nestloop.lang.schedule import Schedule
 
 # What a loop reads by name, each once: when the class is made.
-LOOP_PARTS = ("learner", "optimizer", "schedule", "heads", "output", "beside", "loss", "readout", "kernel")
+LOOP_PARTS = ("learner", "optimizer", "schedule", "heads", "output", "beside", "loss", "readout", "kernel", "fit")
 
 EMPTY = (object, ABC, Generic)  # bases that bring no bodies
 

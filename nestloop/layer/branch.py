@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nestloop.compiled import CompiledLoop, spec_of
 from nestloop.errors import InputError, Location, ShapeMismatchError, StateError
 from nestloop.lang import init
-from nestloop.lang.binding import check_groups
+from nestloop.lang.binding import check_groups, grid_sizes
 from nestloop.lang.declare import Fast, Gate, Slow, View
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import Loop, LoopSpec
@@ -77,6 +77,7 @@ class Branch(nn.Module):
         owned = Shared() if shared is None else shared
         self._place = Place(self.sizes["D"], getattr(spec.schedule, "period", 1), 1, self.sizes["D"])
         projected = {name: view for name, view in self.spec.inputs.items() if not _is_token(view)}
+        self._maps_see_grid = any(m.on_grid for m in self.spec.maps)
         self.labels: dict[str, str] = {}
         self.views = nn.ModuleDict()
         for name, view in projected.items():
@@ -180,14 +181,18 @@ class Branch(nn.Module):
 
     def make_views(self, x: Tensor) -> dict[str, Tensor]:
         """Every view and gate from x [B, N, D]: [B, H, N, *dims], shared ones [B, N, *dims]."""
-        return self._make(self._call(x, 0, {}), self._shared)
+        return self._make(self._call(x, 0, {}, {}), self._shared)
 
-    def _call(self, x: Tensor, position: int, carried: dict[str, Tensor]) -> Call:
+    def _call(self, x: Tensor, position: int, carried: dict[str, Tensor], dims: Mapping[str, int]) -> Call:
         def run(maps: Any, x: Tensor, where: Location) -> Tensor:
             return Route("", maps, self._shared, call, "nl.gated", where).walk(x, None)
 
-        call = Call(x, position, self._place.chunk, carried, {}, run, {})
+        call = Call(x, position, self._place.chunk, self._grid(x, dims), carried, {}, run, {})
         return call
+
+    def _grid(self, x: Tensor, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """Rows and columns of the token grid that maps see; none where they see none."""
+        return grid_sizes(self.spec, {**self.sizes, **dims}, x.shape[1]) if self._maps_see_grid else ()
 
     @property
     def _shared(self) -> Shared:
@@ -263,9 +268,10 @@ class Branch(nn.Module):
         shared = self._shared if shared is None else shared
         carried: dict[str, Tensor] = {} if state is None else state["made"]
         if around is None:
-            call = self._call(x, 0 if state is None else state["position"], carried)
+            call = self._call(x, 0 if state is None else state["position"], carried, passing.dims)
         else:
-            call = Call(x, around.position, self._place.chunk, carried, {}, around.run, around.memo)
+            grid = self._grid(x, passing.dims)
+            call = Call(x, around.position, self._place.chunk, grid, carried, {}, around.run, around.memo)
         order = passing.order
         if order is None:
             order = self.order(x.shape[1], x.device)

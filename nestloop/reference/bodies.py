@@ -72,23 +72,35 @@ def kernel_weights(spec: LoopSpec, slow: Tensors, dims: dict[str, Any], q: Tenso
     return _shaped(spec, "kernel", spec.body_with(slow, dims).kernel(q, k), (len(q), len(k)))
 
 
+def fitted(
+    spec: LoopSpec, slow: Tensors, dims: dict[str, Any], weight: Tensor, queries: Tensors, keys: Tensors
+) -> Tensor:
+    """The estimate at each query [n, *], as the user's body computes it from weights [n, m]. Raises
+    `ReadoutShapeError`."""
+    body = spec.body_with(slow, dims)
+    return _shaped(spec, "fit", body.fit(weight, spec.tokens_with(queries), spec.tokens_with(keys)), (len(weight),))
+
+
 def _rows(tokens: Tensors) -> int:
     return len(next(iter(tokens.values())))
 
 
+_ROWS = ("readout", "fit")
+
+
 def _shaped(spec: LoopSpec, body: str, made: Any, tokens: tuple[int, ...]) -> Tensor:
-    """What a body has returned, where its sizes are these numbers of tokens; a read-out's rows have any."""
-    if not isinstance(made, Tensor) or (made.shape[:1] if body == "readout" else made.shape) != tokens:
+    """What a body has returned, where its sizes are these numbers of tokens; rows of `_ROWS` have any."""
+    if not isinstance(made, Tensor) or (made.shape[:1] if body in _ROWS else made.shape) != tokens:
         raise misshapen(spec, body, seen(made, tokens), body_line(getattr(spec.cls, body), spec.where))
     return made
 
 
 def kernel_fit(spec: LoopSpec, dims: dict[str, Any]) -> Callable[[Tensors, Tensors], Tensor]:
-    """(slow, tokens) of one head -> the locally constant fit at every query [n, *] (2310.13807 eq. 12)."""
+    """(slow, tokens) of one head -> the fit at every query [n, *] (2310.13807 eq. 12, where it is locally constant)."""
 
     def fit(slow: Tensors, tokens: Tensors) -> Tensor:
         weight = kernel_weights(spec, slow, dims, tokens["q"], tokens["k"])  # [n, m]
-        return weight @ tokens["v"] / weight.sum(-1, keepdim=True)
+        return fitted(spec, slow, dims, weight, tokens, {name: tokens[name] for name in spec.of_keys})
 
     return fit
 

@@ -32,6 +32,7 @@ from nestloop.zoo.delta import (
     Longhorn,
     LonghornDiagonal,
 )
+from nestloop.zoo.estimators import LocalLinearAttention, Parallax
 from nestloop.zoo.in_context import InContextAutoregression, InContextGD
 from nestloop.zoo.lact import CausalLaCT, CausalLaCTMuon, LaCT, LaCTMuon
 from nestloop.zoo.memories import Atlas, Memora, Moneta, OmegaNet, Yaad
@@ -44,10 +45,11 @@ from nestloop.zoo.mttt import (
     MTTTLinear,
     SelfAttention,
 )
+from nestloop.zoo.nested import SelfModifyingTitans
 from nestloop.zoo.solvers import Mesa, MesaNet
 from nestloop.zoo.titans import NeuralMemory, Titans
 from nestloop.zoo.tttlm import TTTMLP, TTTLinear, TTTLinearMamba, TTTMLPMamba
-from nestloop.zoo.vit3 import DepthwiseBranch, GatedBranch, ViT3
+from nestloop.zoo.vit3 import DepthwiseBranch, GatedBranch, TransformerToTTT, ViT3
 
 __all__ = [
     "GDN2",
@@ -81,6 +83,7 @@ __all__ = [
     "LightningAttentionFla",
     "LinearAttention",
     "LinearAttentionElu",
+    "LocalLinearAttention",
     "Longhorn",
     "LonghornDiagonal",
     "MTTTLinear",
@@ -92,13 +95,16 @@ __all__ = [
     "NeuralMemory",
     "NormAttention",
     "OmegaNet",
+    "Parallax",
     "RetNet",
     "SelfAttention",
+    "SelfModifyingTitans",
     "SimpleGLA",
     "TTTLinear",
     "TTTLinearMamba",
     "TTTMLPMamba",
     "Titans",
+    "TransformerToTTT",
     "ViT3",
     "Yaad",
     "catalogue",

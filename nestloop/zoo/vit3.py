@@ -52,3 +52,29 @@ class DepthwiseBranch(GatedBranch):
 
 
 ViT3 = (GatedBranch, DepthwiseBranch)
+
+
+class SwiGLU(Gated):
+    """(silu(x W1) * (x W2)) W3."""
+
+    w3 = nl.fast("d", "d", init="trunc_normal(0.02)")
+
+    def forward(self, x):
+        return (F.silu(x @ self.w1) * (x @ self.w2)) @ self.w3
+
+
+class TransformerToTTT(nl.Loop):
+    """One full-batch step on -mean <v, f(k)> / sqrt(d), not clipped; keys have no mean and are wide over tokens."""
+
+    paper = "2605.02772"
+    learner = SwiGLU
+    h, w = nl.grid()
+    q = nl.view("d", bias=True, make=nl.conv2d(3, residual=True))
+    k = nl.view("d", bias=True, make=[nl.instance_norm(1.0), nl.conv2d(3, residual=True)])
+    v = nl.view("d", bias=True)
+
+    def loss(self, f, t):
+        return -(f(t.k) * t.v).sum(-1) * self.d**-0.5
+
+    def readout(self, f, t):
+        return f(t.q)

@@ -79,6 +79,18 @@ def no_values():
             return torch.exp(q @ k.T)
 
 
+def no_keys():
+    class Loop(nl.Loop):  # HERE
+        learner = nl.KernelEstimator
+        q, v = nl.view("d"), nl.view("d")
+
+        def kernel(self, q, k):
+            return torch.exp(q @ k.T)
+
+        def fit(self, weight, t, s):
+            return weight @ s.v
+
+
 @pytest.mark.parametrize(
     "step, what, given, fix",
     [
@@ -91,6 +103,7 @@ def no_values():
         (no_optimizer, "its optimizer is not one", "0.1", "optimizer = nl.SGD(lr=1.0)"),
         (no_heads, "its heads are not a number of them", "0", 'heads = 4, or heads = "D/64"'),
         (no_kernel, "it has no kernel", "no method kernel", "add def kernel(self, q, k): return ..."),
+        (no_keys, "its kernel estimator takes views q and k", "views q, v", 'declare k = nl.view("d")'),
         (no_values, "its kernel estimator takes views q, k and v", "views q, k", 'declare v = nl.view("d")'),
     ],
 )

@@ -136,11 +136,18 @@ def test_signatures():
     def kernel():
         layer_of(lambda self, q: q, "kernel", learner=nl.KernelEstimator)  # HERE
 
+    def fit():
+        layer_of(lambda self, weight, t: weight @ t.v, "fit", learner=nl.KernelEstimator, kernel=pairs)  # HERE
+
+    def pairs(self, q, k):
+        return (q @ k.T).exp()
+
     what = "The {} of Loop does not take ({})."
     for step, name, takes, arguments in (
         (loss, "loss", "f", "f, t"),
         (readout, "readout", "t", "f, t"),
         (kernel, "kernel", "q", "q, k"),
+        (fit, "fit", "weight, t", "weight, t, s"),
     ):
         refused(
             step,

@@ -145,6 +145,30 @@ def test_a_kernel_is_one_number_per_pair():
     )
 
 
+def test_a_fit_is_one_row_per_query():
+    def kernel(self, q, k):
+        return torch.exp(q @ k.T)
+
+    def turned():
+        def fit(self, weight, t, s):
+            return (weight @ s.v).T  # HERE
+
+        layer_of(fit, "fit", kernel=kernel, v=nl.view("d"), learner=nl.KernelEstimator)
+
+    def in_a_window():
+        def fit(self, weight, t, s):  # HERE
+            return s.v[:1]
+
+        parts = {"kernel": kernel, "v": nl.view("d"), "learner": nl.KernelEstimator}
+        layer_of(fit, "fit", **parts, schedule=nl.Sliding(3), backend="reference")
+
+    what = "The fit of Loop is not one row per query."
+    need, fix = "[n, *]: the estimate at each of the n queries", "return weight @ s.v / weight.sum(-1, keepdim=True)"
+    fix += ", or another sum over keys"
+    refused(turned, ReadoutShapeError, what, given="[8, n]", need=need, fix=fix)
+    refused(in_a_window, ReadoutShapeError, what, given="[1, 8]", need=need, fix=fix)
+
+
 def test_a_forward_returns_something():
     def step():
         class Forgetful(nl.Learner):

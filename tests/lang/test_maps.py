@@ -180,7 +180,7 @@ def test_decays_by_head():
             lambda: nl.rope(64),
             "nl.rope takes its arguments by name.",
             "64",
-            "theta=, period= or pairs=; the number of features is the view's own",
+            "theta=, period=, pairs=, grid= or over=; the number of features is the view's own",
             "write nl.rope(), or nl.rope(theta=64)",
         ),
         (

@@ -181,6 +181,23 @@ def test_nothing_to_read(loop: type[nl.Loop], sequences: int, tokens: int):
         torch.testing.assert_close(sequence, inputs.weights["w1"], rtol=0, atol=0)
 
 
+class Lengthwise(Recall):
+    """Has a graph for each number of tokens, none of which mixes them."""
+
+    schedule: Any = nl.FullBatch(2)
+
+    def loss(self, f, t):
+        return super().loss(f, t) * (2.0 if self.n % 7 else 3.0)
+
+
+@pytest.mark.parametrize("tokens", [140, 150])
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_what_holds_for_one_number_of_tokens_takes_all_of_them_at_once(backend: str, tokens: int):
+    inputs = random_inputs(Lengthwise.spec, {"a": 3, "e": 5, "H": 2}, tokens=tokens, scale={"eta": 0.5})
+    made, wanted = (run(nl.compile(Lengthwise, backend=name), inputs) for name in (backend, "reference"))
+    assert_equal(differences(made, wanted), 1e-10)
+
+
 class Plain(nl.Learner):
     """Names that mean something in C++, and in the generated code."""
 

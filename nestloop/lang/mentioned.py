@@ -1,13 +1,15 @@
-"""Whether the bodies of a loop read `f.held`, which must be known before the first of them runs."""
+"""What the bodies of a loop mention, where that must be known before the first of them runs: `f.held`, the grid."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import CellType, CodeType, FunctionType
 
 
-def reads_held(cls: type) -> bool:
-    """Whether a body of a class mentions `f.held`, or a function that it may call does."""
-    waiting = [value for base in cls.__mro__ for value in vars(base).values() if isinstance(value, FunctionType)]
+def mention(classes: Iterable[type], wanted: set[str]) -> bool:
+    """Whether a body of one of the classes mentions one of these names, or a function that it may call does."""
+    bases = [base for cls in classes for base in cls.__mro__]
+    waiting = [value for base in bases for value in vars(base).values() if isinstance(value, FunctionType)]
     seen: set[FunctionType] = set()
     while waiting:
         function = waiting.pop()
@@ -15,7 +17,7 @@ def reads_held(cls: type) -> bool:
             continue
         seen.add(function)
         names = _names_in(function.__code__)
-        if "held" in names:
+        if wanted & names:
             return True
         enclosed = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
         reached = [*enclosed, *[function.__globals__.get(name) for name in names]]

@@ -1,0 +1,44 @@
+"""Nested learning: memories that make the keys, values and rates that they learn with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import nestloop as nl
+
+
+class Memories(nl.Learner):
+    """Linear memories of keys, values, rates and decays, and the one that is read, x m."""
+
+    mk, mv, m = nl.fast("d", "d"), nl.fast("d", "d"), nl.fast("d", "d")
+    eta, alpha = nl.fast("d", 1, init="zeros"), nl.fast("d", 1, init="zeros")
+
+    def forward(self, x):
+        return x @ self.m
+
+
+class SelfModifyingTitans(nl.Loop):
+    """HOPE's self-referential memory: M <- M (alpha I - eta k k^T) - eta k^T (k M - v M), all of them by themselves.
+
+    k, v, eta and alpha are read from the memories at x; targets v M are constants to the inner gradient. It wants a
+    decay of what it decides itself, which is a ridge in its loss.
+    """
+
+    paper = "2512.24695"
+    learner, schedule = Memories, nl.Online(read="before")
+    x, q = nl.view("d"), nl.view("d", make=nl.l2_norm())
+
+    def loss(self, f, t):
+        k, v = F.normalize(t.x @ f.held.mk, dim=-1), t.x @ f.held.mv
+        eta, alpha = torch.sigmoid(t.x @ f.held.eta), torch.sigmoid(t.x @ f.held.alpha + 4)
+        total: Any = 0.0
+        for name in ("mk", "mv", "m", "eta", "alpha"):
+            y, target, ridge = k @ getattr(f, name), v @ getattr(f.held, name), getattr(f, name).square().sum()
+            total = total + eta * ((y - target).square() + y.square()).sum(-1, keepdim=True) + (1 - alpha) * ridge
+        return 0.5 * total[:, 0]
+
+    def readout(self, f, t):
+        return f(t.q)

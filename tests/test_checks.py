@@ -59,7 +59,7 @@ def test_a_right_loop_holds(loop, sizes):
     missing = {"from a state"} if loop is Leaky else {"splits", "causality"}
     assert names == {*PROPERTIES, "stress"} - missing
     assert all(row.error is not None and 0 <= row.error <= row.bound < 1e-3 for row in found.rows)
-    assert {row.tokens for row in found.rows if row.check == "agreement"} >= {1, 7, 67}
+    assert {row.tokens for row in found.rows if row.check == "agreement"} >= {1, 7, 101}
 
 
 def test_it_covers_backends_dtypes_and_the_given_length(quick_builds):
@@ -127,7 +127,7 @@ def test_lengths_that_the_definition_refuses_are_left_out():
     found = checked(Pairs, BATCH)
     assert found.holds
     refused = [row for row in found.rows if row.error is None]
-    assert {row.tokens for row in refused} >= {1, 7, 67}
+    assert {row.tokens for row in refused} >= {1, 7, 101}
     assert all(row.worst.startswith("not defined: unflatten: Provided sizes [-1, 2]") for row in refused)
     assert {row.tokens for row in found.rows if row.check == "agreement"} == {2, 8, 64}
     assert checked(Pairs, {**BATCH, "N": 10}).holds

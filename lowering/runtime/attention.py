@@ -56,42 +56,46 @@ def _to_the_last(
 ) -> Tensor:
     """Attention [B, H, N, dv] of each query to the last `window` keys, its own among them.
 
-    The first block of queries, which may see the `window` - 1 tokens before the call, and then all others at once,
-    which see no more than their own block and the one before.
+    The first block of queries, which may see the `window` - 1 tokens before the call, and then all others, which see no
+    more than their own block and the one before: one more is on its own, and several are as many heads.
     """
-    tokens, halo = q.shape[2], 0 if tails is None else window - 1
-    if tails is not None:
-        k, v = torch.cat([tails[0], k], 2), torch.cat([tails[1], v], 2)
-    block = max(window, _BLOCK)
-    first = min(block, tokens)
-    query, key = (torch.arange(n, device=q.device) for n in (first, halo + first))
-    place = key[None] - halo  # from the call's first token
-    seen = (place <= query[:, None]) & (place > query[:, None] - window) & (place >= -position)
-    whole = tails is None and window >= first  # each sees all before it
-    made = F.scaled_dot_product_attention(
-        q[:, :, :first],
-        k[:, :, : halo + first],
-        v[:, :, : halo + first],
-        attn_mask=None if whole else seen,
-        is_causal=whole,
-        scale=scale,
-    )
+    tokens, block = q.shape[2], max(window, _BLOCK)
+    first = tokens if tokens <= block else block  # a graph for either: no length is asked for twice
+    queries, keys, values = (rows[:, :, :first] for rows in (q, k, v))
+    if tails is None and window == block:  # each sees all before it
+        made = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
+    else:
+        if tails is not None:
+            keys, values = torch.cat([tails[0], keys], 2), torch.cat([tails[1], values], 2)
+        made = _banded(window, queries, keys, values, position, scale)
     if tokens <= block:
         return made
-    count = -(-(tokens - block) // block)
-    more = (0, 0, 0, block + count * block - tokens)  # rows that no token's query sees, and their own
+    if tokens <= 2 * block:
+        keys, values = (rows[:, :, block - window + 1 :] for rows in (k, v))
+        return torch.cat([made, _banded(window, q[:, :, block:], keys, values, window, scale)], 2)
+    count = -(-tokens // block)
 
-    def near(rows: Tensor) -> Tensor:
-        """The keys of each block [B, H * count, block + window - 1, *]."""
-        rows = F.pad(rows[:, :, halo + block - window + 1 :], more)
-        return rows.unfold(2, block + window - 1, block).transpose(-1, -2).flatten(1, 2)
+    def blocks(rows: Tensor) -> Tensor:
+        """All tokens [B, H, count, block, *], and rows that no token's query sees."""
+        return F.pad(rows, (0, 0, 0, count * block - tokens)).unflatten(2, (count, block))
 
-    own = F.pad(q[:, :, block:], more).unflatten(2, (count, block)).flatten(1, 2)
-    query, key = (torch.arange(n, device=q.device) for n in (block, block + window - 1))
-    seen = (key[None] >= query[:, None]) & (key[None] < query[:, None] + window)
-    rest = F.scaled_dot_product_attention(own, near(k), near(v), attn_mask=seen, scale=scale)
-    rest = rest.unflatten(1, (-1, count)).flatten(2, 3)[:, :, : tokens - block]
+    def ahead(rows: Tensor) -> Tensor:
+        """The keys of each block but the first [B, H * (count - 1), window - 1 + block, *]."""
+        rows = blocks(rows)
+        return torch.cat([rows[:, :, :-1, block - window + 1 :], rows[:, :, 1:]], 3).flatten(1, 2)
+
+    rest = _banded(window, blocks(q)[:, :, 1:].flatten(1, 2), ahead(k), ahead(v), window, scale)
+    rest = rest.unflatten(1, (-1, count - 1)).flatten(2, 3)[:, :, : tokens - block]
     return torch.cat([made, rest], 2)
+
+
+def _banded(window: int, q: Tensor, k: Tensor, v: Tensor, position: int, scale: Any) -> Tensor:
+    """Attention of each query to the last `window` keys, the last of which are of the queries' own tokens; no sequence
+    reaches back further than `position` tokens before the first query."""
+    query, key = (torch.arange(rows.shape[2], device=q.device) for rows in (q, k))
+    place = key[None] - (k.shape[2] - q.shape[2])  # from the first query's
+    seen = (place <= query[:, None]) & (place > query[:, None] - window) & (place >= -position)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
 
 
 def _count_on_cpu() -> None:

@@ -41,8 +41,8 @@ def check(
             two: Triton is interpreted there).
         device: "cpu", "cuda".
         seed: of the inputs.
-        dims: sizes; those not given are small ones (d = 16, H = 2, B = 2). Without N, several lengths of at most 67
-            tokens: one, seven, one less and one more than a chunk (or than a batch schedule's steps), and 67. Those
+        dims: sizes; those not given are small ones (d = 16, H = 2, B = 2). Without N, several lengths of at most 101
+            tokens: one, seven, one less and one more than a chunk (or than a batch schedule's steps), and 101. Those
             that the declaration is not defined for are left out, a row each, and then 8 and 64 are among them.
 
     Raises:

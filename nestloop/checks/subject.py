@@ -35,7 +35,7 @@ SHARE = 1e-4  # of the largest gradient (or output), by which one that should be
 UNDEFINED = "the definition is not finite there: "
 FEW_TOKENS = 7
 ROUND_LENGTHS = (8, 64)  # tokens, where the definition does not take others
-MOST_TOKENS = 67  # where the length is not given: generated code takes up to 64 at once, the reference one by one
+MOST_TOKENS = 101  # where the length is not given: generated code takes up to 96 at once, the reference one by one
 
 
 Entry = TypeVar("Entry", bound=Callable[..., object])

@@ -23,8 +23,9 @@ class Memories(nl.Learner):
 class SelfModifyingTitans(nl.Loop):
     """HOPE's self-referential memory: M <- M (alpha I - eta k k^T) - eta k^T (k M - v M), all of them by themselves.
 
-    k, v, eta and alpha are read from the memories at x; targets v M are constants to the inner gradient. It wants a
-    decay of what it decides itself, which is a ridge in its loss.
+    k, v, eta and alpha are read from the memories at x; targets v M are constants to the inner gradient, and the decay,
+    which the memories themselves decide on, is a ridge in the loss. Keys and values are normalised, and eta is at most
+    1/2: with longer steps the memories grow without end.
     """
 
     paper = "2512.24695"
@@ -32,8 +33,8 @@ class SelfModifyingTitans(nl.Loop):
     x, q = nl.view("d"), nl.view("d", make=nl.l2_norm())
 
     def loss(self, f, t):
-        k, v = F.normalize(t.x @ f.held.mk, dim=-1), t.x @ f.held.mv
-        eta, alpha = torch.sigmoid(t.x @ f.held.eta), torch.sigmoid(t.x @ f.held.alpha + 4)
+        k, v = (F.normalize(t.x @ memory, dim=-1) for memory in (f.held.mk, f.held.mv))
+        eta, alpha = 0.5 * torch.sigmoid(t.x @ f.held.eta), torch.sigmoid(t.x @ f.held.alpha + 4)
         total: Any = 0.0
         for name in ("mk", "mv", "m", "eta", "alpha"):
             y, target, ridge = k @ getattr(f, name), v @ getattr(f.held, name), getattr(f, name).square().sum()

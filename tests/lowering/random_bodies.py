@@ -108,7 +108,7 @@ def random_bodies() -> st.SearchStrategy[RandomBody]:
         key_size=draw([1, 3, 4, 5]),
         value_size=draw([2, 4, 5]),
         hidden_size=draw([2, 3, 6]),
-        tokens=draw([1, 2, 7, 10]),
+        tokens=draw([1, 2, 7, 10, 101]),
         sequences=st.integers(1, 2),
         heads=st.integers(1, 2),
         seed=st.integers(0, 2**16),

@@ -22,8 +22,8 @@ def test_all_memories_take_a_step_of_delta_gradient_descent(backend):
     for t in range(N):
         x, q = views["x"][:, :, t], views["q"][:, :, t]
         outputs.append(row(q, state["m"]))
-        k, v = F.normalize(row(x, state["mk"]), dim=-1), row(x, state["mv"])
-        eta, alpha = torch.sigmoid(row(x, state["eta"])), torch.sigmoid(row(x, state["alpha"]) + 4)
+        k, v = (F.normalize(row(x, state[name]), dim=-1) for name in ("mk", "mv"))
+        eta, alpha = torch.sigmoid(row(x, state["eta"])) / 2, torch.sigmoid(row(x, state["alpha"]) + 4)
         erased = torch.eye(d, dtype=x.dtype) * alpha[..., None] - eta[..., None] * k[..., :, None] * k[..., None, :]
         new = {}
         for name, memory in state.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import nestloop as nl
 from nestloop import zoo
@@ -133,6 +134,22 @@ def test_one_graph_with_gradients():
     views = drawn(150)
     traced = torch.compile(step, backend="aot_eager", fullgraph=True)
     equal(traced(views), masked(views, 9), [*views.values()])
+
+
+@pytest.mark.parametrize("window", [3, 100])
+def test_a_few_graphs_for_every_length(window: int):
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    layer = nl.Layer(sliding(Attention, window), 8, 2).double()
+    traced = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (20, 37, 130, 65, 200, 101, 300, 450, 9):
+        x = torch.randn(2, tokens, 8, dtype=torch.float64, requires_grad=True)
+        leaves = [x, *layer.parameters()]
+        made, wanted = ([y, *torch.autograd.grad(y.square().sum(), leaves)] for y in (traced(x), layer(x)))
+        torch.testing.assert_close(made, wanted)
+    assert counters["stats"]["unique_graphs"] <= 5  # up to a block, with one more, with several
+    torch._dynamo.reset()
 
 
 def test_stages_and_plain_words_say_what_runs():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -217,7 +218,7 @@ class CompiledLoop:
         """The name of PyTorch's attention to a window of keys; "" where the loop is something else."""
         if self.backend == "reference" or binding.tokens == 0:
             return ""
-        sizes = tuple(sorted({**binding.dims, "H": binding.heads}.items()))
+        sizes = _sizes(binding)
         return self._lowered(False, False, 0, sizes, False)
 
     def _run_batch(
@@ -230,7 +231,7 @@ class CompiledLoop:
         return_losses: bool,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         carried = state is not None
-        sizes = tuple(sorted({**binding.dims, "H": binding.heads}.items()))
+        sizes = _sizes(binding)
         # One lowering serves every length but 1, where sizes broadcast, and loops that hold for one length only.
         double = reference.compute_dtype({**views, **weights, **(state or {})}) == torch.float64
         gpu = not double and self._may_be_triton(views)
@@ -238,7 +239,7 @@ class CompiledLoop:
         if not self.spec.sees_grid and binding.tokens != 1:
             name = self._lowered(return_losses, carried, 0, sizes, double, gpu=gpu)
         if not name:
-            name = self._lowered(return_losses, carried, binding.tokens, sizes, double, gpu=gpu)
+            name = self._lowered(return_losses, carried, index(binding.tokens), sizes, double, gpu=gpu)
         return lower.EXECUTABLES[name](views, weights, state, order)
 
     def _run_stream(
@@ -249,7 +250,7 @@ class CompiledLoop:
         state: Mapping[str, Any] | None,
         return_losses: bool,
     ) -> tuple[Tensor, dict[str, Any], Tensor | None]:
-        sizes = tuple(sorted({**binding.dims, "H": binding.heads}.items()))
+        sizes = _sizes(binding)
         tensors = {n: t for n, t in {**views, **weights, **(state or {})}.items() if isinstance(t, Tensor)}
         dtype = reference.compute_dtype(tensors)
         losses = return_losses and not isinstance(self.spec.schedule, Program)
@@ -262,7 +263,7 @@ class CompiledLoop:
             alone = tokens == 1 and rows == 1
             name = "" if alone else self._lowered(losses, False, 0, sizes, double, part, gpu)
             if not name:
-                name = self._lowered(losses, False, tokens, sizes, double, part, gpu)
+                name = self._lowered(losses, False, index(tokens), sizes, double, part, gpu)
             return lower.STREAM_OPS[name]
 
         start = None if state is None else dict(state)
@@ -329,6 +330,12 @@ class CompiledLoop:
             return some
         self._lowered(False, False, tokens, tuple(sorted(sizes.items())), torch.get_default_dtype() == torch.float64)
         return output
+
+
+def _sizes(binding: Binding) -> tuple[tuple[str, int], ...]:
+    """Every size of a call that code is generated for: all but those of sequences and tokens."""
+    sizes = {**binding.dims, "H": binding.heads}
+    return tuple((name, index(sizes[name])) for name in sorted(sizes))  # symbols of a graph become numbers here
 
 
 def _nothing_of(*given: Mapping[str, Tensor]) -> Tensor:

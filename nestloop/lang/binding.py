@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -379,7 +380,7 @@ def grid_sizes(spec: LoopSpec, sizes: Mapping[str, int], tokens: int) -> tuple[i
     rows, columns = spec.grid
     height, width = sizes.get(rows), sizes.get(columns)
     if height is None and width is None:
-        height = width = math.isqrt(tokens)
+        height = width = math.isqrt(index(tokens))
     if height is None:
         height = tokens // (width or 1)
     if width is None:

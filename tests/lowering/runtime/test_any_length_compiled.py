@@ -144,6 +144,36 @@ def test_tokens_one_at_a_time_where_every_size_is_a_symbol(graphs: Any):
         torch.testing.assert_close(torch.cat(made, 1), model(x), rtol=1e-4, atol=1e-5)
 
 
+class Lengthwise(zoo.LinearAttention):
+    """Has a graph for each number of tokens."""
+
+    def loss(self, f, t):
+        return super().loss(f, t) * (2.0 if self.n % 7 else 3.0)
+
+
+@pytest.mark.parametrize(
+    "loop", [Lengthwise, zoo.DepthwiseBranch, zoo.TransformerToTTT], ids=lambda loop: loop.__name__
+)
+def test_what_holds_for_one_length_has_a_graph_for_each(loop: type[nl.Loop], graphs: Any):
+    model = layer(loop)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for length in (16, 25, 36, 16):
+            torch.testing.assert_close(compiled(tokens(length)), model(tokens(length)))
+    assert graphs() <= 3
+
+
+@pytest.mark.parametrize("loop", [zoo.LinearAttention, zoo.SelfAttention, zoo.DeltaNet], ids=lambda loop: loop.__name__)
+def test_ops_are_given_symbols_for_every_size(loop: type[nl.Loop], graphs: Any):
+    op = nl.compile(loop)
+    compiled = torch.compile(lambda views: op(views, {})[0], fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in LENGTHS:
+        views = {name: torch.randn(2, 3, length, 4) for name in "qkv"}
+        views |= {name: torch.rand(2, 3, length) for name in loop.spec.gates}
+        torch.testing.assert_close(compiled(views), op(views, {})[0])
+    assert graphs() == 1
+
+
 @over_loops
 def test_an_exported_program_takes_every_length(loop: type[nl.Loop]):
     model = layer(loop)

@@ -32,7 +32,7 @@ from nestloop.lowering.in_matrices import in_matrices, told
 from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.length import HINT
 from nestloop.lowering.ops import NoSpelling
-from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites
+from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites, softmax_weights
 from nestloop.lowering.rows import check_lengths, check_rows, decides, gives_several
 from nestloop.lowering.runtime.native import NativePlan
 from nestloop.lowering.runtime.plan import Plan
@@ -112,6 +112,7 @@ def stages(
     narrowed, gram = gram_form(captured, tracer, not wide)
     hoisted, hoisting = hoist(narrowed, tracer)
     projected, projection = project(hoisted, tracer)
+    projected, weighing = softmax_weights(projected, tracer)
     differentiated = pieces(projected, tracer, losses)
     projected, shared = shared_pieces(projected, differentiated, tracer)
     differentiated |= shared
@@ -119,7 +120,7 @@ def stages(
     captured = replace(
         captured, tokens=tracer.fixed_tokens(), reads_dtype=tracer.reads_dtype
     )  # derivatives may have decided on n too
-    applied = [gram, hoisting, projection, *rewrites(captured, differentiated)]
+    applied = [gram, hoisting, projection, weighing, *rewrites(captured, differentiated)]
     if "first_gradient" in differentiated and spec.schedule.steps == 1:  # the rewrites have compared them
         unused = ("first_gradient", "first_update") if carried else ("gradient", "update")
         differentiated = {name: piece for name, piece in differentiated.items() if name not in unused}

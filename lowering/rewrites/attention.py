@@ -1,21 +1,62 @@
-"""A kernel estimator whose kernel is the exponential of a scaled dot product is softmax attention."""
+"""A kernel estimator whose kernel is the exponential of a score weighs by a softmax; of a scaled dot product, it is
+softmax attention."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from nestloop.lang.loop import Loop
 from nestloop.lowering import ops
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
+from nestloop.lowering.recorder import Located
 from nestloop.lowering.rewrites.rule import Rewrite
 from nestloop.lowering.simplify import simplify
+from nestloop.lowering.tracer import Tracer
 
 aten = torch.ops.aten
+
+
+_OF_AN_EXPONENTIAL = {aten.exp.default: 1.0, aten.exp2.default: math.log(2)}
+_OWN_FIT = "{} has a fit of its own"
+
+
+def softmax_weights(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewrite]:
+    """Weigh by a softmax of scores where the kernel is their exponential: a row's largest is taken from all first, so
+    that none overflows and not all of them vanish."""
+    name = "softmax weights"
+    if captured.fit is None:
+        return captured, Rewrite(name, False, "the learner is parametric, not a kernel estimator")
+    spec = captured.spec
+    if spec.cls.fit is not Loop.fit:
+        return captured, Rewrite(name, False, _OWN_FIT.format(spec.name))
+    kernel = captured.readout.graph.output_node().args[0]
+    if kernel.target not in _OF_AN_EXPONENTIAL:
+        return captured, Rewrite(name, False, "the kernel is no exponential")
+    names = [*spec.slow, *spec.inputs]
+
+    def fit(*tensors: Tensor) -> Tensor:
+        given = dict(zip(names, tensors, strict=True))
+        weight = _Softmax(captured.readout).run(*[given[n] for n in (*spec.slow, "q", "k")])
+        return weight @ given["v"]
+
+    made = replace(captured, fit=tracer.trace(fit, names))
+    return made, Rewrite(name, True, "the kernel is the exponential of a score, whose largest counts as 1")
+
+
+class _Softmax(Located):
+    """Runs a kernel's graph with a softmax in the place of the exponential that it returns."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.node is not self.module.graph.output_node().args[0]:
+            return super().call_function(target, args, kwargs)
+        base = _OF_AN_EXPONENTIAL[target]
+        return torch.softmax(args[0] if base == 1.0 else args[0] * base, -1)
 
 
 def softmax_attention(captured: Captured, pieces: dict[str, Piece]) -> Rewrite:
@@ -24,7 +65,7 @@ def softmax_attention(captured: Captured, pieces: dict[str, Piece]) -> Rewrite:
     if captured.loss is not None:
         return Rewrite("softmax attention", False, "the learner is parametric, not a kernel estimator")
     if captured.spec.cls.fit is not Loop.fit:
-        return Rewrite("softmax attention", False, f"{captured.spec.name} has a fit of its own")
+        return Rewrite("softmax attention", False, _OWN_FIT.format(captured.spec.name))
     scale = dot_product_scale(captured)
     if scale is None:
         return Rewrite(
@@ -49,7 +90,7 @@ def dot_product_scale(captured: Captured) -> float | None:
         return None
     (result,) = next(n for n in simplify(captured.readout).graph.nodes if n.op == "output").args
     result = result[0] if isinstance(result, tuple) else result
-    base = {aten.exp.default: 1.0, aten.exp2.default: math.log(2)}.get(result.target)
+    base = _OF_AN_EXPONENTIAL.get(result.target)
     inside = None if base is None else _bilinear(result.args[0])
     return None if inside is None or base is None else base * inside
 

@@ -88,3 +88,24 @@ def test_parallax_of_the_solved_slope_is_local_linear_attention(backend):
     given["r"] = rho / (1 - (mean - given["q"]).mul(rho).sum(-1, keepdim=True))
     line = run(zoo.LocalLinearAttention, given, {"lamb": torch.full((H,), lamb, dtype=torch.float64)}, backend=backend)
     torch.testing.assert_close(run(zoo.Parallax, given, backend=backend), line, rtol=1e-11, atol=1e-11)
+
+
+class Gaussian(zoo.SelfAttention):
+    """A kernel of distances, powers of two, which vanish or overflow far sooner than their shares."""
+
+    width = nl.slow()
+
+    def kernel(self, q, k):
+        return torch.exp2(-(q[:, None] - k[None]).square().sum(-1) * self.width)
+
+
+def test_shares_of_an_exponential_are_a_softmax():
+    given, width = {n: (30 * view).detach().requires_grad_() for n, view in views("q", "k", "v").items()}, gate(H)
+    for scale in (width, (-width).detach().requires_grad_()):
+        distances = (given["q"][:, :, :, None] - given["k"][:, :, None]).square().sum(-1)
+        wanted = (-scale[:, None, None] * distances * torch.tensor(2.0).log()).softmax(-1) @ given["v"]
+        z = run(Gaussian, given, {"width": scale}, backend="torch")
+        assert not run(Gaussian, given, {"width": 100 * scale}).isfinite().all()  # the definition itself
+        equal(z, wanted, [*given.values(), scale], 1e-9)
+    assert "softmax weights: fired" in nl.inspect(Gaussian, stage="rewrite")
+    assert "softmax weights: did not fire: Parallax has a fit" in nl.inspect(zoo.Parallax, stage="rewrite")

@@ -32,7 +32,16 @@ from nestloop.lowering.in_matrices import in_matrices, told
 from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.length import HINT
 from nestloop.lowering.ops import NoSpelling
-from nestloop.lowering.rewrites import Rewrite, dot_product_scale, gram_form, hoist, project, rewrites, softmax_weights
+from nestloop.lowering.rewrites import (
+    ATTENTION,
+    Rewrite,
+    dot_product_scale,
+    gram_form,
+    hoist,
+    project,
+    rewrites,
+    softmax_weights,
+)
 from nestloop.lowering.rows import check_lengths, check_rows, decides, gives_several
 from nestloop.lowering.runtime.native import NativePlan
 from nestloop.lowering.runtime.plan import Plan
@@ -124,7 +133,7 @@ def stages(
     if "first_gradient" in differentiated and spec.schedule.steps == 1:  # the rewrites have compared them
         unused = ("first_gradient", "first_update") if carried else ("gradient", "update")
         differentiated = {name: piece for name, piece in differentiated.items() if name not in unused}
-    attention = next((r for r in applied if r.name == "softmax attention" and r.fired), None)
+    attention = next((r for r in applied if r.name == ATTENTION and r.fired), None)
     generated = attention is None and not spec.slides
     source = TorchEmitter(projected, differentiated, losses, carried).emit() if generated else None
     parts = (projected, differentiated, losses, carried)

@@ -18,7 +18,7 @@ from nestloop.lang.state import counts_tokens, state_numbers, state_size
 from nestloop.lowering import names, pipeline
 from nestloop.lowering.in_parts import told
 from nestloop.lowering.pipeline import Lowered, LoweredStream
-from nestloop.lowering.rewrites import Rewrite
+from nestloop.lowering.rewrites import ATTENTION, Rewrite
 from nestloop.lowering.rewrites.gram import NAME as GRAM_FORM
 from nestloop.lowering.runtime import offline
 from nestloop.lowering.runtime.choice import why_no_cpp
@@ -347,11 +347,12 @@ def _what_runs(lowered: AnyLowered, op: CompiledLoop | None, sizes: Mapping[str,
 
 def _attention(spec: LoopSpec, fired: Sequence[Rewrite]) -> str:
     """What runs where nothing is generated."""
-    if not spec.slides:
-        return f"runs: PyTorch's scaled_dot_product_attention, because {fired[0].why}"
-    if not fired:
+    why = next((rule.why for rule in fired if rule.name == ATTENTION), "")
+    if not why:
         return "runs: the reference, which has no steps to take and computes no more than any plan would"
-    return f"runs: PyTorch's scaled_dot_product_attention, in blocks of queries, because {fired[0].why}"
+    return (
+        f"runs: PyTorch's scaled_dot_product_attention{', in blocks of queries' if spec.slides else ''}, because {why}"
+    )
 
 
 def _what_is_to_run(lowered: AnyLowered, op: CompiledLoop | None, sizes: Mapping[str, int]) -> list[str]:

@@ -17,6 +17,7 @@ from nestloop.lowering import pipeline
 from nestloop.lowering.axes import is_token, type_axes
 from nestloop.lowering.emit.tile import size_text
 from nestloop.lowering.pipeline import AnyLowered, LoweredStream
+from nestloop.lowering.rewrites import ATTENTION
 from nestloop.lowering.runtime import cache, offline
 from nestloop.lowering.runtime.executable import OPS, build
 from nestloop.lowering.runtime.library import NestedLoopOp
@@ -206,7 +207,7 @@ def _kept(lowered: LoweredStream, sizes: Mapping[str, int]) -> list[str]:
 def _runs(lowered: AnyLowered) -> str:
     """What runs where nothing is generated."""
     spec = lowered.spec
-    if not any(rule.name == "softmax attention" and rule.fired for rule in lowered.rewrites):
+    if not any(rule.name == ATTENTION and rule.fired for rule in lowered.rewrites):
         return "the reference runs, which defines a window of keys and computes no more than any plan"
     seen = f", in blocks of queries, each to the last {spec.schedule.window} keys" if spec.slides else ""
     return f"PyTorch's scaled_dot_product_attention(q, k, v, scale=...) runs{seen}"

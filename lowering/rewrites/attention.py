@@ -20,6 +20,7 @@ from nestloop.lowering.simplify import simplify
 from nestloop.lowering.tracer import Tracer
 
 aten = torch.ops.aten
+ATTENTION = "softmax attention"
 
 
 _OF_AN_EXPONENTIAL = {aten.exp.default: 1.0, aten.exp2.default: math.log(2)}
@@ -63,16 +64,14 @@ def softmax_attention(captured: Captured, pieces: dict[str, Piece]) -> Rewrite:
     """2310.13807 eqs. 12-13, 2407.04620 Theorem 2."""
     del pieces
     if captured.loss is not None:
-        return Rewrite("softmax attention", False, "the learner is parametric, not a kernel estimator")
+        return Rewrite(ATTENTION, False, "the learner is parametric, not a kernel estimator")
     if captured.spec.cls.fit is not Loop.fit:
-        return Rewrite("softmax attention", False, _OWN_FIT.format(captured.spec.name))
+        return Rewrite(ATTENTION, False, _OWN_FIT.format(captured.spec.name))
     scale = dot_product_scale(captured)
     if scale is None:
-        return Rewrite(
-            "softmax attention", False, "the kernel is not exp(c q k^T) with a number c: it is fitted as it is"
-        )
+        return Rewrite(ATTENTION, False, "the kernel is not exp(c q k^T) with a number c: it is fitted as it is")
     return Rewrite(
-        "softmax attention",
+        ATTENTION,
         True,
         f"the kernel is exp(c q k^T) with c = {scale:.6g}",
         (

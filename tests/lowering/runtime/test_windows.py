@@ -123,6 +123,7 @@ def test_other_kernels_and_fits_are_the_definition(loop: type[nl.Loop]):
     assert torch.equal(*made)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="PyTorch 2.11 does not trace a state of views")
 def test_one_graph_with_gradients():
     torch.manual_seed(0)
     op = nl.compile(sliding(Attention, 9), backend="torch")

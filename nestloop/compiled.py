@@ -218,8 +218,7 @@ class CompiledLoop:
         """The name of PyTorch's attention to a window of keys; "" where the loop is something else."""
         if self.backend == "reference" or binding.tokens == 0:
             return ""
-        sizes = _sizes(binding)
-        return self._lowered(False, False, 0, sizes, False)
+        return self._lowered(False, False, 0, _sizes(binding), False)
 
     def _run_batch(
         self,

@@ -1,4 +1,4 @@
-"""ViT^3 (arXiv 2512.01643): a gated branch and a depthwise-convolution branch, each trained for one step."""
+"""ViT^3 (arXiv 2512.01643), a gated branch and a depthwise-convolution branch, and Transformer-to-TTT (2605.02772)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SwiGLU(Gated):
 
 
 class TransformerToTTT(nl.Loop):
-    """One full-batch step on -mean <v, f(k)> / sqrt(d), not clipped; keys have no mean and are wide over tokens."""
+    """One full-batch step on -mean <v, f(k)> / sqrt(d), not clipped, with keys that are normalised over tokens."""
 
     paper = "2605.02772"
     learner = SwiGLU

@@ -71,6 +71,12 @@ def test_a_vision_transformer_learns():
     assert rows[-1][0] < 0.05 and rows[-1][1] == 1.0
 
 
+def test_a_line_fits_better_than_a_constant():
+    constant, line = map(numbers, printed("kernel_estimator"))
+    assert constant[0] < line[0] < 0.5  # its kernel may be wider
+    assert line[1] < constant[1] and line[2] < 0.9 * constant[2]
+
+
 def test_every_example_is_run():
     """The claims above cover the folder."""
     own = Path(__file__).read_text()

@@ -18,7 +18,7 @@ from nestloop.lang.binding import Binding
 from nestloop.lang.kept import Kept
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Causal, Chunked, Program, resets_at
-from nestloop.lang.state import Entry, State, counts_tokens
+from nestloop.lang.state import Entry, State, counts_tokens, identifier
 from nestloop.lowering.runtime import cache
 from nestloop.lowering.runtime.choice import choose
 from nestloop.lowering.runtime.code import Code
@@ -229,6 +229,7 @@ class _Call:
         first = next(iter(self.tokens.values()))
         self.like = first.new_empty(0, dtype=dtype)
         self.initial = {n: self._initial(n, weights) for n in spec.fast}
+        self.begun = state is not None
         self.position = 0 if state is None or not counts_tokens(spec) else state["position"]
         if state is None:
             self.carry = self._fresh()
@@ -298,10 +299,12 @@ class _Call:
             self.z.append((start, made["z"]))
         if "losses" in made:
             self.losses.append((start, made["losses"]))
-        for name in self.carry:
-            key = f"end_{name.replace('.', '__')}"
-            if key in made:
-                self.carry[name] = made[key]
+        self.carry |= self._ends(made)
+
+    def _ends(self, made: Tensors) -> Tensors:
+        """Those of an op's results that are carried on."""
+        keys = {name: f"end_{identifier(name)}" for name in self.carry}
+        return {name: made[key] for name, key in keys.items() if key in made}
 
     def spans(self) -> None:
         """Every span between two resets, cut at the chunks that calls began or will end inside."""
@@ -312,9 +315,26 @@ class _Call:
             if resets_at(schedule, at):
                 tails = {n: t for n, t in self.carry.items() if self.entries[n].part == "tail"}
                 self.carry = {**self._fresh(), **tails}  # what a window sees is not learned
+            given = not at and self.begun  # what a first span starts from
+            whole = 0 if not reset or at % reset or given or self.halo else (tokens - start) // reset
+            if whole > 1:
+                self._at_once(start, whole, reset)
+                start += whole * reset
+                continue
             stop = tokens if not reset else min(tokens, start + reset - at % reset)
             self._span(start, stop)
             start = stop
+
+    def _at_once(self, start: int, count: int, length: int) -> None:
+        """Whole spans between two resets, which see nothing of one another, as so many sequences; the carry becomes the
+        last one's."""
+        cut = {n: t[:, :, start : start + count * length] for n, t in self.tokens.items()}
+        cut = {n: t.unflatten(2, (count, length)).flatten(1, 2) for n, t in cut.items()}
+        made = self.op("scan", length)({**self._inputs(0, 0), **cut})
+        self.z.append((start, made["z"].unflatten(1, (-1, count)).flatten(2, 3)))
+        if "losses" in made:
+            self.losses.append((start, made["losses"].unflatten(1, (-1, count)).flatten(2, 3)))
+        self.carry |= {n: t.unflatten(1, (-1, count))[:, :, -1] for n, t in self._ends(made).items()}
 
     def _span(self, start: int, stop: int) -> None:
         schedule = self.spec.schedule
@@ -351,7 +371,7 @@ class _Call:
         heads, sequences = self.binding.heads, self.binding.sequences
         if not self.z:
             self._run("scan", 0, 0)
-        z = join([t for _, t in sorted(self.z, key=lambda pair: pair[0])]).transpose(0, 1)
+        z = self._joined(self.z)
         end: State = {}
         for name, entry in self.entries.items():
             carried = self.carry[name]
@@ -364,4 +384,10 @@ class _Call:
             return z, end, None
         if not self.losses:
             return z, end, z.new_zeros(sequences, heads, 0, dtype=self.like.dtype)
-        return z, end, join([t for _, t in sorted(self.losses, key=lambda pair: pair[0])]).transpose(0, 1)
+        return z, end, self._joined(self.losses)
+
+    def _joined(self, parts: list[tuple[int, Tensor]]) -> Tensor:
+        """Parts of the tokens, each with its first, as [B, H, N, *]; those of a `Program` come in any order."""
+        if isinstance(self.spec.schedule, Program):
+            parts = sorted(parts, key=lambda part: part[0])
+        return join([t for _, t in parts]).transpose(0, 1)

@@ -138,7 +138,8 @@ class Rope(Map):
         features = x.shape[-1] // len(axes)
         index = torch.arange(0, features, 2, dtype=torch.int64, device=x.device).float()
         frequencies = 1.0 / self.theta ** (index / features)
-        angle = torch.cat([axis.float()[:, None] * frequencies for axis in axes], -1)[:, None]
+        angles = [axis.float()[:, None] * frequencies for axis in axes]
+        angle = (torch.cat(angles, -1) if self.on_grid else angles[0])[:, None]
         return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 

@@ -121,13 +121,6 @@ def needs_all_tokens(spec: LoopSpec, module: fx.GraphModule) -> bool:
     return bool(typing.mixing) or typing.counting is not None
 
 
-def holds_for_one_length(spec: LoopSpec, module: fx.GraphModule) -> bool:
-    """Whether a graph was traced for one number of tokens and may hold for no other, so that a tile must have them all.
-    Where that number is one, it has."""
-    named = [n for n in module.graph.find_nodes(op="placeholder") if n.meta.get("declared") in spec.inputs]
-    return any(isinstance(n.meta["val"].shape[0], int) and n.meta["val"].shape[0] != 1 for n in named)
-
-
 def _counting(module: fx.GraphModule) -> fx.Node | None:
     """The first op whose value depends on how many tokens there are."""
     for node in module.graph.nodes:

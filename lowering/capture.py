@@ -76,6 +76,11 @@ class Captured:
     reads_dtype: bool = False
 
     @property
+    def one_length(self) -> bool:
+        """Whether the graphs hold for one number of tokens, which a tile must have; a single one fits any tile."""
+        return self.tokens not in (None, 1)
+
+    @property
     def readout_axes(self) -> Axes:
         """The axes of the output."""
         graph = self.readout if self.fit is None else self.fit

@@ -181,7 +181,7 @@ def lower(
         plan = plan_for(spec, sizes, tokens, losses, carried, double, part, triton, tiling)
     if spec.slides and plan.form != "attention":
         return ""  # what defines the loop computes as little as any plan would
-    if spec.streams and not spec.slides:
+    if plan.form == "stream":
         return build_stream(spec, plan, sizes["H"], asked)
 
     def wide() -> Plan:

@@ -33,8 +33,8 @@ from nestloop.lowering.in_parts import in_parts
 from nestloop.lowering.length import HINT
 from nestloop.lowering.ops import NoSpelling
 from nestloop.lowering.rewrites import (
-    ATTENTION,
     Rewrite,
+    attention_of,
     dot_product_scale,
     gram_form,
     hoist,
@@ -133,8 +133,7 @@ def stages(
     if "first_gradient" in differentiated and spec.schedule.steps == 1:  # the rewrites have compared them
         unused = ("first_gradient", "first_update") if carried else ("gradient", "update")
         differentiated = {name: piece for name, piece in differentiated.items() if name not in unused}
-    attention = next((r for r in applied if r.name == ATTENTION and r.fired), None)
-    generated = attention is None and not spec.slides
+    generated = attention_of(applied) is None and not spec.slides
     source = TorchEmitter(projected, differentiated, losses, carried).emit() if generated else None
     parts = (projected, differentiated, losses, carried)
     native, not_native = _spelled(lambda: _native(*parts))
@@ -338,8 +337,7 @@ def plan(lowered: Lowered) -> Plan:
     spec, captured, source = lowered.spec, lowered.captured, lowered.source
     heads = captured.sizes["H"]
     tiles = {n: tuple(e.size(captured.sizes) for e in entry.like.dims) for n, entry in captured.states.items()}
-    scale = dot_product_scale(captured) if source is None else None
-    form = "loop" if captured.loss is not None else "fit" if scale is None else "attention"
+    form = "loop" if captured.loss is not None else "fit" if attention_of(lowered.rewrites) is None else "attention"
     return Plan(
         form=form,
         name=re.sub(r"\W", "_", spec.name).lower(),
@@ -353,7 +351,7 @@ def plan(lowered: Lowered) -> Plan:
         reads_dtype=captured.reads_dtype,
         pieces={name: _numbers(piece) for name, piece in lowered.pieces.items()},
         rows=rows_in_cache([module for p in lowered.pieces.values() for module in (p.forward, p.backward)], heads),
-        scale=scale,
+        scale=dot_product_scale(captured) if form == "attention" else None,
         native=lowered.native,
         not_native=lowered.not_native,
         triton=lowered.triton,

@@ -187,11 +187,13 @@ class CompiledLoop:
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """`__call__` with every argument given, and always three results."""
         binding = self._bind(views, weights, state, order, {**self.dims, **dims})
-        attention = self._attention(binding) if self.spec.slides else ""
-        if attention:
-            return lower.EXECUTABLES[attention](views, weights, state, order)
-        # A window of keys has no steps, and the reference computes no more than any plan; no tokens, no step.
-        if self.backend == "reference" or self.spec.slides or binding.tokens == 0:
+        walks = self.backend == "reference" or binding.tokens == 0  # no tokens, no step
+        if self.spec.slides and not walks:
+            name = self._lowered(False, False, 0, _sizes(binding), False)
+            if name:
+                return lower.EXECUTABLES[name](views, weights, state, order)
+            walks = True  # a window of keys has no steps, and the reference computes no more than any plan
+        if walks:
             start = None if state is None else dict(state)
             try:
                 z, end, losses = reference.run(
@@ -213,12 +215,6 @@ class CompiledLoop:
         else:
             z, end, losses = self._run_batch(binding, views, weights, state, order, return_losses)
         return z, names.outward(self.renamed, end), losses
-
-    def _attention(self, binding: Binding) -> str:
-        """The name of PyTorch's attention to a window of keys; "" where the loop is something else."""
-        if self.backend == "reference" or binding.tokens == 0:
-            return ""
-        return self._lowered(False, False, 0, _sizes(binding), False)
 
     def _run_batch(
         self,
@@ -258,7 +254,6 @@ class CompiledLoop:
 
         def op(part: str, tokens: int) -> StreamOp:
             rows = getattr(self.spec.schedule, "micro", 1) * (self.spec.optimizer.window or 1)
-            tokens = 1 if tokens == 1 else tokens  # which Dynamo may have as a symbol
             alone = tokens == 1 and rows == 1
             name = "" if alone else self._lowered(losses, False, 0, sizes, double, part, gpu)
             if not name:

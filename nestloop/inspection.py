@@ -18,7 +18,7 @@ from nestloop.lang.state import counts_tokens, state_numbers, state_size
 from nestloop.lowering import names, pipeline
 from nestloop.lowering.in_parts import told
 from nestloop.lowering.pipeline import Lowered, LoweredStream
-from nestloop.lowering.rewrites import ATTENTION, Rewrite
+from nestloop.lowering.rewrites import Rewrite, attention_of
 from nestloop.lowering.rewrites.gram import NAME as GRAM_FORM
 from nestloop.lowering.runtime import offline
 from nestloop.lowering.runtime.choice import why_no_cpp
@@ -345,14 +345,13 @@ def _what_runs(lowered: AnyLowered, op: CompiledLoop | None, sizes: Mapping[str,
     return [*lines, f"  the last call: {', '.join(op.ran)}"] if op is not None and op.ran else lines
 
 
-def _attention(spec: LoopSpec, fired: Sequence[Rewrite]) -> str:
+def _attention(lowered: Lowered) -> str:
     """What runs where nothing is generated."""
-    why = next((rule.why for rule in fired if rule.name == ATTENTION), "")
-    if not why:
+    rule = attention_of(lowered.rewrites)
+    if rule is None:
         return "runs: the reference, which has no steps to take and computes no more than any plan would"
-    return (
-        f"runs: PyTorch's scaled_dot_product_attention{', in blocks of queries' if spec.slides else ''}, because {why}"
-    )
+    seen = ", in blocks of queries" if lowered.spec.slides else ""
+    return f"runs: PyTorch's scaled_dot_product_attention{seen}, because {rule.why}"
 
 
 def _what_is_to_run(lowered: AnyLowered, op: CompiledLoop | None, sizes: Mapping[str, int]) -> list[str]:
@@ -363,7 +362,7 @@ def _what_is_to_run(lowered: AnyLowered, op: CompiledLoop | None, sizes: Mapping
     if isinstance(lowered, LoweredStream):
         return _what_streams(lowered, op, sizes)
     if lowered.source is None:
-        return [_attention(spec, fired)]
+        return [_attention(lowered)]
     lines, native, chosen = _backend(spec, pipeline.plan(lowered), op, sizes)
     lines += [f"  {_tiles(lowered)}"] if native else []
     lines += chosen

@@ -11,13 +11,13 @@ from torch import fx
 
 from nestloop.errors import UnknownStageError
 from nestloop.lang.declare import Declaration, Gate, Slow, View, caller
-from nestloop.lang.loop import Loop, LoopSpec
+from nestloop.lang.loop import LoopSpec
 from nestloop.lang.state import state_numbers, state_size
 from nestloop.lowering import pipeline
 from nestloop.lowering.axes import is_token, type_axes
 from nestloop.lowering.emit.tile import size_text
 from nestloop.lowering.pipeline import AnyLowered, LoweredStream
-from nestloop.lowering.rewrites import ATTENTION
+from nestloop.lowering.rewrites import attention_of
 from nestloop.lowering.runtime import cache, offline
 from nestloop.lowering.runtime.executable import OPS, build
 from nestloop.lowering.runtime.library import NestedLoopOp
@@ -93,7 +93,7 @@ def _capture(lowered: AnyLowered, sizes: Mapping[str, int]) -> str:
     parts = [] if captured.loss is None else [f"loss:\n{graph_text(lowered.spec, captured.loss)}"]
     name = "readout" if captured.loss is not None else "kernel"
     parts.append(f"{name}:\n{graph_text(lowered.spec, captured.readout)}")
-    if captured.fit is not None and lowered.spec.cls.fit is not Loop.fit:
+    if captured.fit is not None and lowered.spec.has_fit:
         parts.append(f"fit:\n{graph_text(lowered.spec, captured.fit)}")
     return "\n".join(parts)
 
@@ -207,7 +207,7 @@ def _kept(lowered: LoweredStream, sizes: Mapping[str, int]) -> list[str]:
 def _runs(lowered: AnyLowered) -> str:
     """What runs where nothing is generated."""
     spec = lowered.spec
-    if not any(rule.name == ATTENTION and rule.fired for rule in lowered.rewrites):
+    if attention_of(lowered.rewrites) is None:
         return "the reference runs, which defines a window of keys and computes no more than any plan"
     seen = f", in blocks of queries, each to the last {spec.schedule.window} keys" if spec.slides else ""
     return f"PyTorch's scaled_dot_product_attention(q, k, v, scale=...) runs{seen}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nestloop.lowering.axes import holds_for_one_length, needs_all_tokens
+from nestloop.lowering.axes import needs_all_tokens
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.identifiers import identified
@@ -28,7 +28,6 @@ class Batches:
         prepare, project: what makes `hoisted`, and what of `tokens` is no view, if there is any.
         variants: prefixes of the pieces of the first step and the others, or of all.
         whole: whether a tile must hold all tokens, which mix.
-        one_length: whether it must, since the graphs are of one number of them.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class Batches:
             self.variants = ["first_"]
         graphs = [captured.loss, captured.readout]
         self.whole = any(graph is not None and needs_all_tokens(spec, graph) for graph in graphs)
-        self.one_length = any(graph is not None and holds_for_one_length(spec, graph) for graph in graphs)
 
     def name(self, name: str) -> str:
         """A placeholder's or result's name with the declared name in it made an identifier."""

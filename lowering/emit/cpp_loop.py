@@ -35,9 +35,8 @@ class CppEmitter(CppCalls):
         prepare = CppPrepare(self)
         functions = [*prepare.functions.values(), *self.functions.values()]
         systems = numbered(functions)
-        plan = f"The cost model takes {rows}."
-        if self.whole or self.one_length:
-            plan = f"A tile holds all tokens: {'they mix' if self.whole else 'its graphs hold for one number of them'}."
+        why = "they mix" if self.whole else "its graphs hold for one number of them" if self.captured.one_length else ""
+        plan = f"A tile holds all tokens: {why}." if why else f"The cost model takes {rows}."
         parts = [*written(functions), *prepare.write(), self._forward(), self._backward()]
         return NativePlan(
             header(self.captured, plan) + "\n\n".join(parts) + "\n",
@@ -45,7 +44,7 @@ class CppEmitter(CppCalls):
             tuple(map(self.original, self.given("backward"))),
             tuple(map(self.original, self.gradients)),
             (*self.hoisted, *self.captured.projected),
-            self.whole or self.one_length,
+            bool(why),
             rows,
             systems,
             prepare=tuple(map(self.original, prepare.inputs("prepare"))),

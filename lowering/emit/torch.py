@@ -13,7 +13,7 @@ from textwrap import indent
 from torch import fx
 
 from nestloop.lang.dims import DimExpr
-from nestloop.lowering.axes import Axes, holds_for_one_length, needs_all_tokens, type_axes
+from nestloop.lowering.axes import Axes, needs_all_tokens, type_axes
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
 from nestloop.lowering.emit.tile import TileFunction, is_rounded
@@ -88,7 +88,7 @@ class TorchEmitter:
             self.variants = ["first_"]
         bodies = {"gradient": captured.loss, "readout": captured.readout}
         self.whole = {  # whether a tile must hold all tokens
-            name: body is not None and (needs_all_tokens(spec, body) or holds_for_one_length(spec, body))
+            name: captured.one_length or (body is not None and needs_all_tokens(spec, body))
             for name, body in bodies.items()
         }
         self.low = rounded_results(self.pieces.get("project"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
-from nestloop.lowering.rewrites.attention import ATTENTION, dot_product_scale, softmax_attention, softmax_weights
+from nestloop.lowering.rewrites.attention import attention_of, dot_product_scale, softmax_attention, softmax_weights
 from nestloop.lowering.rewrites.gram import gram_form
 from nestloop.lowering.rewrites.hoist import hoist
 from nestloop.lowering.rewrites.linear_attention import linear_attention, zero_state
@@ -17,4 +17,13 @@ def rewrites(captured: Captured, pieces: dict[str, Piece]) -> list[Rewrite]:
     return [rule(captured, pieces) for rule in (zero_state, linear_attention, softmax_attention)]
 
 
-__all__ = ["ATTENTION", "Rewrite", "dot_product_scale", "gram_form", "hoist", "project", "rewrites", "softmax_weights"]
+__all__ = [
+    "Rewrite",
+    "attention_of",
+    "dot_product_scale",
+    "gram_form",
+    "hoist",
+    "project",
+    "rewrites",
+    "softmax_weights",
+]

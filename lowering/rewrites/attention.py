@@ -4,13 +4,13 @@ softmax attention."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from nestloop.lang.loop import Loop
 from nestloop.lowering import ops
 from nestloop.lowering.capture import Captured
 from nestloop.lowering.differentiate import Piece
@@ -20,7 +20,7 @@ from nestloop.lowering.simplify import simplify
 from nestloop.lowering.tracer import Tracer
 
 aten = torch.ops.aten
-ATTENTION = "softmax attention"
+_NAME = "softmax attention"
 
 
 _OF_AN_EXPONENTIAL = {aten.exp.default: 1.0, aten.exp2.default: math.log(2)}
@@ -34,7 +34,7 @@ def softmax_weights(captured: Captured, tracer: Tracer) -> tuple[Captured, Rewri
     if captured.fit is None:
         return captured, Rewrite(name, False, "the learner is parametric, not a kernel estimator")
     spec = captured.spec
-    if spec.cls.fit is not Loop.fit:
+    if spec.has_fit:
         return captured, Rewrite(name, False, _OWN_FIT.format(spec.name))
     kernel = captured.readout.graph.output_node().args[0]
     if kernel.target not in _OF_AN_EXPONENTIAL:
@@ -64,14 +64,14 @@ def softmax_attention(captured: Captured, pieces: dict[str, Piece]) -> Rewrite:
     """2310.13807 eqs. 12-13, 2407.04620 Theorem 2."""
     del pieces
     if captured.loss is not None:
-        return Rewrite(ATTENTION, False, "the learner is parametric, not a kernel estimator")
-    if captured.spec.cls.fit is not Loop.fit:
-        return Rewrite(ATTENTION, False, _OWN_FIT.format(captured.spec.name))
+        return Rewrite(_NAME, False, "the learner is parametric, not a kernel estimator")
+    if captured.spec.has_fit:
+        return Rewrite(_NAME, False, _OWN_FIT.format(captured.spec.name))
     scale = dot_product_scale(captured)
     if scale is None:
-        return Rewrite(ATTENTION, False, "the kernel is not exp(c q k^T) with a number c: it is fitted as it is")
+        return Rewrite(_NAME, False, "the kernel is not exp(c q k^T) with a number c: it is fitted as it is")
     return Rewrite(
-        ATTENTION,
+        _NAME,
         True,
         f"the kernel is exp(c q k^T) with c = {scale:.6g}",
         (
@@ -83,10 +83,13 @@ def softmax_attention(captured: Captured, pieces: dict[str, Piece]) -> Rewrite:
     )
 
 
+def attention_of(rules: Sequence[Rewrite]) -> Rewrite | None:
+    """The rule by which PyTorch's own attention runs; None where it does not."""
+    return next((rule for rule in rules if rule.name == _NAME and rule.fired), None)
+
+
 def dot_product_scale(captured: Captured) -> float | None:
-    """c where the captured kernel is exp(c q k^T) and the fit the locally constant one, else None."""
-    if captured.spec.cls.fit is not Loop.fit:
-        return None
+    """c where the captured kernel is exp(c q k^T), else None."""
     (result,) = next(n for n in simplify(captured.readout).graph.nodes if n.op == "output").args
     result = result[0] if isinstance(result, tuple) else result
     base = _OF_AN_EXPONENTIAL.get(result.target)

@@ -35,41 +35,39 @@ def attention(spec: LoopSpec, scale: float | None, heads: int) -> Callable[..., 
         if not spec.slides:
             return F.scaled_dot_product_attention(q, k, v, scale=scale), {}, None
         window, position = spec.schedule.window, 0 if state is None else check_position(spec, state)
-        tails = None
-        if state is not None and window > 1:
-            tails = (state["k.tail"].to(dtype), state["v.tail"].to(dtype))
-        z = _to_the_last(window, q, k, v, tails, position, scale)
+        tails = [] if state is None or window == 1 else [state["k.tail"], state["v.tail"]]
+        if tails:
+            k, v = (torch.cat([tail.to(dtype), rows], 2) for tail, rows in zip(tails, (k, v), strict=True))
+        z = _to_the_last(window, q, k, v, position, scale)
         end: State = {"position": position + q.shape[2]}
         if window > 1:
-            kept = compute_dtype([*views.values(), *weights.values(), *([] if tails is None else [state["k.tail"]])])
-            for at, (name, view) in enumerate((("k", k), ("v", v))):
-                last = view if tails is None else torch.cat([tails[at], view], 2)
-                last = last[:, :, max(0, last.shape[2] - window + 1) :].to(kept)
-                end[f"{name}.tail"] = F.pad(last, (0, 0, window - 1 - last.shape[2], 0)).clone()
+            kept = compute_dtype([*views.values(), *weights.values(), *tails])
+            for name, rows in (("k", k), ("v", v)):
+                last = rows[:, :, max(0, rows.shape[2] - window + 1) :].to(kept)
+                end[f"{name}.tail"] = F.pad(last, (0, 0, window - 1 - last.shape[2], 0))  # in memory of its own
         return z, end, None
 
     return run
 
 
-def _to_the_last(
-    window: int, q: Tensor, k: Tensor, v: Tensor, tails: tuple[Tensor, Tensor] | None, position: int, scale: Any
-) -> Tensor:
-    """Attention [B, H, N, dv] of each query to the last `window` keys, its own among them.
+def _to_the_last(window: int, q: Tensor, k: Tensor, v: Tensor, position: int, scale: Any) -> Tensor:
+    """Attention [B, H, N, dv] of each query to the last `window` keys, its own among them; keys and values are those of
+    N tokens, behind those of the `window` - 1 before them where a state has these.
 
     The first block of queries, which may see the `window` - 1 tokens before the call, and then all others, which see no
     more than their own block and the one before: one more is on its own, and several are as many heads.
     """
     tokens, block = q.shape[2], max(window, _BLOCK)
     first = tokens if tokens <= block else block  # a graph for either: no length is asked for twice
-    queries, keys, values = (rows[:, :, :first] for rows in (q, k, v))
-    if tails is None and window == block:  # each sees all before it
+    before = k.shape[2] - tokens
+    queries, keys, values = q[:, :, :first], k[:, :, : before + first], v[:, :, : before + first]
+    if not before and window == block:  # each sees all before it
         made = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
     else:
-        if tails is not None:
-            keys, values = torch.cat([tails[0], keys], 2), torch.cat([tails[1], values], 2)
         made = _banded(window, queries, keys, values, position, scale)
     if tokens <= block:
         return made
+    k, v = k[:, :, before:], v[:, :, before:]
     if tokens <= 2 * block:
         keys, values = (rows[:, :, block - window + 1 :] for rows in (k, v))
         return torch.cat([made, _banded(window, q[:, :, block:], keys, values, window, scale)], 2)

@@ -285,26 +285,31 @@ class _Call:
         valid = (torch.arange(rows, device=self.like.device) >= absent).to(dtype)
         self.tokens[VALID] = valid[None, None]
 
-    def _inputs(self, start: int, stop: int) -> Tensors:
-        cut = self.tokens
-        if (start, stop) != (0, self.binding.tokens):
-            cut = {n: t[:, :, start : stop + self.halo] for n, t in cut.items()}
-        carried = {n.replace(".", "__"): t for n, t in self.carry.items()}
-        return {**cut, **carried, **{f"{n}__initial": t for n, t in self.initial.items()}, **self.slow}
+    def _cut(self, start: int, stop: int) -> Tensors:
+        """The tokens start:stop, behind the rows that a window sees before them."""
+        if (start, stop) == (0, self.binding.tokens):
+            return self.tokens
+        return {n: t[:, :, start : stop + self.halo] for n, t in self.tokens.items()}
+
+    def _inputs(self, tokens: Tensors) -> Tensors:
+        """All that an op takes."""
+        carried = {identifier(n): t for n, t in self.carry.items()}
+        return {**tokens, **carried, **{f"{n}__initial": t for n, t in self.initial.items()}, **self.slow}
 
     def _run(self, part: str, start: int, stop: int) -> None:
         """One op on the tokens start:stop; the carry becomes what it leaves."""
-        made = self.op(part, stop - start)(self._inputs(start, stop))
+        self._keep(start, self.op(part, stop - start)(self._inputs(self._cut(start, stop))))
+
+    def _keep(self, start: int, made: Tensors) -> None:
+        """An op's results, of the tokens from `start` on."""
         if "z" in made:
             self.z.append((start, made["z"]))
         if "losses" in made:
             self.losses.append((start, made["losses"]))
-        self.carry |= self._ends(made)
-
-    def _ends(self, made: Tensors) -> Tensors:
-        """Those of an op's results that are carried on."""
-        keys = {name: f"end_{identifier(name)}" for name in self.carry}
-        return {name: made[key] for name, key in keys.items() if key in made}
+        for name in self.carry:
+            key = f"end_{identifier(name)}"
+            if key in made:
+                self.carry[name] = made[key]
 
     def spans(self) -> None:
         """Every span between two resets, cut at the chunks that calls began or will end inside."""
@@ -328,13 +333,11 @@ class _Call:
     def _at_once(self, start: int, count: int, length: int) -> None:
         """Whole spans between two resets, which see nothing of one another, as so many sequences; the carry becomes the
         last one's."""
-        cut = {n: t[:, :, start : start + count * length] for n, t in self.tokens.items()}
+        cut = self._cut(start, start + count * length)
         cut = {n: t.unflatten(2, (count, length)).flatten(1, 2) for n, t in cut.items()}
-        made = self.op("scan", length)({**self._inputs(0, 0), **cut})
-        self.z.append((start, made["z"].unflatten(1, (-1, count)).flatten(2, 3)))
-        if "losses" in made:
-            self.losses.append((start, made["losses"].unflatten(1, (-1, count)).flatten(2, 3)))
-        self.carry |= {n: t.unflatten(1, (-1, count))[:, :, -1] for n, t in self._ends(made).items()}
+        made = self.op("scan", length)(self._inputs(cut))
+        apart = {n: t.unflatten(1, (-1, count)) for n, t in made.items()}
+        self._keep(start, {n: t.flatten(2, 3) if n in ("z", "losses") else t[:, :, -1] for n, t in apart.items()})
 
     def _span(self, start: int, stop: int) -> None:
         schedule = self.spec.schedule

@@ -12,7 +12,7 @@ from torch import Tensor
 from nestloop.errors import InputError, StateError, shown
 from nestloop.lang.coefficient import is_number
 from nestloop.lang.declaration import caller, is_count
-from nestloop.lang.maps import Call, Map, Place, Shape, read_period, refused
+from nestloop.lang.maps import Call, Map, Place, Shape, depthwise, read_period, refused
 
 
 def check_over(over: str, label: str, what: str, where: Any) -> str:
@@ -46,9 +46,7 @@ class Conv(Map):
             )
 
     def parameters(self, place: Place) -> dict[str, Shape]:
-        channels, init = place.groups * place.features, f"uniform({1 / math.sqrt(self.size)})"
-        weight: dict[str, Shape] = {"weight": ([channels, 1, self.size], init, False)}
-        return {**weight, "bias": ([channels], init, False)} if self.bias else weight
+        return depthwise(place, self.bias, self.size)
 
     def __call__(self, x: Tensor, own: Any, call: Call) -> Tensor:
         tokens, flat = x.shape[1], x.flatten(2)  # [B, N, G * f]

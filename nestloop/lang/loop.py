@@ -98,19 +98,20 @@ class LoopSpec:
     @cached_property
     def maps(self) -> dict[Map, str]:
         """Every map of a layer's with what it is of: "the view 'k'"."""
-        given = {f"the {one.kind} '{name}'": one.maps for name, one in self.inputs.items()}
-        given["the read-out"] = self.output or ()
-        found = [(m, of) for of, maps in given.items() for m in maps]
+        found = [(m, f"the {one.kind} '{name}'") for name, one in self.inputs.items() for m in one.maps]
+        found += [(m, "the read-out") for m in self.output or ()]
         found += [(m, of) for one, of in found if isinstance(one, Gated) for m in one.of]
         return {m: of for m, of in found if isinstance(m, Map)}
 
+    @property
+    def has_fit(self) -> bool:
+        """Whether it is a kernel estimator that says itself what it fits, which is no constant."""
+        return self.is_kernel_estimator and self.cls.fit is not Loop.fit
+
     @cached_property
     def of_keys(self) -> tuple[str, ...]:
-        """What a kernel estimator sees of the tokens whose keys count at a query: keys and values, or, where it has a
-        `fit` of its own, all but queries."""
-        if self.cls.fit is Loop.fit:
-            return ("k", "v")
-        return tuple(name for name in self.inputs if name != "q")
+        """What a kernel estimator sees of the keys' tokens: keys and values; with a fit of its own, all but queries."""
+        return tuple(name for name in self.inputs if name != "q") if self.has_fit else ("k", "v")
 
     @cached_property
     def weights(self) -> dict[str, Fast | Slow]:
@@ -153,8 +154,7 @@ class LoopSpec:
     @cached_property
     def sees_grid(self) -> bool:
         """Whether bodies may see the token grid, and each has graphs of its own; maps alone may see it too."""
-        names = {self.called.get(name, name) for name in self.grid or ()}
-        return mention([self.cls, self.learner], names)
+        return mention([self.cls, self.learner], {self.called.get(name, name) for name in self.grid or ()})
 
     def learner_with(self, values: dict[str, Any], dims: dict[str, int], held: dict[str, Any] | None = None) -> Learner:
         """The learner with its weights standing for `values`: the `f` that bodies call.

@@ -162,6 +162,13 @@ class PerPosition(Map):
         return made[None, :, None, None].expand(x.shape[0], -1, -1, -1)
 
 
+def depthwise(place: Place, bias: bool, *window: int) -> dict[str, Shape]:
+    """The parameters of a convolution of each feature alone, as PyTorch's have them and start."""
+    channels, init = place.groups * place.features, f"uniform({1 / math.sqrt(math.prod(window))})"
+    weight: dict[str, Shape] = {"weight": ([channels, 1, *window], init, False)}
+    return {**weight, "bias": ([channels], init, False)} if bias else weight
+
+
 def read_period(period: Any, name: str, where: Any) -> int | str | None:
     if period is None or period == "chunk" or is_count(period):
         return period

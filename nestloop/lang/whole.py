@@ -11,7 +11,7 @@ from torch import Tensor
 from nestloop.errors import shown
 from nestloop.lang.coefficient import is_number
 from nestloop.lang.declaration import is_count
-from nestloop.lang.maps import Call, Map, Place, Shape, refused
+from nestloop.lang.maps import Call, Map, Place, Shape, depthwise, refused
 
 
 class Conv2d(Map):
@@ -32,9 +32,7 @@ class Conv2d(Map):
             )
 
     def parameters(self, place: Place) -> dict[str, Shape]:
-        channels, init = place.groups * place.features, f"uniform({1 / self.size})"
-        weight: dict[str, Shape] = {"weight": ([channels, 1, self.size, self.size], init, False)}
-        return {**weight, "bias": ([channels], init, False)} if self.bias else weight
+        return depthwise(place, self.bias, self.size, self.size)
 
     def __call__(self, x: Tensor, own: Any, call: Call) -> Tensor:
         image = x.flatten(2).mT.unflatten(2, call.grid)  # [B, G * f, h, w]

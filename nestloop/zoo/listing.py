@@ -86,7 +86,7 @@ def _admits(loop: type[Loop], schedule: Schedule) -> bool:
 def form(spec: LoopSpec) -> str:
     """The form that runs, as far as the declaration alone tells it; of a stream, how its step is computed."""
     if spec.is_kernel_estimator:
-        return "softmax attention" if spec.cls.fit is Loop.fit else "fit"
+        return "fit" if spec.has_fit else "softmax attention"
     if spec.streams:
         return next((form for form, names in STREAM_FORMS.items() if spec.name in names), "not recorded")
     return "linear attention" if any(fast.frozen_zero for fast in spec.fast.values()) else "primal"

@@ -1,8 +1,10 @@
-"""A loop that the tests of declarations and maps change one part of, and its layer."""
+"""A loop that the tests of declarations and maps change one part of, its layer, and what they say of both."""
 
+import pytest
 import torch
 
 import nestloop as nl
+from nestloop.errors import ViewError
 
 B, N, D, H, d = 2, 6, 8, 2, 4
 
@@ -38,3 +40,20 @@ def views_of(**declared):
     layer = nl.Layer(type("Made", (Loop,), declared), D, H, backend="reference").double()
     x = torch.randn(B, N, D, dtype=torch.float64)
     return layer, x, layer.make_views(x)
+
+
+def heads(flat):
+    """Features of all heads [B, N, H * f] -> [B, H, N, f]."""
+    return flat.unflatten(-1, (H, -1)).transpose(1, 2)
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def no_map(make, file, what, given, need, fix):
+    """A map that is none is refused where it is made, in `file`."""
+    with pytest.raises(ViewError) as caught:
+        make()
+    assert (caught.value.what, caught.value.given, caught.value.need, caught.value.fix) == (what, given, need, fix)
+    assert caught.value.where is not None and caught.value.where.file == file

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
 import nestloop as nl
 from nestloop import zoo
+from tests.lowering.runtime.calls import TRACES_STATES_OF_VIEWS
 
 pytestmark = pytest.mark.usefixtures("quick_builds")
 
@@ -21,8 +21,6 @@ SIZES: dict[type[nl.Loop], dict[str, Any]] = {
     zoo.DeltaNet: {"dk": 8, "dv": 8},
 }
 LENGTHS = (20, 37, 64, 9, 130)
-# Dynamo of PyTorch 2.11 does not find the view or gate whose rows or sums a state has.
-TRACES_STATES_OF_VIEWS = not torch.__version__.startswith("2.11.")
 over_loops = pytest.mark.parametrize("loop", SIZES, ids=lambda loop: loop.__name__)
 
 
@@ -33,14 +31,6 @@ def layer(loop: type[nl.Loop]) -> nl.Layer:
 
 def tokens(length: int) -> Tensor:
     return torch.randn(2, length, 16, generator=torch.Generator().manual_seed(length))
-
-
-@pytest.fixture
-def graphs() -> Any:
-    torch._dynamo.reset()
-    counters.clear()
-    yield lambda: counters["stats"]["unique_graphs"]
-    torch._dynamo.reset()
 
 
 @over_loops

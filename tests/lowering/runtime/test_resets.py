@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import nestloop as nl
-from nestloop.lowering.runtime.streams import StreamOp
 from tests.equality import equal
 from tests.lowering.comparison import random_inputs
+from tests.lowering.runtime.calls import Calls
 
 SIZES, TOKENS = {"d": 3, "H": 2}, 31
 
@@ -56,17 +57,11 @@ class Windowed(Memory):
 over_loops = pytest.mark.parametrize("loop", [Memory, Waiting, Delta, Windowed], ids=lambda loop: loop.__name__)
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Sequences and tokens of each call of an op."""
-    seen, run = [], StreamOp.__call__
-
-    def counted(self: StreamOp, tensors: dict[str, torch.Tensor]) -> Any:
-        seen.append((tensors["q"].shape[1], tensors["q"].shape[2]))
-        return run(self, tensors)
-
-    monkeypatch.setattr(StreamOp, "__call__", counted)
-    return seen
+def sizes(calls: Calls) -> list[tuple[int, int]]:
+    """Sequences and tokens of each call of an op, whose inputs are [H, B, N, *]; forgets these calls."""
+    found = [(given[0].shape[1], given[0].shape[2]) for _, given in calls]
+    calls.clear()
+    return found
 
 
 def run(loop: type[nl.Loop], backend: str, inputs: Any, cuts: list[int], state: Any = None) -> torch.Tensor:
@@ -99,27 +94,22 @@ def test_a_state_that_is_given_is_what_the_first_span_starts_from(loop: type[nl.
     equal(made, wanted, [*inputs.views.values(), *inputs.weights.values()])
 
 
-def test_one_call_takes_every_whole_span(calls: list[tuple[int, int]]):
+def test_one_call_takes_every_whole_span(calls: Calls):
     inputs = random_inputs(Memory.spec, SIZES, sequences=2, tokens=TOKENS)
     run(Memory, "torch", inputs, [0, TOKENS])
-    assert calls == [(2 * 3, 8), (2, 7)]
-    calls.clear()
+    assert sizes(calls) == [(2 * 3, 8), (2, 7)]
     run(Memory, "torch", inputs, [0, 5, TOKENS])  # the rest of a chunk, of a span, whole spans, what is left
-    assert calls[-2:] == [(2 * 2, 8), (2, 7)]
-    calls.clear()
+    assert sizes(calls)[-2:] == [(2 * 2, 8), (2, 7)]
     wide = random_inputs(Windowed.spec, SIZES, sequences=2, tokens=TOKENS)
     run(Windowed, "torch", wide, [0, TOKENS])  # a window reaches behind a reset
-    assert [tokens for _, tokens in calls] == [10, 10, 10, 9]
+    assert [tokens for _, tokens in sizes(calls)] == [10, 10, 10, 9]
 
 
-def test_any_number_of_spans_has_one_graph():
-    torch._dynamo.reset()
+def test_any_number_of_spans_has_one_graph(graphs: Callable[[], int]):
     layer = nl.Layer(type("Shared", (Memory,), {"v": nl.view("d")}), 6, 2).double()
-    torch._dynamo.utils.counters.clear()
     traced = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
         for tokens in (31, 47, 55, 95, 87):
             x = torch.randn(2, tokens, 6, dtype=torch.float64)
             torch.testing.assert_close(traced(x), layer(x))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    torch._dynamo.reset()
+    assert graphs() == 1

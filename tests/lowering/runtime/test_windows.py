@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 import nestloop as nl
 from nestloop import zoo
 from tests.equality import equal
 from tests.lowering.comparison import random_inputs
+from tests.lowering.runtime.calls import TRACES_STATES_OF_VIEWS
 
 B, H, d = 2, 2, 4
 LENGTHS = (1, 5, 64, 65, 150)  # blocks are of 64 queries, or of the window
@@ -123,7 +124,7 @@ def test_other_kernels_and_fits_are_the_definition(loop: type[nl.Loop]):
     assert torch.equal(*made)
 
 
-@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="PyTorch 2.11 does not trace a state of views")
+@pytest.mark.skipif(not TRACES_STATES_OF_VIEWS, reason="PyTorch 2.11 does not trace such a state")
 def test_one_graph_with_gradients():
     torch.manual_seed(0)
     op = nl.compile(sliding(Attention, 9), backend="torch")
@@ -138,9 +139,7 @@ def test_one_graph_with_gradients():
 
 
 @pytest.mark.parametrize("window", [3, 100])
-def test_a_few_graphs_for_every_length(window: int):
-    torch._dynamo.reset()
-    counters.clear()
+def test_a_few_graphs_for_every_length(window: int, graphs: Callable[[], int]):
     torch.manual_seed(0)
     layer = nl.Layer(sliding(Attention, window), 8, 2).double()
     traced = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -149,8 +148,7 @@ def test_a_few_graphs_for_every_length(window: int):
         leaves = [x, *layer.parameters()]
         made, wanted = ([y, *torch.autograd.grad(y.square().sum(), leaves)] for y in (traced(x), layer(x)))
         torch.testing.assert_close(made, wanted)
-    assert counters["stats"]["unique_graphs"] <= 5  # up to a block, with one more, with several
-    torch._dynamo.reset()
+    assert graphs() <= 5  # up to a block, with one more, with several
 
 
 def test_stages_and_plain_words_say_what_runs():

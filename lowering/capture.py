@@ -23,6 +23,7 @@ from nestloop.errors import (
 from nestloop.lang.declaration import body_line
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.optim import SGD
+from nestloop.lang.optimizer import Optimizer
 from nestloop.lang.returned import described, misshapen
 from nestloop.lang.state import Entry, identifier, steps_with
 from nestloop.lowering import ops
@@ -193,21 +194,24 @@ def _traced_functions(tracer: Tracer) -> SGD:
     """The optimizer with its functions traced. Refuses what cannot be compiled, as bodies are refused."""
     optimizer = tracer.spec.optimizer
     traced: dict[str, TracedFunction] = {}
-    for part, run in (
-        ("transform", optimizer.transformed),
-        ("gradient_transform", optimizer.gradient_transformed),
-        ("restore", optimizer.restored),
-    ):
-        original = getattr(optimizer, part)
+    parts: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+        "transform": (optimizer.transformed, ()),
+        "gradient_transform": (optimizer.gradient_transformed, ()),
+        "restore": (optimizer.restored, ("initial",)),
+    }
+    if isinstance(optimizer, Optimizer):
+        parts["update"] = optimizer.updated, ("gradient", *optimizer.moments)
+    for part, (run, beside) in parts.items():
+        original = optimizer.functions.get(part)
         if not callable(original):
             continue
         graphs: dict[tuple[int, ...], fx.GraphModule] = {}
         for name in tracer.spec.fast:
-            given = [name, f"{name}__held"] if part == "restore" else [name]
+            given = [name, *[f"{name}__{other}" for other in beside]]
             shape = tuple(map(int, tracer.tile(name).shape))
             if shape not in graphs:
                 graphs[shape] = _once(_trace(tracer, partial(_constantly, run), given, part.replace("_", " ")))
-        traced[part] = TracedFunction(original, graphs)
+        traced["updated" if part == "update" else part] = TracedFunction(original, graphs)
     return optimizer.with_functions(**traced)
 
 

@@ -200,7 +200,7 @@ def _examples(captured: Captured, tracer: Tracer, names: list[str]) -> list[Tens
         if tile in shared:
             found.append(tracer.like(shared[tile]))
         elif tile in captured.states:
-            found.append(tracer.tile(captured.states[tile].like.name))
+            found.append(tracer.entry(captured.states[tile]))
         else:
             found.append(tracer.tile(tile) if tile in declared else tracer.example([]))
     return found

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from nestloop.errors import CapturedTensorError, Location, UnadmittedOpError
 from nestloop.lang.loop import LoopSpec
+from nestloop.lang.state import Entry
 from nestloop.lowering import ops
 from nestloop.lowering.any_length import record_for_any_length
 from nestloop.lowering.draws import Generators, Heard
@@ -57,14 +58,24 @@ class Tracer:
 
     def tile(self, name: str, micro: int = 0, tokens: bool = True) -> Tensor:
         """A fresh tile of a declared tensor: [n, *dims] for views (with `micro`, [n, micro, *dims]; without `tokens`,
-        [*dims]), [*dims] for weights, of which NAME__held is another."""
-        name = name.removesuffix("__held")
-        declared = {**self.spec.fast, **self.spec.slow, **self.spec.inputs}[name]
+        [*dims]), [*dims] for weights, of which NAME__held and the like are others, and NAME__MOMENT what the optimizer
+        keeps."""
+        every = {**self.spec.fast, **self.spec.slow, **self.spec.inputs}
+        if name not in every:
+            name, _, part = name.rpartition("__")
+            moment = self.spec.optimizer.moments.get(part)
+            if moment is not None and moment.scalar:
+                return self.example([])
+        declared = every[name]
         shape = [expr.size(self.sizes, declared.where) for expr in declared.dims]
         if name not in self.spec.inputs or not tokens:
             return self.example(shape)
         steps = [micro] if micro else []
         return self.example([self.tokens or self.n.size, *steps, *shape])
+
+    def entry(self, entry: Entry) -> Tensor:
+        """A fresh tile for an entry of the state, tokens aside."""
+        return self.example([expr.size(self.sizes, entry.like.where) for expr in entry.like.dims])
 
     def row(self) -> Tensor:
         """A fresh number for each of the tile's rows."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nestloop.lang.loop import Loop
     from nestloop.lang.maps import gated, per_position, project
     from nestloop.lang.optim import SGD
+    from nestloop.lang.optimizer import Adam, Optimizer, moment
     from nestloop.lang.schedule import Causal, Chunked, FullBatch, Online, Program, Shuffled, Sliding
     from nestloop.lang.solve import conjugate_gradient
     from nestloop.lang.transforms import global_clip, newton_schulz, restore_norm, soft_clip
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SGD",
+    "Adam",
     "Causal",
     "Chunked",
     "CompiledLoop",
@@ -45,6 +47,7 @@ __all__ = [
     "Loop",
     "NestloopError",
     "Online",
+    "Optimizer",
     "Program",
     "Shuffled",
     "Sliding",
@@ -69,6 +72,7 @@ __all__ = [
     "l2_norm",
     "layer_norm",
     "load_ops",
+    "moment",
     "newton_schulz",
     "page",
     "per_position",
@@ -98,6 +102,7 @@ _HOME = {
     "nestloop.lang.loop": ("Loop",),
     "nestloop.lang.maps": ("gated", "per_position", "project"),
     "nestloop.lang.optim": ("SGD",),
+    "nestloop.lang.optimizer": ("Adam", "Optimizer", "moment"),
     "nestloop.lang.solve": ("conjugate_gradient",),
     "nestloop.lang.schedule": ("Causal", "Chunked", "FullBatch", "Online", "Program", "Shuffled", "Sliding"),
     "nestloop.lang.transforms": ("global_clip", "newton_schulz", "restore_norm", "soft_clip"),

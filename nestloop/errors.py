@@ -124,6 +124,10 @@ class CoefficientError(DeclarationError):
     """A decay, momentum, scale or window that the optimizer does not take, or that does not fit the fast weights."""
 
 
+class MomentError(DeclarationError):
+    """A moment of an optimizer under a name that is taken, or that its update does not return."""
+
+
 class ViewError(DeclarationError):
     """A view whose heads do not group, whose micro-steps the schedule does not take, or whose maps are none."""
 

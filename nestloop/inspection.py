@@ -175,7 +175,10 @@ _PARTS = {
 def _state(spec: LoopSpec) -> list[str]:
     """What a stream carries beside its fast weights."""
     beside = [entry for entry in spec.entries.values() if entry.part != "weight"]
-    lines = [f"  carried beside: {entry.name}, {_PARTS[entry.part]}" for entry in beside]
+    moments = {f"{weight}.{name}": name for weight in spec.fast for name in spec.optimizer.moments}
+    what = {entry.name: _PARTS[entry.part] for entry in beside}
+    what |= {entry: f"{name} of {type(spec.optimizer).__name__}" for entry, name in moments.items() if entry in what}
+    lines = [f"  carried beside: {entry}, {said}" for entry, said in what.items()]
     return [*lines, *(["  carried beside: position, the tokens seen"] if counts_tokens(spec) else [])]
 
 
@@ -212,8 +215,9 @@ def _inner_loop(spec: LoopSpec) -> list[str]:
     lines.append("  at the weights the step before left")
     if isinstance(spec.optimizer.lr, DimExpr):
         lines.append(f"  learning rate {spec.optimizer.lr}: N tokens of the sequence, n of the step's batch")
-    if spec.optimizer.orders:
-        lines.append("  momenta are zero before the first step of a call, and no part of the state")
+    if spec.optimizer.orders or spec.optimizer.moments:
+        kept = "moments" if spec.optimizer.moments else "momenta"
+        lines.append(f"  {kept} are zero before the first step of a call, and no part of the state")
     lines.append("  read-out: every token with the weights after the last step")
     return lines
 

@@ -58,7 +58,7 @@ def optimizer_text(spec: LoopSpec) -> str:
     """The optimizer with its coefficients."""
     optimizer = spec.optimizer
     others = ", 1.0 for the others" if isinstance(optimizer.lr, Mapping) and set(optimizer.lr) != set(spec.fast) else ""
-    parts = [f"SGD, learning rate {_coefficient(optimizer.lr)}{others}"]
+    parts = [f"{type(optimizer).__name__}, learning rate {_coefficient(optimizer.lr)}{others}"]
     for name in ("scale", "decay", "log_decay"):
         if getattr(optimizer, name) is not None:
             parts.append(f"{name.replace('_', ' ')} {_coefficient(getattr(optimizer, name))}")
@@ -67,7 +67,8 @@ def optimizer_text(spec: LoopSpec) -> str:
     parts += [f"momentum {_coefficient(order)}" for order in optimizer.momentum or ()]
     parts += [] if optimizer.window is None else [f"window of {optimizer.window} tokens"]
     for name, given in optimizer.functions.items():
-        parts.append(f"{name.replace('_', ' ')} {getattr(given, '__name__', given)}")
+        if name != "update":  # which its name says
+            parts.append(f"{name.replace('_', ' ')} {getattr(given, '__name__', given)}")
     return ", ".join(parts)
 
 

@@ -90,6 +90,7 @@ class _Digest:
         """All that the bodies of a loop reach."""
         self.add_class(spec.cls)
         self.add_class(spec.learner)
+        self.add_class(type(spec.optimizer))
         self.add_value({name: value for name, value in vars(spec.optimizer).items() if name != "where"})
 
     def add_class(self, cls: type) -> None:

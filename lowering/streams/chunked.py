@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nestloop.lang.declare import Gate
-from nestloop.lang.optim import momentum_name
 from nestloop.lang.schedule import Chunked
 from nestloop.lang.state import averaged_gates
 from nestloop.lowering.derivative import grad
@@ -96,7 +95,7 @@ def summed_gradients(step: Step, at: Tensors, slow: Tensors, keys: Tensors) -> t
 def optimised(
     step: Step, carried: Tensors, slow: Tensors, tokens: Tensors, initial: Tensors, found: Tensors
 ) -> Tensors:
-    """Fast weights and momenta after one step of the optimizer; gates among its coefficients are averaged."""
+    """Fast weights, momenta and moments after one step of the optimizer; gates among its coefficients are averaged."""
     spec = step.spec
     schedule = spec.schedule
     waits = isinstance(schedule, Chunked) and schedule.order == "apply-update"
@@ -107,11 +106,7 @@ def optimised(
         averages[gate.name] = _add(carried.get(f"{gate.name}.pending"), tokens[gate.name].sum(0)) / count
     value = step.value(averages, slow)
     gradients = {name: _add(carried.get(f"{name}.pending"), g) for name, g in found.items()}
-    momenta = {
-        momentum_name(name, order): carried[momentum_name(name, order)]
-        for name in spec.fast
-        for order in range(spec.optimizer.orders)
-    }
+    momenta = {entry.name: carried[entry.name] for entry in spec.entries.values() if entry.part == "momentum"}
     weights = {name: carried[name] for name in spec.fast}
     made, kept = spec.optimizer.step(
         weights, momenta, gradients, initial, lambda name, part: value(spec.fast[name], part)

@@ -99,6 +99,7 @@ class Step:
     def examples(self) -> list[Tensor]:
         """A tensor without memory for each input."""
         spec, found = self.spec, []
+        entries = {identifier(name): entry for name, entry in spec.entries.items()}
         for name in self.inputs:
             if name in spec.slow or name in spec.fast:
                 found.append(self.tracer.tile(name))
@@ -106,8 +107,10 @@ class Step:
                 found.append(self.tracer.row())
             elif name in spec.inputs:
                 found.append(self._token_tile(name))
+            elif name in entries:
+                found.append(self.tracer.entry(entries[name]))
             else:
-                found.append(self.tracer.tile(name.split("__")[0], tokens=False))
+                found.append(self.tracer.tile(name))
         return found
 
     def _token_tile(self, name: str) -> Tensor:

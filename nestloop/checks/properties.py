@@ -75,7 +75,7 @@ def _holds(subject: Subject, tokens: int) -> bool:
     plain = {name: size for name, size in subject.sizes.items() if name not in ("B", "N", "n")}
     captured = capture(subject.op("reference").renamed, plain, tokens)
     optimizer = captured.spec.optimizer
-    functions = (getattr(optimizer, part) for part in ("transform", "gradient_transform", "restore"))
+    functions = (getattr(optimizer, part, None) for part in ("transform", "gradient_transform", "restore", "updated"))
     graphs = [graph for function in functions for graph in getattr(function, "graphs", {}).values()]
     graphs += [graph for graph in (captured.loss, captured.readout) if graph is not None]
     return any(node.target is DETACHED for graph in graphs for node in graph.graph.nodes)

@@ -11,13 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nestloop.errors import (
-    Location,
-    MissingPartError,
-    SignatureError,
-    UnknownNameError,
-    shown,
-)
+from nestloop.errors import Location, MissingPartError, SignatureError, UnknownNameError, shown
 from nestloop.lang.declaration import body_line, is_count
 from nestloop.lang.declare import Dim, Fast, Gate, Slow, View, caller, collect
 from nestloop.lang.dims import DimExpr, parse
@@ -209,7 +203,7 @@ class Loop(Body):
 
     Class attributes:
         learner: a `Learner` class.
-        optimizer: `nl.SGD(...)`.
+        optimizer: `nl.SGD(...)`, `nl.Adam(...)`, or another `nl.Optimizer`.
         schedule: `nl.FullBatch(...)` (default), `nl.Shuffled(...)`, `nl.Causal(...)`, `nl.Online(...)`,
             `nl.Chunked(...)` or `nl.Program(...)`; `nl.Sliding(...)` for a kernel estimator.
         heads: a fixed number of heads, or text in a layer's dims ("D/a"); the layer's otherwise.
@@ -397,4 +391,6 @@ def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View]
     if not isinstance(cls.schedule, Schedule) or isinstance(cls.schedule, Sliding):
         raise missing(cls, "its schedule is not one", shown(cls.schedule), "schedule = nl.FullBatch(steps=1)")
     if not isinstance(cls.optimizer, SGD):
-        raise missing(cls, "its optimizer is not one", shown(cls.optimizer), "optimizer = nl.SGD(lr=1.0)")
+        is_class = isinstance(cls.optimizer, type) and issubclass(cls.optimizer, SGD)
+        rule = cls.optimizer.__name__ if is_class else "nl.SGD"
+        raise missing(cls, "its optimizer is not one", shown(cls.optimizer), f"optimizer = {rule}(lr=1.0)")

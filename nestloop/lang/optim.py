@@ -146,6 +146,11 @@ class SGD:
         return len(self.momentum or ())
 
     @property
+    def moments(self) -> Mapping[str, Any]:
+        """What is kept of each fast weight beside momenta (`nestloop.lang.optimizer`), by name."""
+        return {}
+
+    @property
     def functions(self) -> dict[str, Any]:
         """The functions of fast weights and their gradients that are given, by name, as a step calls them."""
         named = {name: getattr(self, name) for name in ("gradient_transform", "transform", "restore")}
@@ -224,7 +229,7 @@ class SGD:
         if not isinstance(made, Tensor) or made.shape != like.shape:
             given = f"[{', '.join(map(str, made.shape))}]" if isinstance(made, Tensor) else f"a {type(made).__name__}"
             raise TransformError(
-                f"The {part.replace('_', ' ')} of SGD changes the shape of {what}.",
+                f"The {part.replace('_', ' ')} of {type(self).__name__} changes the shape of {what}.",
                 where=self.where,
                 given=given,
                 need=f"[{', '.join(map(str, like.shape))}], the shape of the fast weight",
@@ -250,11 +255,11 @@ class SGD:
 
         Args:
             weights, gradients, initial: by fast weight. Gradients hold what their tokens' gates weigh.
-            momenta: by fast weight and order, `momentum_name(w, order)`.
+            momenta: by fast weight and order, `momentum_name(w, order)`, and moments, "w.m".
             factor: (fast weight, coefficient) -> its value for this step, 1.0 for None.
 
         Returns:
-            The new weights and momenta.
+            The new weights, and momenta and moments.
         """
         moved = self._each("gradient_transform", gradients)
         kept: dict[str, Tensor] = {}
@@ -263,7 +268,8 @@ class SGD:
                 key = momentum_name(name, order)
                 kept[key] = factor(name, self.momenta_of(name)[order]) * momenta[key] + moved[name]
             moved = {name: kept[momentum_name(name, order)] for name in moved}
-        moved = self._each("transform", moved)
+        moved, after = self._moved(weights, moved, momenta)
+        kept |= after
         made = {}
         for name, weight in weights.items():
             rate = self.rate_of(name)
@@ -274,6 +280,12 @@ class SGD:
             if self.restore is not None:
                 made[name] = self.restored(made[name], initial[name])
         return made, kept
+
+    def _moved(
+        self, weights: dict[str, Tensor], moved: dict[str, Tensor], kept: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What learning rates multiply, by fast weight, and the moments after it; `moved`: after momenta."""
+        return self._each("transform", moved), {}
 
     def fades(self, name: str) -> bool:
         """Whether a fast weight decays: a step changes it though it has no gradient."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nestloop.errors import StateError
 from nestloop.lang import coefficient
-from nestloop.lang.declare import Declaration, Gate
-from nestloop.lang.optim import momentum_name
+from nestloop.lang.declare import Declaration, Fast, Gate
+from nestloop.lang.optim import SGD, momentum_name
 from nestloop.lang.schedule import Causal, Chunked, Program, Sliding, Stream
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ class Entry:
     Attributes:
         name: its key.
         like: the declaration that has its dims.
-        part: "weight", "anchor" (where gradients are taken), "update" (the scaled sum since the anchor), "momentum",
-            "pending" (a chunk's gradient, or the sum of a gate over its tokens, so far), "tail" (last tokens' views),
-            "initial" (the initial weights, of `steps_with` alone).
+        part: "weight", "anchor" (where gradients are taken), "update" (the scaled sum since the anchor), "momentum" (or
+            another moment), "pending" (a chunk's gradient, or the sum of a gate over its tokens, so far), "tail" (last
+            tokens' views), "initial" (the initial weights, of `steps_with` alone).
         rows: leading axis of tokens, for a tail.
     """
 
@@ -57,7 +57,7 @@ def entries(spec: LoopSpec) -> dict[str, Entry]:
     found = [Entry(name, fast, "weight") for name, fast in spec.fast.items()]
     if isinstance(schedule, Stream):
         for name, fast in spec.fast.items():
-            found += [Entry(momentum_name(name, o), fast, "momentum") for o in range(optimizer.orders)]
+            found += _moments(optimizer, fast)
             if _has_anchor(spec):
                 found.append(Entry(f"{name}.anchor", fast, "anchor"))
             if optimizer.scale is not None and isinstance(schedule, Causal):
@@ -75,13 +75,20 @@ def entries(spec: LoopSpec) -> dict[str, Entry]:
     return {entry.name: entry for entry in found}
 
 
+def _moments(optimizer: SGD, fast: Fast) -> list[Entry]:
+    """What an optimizer keeps of a fast weight: momenta, and moments that it declares."""
+    found = [Entry(momentum_name(fast.name, order), fast, "momentum") for order in range(optimizer.orders)]
+    moments = optimizer.moments.items()
+    return [*found, *[Entry(f"{fast.name}.{name}", one if one.scalar else fast, "momentum") for name, one in moments]]
+
+
 def steps_with(spec: LoopSpec) -> dict[str, Entry]:
     """What a step of a batch schedule reads and leaves beside the fast weights: momenta, zero before the first step,
     and for `restore` the initial weights. They are of one call, and no part of a state."""
     optimizer = spec.optimizer
     found = []
     for name, fast in spec.fast.items():
-        found += [Entry(momentum_name(name, order), fast, "momentum") for order in range(optimizer.orders)]
+        found += _moments(optimizer, fast)
         if optimizer.restore is not None:
             found.append(Entry(f"{name}.initial", fast, "initial"))
     return {entry.name: entry for entry in found}
@@ -94,7 +101,8 @@ def state_size(spec: LoopSpec) -> str:
         dims = [*([str(entry.rows)] if entry.rows else []), *map(str, entry.like.dims)]
         text = " * ".join(f"({dim})" if " " in dim else dim for dim in dims) or "1"
         counts[text] = counts.get(text, 0) + 1
-    return " + ".join(text if count == 1 else f"{count} * {text}" for text, count in counts.items())
+    numbers = {text: str(count) if text == "1" else f"{count} * {text}" for text, count in counts.items()}
+    return " + ".join(text if count == 1 else numbers[text] for text, count in counts.items())
 
 
 def state_numbers(spec: LoopSpec, sizes: Mapping[str, int]) -> int:

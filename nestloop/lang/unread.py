@@ -9,6 +9,7 @@ from typing import Any, Generic
 from nestloop.errors import Location, UnreadDeclarationError
 from nestloop.lang.declare import Declaration, Fast, Gate, View, caller
 from nestloop.lang.optim import SGD
+from nestloop.lang.optimizer import Moment
 from nestloop.lang.schedule import Schedule
 
 # What a loop reads by name, each once: when the class is made.
@@ -28,6 +29,8 @@ def check_loop(cls: Any) -> None:
     for name, value in vars(cls).items():
         if isinstance(value, Fast):
             raise _misplaced(value, name, cls, "loop", "learner", "class Memory(nl.Learner)")
+        if isinstance(value, Moment):
+            raise _misplaced(value, name, cls, "loop", "optimizer", "class Rule(nl.Optimizer)")
         for part, kind in (("optimizer", SGD), ("schedule", Schedule)):
             if isinstance(value, kind) and name != part and value is not getattr(cls, part, None):
                 raise UnreadDeclarationError(
@@ -44,6 +47,8 @@ def check_learner(cls: Any) -> None:
     for name, value in vars(cls).items():
         if isinstance(value, (View, Gate)):
             raise _misplaced(value, name, cls, "learner", "loop", "the loop")
+        if isinstance(value, Moment):
+            raise _misplaced(value, name, cls, "learner", "optimizer", "class Rule(nl.Optimizer)")
         if isinstance(value, (SGD, Schedule)):
             where = getattr(value, "where", cls.declared_at)
             raise _misplaced(value, name, cls, "learner", "loop", "the loop", where)
@@ -53,12 +58,12 @@ def _misplaced(
     value: Any, name: str, cls: type, found: str, home: str, into: str, where: Location | None = None
 ) -> UnreadDeclarationError:
     kind = value.kind if isinstance(value, Declaration) else "optimizer" if isinstance(value, SGD) else "schedule"
-    article = "an" if kind == "optimizer" else "a"
+    article, of_home = ("an" if what == "optimizer" else "a" for what in (kind, home))
     return UnreadDeclarationError(
-        f"The {found} {cls.__name__} declares {article} {kind}, which only a {home} has.",
+        f"The {found} {cls.__name__} declares {article} {kind}, which only {of_home} {home} has.",
         where=where or value.where,
         given=f"{name} in {cls.__name__}, a {found}",
-        need=f"{article} {kind} in the body of a {home}",
+        need=f"{article} {kind} in the body of {of_home} {home}",
         fix=f"move {name} = ... into the body of {into}",
     )
 

@@ -94,8 +94,11 @@ def one_sequence(
     assert isinstance(schedule, BatchSchedule)
     losses, carried = [], dict(fast)
     for name, entry in steps_with(spec).items():
-        like = initial[entry.like.name]
-        carried[name] = like if entry.part == "initial" else torch.zeros_like(like)
+        if entry.part == "initial":
+            carried[name] = initial[entry.like.name]
+        else:
+            blank = next(iter(initial.values()))
+            carried[name] = blank.new_zeros([dim.size(binding.sizes) for dim in entry.like.dims])
     for index, (start, stop) in enumerate(schedule.batches(binding.tokens)):
         inside = {**dims, "n": stop - start}
         batch = {name: _take(t, order, start, stop) for name, t in tokens.items()}

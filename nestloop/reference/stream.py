@@ -259,6 +259,6 @@ class _Walk:
             gradients[name] = gradients[name] + pending.get(f"{name}.pending", 0.0)
         count = schedule.size if pending and isinstance(schedule, Chunked) else stop - start
         factor = self.factor(lambda g: (tile[g.name].sum(0) + pending.get(f"{g.name}.pending", 0.0)) / count)
-        momenta = {n: t for n, t in self.carry.items() if ".momentum" in n}
+        momenta = {e.name: self.carry[e.name] for e in self.spec.entries.values() if e.part == "momentum"}
         made, kept = self.optimizer.step(self.weights, momenta, gradients, self.initial, factor)
         self.carry.update({**made, **kept})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -17,13 +16,10 @@ from torch import Tensor, fx
 from nestloop import reference
 from nestloop.errors import (
     Location,
-    NestloopError,
     UnusedFastWeightError,
 )
 from nestloop.lang.declaration import body_line
 from nestloop.lang.loop import LoopSpec
-from nestloop.lang.optim import SGD
-from nestloop.lang.optimizer import Optimizer
 from nestloop.lang.returned import described, misshapen
 from nestloop.lang.state import Entry, identifier, steps_with
 from nestloop.lowering import ops
@@ -31,11 +27,10 @@ from nestloop.lowering.axes import Axes, type_axes
 from nestloop.lowering.groups import by_groups
 from nestloop.lowering.joins import taken_apart
 from nestloop.lowering.layouts import as_products
-from nestloop.lowering.mismatch import OpFailed, shape_mismatch, trial_sizes
-from nestloop.lowering.recorder import Located, graph_module, placeholders
+from nestloop.lowering.recorder import placeholders
 from nestloop.lowering.stacks import of_matrices
-from nestloop.lowering.subexpressions import common_subexpressions
 from nestloop.lowering.token_joins import without_token_joins
+from nestloop.lowering.traced import once, traced, traced_functions
 from nestloop.lowering.tracer import Tracer
 
 
@@ -126,24 +121,24 @@ def capture_with(tracer: Tracer) -> Captured:
         return _with_matrices(tracer, spec.whole)
     everything = {**spec.fast, **spec.slow}
     if spec.is_kernel_estimator:
-        kernel = _trace(tracer, lambda dims: _kernel_body(spec, dims), [*spec.slow, "q", "k"], "kernel")
+        kernel = traced(tracer, lambda dims: _kernel_body(spec, dims), [*spec.slow, "q", "k"], "kernel")
         _check_kernel(spec, kernel)
-        fit = _trace(tracer, lambda dims: _fit_body(spec, dims), [*spec.slow, *spec.inputs], "fit")
+        fit = traced(tracer, lambda dims: _fit_body(spec, dims), [*spec.slow, *spec.inputs], "fit")
         output = _check_rows(spec, "fit", fit)
         return Captured(spec, None, kernel, sizes, output, tracer.fixed_tokens(), fit=fit)
 
     inputs = [*everything, *spec.inputs]
     held = [f"{name}__held" for name in spec.fast] if spec.holds else []
-    loss = _trace(tracer, lambda dims: _flat(reference.token_loss(spec, dims), spec, held), inputs + held, "loss")
+    loss = traced(tracer, lambda dims: _flat(reference.token_loss(spec, dims), spec, held), inputs + held, "loss")
     _check_loss(spec, loss)
     inputs = [name for name in inputs if name not in spec.inputs or not spec.inputs[name].micro]
-    readout = _trace(tracer, lambda dims: _flat(reference.token_readout(spec, dims), spec), inputs, "readout")
+    readout = traced(tracer, lambda dims: _flat(reference.token_readout(spec, dims), spec), inputs, "readout")
     _check_used(spec, loss, readout)
     output = _check_rows(spec, "readout", readout)
     loss, readout = (_with_products(graph, tracer) for graph in (loss, readout))
     if spec.parts:
         loss, readout = (_in_parts(graph, tracer) for graph in (loss, readout))
-    spec = replace(spec, optimizer=_traced_functions(tracer))
+    spec = replace(spec, optimizer=traced_functions(tracer))
     return Captured(spec, loss, readout, sizes, output, tracer.fixed_tokens())
 
 
@@ -153,66 +148,13 @@ def _with_matrices(tracer: Tracer, whole: LoopSpec) -> Captured:
         captured = capture_with(tracer)
     assert captured.loss is not None
     loss, readout = (of_matrices(graph, tracer) for graph in (captured.loss, captured.readout))
-    return replace(captured, spec=tracer.spec, loss=_once(loss), readout=_once(readout))
+    return replace(captured, spec=tracer.spec, loss=once(loss), readout=once(readout))
 
 
 def _with_products(module: fx.GraphModule, tracer: Tracer) -> fx.GraphModule:
     """A body's graph whose products are of matrices, with rows of one token at most."""
     module = as_products(without_token_joins(module, tracer), tracer)
-    return _once(by_groups(module, tracer))
-
-
-def _once(module: fx.GraphModule) -> fx.GraphModule:
-    """A body's graph with what it computes twice computed once, and so differentiated once."""
-    return graph_module(common_subexpressions(module.graph))
-
-
-@dataclass(frozen=True)
-class TracedFunction:
-    """A function of the optimizer as graphs, one for each shape of a fast weight, that compute what it computes.
-
-    Only a body's own trace knows what it holds constant: derivatives are taken of the graphs.
-    """
-
-    original: Callable[..., Tensor]
-    graphs: Mapping[tuple[int, ...], fx.GraphModule]
-
-    @property
-    def __name__(self) -> str:
-        return getattr(self.original, "__name__", str(self.original))
-
-    def __call__(self, value: Tensor, *others: Tensor) -> Tensor:
-        return Located(self.graphs[tuple(value.shape)]).run(value, *others)
-
-
-def _constantly(function: Callable[..., Tensor], dims: dict[str, Any]) -> Callable[..., Tensor]:
-    """A function that needs no dims."""
-    return function
-
-
-def _traced_functions(tracer: Tracer) -> SGD:
-    """The optimizer with its functions traced. Refuses what cannot be compiled, as bodies are refused."""
-    optimizer = tracer.spec.optimizer
-    traced: dict[str, TracedFunction] = {}
-    parts: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-        "transform": (optimizer.transformed, ()),
-        "gradient_transform": (optimizer.gradient_transformed, ()),
-        "restore": (optimizer.restored, ("initial",)),
-    }
-    if isinstance(optimizer, Optimizer):
-        parts["update"] = optimizer.updated, ("gradient", *optimizer.moments)
-    for part, (run, beside) in parts.items():
-        original = optimizer.functions.get(part)
-        if not callable(original):
-            continue
-        graphs: dict[tuple[int, ...], fx.GraphModule] = {}
-        for name in tracer.spec.fast:
-            given = [name, *[f"{name}__{other}" for other in beside]]
-            shape = tuple(map(int, tracer.tile(name).shape))
-            if shape not in graphs:
-                graphs[shape] = _once(_trace(tracer, partial(_constantly, run), given, part.replace("_", " ")))
-        traced["updated" if part == "update" else part] = TracedFunction(original, graphs)
-    return optimizer.with_functions(**traced)
+    return once(by_groups(module, tracer))
 
 
 def _in_parts(module: fx.GraphModule, tracer: Tracer) -> fx.GraphModule:
@@ -220,40 +162,6 @@ def _in_parts(module: fx.GraphModule, tracer: Tracer) -> fx.GraphModule:
     whole."""
     function = taken_apart(module, {parts.sizes for parts in tracer.spec.parts})
     return tracer.trace(function, placeholders(module))
-
-
-def _trace(
-    tracer: Tracer, body_with: Callable[[dict[str, Any]], Callable[..., Any]], names: list[str], what: str
-) -> fx.GraphModule:
-    """The graph of a body. A shape mismatch is told by axis names, which a second trace with trial sizes gives."""
-    try:
-        return tracer.trace(body_with(tracer.dims), names, what)
-    except OpFailed as failed:
-        trial = _failure_in_trial(tracer, body_with, names, what, failed)
-        raise shape_mismatch(tracer.spec, what, failed, tracer.sizes, trial) from None
-
-
-def _failure_in_trial(
-    tracer: Tracer,
-    body_with: Callable[[dict[str, Any]], Callable[..., Any]],
-    names: list[str],
-    what: str,
-    failed: OpFailed,
-) -> tuple[OpFailed, dict[str, int]] | None:
-    """The same failure for sizes that tell every dim apart, and these sizes; None where it does not happen there."""
-    sizes = trial_sizes(tracer.spec, tracer.sizes)
-    if sizes is None:
-        return None
-    grid = tracer.spec.grid
-    tokens = tracer.tokens if grid is None or tracer.tokens is None else sizes[grid[0]] * sizes[grid[1]]
-    trial = Tracer(tracer.spec, sizes, tokens)
-    try:
-        trial.trace(body_with(trial.dims), names, what)
-    except OpFailed as again:
-        return (again, sizes) if failed.same_place(again) else None
-    except NestloopError:  # something else fails first: literal sizes, say
-        return None
-    return None
 
 
 def _flat(body: Callable[..., Tensor], spec: LoopSpec, held: Sequence[str] = ()) -> Callable[..., Tensor]:

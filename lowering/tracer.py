@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from nestloop.errors import CapturedTensorError, Location, UnadmittedOpError
+from nestloop.lang import coefficient
+from nestloop.lang.declare import Declaration, Slow
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.state import Entry
 from nestloop.lowering import ops
@@ -63,9 +65,11 @@ class Tracer:
         every = {**self.spec.fast, **self.spec.slow, **self.spec.inputs}
         if name not in every:
             name, _, part = name.rpartition("__")
-            moment = self.spec.optimizer.moments.get(part)
-            if moment is not None and moment.scalar:
+            optimizer = self.spec.optimizer
+            if part in optimizer.moments and optimizer.moments[part].scalar:
                 return self.example([])
+            if part in optimizer.own:
+                return self.coefficient(optimizer.own_of(name)[part], name)
         declared = every[name]
         shape = [expr.size(self.sizes, declared.where) for expr in declared.dims]
         if name not in self.spec.inputs or not tokens:
@@ -76,6 +80,18 @@ class Tracer:
     def entry(self, entry: Entry) -> Tensor:
         """A fresh tile for an entry of the state, tokens aside."""
         return self.example([expr.size(self.sizes, entry.like.where) for expr in entry.like.dims])
+
+    def coefficient(self, part: Any, weight: str) -> Any:
+        """A coefficient of the optimizer as a fast weight's step reads it: a number, or a fresh tile."""
+
+        if isinstance(part, Declaration) and not part.dims:
+            return self.example([])
+
+        def tile(declared: Declaration) -> Tensor:
+            return self.tile(declared.name, tokens=False)
+
+        slow = {part.name: tile(part)} if isinstance(part, Slow) else {}
+        return coefficient.value(part, self.spec.fast[weight], self.sizes, slow, tile)
 
     def row(self) -> Tensor:
         """A fresh number for each of the tile's rows."""

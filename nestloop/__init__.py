@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from nestloop.lang.learner import KernelEstimator, Learner
     from nestloop.lang.loop import Loop
     from nestloop.lang.maps import gated, per_position, project
+    from nestloop.lang.moments import coefficient, moment
     from nestloop.lang.optim import SGD
-    from nestloop.lang.optimizer import Adam, Optimizer, moment
+    from nestloop.lang.optimizer import Adam, Optimizer
     from nestloop.lang.schedule import Causal, Chunked, FullBatch, Online, Program, Shuffled, Sliding
     from nestloop.lang.solve import conjugate_gradient
     from nestloop.lang.transforms import global_clip, newton_schulz, restore_norm, soft_clip
@@ -54,6 +55,7 @@ __all__ = [
     "affine",
     "bench",
     "check",
+    "coefficient",
     "compile",
     "conjugate_gradient",
     "conv",
@@ -101,8 +103,9 @@ _HOME = {
     "nestloop.lang.learner": ("KernelEstimator", "Learner"),
     "nestloop.lang.loop": ("Loop",),
     "nestloop.lang.maps": ("gated", "per_position", "project"),
+    "nestloop.lang.moments": ("coefficient", "moment"),
     "nestloop.lang.optim": ("SGD",),
-    "nestloop.lang.optimizer": ("Adam", "Optimizer", "moment"),
+    "nestloop.lang.optimizer": ("Adam", "Optimizer"),
     "nestloop.lang.solve": ("conjugate_gradient",),
     "nestloop.lang.schedule": ("Causal", "Chunked", "FullBatch", "Online", "Program", "Shuffled", "Sliding"),
     "nestloop.lang.transforms": ("global_clip", "newton_schulz", "restore_norm", "soft_clip"),

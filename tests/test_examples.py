@@ -77,6 +77,12 @@ def test_a_line_fits_better_than_a_constant():
     assert line[1] < constant[1] and line[2] < 0.9 * constant[2]
 
 
+def test_a_rule_that_is_declared_remembers_more():
+    error = {line.split()[0]: numbers(line)[0] for line in printed("inner_optimizers")}
+    assert set(error) == {"SGD", "Adam", "LookAhead"}
+    assert error["LookAhead"] < 0.9 * min(error["SGD"], error["Adam"]) and max(error.values()) < 0.6
+
+
 def test_every_example_is_run():
     """The claims above cover the folder."""
     own = Path(__file__).read_text()

@@ -24,6 +24,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from nestloop.lang.declare import Declaration
 from nestloop.lang.dims import DimExpr
 from nestloop.lang.loop import LoopSpec
+from nestloop.lang.optim import SGD
 from nestloop.lang.unread import EMPTY
 
 _KNOWN = {"torch", "math", "nestloop", "builtins", "operator", "functools", "numpy", "einops", "typing", "collections"}
@@ -90,8 +91,7 @@ class _Digest:
         """All that the bodies of a loop reach."""
         self.add_class(spec.cls)
         self.add_class(spec.learner)
-        self.add_class(type(spec.optimizer))
-        self.add_value({name: value for name, value in vars(spec.optimizer).items() if name != "where"})
+        self.add_value(spec.optimizer)
 
     def add_class(self, cls: type) -> None:
         """A class of the user's: every base that is theirs, every function and declaration in it."""
@@ -148,6 +148,9 @@ class _Digest:
             self.add_value(value.__self__)
         elif _root(type(value).__module__) == "torch":
             self.add_of_torch(value)
+        elif isinstance(value, SGD):
+            self.add_class(type(value))
+            self.add_value({name: part for name, part in vars(value).items() if name != "where"})
         elif type(value).__module__.startswith("nestloop."):
             self.add(type(value).__qualname__)
             self.add_value(vars(value))

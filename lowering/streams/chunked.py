@@ -108,7 +108,7 @@ def optimised(
     gradients = {name: _add(carried.get(f"{name}.pending"), g) for name, g in found.items()}
     momenta = {entry.name: carried[entry.name] for entry in spec.entries.values() if entry.part == "momentum"}
     weights = {name: carried[name] for name in spec.fast}
-    made, kept = spec.optimizer.step(
+    made, kept = spec.optimizer.take_step(
         weights, momenta, gradients, initial, lambda name, part: value(spec.fast[name], part)
     )
     return {**made, **kept}

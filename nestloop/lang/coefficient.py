@@ -18,7 +18,7 @@ from nestloop.lang.declare import Declaration, Gate, Slow
 from nestloop.lang.dims import DimExpr, parse
 
 
-def read(value: Any, what: str, where: Location) -> Any:
+def read(value: Any, what: str, where: Location, rule: str = "nl.SGD") -> Any:
     """A coefficient as written, its text parsed; a dict of them by fast weight.
 
     Raises:
@@ -26,7 +26,7 @@ def read(value: Any, what: str, where: Location) -> Any:
         DimExpressionError: text that is not arithmetic.
     """
     if isinstance(value, Mapping):
-        return {name: read(item, what, where) for name, item in value.items()}
+        return {name: read(item, what, where, rule) for name, item in value.items()}
     if isinstance(value, str):
         return parse(value, where)
     if isinstance(value, list):
@@ -34,11 +34,11 @@ def read(value: Any, what: str, where: Location) -> Any:
     if isinstance(value, (DimExpr, Gate, Slow)) or is_number(value):
         return value
     raise CoefficientError(
-        f"The {what} of SGD is not one it takes.",
+        f"The {what} of {rule.removeprefix('nl.')} is not one it takes.",
         where=where,
         given=shown(value),
         need='a finite number, text like "H/(N*D)", a slow weight, a gate, or a dict of these by fast weight',
-        fix=f"write nl.SGD({what}=0.9), or declare a = nl.gate() in the loop and write nl.SGD({what}=a)",
+        fix=f"write {rule}({what}=0.9), or declare a = nl.gate() in the loop and write {rule}({what}=a)",
     )
 
 
@@ -118,7 +118,12 @@ def value(
 
 
 def check_declared(
-    coefficient: Any, what: str, loop: str, declared: Mapping[str, Declaration], error: type[NestloopError]
+    coefficient: Any,
+    what: str,
+    loop: str,
+    declared: Mapping[str, Declaration],
+    error: type[NestloopError],
+    rule: str = "nl.SGD",
 ) -> None:
     """Every slow weight and gate of a coefficient is one of the loop's own."""
     for part in parts(coefficient):
@@ -129,5 +134,5 @@ def check_declared(
                 given=f"{part!r}",
                 need=f"one of its own: {', '.join(declared) or 'it has none'}",
                 fix="declare eta = nl.slow() (or nl.gate()) in the loop's body and write "
-                f"nl.SGD({'lr' if what == 'learning rate' else what}=eta)",
+                f"{rule}({'lr' if what == 'learning rate' else what}=eta)",
             )

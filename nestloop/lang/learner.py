@@ -96,10 +96,10 @@ class Learner(Body):
                 return x @ self.w          # [n, d]
 
     `forward` is plain PyTorch. Dims are at hand as ints (`self.d`). A learner may hold slow weights too
-    (a normalisation's scale, say): the inner loop reads them and leaves them alone.
+    (a normalisation's scale, say): the inner loop reads them and leaves them alone. Bodies that read its weights by
+    name (`t.k @ f.w`) need no `forward`.
 
     Raises (when the class is created):
-        MissingPartError: no `forward`, or no fast weight.
         SignatureError: a `forward` without an argument for tokens.
         UnreadDeclarationError: a view, gate, optimizer or schedule, which only a loop has.
         SideEffectError: `forward` prints, keeps state or writes to outer names.
@@ -116,14 +116,6 @@ class Learner(Body):
         cls.fast, cls.slow, cls.dims = collect(cls, Fast), collect(cls, Slow), collect(cls, Dim)
         for value in vars(cls).values():
             check_body(value)
-        if cls.fast and cls.forward is Learner.forward:
-            raise MissingPartError(
-                f"The learner {cls.__name__} has no forward.",
-                where=cls.declared_at,
-                given=f"fast weights {', '.join(cls.fast)}",
-                need="f(W; x) as a method",
-                fix="add def forward(self, x): return ...",
-            )
         if cls.fast and not _takes_tokens(cls):
             raise SignatureError(
                 f"The forward of {cls.__name__} takes no tokens.",
@@ -135,7 +127,13 @@ class Learner(Body):
 
     def forward(self, x: Tensor) -> Tensor:
         """f(W; x) for a tile x [n, features] -> [n, anything]."""
-        raise NotImplementedError
+        raise MissingPartError(
+            f"The learner {type(self).__name__} is called, and has no forward.",
+            where=caller(),
+            given=f"fast weights {', '.join(self.fast)}",
+            need="f(W; x) as a method, or bodies that read fast weights alone",
+            fix=f"add def forward(self, x): return ... to it, or write x @ f.{next(iter(self.fast), 'w')}",
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         made = self.forward(*args, **kwargs)

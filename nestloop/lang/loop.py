@@ -20,7 +20,7 @@ from nestloop.lang.legal import check_estimator, check_maps_of, check_optimizer
 from nestloop.lang.maps import Gated, Map, check_output
 from nestloop.lang.mentioned import mention
 from nestloop.lang.names import check_dims, check_names
-from nestloop.lang.optim import SGD
+from nestloop.lang.optim import SGD, called
 from nestloop.lang.parts import Parts, Stack, joined
 from nestloop.lang.purity import check_body
 from nestloop.lang.schedule import FullBatch, Schedule, Sliding, Stream
@@ -392,5 +392,5 @@ def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View]
         raise missing(cls, "its schedule is not one", shown(cls.schedule), "schedule = nl.FullBatch(steps=1)")
     if not isinstance(cls.optimizer, SGD):
         is_class = isinstance(cls.optimizer, type) and issubclass(cls.optimizer, SGD)
-        rule = cls.optimizer.__name__ if is_class else "nl.SGD"
+        rule = called(cls.optimizer if is_class else SGD)
         raise missing(cls, "its optimizer is not one", shown(cls.optimizer), f"optimizer = {rule}(lr=1.0)")

@@ -151,6 +151,20 @@ class SGD:
         return {}
 
     @property
+    def written(self) -> str:
+        """What is called to make one."""
+        return called(type(self))
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The coefficients that it declares itself (`nestloop.lang.optimizer`), by name."""
+        return {}
+
+    def own_of(self, weight: str) -> dict[str, Any]:
+        """Those of one fast weight."""
+        return {}
+
+    @property
     def functions(self) -> dict[str, Any]:
         """The functions of fast weights and their gradients that are given, by name, as a step calls them."""
         named = {name: getattr(self, name) for name in ("gradient_transform", "transform", "restore")}
@@ -164,15 +178,16 @@ class SGD:
     def coefficients(self, weight: str | None = None) -> list[Any]:
         """Every single coefficient: the rate's, the scale's, the decay's and the momenta's; of a fast weight, those
         that may be its."""
-        every = [getattr(self, name) for name in _COEFFICIENTS]
+        every = [*[getattr(self, name) for name in _COEFFICIENTS], *self.own.values()]
         return coefficient.parts(every if weight is None else [coefficient.of(one, weight) for one in every])
 
     def with_each(self, change: Callable[[Any], Any]) -> SGD:
         """The same with another rate, scale, decay and momenta: what `change` makes of each as it is written, dicts by
         fast weight and tuples of orders among them."""
         made = copy.copy(self)
-        for name in _COEFFICIENTS:
-            object.__setattr__(made, name, change(getattr(self, name)))
+        for name in (*_COEFFICIENTS, *self.own):
+            value = self.own[name] if name in self.own else getattr(self, name)
+            object.__setattr__(made, name, change(value))
         return made
 
     def with_functions(self, **functions: Callable[..., Tensor]) -> SGD:
@@ -199,7 +214,7 @@ class SGD:
         """Whether all fast weights have one learning rate, and it is a number, one for each step, or text."""
         return not isinstance(self.lr, (Slow, Gate, Mapping))
 
-    def rate(self, step: int, sizes: Mapping[str, int]) -> float:
+    def rate_at(self, step: int, sizes: Mapping[str, int]) -> float:
         """The factor on the update of step `step`, where `steps_by_number`."""
         if isinstance(self.lr, DimExpr):
             return float(self.lr.evaluate(sizes))
@@ -243,7 +258,7 @@ class SGD:
             return transform.joint(gradients)
         return {name: self._apply(part, gradient) for name, gradient in gradients.items()}
 
-    def step(
+    def take_step(
         self,
         weights: dict[str, Tensor],
         momenta: dict[str, Tensor],
@@ -268,7 +283,7 @@ class SGD:
                 key = momentum_name(name, order)
                 kept[key] = factor(name, self.momenta_of(name)[order]) * momenta[key] + moved[name]
             moved = {name: kept[momentum_name(name, order)] for name in moved}
-        moved, after = self._moved(weights, moved, momenta)
+        moved, after = self._moved(weights, moved, momenta, factor)
         kept |= after
         made = {}
         for name, weight in weights.items():
@@ -282,7 +297,11 @@ class SGD:
         return made, kept
 
     def _moved(
-        self, weights: dict[str, Tensor], moved: dict[str, Tensor], kept: Mapping[str, Tensor]
+        self,
+        weights: dict[str, Tensor],
+        moved: dict[str, Tensor],
+        kept: Mapping[str, Tensor],
+        factor: Callable[[str, Any], Any],
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What learning rates multiply, by fast weight, and the moments after it; `moved`: after momenta."""
         return self._each("transform", moved), {}
@@ -301,6 +320,11 @@ class SGD:
         if self.log_decay is not None:
             value = value.exp() if isinstance(value, Tensor) else math.exp(value)
         return value * weight
+
+
+def called(rule: type[SGD]) -> str:
+    """An optimizer's class as users write it."""
+    return f"nl.{rule.__name__}" if rule.__module__.startswith("nestloop.lang") else rule.__name__
 
 
 def momentum_name(weight: str, order: int) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -14,80 +15,23 @@ from nestloop.errors import (
     CoefficientError,
     Location,
     MomentError,
-    SideEffectError,
     SignatureError,
     TransformError,
-    UnknownNameError,
+    shown,
 )
-from nestloop.lang.coefficient import is_number
+from nestloop.lang.coefficient import is_number, of, read
 from nestloop.lang.declaration import Declaration, body_line, caller
 from nestloop.lang.declare import OfTokens, Weight, collect
+from nestloop.lang.moments import Coefficient, Kept, Moment, listed
 from nestloop.lang.optim import SGD, momentum_name
 from nestloop.lang.purity import check_body
 
 _ARGUMENTS = ("w", "g", "s")
+_OF_SGD = tuple(one.name for one in fields(SGD) if one.init)
+_OWN = ("update", "moments", "declared", "where_declared", "_check")  # names that a class has another value for
+_UNSET = object()
 # What a state has under a fast weight's name beside moments.
-_TAKEN = ("anchor", "update", "pending", "tail", "initial", *[momentum_name("", order)[1:] for order in range(9)])
-
-
-class Moment(Declaration):
-    """What an optimizer keeps of a fast weight from step to step. See `moment`."""
-
-    kind = "moment"
-
-    def __init__(self, scalar: bool) -> None:
-        super().__init__()
-        self.scalar = scalar
-
-    def __get__(self, optimizer: Any, cls: type | None = None) -> Any:
-        if optimizer is None:
-            return self
-        raise UnknownNameError(
-            f"{type(optimizer).__name__} reads '{self.name}' from itself, but every fast weight has its own.",
-            where=caller(),
-            given=f"self.{self.name}",
-            need="moments from s, numbers from self",
-            fix=f"write s.{self.name}",
-        )
-
-
-class Kept:
-    """What is kept of one fast weight, by name: the `s` of an update."""
-
-    def __init__(self, optimizer: str, moments: Mapping[str, Tensor]) -> None:
-        self.__dict__.update(moments)
-        self.__dict__["__optimizer"] = optimizer
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # Python's own protocols ask for these
-            raise AttributeError(name)
-        known = [moment for moment in self.__dict__ if moment != "__optimizer"]
-        raise UnknownNameError(
-            f"{self.__dict__['__optimizer']} has no moment '{name}'.",
-            where=caller(),
-            given=f"s.{name}",
-            need=f"one of its moments: {_listed(known)}",
-            fix=f"declare {name} = nl.moment() in it; numbers of the optimizer are read from self",
-        )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise SideEffectError(
-            f"The update of {self.__dict__['__optimizer']} stores into s.{name}.",
-            where=caller(),
-            given=f"s.{name} = ...",
-            need="an update that only computes its result",
-            fix=f'write {name} = ..., and return step, {{"{name}": {name}}}',
-        )
-
-
-def moment(scalar: bool = False) -> Any:
-    """Declare what an optimizer keeps of every fast weight from one step to the next: zero before the first.
-
-    Args:
-        scalar: one number for each fast weight, and each sequence and head, not one for each of its elements: a count
-            of steps, say.
-    """
-    return Moment(scalar)
+_OF_STATES = ("anchor", "update", "pending", "tail", "initial", *[momentum_name("", order)[1:] for order in range(9)])
 
 
 class Optimizer(SGD):
@@ -102,49 +46,65 @@ class Optimizer(SGD):
 
         optimizer = RMSProp(lr=0.01)
 
-    `update` takes a fast weight w, its gradient g (after `gradient_transform` and `momentum`, where given) and what is
-    kept of it, s; all of one sequence and head, [*dims] and [] (of a scalar moment). It returns what the learning rate
-    multiplies, of g's shape, and every moment by name. All else is as of `SGD`, whose arguments it takes:
+    `update` takes a fast weight w, its gradient g (after `gradient_transform` and `momentum`, where given) and s, which
+    has what is kept of it and its coefficients (`nl.coefficient`); all of one sequence and head, [*dims], a scalar
+    moment [], a coefficient a number or what multiplies w. It returns what the learning rate multiplies, of g's shape,
+    and every moment by name. All else is as of `SGD`, whose arguments it takes:
 
         W <- decay * W - lr * scale * update
 
     A schedule that steps on a batch or a chunk at once takes it; under `Chunked` moments are part of the state, under
-    batch schedules of one call. Numbers may be attributes of the class, or fields where it is a dataclass.
+    batch schedules of one call. A gate among its coefficients is averaged over the chunk's tokens. Attributes of the
+    class are numbers that `update` reads from self; `Rule(lr=0.1, rate=0.5)` makes one with another `rate`.
 
     Raises:
-        LearningRateError, CoefficientError, DimExpressionError: as `SGD`.
+        LearningRateError, CoefficientError, DimExpressionError: as `SGD`; a coefficient that is not given.
         TransformError: a `transform`, in whose place `update` is.
         MomentError: a moment under a name that the state has another use for, or an update that leaves one out.
         SignatureError, SideEffectError: of `update`.
     """
 
     moments: ClassVar[Mapping[str, Moment]] = {}
+    declared: ClassVar[Mapping[str, Coefficient]] = {}
     where_declared: ClassVar[Location]
+
+    def __init__(self, lr: Any = _UNSET, **given: Any) -> None:
+        cls = type(self)
+        given |= {} if lr is _UNSET else {"lr": lr}
+        own = [*cls.declared, *_numbers(cls)]
+        unknown = [name for name in given if name not in (*own, *_OF_SGD)]
+        if unknown:
+            raise CoefficientError(
+                f"{cls.__name__} is made with '{unknown[0]}', which it does not have.",
+                where=caller(),
+                given=f"{unknown[0]}={shown(given[unknown[0]])}",
+                need=f"its own ({listed(own)}), or what every optimizer takes ({listed(_OF_SGD)})",
+                fix=f"leave it out, or declare {unknown[0]} = nl.coefficient(0.9) in the class {cls.__name__}",
+            )
+        for name in [name for name in given if name in own]:
+            object.__setattr__(self, name, given.pop(name))
+        super().__init__(**{name: getattr(cls, name) for name in _OF_SGD} | given)
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         cls.where_declared = caller()
-        cls.moments = collect(cls, Moment)
-        for name, one in cls.moments.items():
-            if name in _TAKEN:
-                raise MomentError(
-                    f"{cls.__name__} has a moment '{name}', a name that the state of a loop has another use for.",
-                    where=one.where,
-                    given=f"{name} = nl.moment()",
-                    need=f"a name that is none of {', '.join(_TAKEN[:6])}",
-                    fix=f"write {name}_1 = nl.moment()",
-                )
-        for name, value in vars(cls).items():
-            if isinstance(value, (Weight, OfTokens)):
-                raise MomentError(
-                    f"The optimizer {cls.__name__} declares a {value.kind}, which only learners and loops have.",
-                    where=value.where,
-                    given=f"{name} in {cls.__name__}, an optimizer",
-                    need="moments, numbers and an update",
-                    fix=f"write {name} = nl.moment(), or move it into the loop and give it as lr, decay or momentum",
-                )
+        for name in set(cls.declared) & set(vars(cls)):
+            if not isinstance(vars(cls)[name], Declaration):  # another default
+                number = Coefficient(vars(cls)[name])
+                setattr(cls, name, number)
+                number.__set_name__(cls, name)
+        cls.moments, cls.declared = collect(cls, Moment), collect(cls, Coefficient)
+        _check_names(cls)
         if "update" in vars(cls):
             _check_update(cls)
+
+    def __eq__(self, other: object) -> bool:
+        def said(one: object) -> dict[str, Any]:
+            return {name: value for name, value in vars(one).items() if name != "where"}
+
+        return type(self) is type(other) and said(self) == said(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def update(self, w: Tensor, g: Tensor, s: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
         """What the learning rate multiplies, and the moments: see the class."""
@@ -158,6 +118,18 @@ class Optimizer(SGD):
 
     def _check(self, where: Location) -> None:
         super()._check(where)
+        given = vars(self).setdefault("given", {})
+        for name, one in self.declared.items():
+            if name in given:
+                given[name] = read(given[name], name, where, self.written)
+            elif one.default is None:
+                raise CoefficientError(
+                    f"{type(self).__name__} is made without its coefficient '{name}', which has no default.",
+                    where=where,
+                    given=f"no {name}",
+                    need="a number, text in the dims, a slow weight, a gate, or a dict of these by fast weight",
+                    fix=f"write {type(self).__name__}({name}=0.9), or {name} = nl.coefficient(0.9) in the class",
+                )
         if self.transform is not None:
             raise TransformError(
                 f"{type(self).__name__} takes no transform, in whose place its update is.",
@@ -168,17 +140,44 @@ class Optimizer(SGD):
             )
 
     @property
+    def own(self) -> dict[str, Any]:
+        given = vars(self).get("given", {})
+        return {name: given.get(name, one.default) for name, one in self.declared.items()}
+
+    def own_of(self, weight: str) -> dict[str, Any]:
+        """The coefficients that it declares itself, of one fast weight.
+
+        Raises:
+            CoefficientError: a dict by fast weight leaves it out, and there is no default.
+        """
+        found = {}
+        for name, value in self.own.items():
+            found[name] = of(value, weight, of(self.declared[name].default, weight))
+            if found[name] is None:
+                raise CoefficientError(
+                    f"The {name} of {type(self).__name__} leaves out a fast weight, and has no default.",
+                    where=self.where,
+                    given=f"{name} for {listed(value)}",
+                    need=f"one for {weight} too",
+                    fix=f"write {name} = nl.coefficient(0.9) in the class, or {name}={{..., {weight!r}: 0.9}}",
+                )
+        return found
+
+    @property
     def functions(self) -> dict[str, Any]:
         """The functions that are given, and the update."""
         return {**super().functions, "update": self.update}
 
-    def updated(self, weight: Tensor, gradient: Tensor, *moments: Tensor) -> tuple[Tensor, ...]:
+    def updated(self, weight: Tensor, gradient: Tensor, *beside: Any) -> tuple[Tensor, ...]:
         """The update of one fast weight, and its moments after it, in the order in which they are declared.
+
+        `beside`: moments and coefficients, in this order.
 
         Raises:
             TransformError, MomentError: they are not what they have to be.
         """
-        made = self.update(weight, gradient, Kept(type(self).__name__, dict(zip(self.moments, moments, strict=True))))
+        values = dict(zip([*self.moments, *self.declared], beside, strict=True))
+        made = self.update(weight, gradient, Kept(type(self).__name__, values))
         if not self.moments and isinstance(made, Tensor):
             made = (made, {})
         where = body_line(type(self).update, self.where)
@@ -186,10 +185,10 @@ class Optimizer(SGD):
             raise self._returns(where, _shown(made), "the update, and a dict of the moments")
         step, left = made
         if set(left) != set(self.moments):
-            need = f"every moment that it declares, and no other: {_listed(self.moments)}"
-            raise self._returns(where, f"moments {_listed(map(str, left))}", need)
-        for name, before in zip(self.moments, moments, strict=True):
-            after = left[name]
+            need = f"every moment that it declares, and no other: {listed(self.moments)}"
+            raise self._returns(where, f"moments {listed(map(str, left))}", need)
+        for name in self.moments:
+            before, after = values[name], left[name]
             if not isinstance(after, Tensor) or after.shape != before.shape:
                 what = "one number" if self.moments[name].scalar else "one number for every element"
                 raise self._returns(where, f"{name}: {_shown(after)}", f"{name}: {_shown(before)}, {what}")
@@ -206,15 +205,61 @@ class Optimizer(SGD):
         )
 
     def _moved(
-        self, weights: dict[str, Tensor], moved: dict[str, Tensor], kept: Mapping[str, Tensor]
+        self,
+        weights: dict[str, Tensor],
+        moved: dict[str, Tensor],
+        kept: Mapping[str, Tensor],
+        factor: Callable[[str, Any], Any],
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         steps: dict[str, Tensor] = {}
         left: dict[str, Tensor] = {}
         for name, gradient in moved.items():
             keys = [f"{name}.{one}" for one in self.moments]
-            steps[name], *after = self.updated(weights[name], gradient, *[kept[key] for key in keys])
+            own = [_value(factor(name, part), part) for part in self.own_of(name).values()]
+            steps[name], *after = self.updated(weights[name], gradient, *[kept[key] for key in keys], *own)
             left.update(zip(keys, after, strict=True))
         return steps, left
+
+
+def _value(value: Any, part: Any) -> Any:
+    """A coefficient as an update reads it: one number [] where it is the same for a whole fast weight."""
+    return value if isinstance(value, float) or part.dims else value.reshape(())
+
+
+def _numbers(cls: type[Optimizer]) -> list[str]:
+    """Attributes of a class that are given where it is made, where they are to be others."""
+    bases = cls.__mro__[: cls.__mro__.index(Optimizer)]
+    found = {name: value for base in reversed(bases) for name, value in vars(base).items()}
+    beside = (FunctionType, staticmethod, classmethod, property, type, Declaration)
+    known = (*_OWN, *_OF_SGD)
+    return [n for n, value in found.items() if not (n.startswith("_") or isinstance(value, beside) or n in known)]
+
+
+def _check_names(cls: type[Optimizer]) -> None:
+    """Refuse what an optimizer does not declare, and names that have another meaning."""
+    for name, value in vars(cls).items():
+        where = getattr(value, "where", cls.where_declared)
+        if isinstance(value, (Weight, OfTokens)):
+            raise MomentError(
+                f"The optimizer {cls.__name__} declares a {value.kind}, which only learners and loops have.",
+                where=where,
+                given=f"{name} in {cls.__name__}, an optimizer",
+                need="moments, coefficients, numbers and an update",
+                fix=f"write {name} = nl.coefficient(), and {cls.__name__}({name}={name}) where the loop declares it",
+            )
+        declared = isinstance(value, Declaration)
+        is_setting = name in _OF_SGD and not declared  # another default
+        if name in _OWN or is_setting or name.startswith("__"):
+            continue
+        if hasattr(Optimizer, name) or (declared and name in _OF_STATES):
+            kind = value.kind if isinstance(value, Declaration) else "number" if is_number(value) else "part"
+            raise MomentError(
+                f"{cls.__name__} has a {kind} '{name}', a name that means something else in every optimizer.",
+                where=where,
+                given=f"{name} = {f'nl.{kind}()' if declared else '...'}",
+                need="a name of its own",
+                fix=f"write {name}_1 = ...",
+            )
 
 
 def _check_update(cls: type[Optimizer]) -> None:
@@ -248,11 +293,6 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
-
-
-@dataclass(frozen=True)
 class Adam(Optimizer):
     """Adam (arXiv 1412.6980): `m / (sqrt(v + eps_root) + eps)` of the corrected averages m of G and v of G^2.
 
@@ -271,11 +311,10 @@ class Adam(Optimizer):
         LearningRateError, DimExpressionError, TransformError: as of `Optimizer`.
     """
 
-    lr: Any = 1e-3
-    _: KW_ONLY
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    eps_root: float = 1e-16
+    lr = 1e-3
+    betas = (0.9, 0.999)
+    eps = 1e-8
+    eps_root = 1e-16
 
     # The weights of the averages m and v are 1 - beta^t after t steps.
     m, v = Moment(False), Moment(False)

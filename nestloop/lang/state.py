@@ -121,7 +121,7 @@ def _has_anchor(spec: LoopSpec) -> bool:
 def averaged_gates(spec: LoopSpec) -> list[Gate]:
     """The gates that a step once a chunk reads as their mean over the chunk's tokens."""
     optimizer = spec.optimizer
-    parts = coefficient.parts([optimizer.scale, optimizer.decays, optimizer.momentum])
+    parts = coefficient.parts([optimizer.scale, optimizer.decays, optimizer.momentum, *optimizer.own.values()])
     return list({part.name: part for part in parts if isinstance(part, Gate)}.values())
 
 

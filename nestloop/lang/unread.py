@@ -8,8 +8,8 @@ from typing import Any, Generic
 
 from nestloop.errors import Location, UnreadDeclarationError
 from nestloop.lang.declare import Declaration, Fast, Gate, View, caller
+from nestloop.lang.moments import Coefficient, Moment
 from nestloop.lang.optim import SGD
-from nestloop.lang.optimizer import Moment
 from nestloop.lang.schedule import Schedule
 
 # What a loop reads by name, each once: when the class is made.
@@ -29,7 +29,7 @@ def check_loop(cls: Any) -> None:
     for name, value in vars(cls).items():
         if isinstance(value, Fast):
             raise _misplaced(value, name, cls, "loop", "learner", "class Memory(nl.Learner)")
-        if isinstance(value, Moment):
+        if isinstance(value, (Moment, Coefficient)):
             raise _misplaced(value, name, cls, "loop", "optimizer", "class Rule(nl.Optimizer)")
         for part, kind in (("optimizer", SGD), ("schedule", Schedule)):
             if isinstance(value, kind) and name != part and value is not getattr(cls, part, None):
@@ -47,7 +47,7 @@ def check_learner(cls: Any) -> None:
     for name, value in vars(cls).items():
         if isinstance(value, (View, Gate)):
             raise _misplaced(value, name, cls, "learner", "loop", "the loop")
-        if isinstance(value, Moment):
+        if isinstance(value, (Moment, Coefficient)):
             raise _misplaced(value, name, cls, "learner", "optimizer", "class Rule(nl.Optimizer)")
         if isinstance(value, (SGD, Schedule)):
             where = getattr(value, "where", cls.declared_at)

@@ -71,7 +71,7 @@ def batch_step(spec: LoopSpec, given: Tensors, gradients: Tensors, factor: Calla
     weights = {name: given[name] for name in spec.fast}
     momenta = {name: given[name] for name, entry in steps_with(spec).items() if entry.part == "momentum"}
     initial = {name: given.get(f"{name}.initial", weight) for name, weight in weights.items()}
-    made, kept = spec.optimizer.step(weights, momenta, gradients, initial, factor)
+    made, kept = spec.optimizer.take_step(weights, momenta, gradients, initial, factor)
     return {**given, **made, **kept}
 
 
@@ -103,7 +103,7 @@ def one_sequence(
         inside = {**dims, "n": stop - start}
         batch = {name: _take(t, order, start, stop) for name, t in tokens.items()}
         sizes = {**binding.sizes, "n": stop - start}
-        rate = optimizer.rate(index, sizes) if optimizer.steps_by_number else None
+        rate = optimizer.rate_at(index, sizes) if optimizer.steps_by_number else None
         gradient = batch_gradient(spec, checked_loss(spec, inside))
         gradients, total = gradient({n: carried[n] for n in fast}, slow, batch, schedule.weight(stop - start))
         carried = batch_step(spec, carried, gradients, step_factors(spec, sizes, slow, rate))

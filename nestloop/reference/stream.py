@@ -260,5 +260,5 @@ class _Walk:
         count = schedule.size if pending and isinstance(schedule, Chunked) else stop - start
         factor = self.factor(lambda g: (tile[g.name].sum(0) + pending.get(f"{g.name}.pending", 0.0)) / count)
         momenta = {e.name: self.carry[e.name] for e in self.spec.entries.values() if e.part == "momentum"}
-        made, kept = self.optimizer.step(self.weights, momenta, gradients, self.initial, factor)
+        made, kept = self.optimizer.take_step(self.weights, momenta, gradients, self.initial, factor)
         self.carry.update({**made, **kept})

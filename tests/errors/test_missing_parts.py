@@ -9,7 +9,7 @@ from nestloop.errors import (
     SignatureError,
     UnknownBackendError,
 )
-from tests.errors.squares import Good, Linear, Squares
+from tests.errors.squares import Good, Linear, Squares, layer_of
 from tests.refusals import refused
 
 PARTS = "a learner, views, a schedule, an optimizer, and the bodies they call for"
@@ -111,19 +111,29 @@ def test_missing_parts(step, what, given, fix):
     refused(step, MissingPartError, f"The loop Loop: {what}.", given=given, need=PARTS, fix=fix)
 
 
-def test_a_learner_without_forward():
+def test_a_learner_without_forward_is_not_called():
+    class Bare(nl.Learner):
+        w = nl.fast("d", "d")
+
     def step():
-        class Bare(nl.Learner):  # HERE
-            w = nl.fast("d", "d")
+        def loss(self, f, t):
+            return (f(t.k) - t.q).square().mean(-1)  # HERE
+
+        layer_of(loss, learner=Bare)
 
     refused(
         step,
         MissingPartError,
-        "The learner Bare has no forward.",
+        "The learner Bare is called, and has no forward.",
         given="fast weights w",
-        need="f(W; x) as a method",
-        fix="add def forward(self, x): return ...",
+        need="f(W; x) as a method, or bodies that read fast weights alone",
+        fix="add def forward(self, x): return ... to it, or write x @ f.w",
     )
+
+    def by_name(self, f, t):
+        return (t.k @ f.w - t.q).square().mean(-1)
+
+    layer_of(by_name, learner=Bare, readout=lambda self, f, t: t.q @ f.w)
 
 
 def test_a_learner_whose_forward_takes_no_tokens():

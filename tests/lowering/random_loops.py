@@ -13,6 +13,7 @@ from torch import Tensor
 
 import nestloop as nl
 from tests.lowering.comparison import Inputs, random_inputs
+from tests.lowering.rules import RULES, settings_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -64,6 +65,7 @@ class RandomLoop:
     decay: str = ""
     transforms: tuple[str, str] = ("", "")
     restore: bool = False
+    rule: str = ""
 
     def declare(self) -> type[nl.Loop]:
         """The loop class."""
@@ -123,6 +125,7 @@ def random_loops(loss: str, shuffled: bool) -> st.SearchStrategy[RandomLoop]:
         decay=st.sampled_from(["", "", "number", "learned"]),
         transforms=st.tuples(*[st.sampled_from(["", "", "", "clip", "joint clip"])] * 2),
         restore=st.sampled_from([False, False, False, True]),
+        rule=st.sampled_from(["", "", *RULES]),
     )
 
 
@@ -201,7 +204,9 @@ def _optimizer(case: RandomLoop, fast: list[str], body: dict[str, Any]) -> nl.SG
     if case.decay == "learned":
         body["keep"] = nl.slow()
     transforms = {"": None, "clip": nl.soft_clip(-1), "joint clip": nl.global_clip(0.5)}
-    return nl.SGD(
+    settings = settings_of(
+        case.rule,
+        beta=body.get("beta"),
         lr=rate,
         gradient_transform=transforms[case.transforms[0]],
         transform=transforms[case.transforms[1]],
@@ -209,6 +214,7 @@ def _optimizer(case: RandomLoop, fast: list[str], body: dict[str, Any]) -> nl.SG
         decay=body["keep"] if case.decay == "learned" else coefficients[case.decay],
         restore=nl.restore_norm(-1) if case.restore else None,
     )
+    return RULES[case.rule](**settings)
 
 
 def _loop_body(case: RandomLoop, fast: list[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import nestloop as nl
 from nestloop.lang import coefficient
 from nestloop.lang.declare import Slow
 from tests.lowering.comparison import Inputs, random_inputs
+from tests.lowering.rules import RULES, settings_of
 
 FAMILIES = ("causal", "online", "chunked", "program")
 SQUARE = ("residual", "residual MLP", "transposed")  # learners whose outputs are as wide as their inputs
@@ -36,6 +37,8 @@ class RandomStream:
         lr, scale, decay, momentum: which kind of coefficient each is, from COEFFICIENTS; "" for none.
         log_decay: whether the decay is given by its logarithm.
         transforms: of "clip", "joint clip", "Newton-Schulz": the gradient's, then the momentum's; "" for none.
+        rule: which optimizer, from RULES.
+        beta: which kind of coefficient the one is that it declares, where it declares one.
         zero: whether the first fast weight starts from exact zero.
         grouped: whether both heads see the same keys and queries.
     """
@@ -55,6 +58,8 @@ class RandomStream:
     restore: bool = False
     zero: bool = False
     grouped: bool = False
+    rule: str = ""
+    beta: str = "number"
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -87,14 +92,16 @@ class RandomStream:
         """Float64 inputs, with rates and keys small enough for the inner loop to stay of order one."""
         small = 0.1 if isinstance(self.schedule, (nl.Causal, nl.Online)) else 0.05
         scale = {"k": 0.7, "v": 0.7, "lr_gate": small, "lr_channel": small}
-        made = random_inputs(loop.spec, self.sizes, sequences=sequences, heads=2, tokens=tokens, scale=scale, seed=seed)
+        given = random_inputs(
+            loop.spec, self.sizes, sequences=sequences, heads=2, tokens=tokens, scale=scale, seed=seed
+        )
         rates = {part.name for part in coefficient.parts(loop.spec.optimizer.lr) if isinstance(part, Slow)}
         for part in loop.spec.optimizer.coefficients():
             if isinstance(part, Slow):  # a rate or a decay, not a weight: in (0, 1)
-                value = made.weights[part.name].detach().sigmoid()
+                value = given.weights[part.name].detach().sigmoid()
                 value = value.log() if self.log_decay and part.name.startswith("decay") else value
-                made.weights[part.name] = (value * (small if part.name in rates else 1.0)).requires_grad_()
-        return made
+                given.weights[part.name] = (value * (small if part.name in rates else 1.0)).requires_grad_()
+        return given
 
 
 def random_streams(family: str) -> st.SearchStrategy[RandomStream]:
@@ -116,6 +123,8 @@ def random_streams(family: str) -> st.SearchStrategy[RandomStream]:
         "window": draw([None, None, None, 1, 2, 6]),
         "zero": draw([False, False, True]),
         "grouped": draw([False, False, True]),
+        "rule": draw(["", "", *RULES]),
+        "beta": draw(COEFFICIENTS),
         "schedule": _schedules(family),
     }
     if family == "online":  # half of them a matrix and its products, which the solved form is for
@@ -153,7 +162,7 @@ def _legal(case: RandomStream) -> RandomStream:
     """The nearest combination that the language allows and that stays finite."""
     token_by_token = isinstance(case.schedule, (nl.Causal, nl.Online))
     if token_by_token:
-        case = replace(case, transforms=("", ""), restore=False)
+        case = replace(case, transforms=("", ""), restore=False, rule="")
         if case.scale and (case.schedule.read == "before" or case.decay or case.momentum):
             case = replace(case, scale="")
     if not token_by_token or case.micro > 1:
@@ -276,7 +285,9 @@ def _loop_body(case: RandomStream, fast: dict[str, Any]) -> dict[str, Any]:
         "joint clip": nl.global_clip(0.3),
         "Newton-Schulz": _newton_schulz_of_matrices,
     }
-    body["optimizer"] = nl.SGD(
+    settings = settings_of(
+        case.rule,
+        beta=factor(case.beta, "beta", 0.7) if case.rule == "averages" else None,
         lr=factor(case.lr, "lr", 0.1),
         scale=factor(case.scale, "scale", 0.8),
         decay=None if case.log_decay else decay,
@@ -288,6 +299,7 @@ def _loop_body(case: RandomStream, fast: dict[str, Any]) -> dict[str, Any]:
         transform=chosen[case.transforms[1]],
         restore=_restored if case.restore else None,
     )
+    body["optimizer"] = RULES[case.rule](**settings)
     body["schedule"] = case.schedule
     return {**body, "loss": _loss(case), "readout": _readout(case)}
 

@@ -147,18 +147,31 @@ class PerPosition(Map):
 
     label, source = "per_position", True
 
-    def __init__(self, period: int | str, offset: Callable[[Tensor], Tensor] | None) -> None:
+    def __init__(self, period: int | str, offset: Callable[[Tensor], Tensor] | None, learned: bool) -> None:
         super().__init__()
         self.period, self.offset = read_period(period, "nl.per_position", self.where), offset
+        self.learned = learned
+        if offset is None and not learned:
+            raise refused(
+                "A number for each position is neither learned nor given.",
+                self.where,
+                "learned=False, no offset",
+                "one of them",
+                "write nl.per_position(offset=lambda i: 1 / (i + 1), learned=False)",
+            )
 
     def parameters(self, place: Place) -> dict[str, Shape]:
-        return {"table": ([place.chunk if self.period == "chunk" else int(self.period or 1)], "zeros", False)}
+        return {"table": ([self._tokens(place.chunk)], "zeros", False)} if self.learned else {}
+
+    def _tokens(self, chunk: int) -> int:
+        return chunk if self.period == "chunk" else int(self.period or 1)
 
     def __call__(self, x: Tensor, own: Any, call: Call) -> Tensor:
-        table = own.table
+        count = self._tokens(call.chunk)
+        table = own.table if self.learned else torch.zeros(count, device=x.device, dtype=x.dtype)
         if self.offset is not None:
-            table = table + self.offset(torch.arange(len(table), device=x.device).to(table.dtype))
-        made = table[call.positions(x.shape[1], x.device, len(table))]  # [N]
+            table = table + self.offset(torch.arange(count, device=x.device).to(table.dtype))
+        made = table[call.positions(x.shape[1], x.device, count)]  # [N]
         return made[None, :, None, None].expand(x.shape[0], -1, -1, -1)
 
 
@@ -346,15 +359,21 @@ def project(bias: bool = False, gain: float = 1.0, rank: int | None = None) -> P
     return Project(bias, gain, rank)
 
 
-def per_position(period: int | str = "chunk", offset: Callable[[Tensor], Tensor] | None = None) -> PerPosition:
+def per_position(
+    period: int | str = "chunk", offset: Callable[[Tensor], Tensor] | None = None, learned: bool = True
+) -> PerPosition:
     """A learned number for each position of a period, instead of a projection of the token: table [period], zero at
     first, plus `offset` of the positions 0, 1, ... (TTT-LM's 1/(i + 1), arXiv 2407.04620).
 
     Args:
         period: tokens; "chunk" for the schedule's chunk.
         offset: a function of positions, fixed.
+        learned: with a table; without, what `offset` makes of positions is all.
+
+    Raises:
+        ViewError: a period that is none, or neither a table nor an offset.
     """
-    return PerPosition(period, offset)
+    return PerPosition(period, offset, learned)
 
 
 def gated(

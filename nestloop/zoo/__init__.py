@@ -47,7 +47,7 @@ from nestloop.zoo.mttt import (
 )
 from nestloop.zoo.nested import SelfModifyingTitans
 from nestloop.zoo.solvers import Mesa, MesaNet
-from nestloop.zoo.titans import NeuralMemory, Titans
+from nestloop.zoo.titans import TNT, NeuralMemory, Titans, TNTLocal
 from nestloop.zoo.tttlm import TTTMLP, TTTLinear, TTTLinearMamba, TTTMLPMamba
 from nestloop.zoo.vit3 import DepthwiseBranch, GatedBranch, TransformerToTTT, ViT3
 
@@ -61,6 +61,7 @@ __all__ = [
     "MTTTMLPSGD4",
     "PGDN",
     "RWKV6",
+    "TNT",
     "TTTMLP",
     "Atlas",
     "CausalLaCT",
@@ -100,6 +101,7 @@ __all__ = [
     "SelfAttention",
     "SelfModifyingTitans",
     "SimpleGLA",
+    "TNTLocal",
     "TTTLinear",
     "TTTLinearMamba",
     "TTTMLPMamba",

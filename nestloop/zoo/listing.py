@@ -23,12 +23,12 @@ STREAM_FORMS = {
         *("LightningAttention", "LightningAttentionFla", "RWKV6", "HGRN2", "Mamba2", "SimpleGLA", "Mesa", "MesaNet"),
     ),
     "solved": ("DeltaNet", "Longhorn", "GatedDeltaNet", "DeltaProduct", "Comba", "KDA", "GDN2"),
-    "dual": ("TTTLinear", "TTTLinearMamba", "TTTMLP", "TTTMLPMamba", "Titans", "Yaad", "OmegaNet"),
+    "dual": ("TTTLinear", "TTTLinearMamba", "TTTMLP", "TTTMLPMamba", "Titans", "TNTLocal", "Yaad", "OmegaNet"),
     "primal": ("Memora", "Moneta"),
     "sequential": ("LonghornDiagonal", "GeneralizedDeltaRule", "PGDN", "SelfModifyingTitans"),
     "chunk": (
         *("InContextAutoregression", "NeuralMemory", "Atlas", "CausalLaCT", "CausalLaCTMuon"),
-        *("LaCT", "LaCTMuon"),
+        *("LaCT", "LaCTMuon", "TNT"),
     ),
 }
 

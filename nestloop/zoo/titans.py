@@ -66,6 +66,51 @@ class Titans(nl.Loop):
         return f(t.q)
 
 
+def _after_the_first(i):
+    """1 at the positions of a period, 0 at its first."""
+    return (i > 0).to(i.dtype)
+
+
+def _same(x):
+    return x
+
+
+class Projected(nl.Learner):
+    """A linear memory w, and what projects the queries of it."""
+
+    w, p = nl.fast("d", "d"), nl.fast("d", "d", init="zeros", learned=False)
+
+
+class TNTLocal(nl.Loop):
+    """TNT's local memory: it starts again every 2048 tokens, and reads queries projected on its chunk's keys, q p.
+
+    p is the sum of the unit keys' outer products over the chunk so far: it keeps nothing at a chunk's first token.
+    """
+
+    paper = "2511.07343"
+    learner, schedule = Projected, nl.Causal(16, reset=2048)
+    to_q, to_k, to_v = (nl.project() for _ in range(3))
+    q, k = (nl.view("d", of=p, make=[F.silu, nl.l2_norm()]) for p in (to_q, to_k))
+    v = nl.view("d", of=to_v, make=[F.silu])
+    theta, kept = nl.gate(), nl.gate(_rest)
+    later = nl.gate(_same, of=nl.per_position(offset=_after_the_first, learned=False))
+    optimizer = nl.SGD(lr={"w": theta}, decay={"w": kept, "p": later})
+
+    def loss(self, f, t):
+        return (t.k @ f.w - t.v).square().sum(-1) - ((t.k @ f.p) * t.k).sum(-1)
+
+    def readout(self, f, t):
+        return t.q @ f.p @ f.w
+
+
+class TNT(Titans):
+    """TNT: a deep memory with a step every 2048 tokens, which read it before that, and a local one beside it."""
+
+    paper = "2511.07343"
+    schedule, beside = nl.Chunked(2048, "apply-update"), TNTLocal
+    q, k, v = TNTLocal.q, TNTLocal.k, TNTLocal.v
+
+
 class NeuralMemory(nl.Loop):
     """titans-pytorch's: one step a chunk, momentum and decay of its mean token, gradients at the initial weights.
 

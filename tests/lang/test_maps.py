@@ -82,6 +82,7 @@ def test_gates_of_low_rank_of_places_and_scaled():
     layer, x, made = views_of(
         a=nl.gate(rank=3, scale="1/d"),
         tau=nl.gate(torch.relu, of=nl.per_position(offset=lambda i: 1 / (i + 1))),
+        fixed=nl.gate(torch.relu, of=nl.per_position(3, offset=lambda i: i + 1, learned=False)),
         optimizer=nl.SGD(lr=0.1),
     )
     p = layer.state_dict()
@@ -93,6 +94,8 @@ def test_gates_of_low_rank_of_places_and_scaled():
     expected = torch.sigmoid(low @ p["views.a.project.up.weight"].T + p["views.a.project.up.bias"]) / d
     close(made["a"], expected.transpose(1, 2))
     close(made["tau"], (1 / (torch.arange(N).double() % 4 + 1)).expand(B, H, N))
+    close(made["fixed"], (torch.arange(N).double() % 3 + 1).expand(B, H, N))
+    assert not any("fixed" in name for name in p)
 
 
 def test_maps_of_the_read_out():
@@ -226,6 +229,13 @@ def test_decays_by_head():
             "nl.project(), nl.per_position()",
             "one projection or one table over positions, in of=",
             "leave one out; rank=16 makes one projection a product of two",
+        ),
+        (
+            lambda: nl.gate(of=nl.per_position(4, learned=False)),
+            "A number for each position is neither learned nor given.",
+            "learned=False, no offset",
+            "one of them",
+            "write nl.per_position(offset=lambda i: 1 / (i + 1), learned=False)",
         ),
         (
             lambda: nl.gated(of=nl.rms_norm()),

@@ -13,7 +13,7 @@ def mention(classes: Iterable[type], wanted: set[str]) -> bool:
     seen: set[FunctionType] = set()
     while waiting:
         function = waiting.pop()
-        if function in seen or (function.__module__ or "").startswith("torch"):
+        if function in seen or (function.__module__ or "").startswith(("torch", "nestloop.lang")):
             continue
         seen.add(function)
         names = _names_in(function.__code__)

@@ -45,7 +45,7 @@ from nestloop.zoo.mttt import (
     MTTTLinear,
     SelfAttention,
 )
-from nestloop.zoo.nested import SelfModifyingTitans
+from nestloop.zoo.nested import ContinuumMemory, SelfModifyingTitans
 from nestloop.zoo.solvers import Mesa, MesaNet
 from nestloop.zoo.titans import TNT, NeuralMemory, Titans, TNTLocal
 from nestloop.zoo.tttlm import TTTMLP, TTTLinear, TTTLinearMamba, TTTMLPMamba
@@ -69,6 +69,7 @@ __all__ = [
     "CausalLinearAttention",
     "CausalLinearAttentionElu",
     "Comba",
+    "ContinuumMemory",
     "CosFormer",
     "DeltaNet",
     "DeltaProduct",

@@ -28,7 +28,7 @@ STREAM_FORMS = {
     "sequential": ("LonghornDiagonal", "GeneralizedDeltaRule", "PGDN", "SelfModifyingTitans"),
     "chunk": (
         *("InContextAutoregression", "NeuralMemory", "Atlas", "CausalLaCT", "CausalLaCTMuon"),
-        *("LaCT", "LaCTMuon", "TNT"),
+        *("LaCT", "LaCTMuon", "TNT", "ContinuumMemory"),
     ),
 }
 

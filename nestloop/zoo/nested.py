@@ -43,3 +43,45 @@ class SelfModifyingTitans(nl.Loop):
 
     def readout(self, f, t):
         return f(t.q)
+
+
+class Every(nl.Optimizer):
+    """A step every so many chunks, down the sum of their gradients, each taken at the weights of its time."""
+
+    total, chunks = nl.moment(), nl.moment(scalar=True)
+    period = nl.coefficient(1)
+
+    def update(self, w, g, s):
+        total, chunks = s.total + g, s.chunks + 1
+        due = (chunks % s.period == 0).to(g.dtype)
+        return due * total, {"total": (1 - due) * total, "chunks": chunks}
+
+
+class Levels(nl.Learner):
+    """x + gelu(x a) b, three of them one after another."""
+
+    a0, a1, a2 = (nl.fast("d", "4*d") for _ in range(3))
+    b0, b1, b2 = (nl.fast("4*d", "d") for _ in range(3))
+
+    def forward(self, x):
+        for level in range(3):
+            x = x + F.gelu(x @ getattr(self, f"a{level}")) @ getattr(self, f"b{level}")
+        return x
+
+
+class ContinuumMemory(nl.Loop):
+    """HOPE's continuum memory system: a chain of memories, each of which learns four times as rarely as the one before.
+
+    Their periods are 16, 64 and 256 tokens; what a chunk of 16 has taught is read by those after it.
+    """
+
+    paper = "2512.24695"
+    learner, schedule = Levels, nl.Chunked(16, "apply-update")
+    q, k, v, eta = nl.view("d"), nl.view("d"), nl.view("d"), nl.gate()
+    optimizer = Every(lr=eta, period={"a1": 4, "b1": 4, "a2": 16, "b2": 16})
+
+    def loss(self, f, t):
+        return 0.5 * (f(t.k) - t.v).square().mean(-1)
+
+    def readout(self, f, t):
+        return f(t.q)

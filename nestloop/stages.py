@@ -65,7 +65,7 @@ def optimizer_text(spec: LoopSpec) -> str:
     if optimizer.decays is not None:
         parts.append(f"decay {optimizer.decay_order} the gradient")
     parts += [f"momentum {_coefficient(order)}" for order in optimizer.momentum or ()]
-    parts += [f"{name} {_coefficient(value)}" for name, value in optimizer.own.items()]
+    parts += [f"{name} {_coefficient(value)}" for name, value in {**optimizer.own, **optimizer.numbers}.items()]
     parts += [] if optimizer.window is None else [f"window of {optimizer.window} tokens"]
     for name, given in optimizer.functions.items():
         if name != "update":  # which its name says

@@ -156,6 +156,11 @@ class SGD:
         return called(type(self))
 
     @property
+    def numbers(self) -> dict[str, Any]:
+        """What else it declares that its update reads (`nestloop.lang.optimizer`), by name."""
+        return {}
+
+    @property
     def own(self) -> dict[str, Any]:
         """The coefficients that it declares itself (`nestloop.lang.optimizer`), by name."""
         return {}

@@ -139,6 +139,15 @@ class Optimizer(SGD):
                 fix="call it on g in update, or give it as gradient_transform",
             )
 
+    def __repr__(self) -> str:
+        settings = {"lr": self.lr, **self.own, **self.numbers}
+        settings |= {name: value for name in _OF_SGD if (value := getattr(self, name)) != getattr(SGD, name)}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _numbers(type(self))}
+
     @property
     def own(self) -> dict[str, Any]:
         given = vars(self).get("given", {})

@@ -167,6 +167,8 @@ def test_numbers_of_the_class_are_given_where_it_is_made():
     assert nl.Adam().lr == 1e-3 and nl.Adam(0.1).lr == 0.1 and nl.Adam(betas=(0.5, 0.9)).betas == (0.5, 0.9)
     assert nl.Adam(0.1) == nl.Adam(0.1) and nl.Adam(0.1) != nl.Adam(0.1, eps=1e-3)
     assert Nesterov(0.1, beta=0.5) != Nesterov(0.1)
+    assert repr(Nesterov(0.1, gain=4.0)) == "Nesterov(lr=0.1, beta=0.9, gain=4.0)"
+    assert repr(nl.Adam(decay=0.5)) == "Adam(lr=0.001, betas=(0.9, 0.999), eps=1e-08, eps_root=1e-16, decay=0.5)"
 
 
 def test_what_is_generated_follows_the_update(tmp_path, monkeypatch):
@@ -185,6 +187,6 @@ def test_what_is_generated_follows_the_update(tmp_path, monkeypatch):
 
 def test_explain_says_what_it_keeps():
     text = nl.explain(declared(Nesterov(0.02, beta=0.4), nl.Chunked(5, "apply-update")))
-    assert "Nesterov, learning rate 0.02, beta 0.4" in text
+    assert "Nesterov, learning rate 0.02, beta 0.4, gain 2.0" in text
     assert "carried beside: a.m, m of Nesterov" in text and "carried beside: a.steps, steps of Nesterov" in text
     assert "moments are zero before the first step of a call" in nl.explain(declared(nl.Adam(0.1), nl.FullBatch(2)))

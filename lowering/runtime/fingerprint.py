@@ -104,7 +104,7 @@ class _Digest:
             for name, value in vars(base).items():
                 if name.startswith("__") and not _is_written(value):
                     continue
-                if name in ("fast", "slow", "dims", "spec", "declared_at", "_abc_impl"):
+                if name in ("fast", "slow", "dims", "spec", "declared_at", "_declared_at", "_abc_impl"):
                     continue
                 self.add(name)
                 self.add_value(value)

@@ -28,7 +28,7 @@ from nestloop.lang.purity import check_body
 
 _ARGUMENTS = ("w", "g", "s")
 _OF_SGD = tuple(one.name for one in fields(SGD) if one.init)
-_OWN = ("update", "moments", "declared", "where_declared", "_check")  # names that a class has another value for
+_OWN = ("update", "_check")  # names that a class has another value for
 _UNSET = object()
 # What a state has under a fast weight's name beside moments.
 _OF_STATES = ("anchor", "update", "pending", "tail", "initial", *[momentum_name("", order)[1:] for order in range(9)])
@@ -66,7 +66,7 @@ class Optimizer(SGD):
 
     moments: ClassVar[Mapping[str, Moment]] = {}
     declared: ClassVar[Mapping[str, Coefficient]] = {}
-    where_declared: ClassVar[Location]
+    _declared_at: ClassVar[Location]
 
     def __init__(self, lr: Any = _UNSET, **given: Any) -> None:
         cls = type(self)
@@ -87,14 +87,14 @@ class Optimizer(SGD):
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        cls.where_declared = caller()
+        _check_names(cls, caller())
+        cls._declared_at = caller()
         for name in set(cls.declared) & set(vars(cls)):
             if not isinstance(vars(cls)[name], Declaration):  # another default
                 number = Coefficient(vars(cls)[name])
                 setattr(cls, name, number)
                 number.__set_name__(cls, name)
         cls.moments, cls.declared = collect(cls, Moment), collect(cls, Coefficient)
-        _check_names(cls)
         if "update" in vars(cls):
             _check_update(cls)
 
@@ -240,14 +240,14 @@ def _numbers(cls: type[Optimizer]) -> list[str]:
     bases = cls.__mro__[: cls.__mro__.index(Optimizer)]
     found = {name: value for base in reversed(bases) for name, value in vars(base).items()}
     beside = (FunctionType, staticmethod, classmethod, property, type, Declaration)
-    known = (*_OWN, *_OF_SGD)
+    known = (*vars(Optimizer), *_OF_SGD)
     return [n for n, value in found.items() if not (n.startswith("_") or isinstance(value, beside) or n in known)]
 
 
-def _check_names(cls: type[Optimizer]) -> None:
+def _check_names(cls: type[Optimizer], here: Location) -> None:
     """Refuse what an optimizer does not declare, and names that have another meaning."""
     for name, value in vars(cls).items():
-        where = getattr(value, "where", cls.where_declared)
+        where = getattr(value, "where", here)
         if isinstance(value, (Weight, OfTokens)):
             raise MomentError(
                 f"The optimizer {cls.__name__} declares a {value.kind}, which only learners and loops have.",
@@ -274,7 +274,7 @@ def _check_names(cls: type[Optimizer]) -> None:
 def _check_update(cls: type[Optimizer]) -> None:
     """Refuse an update that cannot be called, or does more than to compute."""
     function = vars(cls)["update"]
-    where = body_line(function, cls.where_declared)
+    where = body_line(function, cls._declared_at)
     if not callable(function):
         raise SignatureError(
             f"The update of {cls.__name__} is not a function.",

@@ -204,6 +204,10 @@ def test_names_that_mean_something_else():
         class Owning(nl.Optimizer):  # HERE
             orders = (0.1, 0.2)  # type: ignore[assignment]
 
+    def of_the_class():
+        class Named(nl.Optimizer):
+            moments = nl.moment()  # HERE
+
     def of_a_loop():
         class Gated(nl.Optimizer):
             theta = nl.gate()  # HERE
@@ -232,6 +236,14 @@ def test_names_that_mean_something_else():
         f"Owning has a part 'orders', {what}",
         given="orders = ...",
         fix="write orders_1 = ...",
+        **wanted,
+    )
+    refused(
+        of_the_class,
+        MomentError,
+        f"Named has a moment 'moments', {what}",
+        given="moments = nl.moment()",
+        fix="write moments_1 = ...",
         **wanted,
     )
     refused(

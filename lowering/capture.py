@@ -30,7 +30,7 @@ from nestloop.lowering.layouts import as_products
 from nestloop.lowering.recorder import placeholders
 from nestloop.lowering.stacks import of_matrices
 from nestloop.lowering.token_joins import without_token_joins
-from nestloop.lowering.traced import once, traced, traced_functions
+from nestloop.lowering.traced import TracedFunction, once, traced, traced_functions
 from nestloop.lowering.tracer import Tracer
 
 
@@ -81,6 +81,13 @@ class Captured:
         """The axes of the output."""
         graph = self.readout if self.fit is None else self.fit
         return type_axes(self.spec, graph).axes[_value(graph)]
+
+    @property
+    def detached(self) -> bool:
+        """Whether nothing flows back from a value of a body, or of a function of the optimizer."""
+        functions = [one for one in vars(self.spec.optimizer).values() if isinstance(one, TracedFunction)]
+        graphs = [self.loss, self.readout, self.fit, *[graph for one in functions for graph in one.graphs.values()]]
+        return any(node.target is ops.DETACHED for graph in graphs if graph is not None for node in graph.graph.nodes)
 
     @property
     def loss_inputs(self) -> list[str]:

@@ -225,12 +225,20 @@ def _inner_loop(spec: LoopSpec) -> list[str]:
 def _gradients(lowered: AnyLowered) -> list[str]:
     spec, matrices = lowered.spec.declared, {stack.whole: stack.names for stack in lowered.spec.stacks}
     reached: dict[str, list[str]] = {}
-    for name, piece in lowered.pieces.items():
+    pieces, made = dict(lowered.pieces), lowered.captured
+    if isinstance(spec.schedule, Program):  # whose other op is the read-out
+        pieces |= pipeline.any_stages(lowered.spec, dict(made.sizes), made.tokens, "read").pieces
+    for name, piece in pieces.items():
         (results,) = next(n for n in piece.backward.graph.nodes if n.op == "output").args
         for wrt, result in zip(piece.wrt, results, strict=True):
             if result is not None:
                 reached.setdefault(wrt, []).append(name)
-    lines = ["outer gradients reach, nothing detached, through the inner gradients (second order):"]
+    passed = {name for wrt, names in reached.items() if wrt.startswith("gradient_") for name in names}
+    lost = {n.replace("update", "gradient") for n in pieces if "update" in n and n not in passed}
+    reached = {wrt: [name for name in names if name not in lost] for wrt, names in reached.items()}
+    how = "nothing detached, through the inner gradients (second order)"
+    how = "what bodies and the optimizer detach aside" if made.detached else how
+    lines = [f"outer gradients reach, {how}:"]
     for name in [*spec.inputs, *[n for n in spec.fast if not spec.fast[n].frozen_zero], *spec.slow]:
         through = ", ".join(
             dict.fromkeys(n.replace("_", " ") for one in matrices.get(name, (name,)) for n in reached.get(one, []))

@@ -18,7 +18,6 @@ from nestloop.checks.subject import Subject, entered, furthest
 from nestloop.lang.binding import token_axis
 from nestloop.lang.schedule import Chunked, Program, Stream, sees_later
 from nestloop.lowering.capture import capture
-from nestloop.lowering.ops import DETACHED
 
 Property = Callable[[Subject], Iterator[Row]]
 PROPERTIES: dict[str, Property] = {}
@@ -73,12 +72,7 @@ def _holds(subject: Subject, tokens: int) -> bool:
     if subject.spec.holds:
         return True
     plain = {name: size for name, size in subject.sizes.items() if name not in ("B", "N", "n")}
-    captured = capture(subject.op("reference").renamed, plain, tokens)
-    optimizer = captured.spec.optimizer
-    functions = (getattr(optimizer, part, None) for part in ("transform", "gradient_transform", "restore", "updated"))
-    graphs = [graph for function in functions for graph in getattr(function, "graphs", {}).values()]
-    graphs += [graph for graph in (captured.loss, captured.readout) if graph is not None]
-    return any(node.target is DETACHED for graph in graphs for node in graph.graph.nodes)
+    return capture(subject.op("reference").renamed, plain, tokens).detached
 
 
 @declared

@@ -190,3 +190,50 @@ def test_explain_says_what_it_keeps():
     assert "Nesterov, learning rate 0.02, beta 0.4, gain 2.0" in text
     assert "carried beside: a.m, m of Nesterov" in text and "carried beside: a.steps, steps of Nesterov" in text
     assert "moments are zero before the first step of a call" in nl.explain(declared(nl.Adam(0.1), nl.FullBatch(2)))
+
+
+class FirstOrder(nl.Optimizer):
+    """Steps through which nothing flows back."""
+
+    def update(self, w, g, s):
+        return g.detach()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_an_update_detaches_has_no_outer_gradient(backend: str):
+    loop = declared(FirstOrder(0.02), nl.FullBatch(2))
+    views, weights = inputs()
+    z, state = nl.compile(loop, backend=backend)(views, weights)
+    close(z, nl.compile(declared(nl.SGD(0.02), nl.FullBatch(2)))(views, weights)[0], 1e-12)
+    k, v, q, a = torch.autograd.grad(z.sum(), [views["k"], views["v"], views["q"], weights["a"]], allow_unused=True)
+    assert not any(gradient is not None and gradient.any() for gradient in (k, v))
+    ends = {name: state[name].detach().requires_grad_() for name in "ab"}
+    read = torch.tanh(views["q"] @ ends["a"]) @ ends["b"]
+    for found, wanted in zip((q, a), torch.autograd.grad(read.sum(), [views["q"], ends["a"]]), strict=True):
+        close(found, wanted.sum(0) if wanted.ndim > found.ndim else wanted, 1e-12)
+
+
+def gradients_of(loop: type[nl.Loop]) -> list[str]:
+    """What `explain` says of outer gradients."""
+    text = nl.explain(loop).partition("outer gradients reach, ")[2].partition("\n\n")[0]
+    return [line.strip() for line in text.splitlines()]
+
+
+def test_explain_says_where_outer_gradients_do_not_flow():
+    assert gradients_of(declared(FirstOrder(0.1), nl.FullBatch(2))) == [
+        "what bodies and the optimizer detach aside:",
+        "q: through the readout",
+        "k: no path, its gradient is zero",
+        "v: no path, its gradient is zero",
+        "a: through the update, readout",
+        "b: through the update, readout",
+    ]
+    program = nl.Program(("update", 0, "N"), ("apply", 0, "N"))
+    assert gradients_of(declared(nl.SGD(0.1), program)) == [
+        "nothing detached, through the inner gradients (second order):",
+        "q: through the read",
+        "k: through the update",
+        "v: through the update",
+        "a: through the update, read",
+        "b: through the update, read",
+    ]

@@ -8,7 +8,7 @@ from nestloop import zoo
 torch.manual_seed(0)
 x = torch.randn(1, 200, 64)
 for loop in (zoo.TTTMLP, zoo.GatedDeltaNet, zoo.Titans):
-    layer = nl.Layer(loop, width=64, heads=4, dk=16, dv=16) if loop is zoo.GatedDeltaNet else nl.Layer(loop, 64, 4)
+    layer = nl.Layer(loop, width=64, heads=4)
     with torch.no_grad():
         whole = layer(x)
         y, state = layer(x[:, :150], return_state=True)

@@ -330,6 +330,19 @@ def test_dims_of_a_loop():
     )
 
 
+def test_dims_of_views_are_as_large_as_d():
+    layer, wide = nl.Layer(zoo.GLA, 12, 3), nl.Layer(zoo.GLA, 12, 3, dv=5)
+    assert shapes(layer)["views.k.weight"] == shapes(layer)["views.v.weight"] == [12, 12]
+    assert shapes(wide)["views.k.weight"] == [12, 12] and shapes(wide)["views.v.weight"] == [15, 12]
+
+
+@pytest.mark.parametrize("loop", zoo.loops(), ids=lambda loop: loop.__name__)
+def test_every_loop_of_the_zoo_is_a_layer(loop):
+    width = 64 if loop.__name__.startswith("CausalLaCT") else 16  # beside heads of 64
+    layer, x = nl.Layer(loop, width, 2, backend="reference"), torch.randn(1, 4, width)
+    assert layer(x).shape == x.shape
+
+
 def test_a_head_size_of_its_own():
     layer = nl.Layer(zoo.SelfAttention, 10, 3, d=7)
     assert shapes(layer)["views.k.weight"] == [21, 10] and shapes(layer)["out.weight"] == [10, 21]

@@ -68,7 +68,8 @@ class Branch(nn.Module):
     ) -> None:
         super().__init__()
         spec = spec_of(loop)
-        defaults = {**spec.default_dims, **sizes}
+        of_views = {name for view in spec.inputs.values() for expr in view.dims for name in expr.names}
+        defaults = {**dict.fromkeys(of_views - {*spec.dims}, sizes["d"]), **spec.default_dims, **sizes}
         fixed = spec.heads.size(defaults, spec.where) if isinstance(spec.heads, DimExpr) else spec.heads
         self.heads = fixed or sizes["H"]
         self.sizes = {**defaults, "H": self.heads}
@@ -89,7 +90,7 @@ class Branch(nn.Module):
             out = replace(self._place, groups=self.heads, features=self.features)
             self.output = Making(self._output, out, out, owned)
         if spec.beside is not None:
-            own = {n: s for n, s in sizes.items() if n in (*spec.beside.spec.dim_names, "H", "D")}
+            own = {n: s for n, s in sizes.items() if n in (*spec.beside.spec.dim_names, "H", "D", "d")}
             self.beside = Branch(spec.beside, own, backend, inductor, owned)
             if self.beside.out_features != self.out_features:
                 raise ShapeMismatchError(

@@ -33,7 +33,8 @@ class Layer(Branch):
         loop: a declared loop, or several, whose outputs are concatenated before one projection. The parameters of
             one loop are the layer's own (`fast.w1`); those of several are in `branches`.
         width: D, features per token.
-        heads: H. The dim `d` is width / heads unless given.
+        heads: H. The dim `d` is width / heads unless given, and other dims of views and gates that the loop has no
+            `nl.dim` for are as large as `d`.
         backend, inductor: as in `nl.compile`.
         bias: whether the output projection has a bias; None for what the loop declares (`output = [...]`), or True.
         device, dtype: of the parameters, as of PyTorch's modules; fast weights and sums are in float32 at least.

@@ -135,7 +135,8 @@ def bench(
         what each took: print it, or take `as_json()`.
 
     Raises:
-        UnknownDimError, UnknownDtypeError, UnknownBackendError: no such dim, dtype or backend.
+        UnknownDimError, UnknownDtypeError, UnknownBackendError, UnknownDeviceError: no such dim, dtype, backend or
+            device.
         MissingPartError, InputError: not a declared loop, or several.
         CompileError: a body cannot be compiled.
     """

@@ -20,7 +20,13 @@ from nestloop.checks.stress import STRESSES
 from nestloop.checks.subject import Subject
 from nestloop.cli import main
 from nestloop.compiled import CompiledLoop
-from nestloop.errors import InputError, ShapeMismatchError, UnknownBackendError, UnknownDtypeError
+from nestloop.errors import (
+    InputError,
+    ShapeMismatchError,
+    UnknownBackendError,
+    UnknownDeviceError,
+    UnknownDtypeError,
+)
 
 STREAM, BATCH = {"dk": 4, "dv": 3}, {"d": 4}
 ONE_LENGTH = {**STREAM, "N": 9}
@@ -349,6 +355,16 @@ def test_what_is_refused():
         "  need:  'torch', 'cpp', 'triton'",
         '  fix:   write backends=("torch", "cpp")',
     ]
+    for call in (nl.check, nl.bench):
+        with pytest.raises(UnknownDeviceError) as device:
+            call(zoo.DeltaNet, device="gpu")
+        what, _, given, need, fix = str(device.value).splitlines()
+        assert [what, given, fix] == [
+            "There is no such device to run loops on.",
+            "  given: 'gpu'",
+            '  fix:   write device="cpu"',
+        ]
+        assert need.startswith("  need:  'cpu'")
 
     class Beside(zoo.DeltaNet):
         beside = zoo.CausalLinearAttention

@@ -46,7 +46,8 @@ def check(
             that the declaration is not defined for are left out, a row each, and then 8 and 64 are among them.
 
     Raises:
-        UnknownDimError, UnknownDtypeError, UnknownBackendError: no such dim, dtype or backend.
+        UnknownDimError, UnknownDtypeError, UnknownBackendError, UnknownDeviceError: no such dim, dtype, backend or
+            device.
         MissingPartError, InputError: not a declared loop, or several (those of a layer with one beside).
         CompileError: a body cannot be compiled.
     """

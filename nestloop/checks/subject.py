@@ -15,7 +15,14 @@ from nestloop.checks.certificate import Row
 from nestloop.checks.comparison import call, differences, moved_by_rounding, run
 from nestloop.checks.inputs import Inputs, draw
 from nestloop.compiled import BACKENDS, CompiledLoop
-from nestloop.errors import CompileError, NoPlanError, UnknownBackendError, UnknownDtypeError, shown
+from nestloop.errors import (
+    CompileError,
+    NoPlanError,
+    UnknownBackendError,
+    UnknownDeviceError,
+    UnknownDtypeError,
+    shown,
+)
 from nestloop.lang.declare import caller
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import Program, Stream
@@ -268,14 +275,30 @@ def lengths_of(spec: LoopSpec, sizes: Mapping[str, int]) -> list[int]:
     return sorted(n for n in {1, FEW_TOKENS, period - 1, period + 1, MOST_TOKENS} if 0 < n <= MOST_TOKENS)
 
 
+def check_device(device: str) -> None:
+    """Raise `UnknownDeviceError` for one on which no tensor can be made here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError):
+        here = "'cpu' or 'cuda'" if torch.cuda.is_available() else "'cpu': PyTorch sees no GPU here"
+        raise UnknownDeviceError(
+            "There is no such device to run loops on.",
+            where=caller(),
+            given=shown(device),
+            need=here,
+            fix='write device="cpu"',
+        ) from None
+
+
 def check_backends(names: Sequence[str] | None, device: str, others: Sequence[str] = ()) -> tuple[str, ...]:
     """The backends asked for; for None those that run on a device at full speed.
 
     others: that are taken beside those which generate code.
 
     Raises:
-        UnknownBackendError: there is no such one.
+        UnknownBackendError, UnknownDeviceError: there is no such one.
     """
+    check_device(device)
     if names is None:
         return ("torch", "cpp") if device == "cpu" else ("torch", "triton")
     known = [name for name in BACKENDS if name not in ("auto", "reference") or name in others]

@@ -64,8 +64,9 @@ class Tracer:
         keeps."""
         every = {**self.spec.fast, **self.spec.slow, **self.spec.inputs}
         if name not in every:
-            name, _, part = name.rpartition("__")
             optimizer = self.spec.optimizer
+            ends = ("held", "initial", "gradient", *optimizer.moments, *optimizer.own)
+            name, part = next((name.removesuffix(f"__{end}"), end) for end in ends if name.endswith(f"__{end}"))
             if part in optimizer.moments and optimizer.moments[part].scalar:
                 return self.example([])
             if part in optimizer.own:

@@ -293,7 +293,7 @@ class TorchEmitter:
 
         def pull_update(variant: str) -> list[str]:
             wrt = self.pieces[f"{variant}update"].wrt
-            results = [n.replace("gradient_", "d_gradient_") if n.startswith("gradient_") else f"c_{n}" for n in wrt]
+            results = [f"d_{n}" if n.startswith("gradient_") else f"c_{n}" for n in wrt]
             call = self._call(f"{variant}update_vjp", results, {f"d_{n}_new": f"d_{n}" for n in states})
             nonzero = self._nonzero(f"{variant}update_vjp")
             none = {n: "None" if variant else f"zeros(end_{n})" for n in states}  # the first step has none before it

@@ -30,8 +30,9 @@ _ARGUMENTS = ("w", "g", "s")
 _OF_SGD = tuple(one.name for one in fields(SGD) if one.init)
 _OWN = ("update", "_check")  # names that a class has another value for
 _UNSET = object()
-# What a state has under a fast weight's name beside moments.
-_OF_STATES = ("anchor", "update", "pending", "tail", "initial", *[momentum_name("", order)[1:] for order in range(9)])
+# What the state, and the compiler, have under a fast weight's name beside moments.
+_MOMENTA = (momentum_name("", order)[1:] for order in range(9))
+_OF_STATES = ("anchor", "update", "pending", "tail", "initial", "held", "gradient", *_MOMENTA)
 
 
 class Optimizer(SGD):

@@ -194,7 +194,7 @@ def test_what_an_update_reads_is_there():
 def test_names_that_mean_something_else():
     def of_the_state():
         class Waiting(nl.Optimizer):
-            pending = nl.moment()  # HERE
+            gradient = nl.moment()  # HERE
 
     def of_every_optimizer():
         class Rated(nl.Optimizer):
@@ -217,9 +217,9 @@ def test_names_that_mean_something_else():
     refused(
         of_the_state,
         MomentError,
-        f"Waiting has a moment 'pending', {what}",
-        given="pending = nl.moment()",
-        fix="write pending_1 = ...",
+        f"Waiting has a moment 'gradient', {what}",
+        given="gradient = nl.moment()",
+        fix="write gradient_1 = ...",
         **wanted,
     )
     refused(

@@ -125,3 +125,25 @@ def test_moments_are_entries_of_the_state_and_of_steps():
             "c.v": ["d"],
             "c.steps": [],
         }
+
+
+class Named(nl.Optimizer):
+    """Moments and coefficients whose names others have too, or that look as if made of others."""
+
+    a__b, step, a, k = nl.moment(), nl.moment(scalar=True), nl.moment(), nl.moment()
+    rate, q = nl.coefficient(0.5), nl.coefficient(0.25)
+
+    def update(self, w, g, s):
+        step = s.step + 1
+        return s.rate * s.a__b + g + s.q * s.a - s.k / step, {"a__b": g, "step": step, "a": 0.5 * s.a + g, "k": s.a}
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("schedule", ["batch", "before"])
+def test_any_name_will_do(backend: str, schedule: str):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    loop = type("Changed", (Recall,), {"schedule": SCHEDULES[schedule], "optimizer": Named(0.02)})
+    inputs = inputs_of(loop)
+    found, wanted = (run(nl.compile(loop, backend=name), inputs, True) for name in (backend, "reference"))
+    assert_equal(differences(found, wanted), 1e-9 if backend == "triton" else 1e-10)

@@ -201,7 +201,7 @@ def test_cpp_reads_no_place_that_is_not_there(place, monkeypatch):
 def test_a_dim_without_a_size():
     def step():
         wide = nl.view("e")  # HERE
-        layer_of(lambda self, f, t: f(t.k).sum(-1) + t.wide.sum(-1), wide=wide)
+        layer_of(lambda self, f, t: f(t.k).sum(-1) + t.wide.sum(-1), wide=wide, e=nl.dim())
 
     refused(
         step,

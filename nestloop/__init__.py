@@ -3,8 +3,9 @@
     import nestloop as nl
 
 Declare a learner and a loop (`Learner`, `Loop`, `fast`, `slow`, `view`, `gate`), an optimizer where none of the
-package's will do (`Optimizer`, `moment`, `coefficient`), compile it (`compile`), or make it a layer (`Layer`); look at every stage (`inspect`, `explain`, `page`), at whether it is right (`check`), at what it takes
-here (`bench`), and at what it should take on a GPU (`cost`).
+package's will do (`Optimizer`, `moment`, `coefficient`), compile it (`compile`), or make it a layer (`Layer`); look at
+every stage (`inspect`, `explain`, `page`), at whether it is right (`check`), at what it takes here (`bench`), and at
+what it should take on a GPU (`cost`).
 """
 
 from importlib import import_module

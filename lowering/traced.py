@@ -10,12 +10,16 @@ from typing import Any
 from torch import Tensor, fx
 
 from nestloop.errors import NestloopError
+from nestloop.lang import coefficient
+from nestloop.lang.declare import Declaration, Slow
 from nestloop.lang.optim import SGD
 from nestloop.lang.optimizer import Optimizer
 from nestloop.lowering.mismatch import OpFailed, shape_mismatch, trial_sizes
 from nestloop.lowering.recorder import Located, graph_module
 from nestloop.lowering.subexpressions import common_subexpressions
 from nestloop.lowering.tracer import Tracer
+
+Tiles = Callable[[Tracer], list[Tensor]]
 
 
 def once(module: fx.GraphModule) -> fx.GraphModule:
@@ -24,22 +28,30 @@ def once(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def traced(
-    tracer: Tracer, body_with: Callable[[dict[str, Any]], Callable[..., Any]], names: list[str], what: str
-) -> fx.GraphModule:
-    """The graph of a body. A shape mismatch is told by axis names, which a second trace with trial sizes gives."""
-    try:
-        return tracer.trace(body_with(tracer.dims), names, what)
-    except OpFailed as failed:
-        trial = _failure_in_trial(tracer, body_with, names, what, failed)
-        raise shape_mismatch(tracer.spec, what, failed, tracer.sizes, trial) from None
-
-
-def _failure_in_trial(
     tracer: Tracer,
     body_with: Callable[[dict[str, Any]], Callable[..., Any]],
     names: list[str],
     what: str,
-    failed: OpFailed,
+    tiles: Tiles | None = None,
+) -> fx.GraphModule:
+    """The graph of a body. A shape mismatch is told by axis names, which a second trace with trial sizes gives.
+
+    `tiles`: what it is traced on, those of the declared tensors of these names unless given.
+    """
+
+    def run(on: Tracer) -> fx.GraphModule:
+        examples = [on.tile(name) for name in names] if tiles is None else tiles(on)
+        return on.trace_on(body_with(on.dims), examples, names, what)
+
+    try:
+        return run(tracer)
+    except OpFailed as failed:
+        trial = _failure_in_trial(tracer, run, failed)
+        raise shape_mismatch(tracer.spec, what, failed, tracer.sizes, trial) from None
+
+
+def _failure_in_trial(
+    tracer: Tracer, run: Callable[[Tracer], fx.GraphModule], failed: OpFailed
 ) -> tuple[OpFailed, dict[str, int]] | None:
     """The same failure for sizes that tell every dim apart, and these sizes; None where it does not happen there."""
     sizes = trial_sizes(tracer.spec, tracer.sizes)
@@ -49,7 +61,7 @@ def _failure_in_trial(
     tokens = tracer.tokens if grid is None or tracer.tokens is None else sizes[grid[0]] * sizes[grid[1]]
     trial = Tracer(tracer.spec, sizes, tokens)
     try:
-        trial.trace(body_with(trial.dims), names, what)
+        run(trial)
     except OpFailed as again:
         return (again, sizes) if failed.same_place(again) else None
     except NestloopError:  # something else fails first: literal sizes, say
@@ -82,16 +94,41 @@ class TracedFunction:
         return Located(self.graphs[_given(given)]).run(*[value for value in given if isinstance(value, Tensor)])
 
 
-def _with_numbers(
-    function: Callable[..., Any], numbers: Sequence[float | None], dims: dict[str, Any]
-) -> Callable[..., Any]:
-    """A function that needs no dims, of the tensors among its arguments alone; `numbers`: the others."""
+def _of_function(
+    tracer: Tracer, function: Callable[..., Any], what: str, arguments: Callable[[Tracer], dict[str, Any]]
+) -> fx.GraphModule:
+    """The graph of a function of the tensors among its arguments, in which the numbers among them are constants."""
+    given = arguments(tracer)
 
     def of_tensors(*tensors: Tensor) -> Any:
         left = iter(tensors)
-        return function(*[next(left) if number is None else number for number in numbers])
+        return function(*[next(left) if isinstance(one, Tensor) else one for one in given.values()])
 
-    return of_tensors
+    def tiles(on: Tracer) -> list[Tensor]:
+        return [one for one in arguments(on).values() if isinstance(one, Tensor)]
+
+    names = [name for name, one in given.items() if isinstance(one, Tensor)]
+    return once(traced(tracer, lambda dims: of_tensors, names, what, tiles))
+
+
+def _arguments(tracer: Tracer, weight: str, beside: Sequence[str]) -> dict[str, Any]:
+    """What a function of the optimizer is given of a fast weight, by name: fresh tiles, and numbers."""
+    optimizer = tracer.spec.optimizer
+
+    def tile(declared: Declaration) -> Tensor:
+        return tracer.tile(declared.name, tokens=False)
+
+    def argument(name: str) -> Any:
+        if name in optimizer.own:
+            part = optimizer.own_of(weight)[name]
+            if isinstance(part, Declaration) and not part.dims:
+                return tracer.example([])
+            slow = {part.name: tile(part)} if isinstance(part, Slow) else {}
+            return coefficient.value(part, tracer.spec.fast[weight], tracer.sizes, slow, tile)
+        moment = optimizer.moments.get(name)
+        return tracer.example([]) if moment is not None and moment.scalar else tracer.tile(weight)
+
+    return {weight: tracer.tile(weight), **{f"{weight}__{name}": argument(name) for name in beside}}
 
 
 def traced_functions(tracer: Tracer) -> SGD:
@@ -111,11 +148,9 @@ def traced_functions(tracer: Tracer) -> SGD:
             continue
         graphs: dict[Given, fx.GraphModule] = {}
         for name in tracer.spec.fast:
-            names = [name, *[f"{name}__{other}" for other in beside]]
-            tiles = [tracer.tile(one) for one in names]
-            if _given(tiles) not in graphs:
-                function = partial(_with_numbers, run, [one if isinstance(one, float) else None for one in tiles])
-                tensors = [n for n, tile in zip(names, tiles, strict=True) if isinstance(tile, Tensor)]
-                graphs[_given(tiles)] = once(traced(tracer, function, tensors, part.replace("_", " ")))
+            arguments = partial(_arguments, weight=name, beside=beside)
+            given = _given(list(arguments(tracer).values()))
+            if given not in graphs:
+                graphs[given] = _of_function(tracer, run, part.replace("_", " "), arguments)
         made["updated" if part == "update" else part] = TracedFunction(original, graphs)
     return optimizer.with_functions(**made)

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, fx
 
 from nestloop.errors import CapturedTensorError, Location, UnadmittedOpError
-from nestloop.lang import coefficient
-from nestloop.lang.declare import Declaration, Slow
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.state import Entry
 from nestloop.lowering import ops
@@ -60,18 +58,9 @@ class Tracer:
 
     def tile(self, name: str, micro: int = 0, tokens: bool = True) -> Tensor:
         """A fresh tile of a declared tensor: [n, *dims] for views (with `micro`, [n, micro, *dims]; without `tokens`,
-        [*dims]), [*dims] for weights, of which NAME__held and the like are others, and NAME__MOMENT what the optimizer
-        keeps."""
-        every = {**self.spec.fast, **self.spec.slow, **self.spec.inputs}
-        if name not in every:
-            optimizer = self.spec.optimizer
-            ends = ("held", "initial", "gradient", *optimizer.moments, *optimizer.own)
-            name, part = next((name.removesuffix(f"__{end}"), end) for end in ends if name.endswith(f"__{end}"))
-            if part in optimizer.moments and optimizer.moments[part].scalar:
-                return self.example([])
-            if part in optimizer.own:
-                return self.coefficient(optimizer.own_of(name)[part], name)
-        declared = every[name]
+        [*dims]), [*dims] for weights, of which NAME__held is another."""
+        name = name.removesuffix("__held")
+        declared = {**self.spec.fast, **self.spec.slow, **self.spec.inputs}[name]
         shape = [expr.size(self.sizes, declared.where) for expr in declared.dims]
         if name not in self.spec.inputs or not tokens:
             return self.example(shape)
@@ -81,18 +70,6 @@ class Tracer:
     def entry(self, entry: Entry) -> Tensor:
         """A fresh tile for an entry of the state, tokens aside."""
         return self.example([expr.size(self.sizes, entry.like.where) for expr in entry.like.dims])
-
-    def coefficient(self, part: Any, weight: str) -> Any:
-        """A coefficient of the optimizer as a fast weight's step reads it: a number, or a fresh tile."""
-
-        if isinstance(part, Declaration) and not part.dims:
-            return self.example([])
-
-        def tile(declared: Declaration) -> Tensor:
-            return self.tile(declared.name, tokens=False)
-
-        slow = {part.name: tile(part)} if isinstance(part, Slow) else {}
-        return coefficient.value(part, self.spec.fast[weight], self.sizes, slow, tile)
 
     def row(self) -> Tensor:
         """A fresh number for each of the tile's rows."""

@@ -174,11 +174,11 @@ _PARTS = {
 
 def _state(spec: LoopSpec) -> list[str]:
     """What a stream carries beside its fast weights."""
-    beside = [entry for entry in spec.entries.values() if entry.part != "weight"]
-    moments = {f"{weight}.{name}": name for weight in spec.fast for name in spec.optimizer.moments}
-    what = {entry.name: _PARTS[entry.part] for entry in beside}
-    what |= {entry: f"{name} of {type(spec.optimizer).__name__}" for entry, name in moments.items() if entry in what}
-    lines = [f"  carried beside: {entry}, {said}" for entry, said in what.items()]
+    lines = []
+    for entry in spec.entries.values():
+        kept = entry.name.rpartition(".")[2]
+        own = f"{kept} of {type(spec.optimizer).__name__}" if kept in spec.optimizer.moments else _PARTS.get(entry.part)
+        lines += [] if entry.part == "weight" else [f"  carried beside: {entry.name}, {own}"]
     return [*lines, *(["  carried beside: position, the tokens seen"] if counts_tokens(spec) else [])]
 
 
@@ -236,9 +236,8 @@ def _gradients(lowered: AnyLowered) -> list[str]:
     passed = {name for wrt, names in reached.items() if wrt.startswith("gradient_") for name in names}
     lost = {n.replace("update", "gradient") for n in pieces if "update" in n and n not in passed}
     reached = {wrt: [name for name in names if name not in lost] for wrt, names in reached.items()}
-    how = "nothing detached, through the inner gradients (second order)"
-    how = "what bodies and the optimizer detach aside" if made.detached else how
-    lines = [f"outer gradients reach, {how}:"]
+    all_of_it = "nothing detached, through the inner gradients (second order)"
+    lines = [f"outer gradients reach, {'what bodies and the optimizer detach aside' if made.detached else all_of_it}:"]
     for name in [*spec.inputs, *[n for n in spec.fast if not spec.fast[n].frozen_zero], *spec.slow]:
         through = ", ".join(
             dict.fromkeys(n.replace("_", " ") for one in matrices.get(name, (name,)) for n in reached.get(one, []))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nestloop.lang.declare import Gate
 from nestloop.lang.schedule import Chunked
-from nestloop.lang.state import averaged_gates
+from nestloop.lang.state import averaged_gates, momenta_among
 from nestloop.lowering.derivative import grad
 from nestloop.lowering.recorder import call
 from nestloop.lowering.streams.coefficients import last
@@ -106,7 +106,7 @@ def optimised(
         averages[gate.name] = _add(carried.get(f"{gate.name}.pending"), tokens[gate.name].sum(0)) / count
     value = step.value(averages, slow)
     gradients = {name: _add(carried.get(f"{name}.pending"), g) for name, g in found.items()}
-    momenta = {entry.name: carried[entry.name] for entry in spec.entries.values() if entry.part == "momentum"}
+    momenta = momenta_among(spec.entries, carried)
     weights = {name: carried[name] for name in spec.fast}
     made, kept = spec.optimizer.take_step(
         weights, momenta, gradients, initial, lambda name, part: value(spec.fast[name], part)

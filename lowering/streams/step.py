@@ -110,7 +110,7 @@ class Step:
             elif name in entries:
                 found.append(self.tracer.entry(entries[name]))
             else:
-                found.append(self.tracer.tile(name))
+                found.append(self.tracer.tile(name.removesuffix("__initial")))
         return found
 
     def _token_tile(self, name: str) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from numbers import Integral
+from typing import Any
 
-from nestloop.errors import Location
+from nestloop.errors import Location, SignatureError
 from nestloop.lang.dims import DimExpr, parse
 
 # Where a declaration, a compile or a layer is written; the zoo's declarations are lines like any user's.
@@ -52,6 +54,34 @@ def body_line(body: object, default: Location) -> Location:
     """Where a body begins."""
     code = getattr(body, "__code__", None)
     return default if code is None else Location(code.co_filename, code.co_firstlineno)
+
+
+def check_signature(
+    function: Any, body: str, owner: str, arguments: tuple[str, ...], where: Location, about: str = ""
+) -> None:
+    """Raise `SignatureError` for a body that is no method of these arguments, or cannot be called with them.
+
+    `about`: what the arguments are, as text after them.
+    """
+    written = f"{body}(self, {', '.join(arguments)})"
+    if not callable(function):
+        raise SignatureError(
+            f"The {body} of {owner} is not a function.",
+            where=body_line(getattr(function, "fget", function), where),
+            given=f"a {type(function).__name__}",
+            need=f"a method {written}",
+            fix=f"write def {written}: return ..., without a decorator",
+        )
+    try:
+        inspect.signature(function).bind("self", *arguments)
+    except (TypeError, ValueError):
+        raise SignatureError(
+            f"The {body} of {owner} does not take ({', '.join(arguments)}).",
+            where=body_line(function, where),
+            given=f"{body}{inspect.signature(function)}",
+            need=f"{written}{about}",
+            fix=f"write def {written}: return ...",
+        ) from None
 
 
 class Declaration:

@@ -57,7 +57,7 @@ def _check_coefficients(spec: LoopSpec) -> None:
     for name, value in coefficients_of(spec):
         what = called(name)
         error = LearningRateError if name == "lr" else CoefficientError
-        coefficient.check_declared(value, what, spec.name, declared, error, spec.optimizer.written)
+        coefficient.check_declared(value, what, spec.name, declared, error, spec.optimizer.written())
         if isinstance(value, dict) and not set(value) <= set(spec.fast):
             (unknown,) = list(set(value) - set(spec.fast))[:1]
             raise CoefficientError(
@@ -88,7 +88,7 @@ def _check_functions(spec: LoopSpec) -> None:
                 where=optimizer.where,
                 given=f"{name}=nl.{given.__name__}",
                 need=f"what it makes, {made}",
-                fix=f"write {optimizer.written}(lr=1.0, {name}={made})",
+                fix=f"write {optimizer.written()}(lr=1.0, {name}={made})",
             )
         if callable(given) or (isinstance(given, GlobalClip) and name != "restore"):
             _check_axes(spec, name, given)
@@ -100,7 +100,7 @@ def _check_functions(spec: LoopSpec) -> None:
             where=optimizer.where,
             given=repr(given),
             need=f"a function from {takes}, or None",
-            fix=f"write {optimizer.written}(lr=1.0, {fix})",
+            fix=f"write {optimizer.written()}(lr=1.0, {fix})",
         )
 
 
@@ -147,7 +147,7 @@ def _check_batch(spec: LoopSpec) -> None:
             where=optimizer.where,
             given=f"rates: {len(lr)}, steps: {schedule.steps}",
             need=f"rates: {schedule.steps}",
-            fix=f"write {optimizer.written}(lr={(1.0,) * schedule.steps}), or one number for all steps",
+            fix=f"write {optimizer.written()}(lr={(1.0,) * schedule.steps}), or one number for all steps",
         )
     for name, value in coefficients_of(spec):
         each = list(value.values()) if isinstance(value, dict) else [value]
@@ -177,7 +177,7 @@ def _check_of_batches(spec: LoopSpec, name: str, part: Any) -> None:
             f"its {what} changes with the step or its tokens, as that of all fast weights alone may.",
             f"{part}; {_shown(spec)}",
             "a number, text without N and n, a slow weight",
-            f'write {spec.optimizer.written}(lr="1/N") or one number per step, the same for all fast weights',
+            f'write {spec.optimizer.written()}(lr="1/N") or one number per step, the same for all fast weights',
         )
 
 
@@ -189,7 +189,7 @@ def _check_stream(spec: LoopSpec) -> None:
                 "one learning rate per step belongs to a batch schedule.",
                 f"lr={value}; {_shown(spec)}",
                 "a number, text, a slow weight or a gate",
-                f"declare eta = nl.gate() and write {spec.optimizer.written}(lr=eta)",
+                f"declare eta = nl.gate() and write {spec.optimizer.written()}(lr=eta)",
             )
         for part in coefficient.parts(value):
             if isinstance(part, DimExpr) and {"N", "n"} & set(part.names):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from nestloop.errors import Location, MissingPartError, SignatureError, UnknownNameError, shown
-from nestloop.lang.declaration import body_line, is_count
+from nestloop.errors import Location, MissingPartError, UnknownNameError, shown
+from nestloop.lang.declaration import check_signature, is_count
 from nestloop.lang.declare import Dim, Fast, Gate, Slow, View, caller, collect
 from nestloop.lang.dims import DimExpr, parse
 from nestloop.lang.learner import Body, KernelEstimator, Learner
@@ -20,7 +19,7 @@ from nestloop.lang.legal import check_estimator, check_maps_of, check_optimizer
 from nestloop.lang.maps import Gated, Map, check_output
 from nestloop.lang.mentioned import mention
 from nestloop.lang.names import check_dims, check_names
-from nestloop.lang.optim import SGD, called
+from nestloop.lang.optim import SGD
 from nestloop.lang.parts import Parts, Stack, joined
 from nestloop.lang.purity import check_body
 from nestloop.lang.schedule import FullBatch, Schedule, Sliding, Stream
@@ -299,7 +298,7 @@ def _specify(cls: type[Loop]) -> LoopSpec:
     fitting = {"kernel": ("q", "k"), "fit": ("weight", "t", "s")}
     bodies = fitting if estimator else {"loss": ("f", "t"), "readout": ("f", "t")}
     for body, arguments in bodies.items():
-        _check_signature(spec, body, arguments)
+        check_signature(getattr(spec.cls, body), body, spec.name, arguments, spec.where)
     check_maps_of(spec)
     if estimator:
         check_estimator(spec)
@@ -325,28 +324,6 @@ def user_files(spec: LoopSpec) -> set[str]:
         if code is not None and not getattr(function, "__module__", "").startswith("nestloop.lang"):
             files.add(code.co_filename)
     return files
-
-
-def _check_signature(spec: LoopSpec, body: str, arguments: tuple[str, ...]) -> None:
-    function = getattr(spec.cls, body)
-    if not callable(function):
-        raise SignatureError(
-            f"The {body} of {spec.name} is not a function.",
-            where=body_line(getattr(function, "fget", function), spec.where),
-            given=f"a {type(function).__name__}",
-            need=f"a method {body}(self, {', '.join(arguments)})",
-            fix=f"write def {body}(self, {', '.join(arguments)}): return ..., without a decorator",
-        )
-    try:
-        inspect.signature(function).bind("self", *arguments)
-    except (TypeError, ValueError):
-        raise SignatureError(
-            f"The {body} of {spec.name} does not take ({', '.join(arguments)}).",
-            where=body_line(function, spec.where),
-            given=f"{body}{inspect.signature(function)}",
-            need=f"{body}(self, {', '.join(arguments)})",
-            fix=f"write def {body}(self, {', '.join(arguments)}): return ...",
-        ) from None
 
 
 def missing(cls: type, what: str, given: str, fix: str) -> MissingPartError:
@@ -392,5 +369,5 @@ def _check_parts(cls: type[Loop], learner: type[Learner], views: dict[str, View]
         raise missing(cls, "its schedule is not one", shown(cls.schedule), "schedule = nl.FullBatch(steps=1)")
     if not isinstance(cls.optimizer, SGD):
         is_class = isinstance(cls.optimizer, type) and issubclass(cls.optimizer, SGD)
-        rule = called(cls.optimizer if is_class else SGD)
+        rule = (cls.optimizer if is_class else SGD).written()
         raise missing(cls, "its optimizer is not one", shown(cls.optimizer), f"optimizer = {rule}(lr=1.0)")

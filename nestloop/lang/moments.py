@@ -3,53 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from nestloop.errors import SideEffectError, UnknownNameError
 from nestloop.lang.coefficient import read
 from nestloop.lang.declaration import Declaration, caller
 
 
-class Moment(Declaration):
+class OfEachWeight(Declaration):
+    """What an optimizer has one of for each fast weight: an update reads it from `s`, not from itself."""
+
+    why: ClassVar[str]
+
+    def __get__(self, optimizer: Any, cls: type | None = None) -> Any:
+        if optimizer is None:
+            return self
+        raise UnknownNameError(
+            f"{type(optimizer).__name__} reads '{self.name}' from itself, but {self.why}.",
+            where=caller(),
+            given=f"self.{self.name}",
+            need="moments and coefficients from s, numbers from self",
+            fix=f"write s.{self.name}",
+        )
+
+
+class Moment(OfEachWeight):
     """What an optimizer keeps of a fast weight from step to step. See `moment`."""
 
-    kind = "moment"
+    kind, why = "moment", "every fast weight has its own"
 
     def __init__(self, scalar: bool) -> None:
         super().__init__()
         self.scalar = scalar
 
-    def __get__(self, optimizer: Any, cls: type | None = None) -> Any:
-        if optimizer is None:
-            return self
-        raise UnknownNameError(
-            f"{type(optimizer).__name__} reads '{self.name}' from itself, but every fast weight has its own.",
-            where=caller(),
-            given=f"self.{self.name}",
-            need="moments and coefficients from s, numbers from self",
-            fix=f"write s.{self.name}",
-        )
 
-
-class Coefficient(Declaration):
+class Coefficient(OfEachWeight):
     """A number of an optimizer that may be learned, or read from tokens. See `coefficient`."""
 
-    kind = "coefficient"
+    kind, why = "coefficient", "what it is differs by fast weight"
 
     def __init__(self, default: Any) -> None:
         super().__init__()
         self.default = None if default is None else read(default, "coefficient", self.where)
-
-    def __get__(self, optimizer: Any, cls: type | None = None) -> Any:
-        if optimizer is None:
-            return self
-        raise UnknownNameError(
-            f"{type(optimizer).__name__} reads '{self.name}' from itself, but what it is differs by fast weight.",
-            where=caller(),
-            given=f"self.{self.name}",
-            need="moments and coefficients from s, numbers from self",
-            fix=f"write s.{self.name}",
-        )
 
     def __set__(self, optimizer: Any, value: Any) -> None:
         """What an optimizer is made with."""

@@ -150,10 +150,15 @@ class SGD:
         """What is kept of each fast weight beside momenta (`nestloop.lang.optimizer`), by name."""
         return {}
 
+    @classmethod
+    def written(cls) -> str:
+        """What is called to make one, as users write it."""
+        return f"nl.{cls.__name__}" if cls.__module__.startswith("nestloop.lang") else cls.__name__
+
     @property
-    def written(self) -> str:
-        """What is called to make one."""
-        return called(type(self))
+    def every(self) -> dict[str, Any]:
+        """All its coefficients as they are written, by name: dicts by fast weight and tuples of orders among them."""
+        return {**{name: getattr(self, name) for name in _COEFFICIENTS}, **self.own}
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -183,15 +188,14 @@ class SGD:
     def coefficients(self, weight: str | None = None) -> list[Any]:
         """Every single coefficient: the rate's, the scale's, the decay's and the momenta's; of a fast weight, those
         that may be its."""
-        every = [*[getattr(self, name) for name in _COEFFICIENTS], *self.own.values()]
+        every = list(self.every.values())
         return coefficient.parts(every if weight is None else [coefficient.of(one, weight) for one in every])
 
     def with_each(self, change: Callable[[Any], Any]) -> SGD:
         """The same with another rate, scale, decay and momenta: what `change` makes of each as it is written, dicts by
         fast weight and tuples of orders among them."""
         made = copy.copy(self)
-        for name in (*_COEFFICIENTS, *self.own):
-            value = self.own[name] if name in self.own else getattr(self, name)
+        for name, value in self.every.items():
             object.__setattr__(made, name, change(value))
         return made
 
@@ -247,12 +251,11 @@ class SGD:
     def _shaped_as(self, like: Tensor, made: Any, part: str, what: str) -> Tensor:
         """What a part of the optimizer has made of a fast weight or its gradient. Raises `TransformError`."""
         if not isinstance(made, Tensor) or made.shape != like.shape:
-            given = f"[{', '.join(map(str, made.shape))}]" if isinstance(made, Tensor) else f"a {type(made).__name__}"
             raise TransformError(
                 f"The {part.replace('_', ' ')} of {type(self).__name__} changes the shape of {what}.",
                 where=self.where,
-                given=given,
-                need=f"[{', '.join(map(str, like.shape))}], the shape of the fast weight",
+                given=shape_of(made),
+                need=f"{shape_of(like)}, the shape of the fast weight",
                 fix="return one number for every element; reduce with keepdim=True inside",
             )
         return made
@@ -327,9 +330,9 @@ class SGD:
         return value * weight
 
 
-def called(rule: type[SGD]) -> str:
-    """An optimizer's class as users write it."""
-    return f"nl.{rule.__name__}" if rule.__module__.startswith("nestloop.lang") else rule.__name__
+def shape_of(value: Any) -> str:
+    """What a function of the optimizer has made, as text."""
+    return f"[{', '.join(map(str, value.shape))}]" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def momentum_name(weight: str, order: int) -> str:

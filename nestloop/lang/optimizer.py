@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from types import FunctionType
@@ -20,13 +19,12 @@ from nestloop.errors import (
     shown,
 )
 from nestloop.lang.coefficient import is_number, of, read
-from nestloop.lang.declaration import Declaration, body_line, caller
+from nestloop.lang.declaration import Declaration, body_line, caller, check_signature
 from nestloop.lang.declare import OfTokens, Weight, collect
 from nestloop.lang.moments import Coefficient, Kept, Moment, listed
-from nestloop.lang.optim import SGD, momentum_name
+from nestloop.lang.optim import SGD, momentum_name, shape_of
 from nestloop.lang.purity import check_body
 
-_ARGUMENTS = ("w", "g", "s")
 _OF_SGD = tuple(one.name for one in fields(SGD) if one.init)
 _OWN = ("update", "_check")  # names that a class has another value for
 _UNSET = object()
@@ -97,7 +95,9 @@ class Optimizer(SGD):
                 number.__set_name__(cls, name)
         cls.moments, cls.declared = collect(cls, Moment), collect(cls, Coefficient)
         if "update" in vars(cls):
-            _check_update(cls)
+            about = ": a fast weight, its gradient, what is kept of it"
+            check_signature(cls.update, "update", cls.__name__, ("w", "g", "s"), cls._declared_at, about)
+            check_body(cls.update)
 
     def __eq__(self, other: object) -> bool:
         def said(one: object) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class Optimizer(SGD):
         given = vars(self).setdefault("given", {})
         for name, one in self.declared.items():
             if name in given:
-                given[name] = read(given[name], name, where, self.written)
+                given[name] = read(given[name], name, where, self.written())
             elif one.default is None:
                 raise CoefficientError(
                     f"{type(self).__name__} is made without its coefficient '{name}', which has no default.",
@@ -272,35 +272,8 @@ def _check_names(cls: type[Optimizer], here: Location) -> None:
             )
 
 
-def _check_update(cls: type[Optimizer]) -> None:
-    """Refuse an update that cannot be called, or does more than to compute."""
-    function = vars(cls)["update"]
-    where = body_line(function, cls._declared_at)
-    if not callable(function):
-        raise SignatureError(
-            f"The update of {cls.__name__} is not a function.",
-            where=where,
-            given=f"a {type(function).__name__}",
-            need="a method update(self, w, g, s)",
-            fix="write def update(self, w, g, s): return ..., without a decorator",
-        )
-    try:
-        inspect.signature(function).bind("self", *_ARGUMENTS)
-    except (TypeError, ValueError):
-        raise SignatureError(
-            f"The update of {cls.__name__} does not take ({', '.join(_ARGUMENTS)}).",
-            where=where,
-            given=f"update{inspect.signature(function)}",
-            need="update(self, w, g, s): a fast weight, its gradient, what is kept of it",
-            fix="write def update(self, w, g, s): return ...",
-        ) from None
-    check_body(function)
-
-
 def _shown(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"[{', '.join(map(str, value.shape))}]"
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    return "nothing" if value is None else shape_of(value)
 
 
 class Adam(Optimizer):

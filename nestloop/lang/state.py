@@ -82,6 +82,11 @@ def _moments(optimizer: SGD, fast: Fast) -> list[Entry]:
     return [*found, *[Entry(f"{fast.name}.{name}", one if one.scalar else fast, "momentum") for name, one in moments]]
 
 
+def momenta_among(entries: Mapping[str, Entry], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of some tensors, by entry, that are momenta and moments."""
+    return {name: given[name] for name, entry in entries.items() if entry.part == "momentum"}
+
+
 def steps_with(spec: LoopSpec) -> dict[str, Entry]:
     """What a step of a batch schedule reads and leaves beside the fast weights: momenta, zero before the first step,
     and for `restore` the initial weights. They are of one call, and no part of a state."""
@@ -101,8 +106,7 @@ def state_size(spec: LoopSpec) -> str:
         dims = [*([str(entry.rows)] if entry.rows else []), *map(str, entry.like.dims)]
         text = " * ".join(f"({dim})" if " " in dim else dim for dim in dims) or "1"
         counts[text] = counts.get(text, 0) + 1
-    numbers = {text: str(count) if text == "1" else f"{count} * {text}" for text, count in counts.items()}
-    return " + ".join(text if count == 1 else numbers[text] for text, count in counts.items())
+    return " + ".join(str(n) if text == "1" else f"{n} * {text}" if n > 1 else text for text, n in counts.items())
 
 
 def state_numbers(spec: LoopSpec, sizes: Mapping[str, int]) -> int:
@@ -120,8 +124,7 @@ def _has_anchor(spec: LoopSpec) -> bool:
 
 def averaged_gates(spec: LoopSpec) -> list[Gate]:
     """The gates that a step once a chunk reads as their mean over the chunk's tokens."""
-    optimizer = spec.optimizer
-    parts = coefficient.parts([optimizer.scale, optimizer.decays, optimizer.momentum, *optimizer.own.values()])
+    parts = coefficient.parts([value for name, value in spec.optimizer.every.items() if name != "lr"])
     return list({part.name: part for part in parts if isinstance(part, Gate)}.values())
 
 

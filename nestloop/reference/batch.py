@@ -13,7 +13,7 @@ from nestloop.lang.binding import Binding
 from nestloop.lang.declare import Gate, Slow
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.schedule import BatchSchedule
-from nestloop.lang.state import steps_with
+from nestloop.lang.state import momenta_among, steps_with
 from nestloop.reference.bodies import Tensors, checked_loss, checked_readout, token_output
 
 
@@ -69,7 +69,7 @@ def batch_step(spec: LoopSpec, given: Tensors, gradients: Tensors, factor: Calla
     """What one step of the optimizer leaves of what it is given: fast weights, and what lies beside them
     (`lang.state.steps_with`)."""
     weights = {name: given[name] for name in spec.fast}
-    momenta = {name: given[name] for name, entry in steps_with(spec).items() if entry.part == "momentum"}
+    momenta = momenta_among(steps_with(spec), given)
     initial = {name: given.get(f"{name}.initial", weight) for name, weight in weights.items()}
     made, kept = spec.optimizer.take_step(weights, momenta, gradients, initial, factor)
     return {**given, **made, **kept}

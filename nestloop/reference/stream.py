@@ -19,7 +19,7 @@ from nestloop.lang.declare import Gate
 from nestloop.lang.loop import LoopSpec
 from nestloop.lang.optim import momentum_name
 from nestloop.lang.schedule import Causal, Chunked, Program, resets_at
-from nestloop.lang.state import Entry, averaged_gates
+from nestloop.lang.state import Entry, averaged_gates, momenta_among
 from nestloop.reference.bodies import Tensors, checked_loss, checked_readout
 
 
@@ -259,6 +259,6 @@ class _Walk:
             gradients[name] = gradients[name] + pending.get(f"{name}.pending", 0.0)
         count = schedule.size if pending and isinstance(schedule, Chunked) else stop - start
         factor = self.factor(lambda g: (tile[g.name].sum(0) + pending.get(f"{g.name}.pending", 0.0)) / count)
-        momenta = {e.name: self.carry[e.name] for e in self.spec.entries.values() if e.part == "momentum"}
+        momenta = momenta_among(self.spec.entries, self.carry)
         made, kept = self.optimizer.take_step(self.weights, momenta, gradients, self.initial, factor)
         self.carry.update({**made, **kept})

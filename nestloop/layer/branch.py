@@ -68,8 +68,11 @@ class Branch(nn.Module):
     ) -> None:
         super().__init__()
         spec = spec_of(loop)
-        of_views = {name for view in spec.inputs.values() for expr in view.dims for name in expr.names}
-        defaults = {**dict.fromkeys(of_views - {*spec.dims}, sizes["d"]), **spec.default_dims, **sizes}
+        defaults = {**spec.default_dims, **sizes}
+        of_views = [name for view in spec.inputs.values() for expr in view.dims for name in expr.names]
+        for name in of_views:  # in their order, which generated text has
+            if name not in spec.dims:
+                defaults.setdefault(name, sizes["d"])
         fixed = spec.heads.size(defaults, spec.where) if isinstance(spec.heads, DimExpr) else spec.heads
         self.heads = fixed or sizes["H"]
         self.sizes = {**defaults, "H": self.heads}

@@ -98,6 +98,7 @@ class TritonInTwo(TritonPieces):
             ],
             f"for first in tl.range({start}, {stop}, {height}{ahead}):",
             *indented(tile),
+            *([] if alone else [BARRIER]),  # all have read what there was
             *[self.store(r, into[r], blocks[r], block=size) for r in function.returned],
             *([BARRIER] if set(function.results) - set(function.returned) else []),  # the next adds to the same rows
         ]

@@ -335,19 +335,17 @@ class TritonKernels(Fitting):
         masks = [*([f"({index} < {size})"] if size % length else []), *self._once]
         if masks:
             masked = f", mask={' & '.join(masks)}"
-        tile = zeros([length])
+        tile, other = zeros([length]), ", other=0" if masked else ""
         if source is not None and parts is None:
-            tile = f"tl.load({source} + {index}{masked}{', other=0' if masked else ''}).to(S)"
-        if added:
-            (there,) = places
-            tile += f" + tl.load({there} + {index}{masked}{', other=0' if masked else ''})"
+            tile = f"tl.load({source} + {index}{masked}{other}).to(S)"
         lines = [f"tile{length} = {tile}"]
         if source is not None and parts is not None:
             count, apart = parts
             lines.append(f"for one in tl.range(0, {count}, loop_unroll_factor={TOGETHER}):")
-            other = ", other=0" if masked else ""
             lines.append(f"    tile{length} += tl.load({source} + one * {apart} + {index}{masked}{other})")
-        lines += [f"tl.store({place} + {index}, tile{length}{masked})" for place in places]
+        for place in places:
+            there = f" + tl.load({place} + {index}{masked}{other})" if added else ""
+            lines.append(f"tl.store({place} + {index}, tile{length}{there}{masked})")
         return lines if size <= length else [walk("piece", f"0, {size}, {length}"), *indented(lines)]
 
     def clear_all(self, names: Sequence[str], places: Mapping[str, str]) -> list[str]:

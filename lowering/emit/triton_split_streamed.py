@@ -110,7 +110,8 @@ class TritonSplitStreamedScan(TritonSplitScan):
         return {**self._read(index), **self._places(self.shared)}
 
     def nothing_waits(self) -> list[str]:
-        return [line for n in self.extra if n.endswith("__pending") for line in self.fill(n, None, self.end(n))]
+        lines = [line for n in self.extra if n.endswith("__pending") for line in self.fill(n, None, self.end(n))]
+        return [*lines, *([BARRIER] if lines else [])]
 
     def _left_in_turns(self) -> list[str]:
         return []  # what is walked stays where it lies: a copy in some turns would take registers in all

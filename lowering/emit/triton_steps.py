@@ -191,6 +191,7 @@ class TritonSteps(TritonInTwo):
         return [
             *[self.load(r, into[r]) for r in returned],
             *self.each_turn("first", f"{start}, {stop}, {height}", inner, alone and function.read_ahead),
+            *([BARRIER] if alone and returned else []),  # all have read what there was
             *[self.store(r, into[r], r) for r in returned],
         ]
 
@@ -346,7 +347,8 @@ class TritonSteps(TritonInTwo):
             unmade += self.clear_all([n for n in self.fast if f"d_gradient_{n}" not in results], pulled)
             found = [r for r in self.functions[name].returned if r in into]
             call = self.call(name, {**self._read(name, self.found("state")), **made, **into}, "c_", count="0")
-            added = [line for r in found for line in (self.load(r, into[r]), self.store(r, into[r], f"{r} + c_{r}"))]
+            added = [*[self.load(r, into[r]) for r in found], *([BARRIER] if found else [])]
+            added += [self.store(r, into[r], f"{r} + c_{r}") for r in found]
             return [line for line in [call, *unmade, *added] if line]
 
         return [self.rate, *self._variants(one)]

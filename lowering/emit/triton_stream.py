@@ -295,7 +295,8 @@ class TritonStream(TritonKernels, ScanTensors):
         if not self.halo:
             return []
         lines = [walk("index", f"0, tl.cdiv(N, {self.rows})")]
-        inner = [*self.span, *[self.clear(n) for n in self.seen]]
+        alone = "n = tl.where(start + own < N, own, n)"  # what is beyond them is the next chunk's
+        inner = [*self.span, alone, *[self.clear(n) for n in self.seen]]
         return [*lines, *indented(inner), BARRIER]
 
     # ---- Calls -----------------------------------------------------------------------------------------------------
@@ -318,7 +319,8 @@ class TritonStream(TritonKernels, ScanTensors):
 
     def nothing_waits(self) -> list[str]:
         """Lines that leave a state in which no token waits for its step, until a chunk that is not complete."""
-        return [self.store(n, self.end(n), self.zeros(n)) for n in self.extra if n.endswith("__pending")]
+        lines = [self.store(n, self.end(n), self.zeros(n)) for n in self.extra if n.endswith("__pending")]
+        return [*lines, *([BARRIER] if lines else [])]
 
     def leave_anchor(self) -> list[str]:
         """Lines that leave the last chunk's first weights, its anchor."""

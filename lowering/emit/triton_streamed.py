@@ -133,7 +133,7 @@ class TritonStreamedScan(TritonStream):
             *self.each_turn("back", "first, last", ["index = last - 1 - (back - first)", *self._pull(now)]),
         ]
         body += self.each_turn("turn", "0, groups", group)
-        body.append(f"pulled = pair + chunks % 2 * {self._size}")
+        body += [f"pulled = pair + chunks % 2 * {self._size}", BARRIER]
         pulled = self.side_by_side("pulled", self.carry)
         return body + [x for n in self.starts for x in self.fill(n, pulled[n], self.pulled(n))]
 

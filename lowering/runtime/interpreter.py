@@ -5,13 +5,13 @@ interpreted at a time. Five things of the stock interpreter are mended on the wa
 (products of garbage, casts that cut off), is rounded to nearest; what it puts in the place of `triton.language` while a
 kernel runs is taken back after it, and put there once, not again for every function that the kernel calls; a number
 that bounds a loop is read in a way that every numpy allows; and products may ask for every precision that devices have,
-though all are taken in full. What a kernel reads and writes must lie in the tensors that it was given: a GPU would not
-say so, unless the memory beside them happened to be nobody's.
+though all are taken in full. What a kernel touches is watched (`runtime.touched`): it must lie in the tensors that it
+was given, and be in an order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -24,71 +24,30 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.jit import JITFunction
 
+from nestloop.lowering.runtime.touched import Races, Reach
+
 _BUILDER: Any = type(interpreter.interpreter_builder)
 _INTERPRETED: dict[int, InterpretedFunction] = {}
 
 
-class Reach:
-    """The memory that a kernel may touch: every element of the tensors that it is given, and nothing between them.
-
-    Args:
-        kernel: its name.
-        tensors: by the names of its arguments, on the CPU, in any layout.
-    """
-
-    def __init__(self, kernel: str, tensors: dict[str, Tensor]) -> None:
-        self.kernel, self.tensors = kernel, tensors
-        first, last = zip(*map(_pieces, tensors.values()), strict=True) if tensors else ([], [])
-        starts, ends = np.concatenate([[0], *first]), np.concatenate([[0], *last])
-        order = np.argsort(starts, kind="stable")
-        # Tensors may overlap: a piece ends where it or any before it ends the latest.
-        self.starts, self.ends = starts[order], np.maximum.accumulate(ends[order])
-
-    def check(self, verb: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
-        """Raise IndexError unless all elements of `size` bytes, where the mask is set, lie in the tensors."""
-        wanted = addresses[mask.astype(np.bool_)].astype(np.int64)  # a mask of one number comes as int32
-        beyond = wanted + size > self.ends[np.searchsorted(self.starts, wanted, side="right") - 1]
-        if beyond.any():
-            first = int(wanted[beyond][0])
-            near = min(self.tensors, key=lambda name: abs(first - self.tensors[name].data_ptr()))
-            raise IndexError(
-                f"{self.kernel} {verb} {beyond.sum()} of {beyond.size} elements that are in none of its tensors, "
-                f"the first {first - self.tensors[near].data_ptr()} bytes from the start of {near}"
-            )
-
-
-def _pieces(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Where the pieces of a tensor that lie densely start, in bytes, and where they end."""
-    if not tensor.numel():
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    size, dense = tensor.element_size(), 1
-    axes = sorted((stride, count) for stride, count in zip(tensor.stride(), tensor.shape, strict=True) if count > 1)
-    starts = np.array([tensor.data_ptr()], np.int64)
-    for stride, count in axes:
-        if stride <= dense:
-            dense = max(dense, stride * (count - 1) + dense)
-        else:
-            starts = (starts[:, None] + np.arange(count, dtype=np.int64) * stride * size).reshape(-1)
-    return starts, starts + dense * size
-
-
-_REACH: list[Reach] = []  # of the kernel that runs
+_TOUCHED: list[tuple[Reach, Races]] = []  # by the kernel that runs
 
 
 def interpreted(kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    """Run a kernel on CPU tensors, one program after the other. Races, layouts and warps are not seen.
+    """Run a kernel on CPU tensors, one program after the other. Layouts and warps are not seen.
 
-    Raises IndexError (inside Triton's InterpreterError) where it reads or writes what is in none of its tensors.
+    Raises (inside Triton's InterpreterError) IndexError where it reads or writes what is in none of its tensors, and
+    RuntimeError where it does so in an order that a GPU does not promise.
     """
     _install()
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    _REACH.append(Reach(kernel.__name__, tensors))
+    _TOUCHED.append((Reach(kernel.__name__, tensors), Races(kernel.__name__, tensors)))
     try:
         with triton.knobs.runtime.scope():
             triton.knobs.runtime.interpret = True
             _function(kernel)[grid](**arguments)
     finally:
-        _REACH.pop()
+        _TOUCHED.pop()
 
 
 def _function(kernel: JITFunction) -> InterpretedFunction:
@@ -136,7 +95,19 @@ def _install() -> None:
     InterpretedFunction.__call__ = call_inside
     patch_lang, patch = interpreter._patch_lang, interpreter._patch_lang_tensor
     whole = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # the generated file names one, Triton's own both
-    interpreter._patch_lang = lambda function: patch_lang(whole)
+
+    def patch_language(function: Any) -> Any:
+        scope = patch_lang(whole)
+        plain = tl.range
+
+        def turns(*bounds: Any, num_stages: int = 1, **settings: Any) -> Iterable[int]:
+            every: range = plain(*bounds, **settings)
+            return every if num_stages == 1 else _TOUCHED[-1][1].turns(every)
+
+        scope.set_attr(tl, "range", turns)
+        return scope
+
+    interpreter._patch_lang = patch_language
 
     def patch_lang_tensor(tensor: type, scope: Any) -> None:
         patch(tensor, scope)
@@ -174,16 +145,29 @@ def _install() -> None:
         low = _is_low(source) or to.scalar == tl.bfloat16
         return self.cast_impl(source, to) if low else convert(self, source, to, rounding)
 
-    load, store = _BUILDER.create_masked_load, _BUILDER.create_masked_store
+    load, store, set_grid_idx = _BUILDER.create_masked_load, _BUILDER.create_masked_store, _BUILDER.set_grid_idx
+
+    def touch(verb: str, at: TensorHandle, mask: TensorHandle) -> None:
+        reach, races = _TOUCHED[-1]
+        reach.check(verb, at.data, mask.data, at.get_element_ty().primitive_bitwidth // 8)
+        races.touch(verb, at.data, mask.data)
 
     def create_masked_load(self: Any, at: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
-        _REACH[-1].check("reads", at.data, mask.data, at.get_element_ty().primitive_bitwidth // 8)
+        touch("reads", at, mask)
         return load(self, at, mask, *rest)
 
     def create_masked_store(self: Any, at: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any) -> Any:
-        _REACH[-1].check("writes", at.data, mask.data, at.get_element_ty().primitive_bitwidth // 8)
+        touch("writes", at, mask)
         return store(self, at, value, mask, *rest)
 
+    def create_barrier(self: Any) -> None:
+        _TOUCHED[-1][1].wait()
+
+    def begin(self: Any, *place: int) -> None:
+        _TOUCHED[-1][1].begin()
+        set_grid_idx(self, *place)
+
+    _BUILDER.set_grid_idx = begin
     arithmetic = (cast_impl, binary_op, unary_op, create_dot, create_fp_to_fp)
-    for method in (*arithmetic, create_masked_load, create_masked_store):
+    for method in (*arithmetic, create_masked_load, create_masked_store, create_barrier):
         setattr(_BUILDER, method.__name__, method)

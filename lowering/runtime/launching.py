@@ -126,11 +126,11 @@ class TritonCode:
 
     @staticmethod
     def grid(one: Launch, items: int, parts: Mapping[str, int], like: Tensor) -> int:
-        """Programs of a kernel."""
+        """Programs of a kernel: interpreted ones walk two items each where they may walk any number."""
         every = items * parts[one.over] * one.strips
-        if one.walks and like.device.type == "cuda":
-            return programs_of(one, every, *_sizes_of(like.device))
-        return every
+        if not one.walks:
+            return every
+        return programs_of(one, every, *_sizes_of(like.device)) if like.device.type == "cuda" else -(-every // 2)
 
     @staticmethod
     def settings(dtype: torch.dtype, given: torch.dtype) -> dict[str, Any]:

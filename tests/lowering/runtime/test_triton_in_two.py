@@ -68,11 +68,14 @@ def test_in_ranges_too(loop: type[nl.Loop], tokens: int, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("loop", "tokens"), [(Recall, 35), pytest.param(zoo.MTTTMLP, 20, marks=pytest.mark.slow)])
 def test_programs_walk_heads_and_sequences(loop: type[nl.Loop], tokens: int, monkeypatch: pytest.MonkeyPatch):
     inputs = random_inputs(loop.spec, {**SIZES, "a": 5, "e": 7}, tokens=tokens, scale={"eta": 0.5}, sequences=2)
-    alone = run(nl.compile(loop, backend="triton"), inputs)
-    grid = TritonCode.grid
-    monkeypatch.setattr(TritonCode, "grid", staticmethod(lambda one, *given: 3 if one.walks else grid(one, *given)))
-    few = run(nl.compile(loop, backend="triton"), inputs)
-    assert all(torch.equal(value, few[name]) for name, value in alone.items())
+    every = inputs.views["k"].shape[:2].numel()
+    grid, made = TritonCode.grid, []
+    for count in (every, 3, 1):
+        walk = staticmethod(lambda one, *given, count=count: count if one.walks else grid(one, *given))
+        monkeypatch.setattr(TritonCode, "grid", walk)
+        made.append(run(nl.compile(loop, backend="triton"), inputs))
+    alone, *few = made
+    assert all(torch.equal(value, one[name]) for one in few for name, value in alone.items())
 
 
 def test_programs_walk_where_memory_of_all_is_more_than_the_cache():

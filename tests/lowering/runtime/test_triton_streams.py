@@ -1,6 +1,6 @@
 """Streams in generated Triton: interpreted for what they compute, compiled for what they take.
 
-The interpreter sees no races and no layouts; the compiler runs nothing. Each kernel is put through both.
+The interpreter sees no layouts; the compiler runs nothing. Each kernel is put through both.
 """
 
 from __future__ import annotations

@@ -121,9 +121,10 @@ def _arguments(tracer: Tracer, weight: str, beside: Sequence[str]) -> dict[str, 
     def argument(name: str) -> Any:
         if name in optimizer.own:
             part = optimizer.own_of(weight)[name]
-            if isinstance(part, Declaration) and not part.dims:
+            declared = part.declared if isinstance(part, coefficient.Unspread) else part
+            if isinstance(declared, Declaration) and not declared.dims:
                 return tracer.example([])
-            slow = {part.name: tile(part)} if isinstance(part, Slow) else {}
+            slow = {declared.name: tile(declared)} if isinstance(declared, Slow) else {}
             return coefficient.value(part, tracer.spec.fast[weight], tracer.sizes, slow, tile)
         moment = optimizer.moments.get(name)
         return tracer.example([]) if moment is not None and moment.scalar else tracer.tile(weight)

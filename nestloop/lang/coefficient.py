@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,17 @@ from torch import Tensor
 from nestloop.errors import CoefficientError, Location, NestloopError, shown
 from nestloop.lang.declare import Declaration, Gate, Slow
 from nestloop.lang.dims import DimExpr, parse
+
+
+@dataclass(frozen=True)
+class Unspread:
+    """A slow weight or gate that an update reads with its own axes, which are none of the fast weight's."""
+
+    declared: Declaration
+
+    @property
+    def dims(self) -> tuple[DimExpr, ...]:
+        return self.declared.dims
 
 
 def read(value: Any, what: str, where: Location, rule: str = "nl.SGD") -> Any:
@@ -62,8 +74,11 @@ def parts(coefficient: Any) -> list[Any]:
     return [] if coefficient is None else [coefficient]
 
 
-def along(coefficient: Declaration, weight: Declaration) -> tuple[int, ...]:
+def along(coefficient: Declaration, weight: Declaration, fix: str = "") -> tuple[int, ...]:
     """The axis of the fast weight that each dim of a coefficient lies along.
+
+    Args:
+        fix: what else would do.
 
     Raises:
         CoefficientError: the fast weight has no such axis.
@@ -77,7 +92,7 @@ def along(coefficient: Declaration, weight: Declaration) -> tuple[int, ...]:
                 where=coefficient.where,
                 given=f"{coefficient!r} for {weight!r}",
                 need="dims that are axes of every fast weight it works on",
-                fix="leave the dims out, or give each fast weight its own: nl.SGD(decay={'w': a})",
+                fix="leave the dims out, or give each fast weight its own: nl.SGD(decay={'w': a})" + fix,
             )
         taken.append(free[0])
     return tuple(taken)
@@ -102,7 +117,8 @@ def value(
     slow: Mapping[str, Tensor],
     gate: Callable[[Gate], Tensor],
 ) -> Any:
-    """A coefficient as a number, or as a tensor that multiplies the fast weight (leading axes are the gate's own).
+    """A coefficient as a number, or as a tensor that multiplies the fast weight (leading axes are the gate's own); one
+    that is not spread as it is.
 
     Args:
         gate: the value of a gate, [*lead, *dims].
@@ -114,6 +130,10 @@ def value(
             return spread(slow[coefficient.name], coefficient, weight)
         case Gate():
             return spread(gate(coefficient), coefficient, weight)
+        case Unspread(declared=Gate() as declared):
+            return gate(declared)
+        case Unspread(declared=declared):
+            return slow[declared.name]
     return float(coefficient)
 
 

@@ -69,8 +69,9 @@ def _check_coefficients(spec: LoopSpec) -> None:
             )
         for weight in spec.fast.values():
             one = coefficient.of(value, weight.name)
-            if isinstance(one, (Slow, Gate)):
-                coefficient.along(one, weight)
+            if isinstance(one, (Slow, Gate)) and spec.optimizer.spreads(name):
+                own = f"; an update reads it as it is where {name} = nl.coefficient(spread=False)"
+                coefficient.along(one, weight, own if name in spec.optimizer.own else "")
 
 
 def called(coefficient: str) -> str:

@@ -42,9 +42,10 @@ class Coefficient(OfEachWeight):
 
     kind, why = "coefficient", "what it is differs by fast weight"
 
-    def __init__(self, default: Any) -> None:
+    def __init__(self, default: Any, spread: bool) -> None:
         super().__init__()
         self.default = None if default is None else read(default, "coefficient", self.where)
+        self.spread = spread
 
     def __set__(self, optimizer: Any, value: Any) -> None:
         """What an optimizer is made with."""
@@ -52,7 +53,7 @@ class Coefficient(OfEachWeight):
             vars(optimizer)["given"] = {**vars(optimizer).get("given", {}), self.name: value}
 
 
-def coefficient(default: Any = None) -> Any:
+def coefficient(default: Any = None, spread: bool = True) -> Any:
     """Declare a number of an optimizer that may be learned or read from tokens, as its learning rate may.
 
     `beta = nl.coefficient(0.9)` in the class is `s.beta` in `update`, and given where the optimizer is made:
@@ -61,11 +62,14 @@ def coefficient(default: Any = None) -> Any:
     Args:
         default: what it is where it is not given: a number, text in the dims, a slow weight or gate of the loop, or a
             dict of these by fast weight; None for one that has to be given.
+        spread: whether the dims of a slow weight or gate are axes of the fast weight, along which it is spread, to
+            multiply it. Without, an update has it as it is declared, [*dims]: a matrix that gradients are multiplied
+            by, say.
 
     Raises:
         CoefficientError, DimExpressionError: a default that is none of these.
     """
-    return Coefficient(default)
+    return Coefficient(default, spread)
 
 
 class Kept:

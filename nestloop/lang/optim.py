@@ -174,6 +174,10 @@ class SGD:
         """Those of one fast weight."""
         return {}
 
+    def spreads(self, name: str) -> bool:
+        """Whether a coefficient's dims are axes of fast weights (`nl.coefficient`)."""
+        return True
+
     @property
     def functions(self) -> dict[str, Any]:
         """The functions of fast weights and their gradients that are given, by name, as a step calls them."""

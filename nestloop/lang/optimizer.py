@@ -18,7 +18,7 @@ from nestloop.errors import (
     TransformError,
     shown,
 )
-from nestloop.lang.coefficient import is_number, of, read
+from nestloop.lang.coefficient import Unspread, is_number, of, read
 from nestloop.lang.declaration import Declaration, body_line, caller, check_signature
 from nestloop.lang.declare import OfTokens, Weight, collect
 from nestloop.lang.moments import Coefficient, Kept, Moment, listed
@@ -47,8 +47,8 @@ class Optimizer(SGD):
 
     `update` takes a fast weight w, its gradient g (after `gradient_transform` and `momentum`, where given) and s, which
     has what is kept of it and its coefficients (`nl.coefficient`); all of one sequence and head, [*dims], a scalar
-    moment [], a coefficient a number or what multiplies w. It returns what the learning rate multiplies, of g's shape,
-    and every moment by name. All else is as of `SGD`, whose arguments it takes:
+    moment [], a coefficient a number, what multiplies w, or as it is declared. It returns what the learning rate
+    multiplies, of g's shape, and every moment by name. All else is as of `SGD`, whose arguments it takes:
 
         W <- decay * W - lr * scale * update
 
@@ -90,7 +90,7 @@ class Optimizer(SGD):
         cls._declared_at = caller()
         for name in set(cls.declared) & set(vars(cls)):
             if not isinstance(vars(cls)[name], Declaration):  # another default
-                number = Coefficient(vars(cls)[name])
+                number = Coefficient(vars(cls)[name], cls.declared[name].spread)
                 setattr(cls, name, number)
                 number.__set_name__(cls, name)
         cls.moments, cls.declared = collect(cls, Moment), collect(cls, Coefficient)
@@ -171,7 +171,12 @@ class Optimizer(SGD):
                     need=f"one for {weight} too",
                     fix=f"write {name} = nl.coefficient(0.9) in the class, or {name}={{..., {weight!r}: 0.9}}",
                 )
+            if isinstance(found[name], Declaration) and not self.spreads(name):
+                found[name] = Unspread(found[name])
         return found
+
+    def spreads(self, name: str) -> bool:
+        return name not in self.declared or self.declared[name].spread
 
     @property
     def functions(self) -> dict[str, Any]:

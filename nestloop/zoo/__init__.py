@@ -35,6 +35,7 @@ from nestloop.zoo.delta import (
 from nestloop.zoo.estimators import LocalLinearAttention, Parallax
 from nestloop.zoo.in_context import InContextAutoregression, InContextGD
 from nestloop.zoo.lact import CausalLaCT, CausalLaCTMuon, LaCT, LaCTMuon
+from nestloop.zoo.log_linear import LogLinearAttention
 from nestloop.zoo.memories import Atlas, Memora, Moneta, OmegaNet, Yaad
 from nestloop.zoo.mttt import (
     MTTTMLP,
@@ -86,6 +87,7 @@ __all__ = [
     "LinearAttention",
     "LinearAttentionElu",
     "LocalLinearAttention",
+    "LogLinearAttention",
     "Longhorn",
     "LonghornDiagonal",
     "MTTTLinear",

@@ -28,7 +28,7 @@ STREAM_FORMS = {
     "sequential": ("LonghornDiagonal", "GeneralizedDeltaRule", "PGDN", "SelfModifyingTitans"),
     "chunk": (
         *("InContextAutoregression", "NeuralMemory", "Atlas", "CausalLaCT", "CausalLaCTMuon"),
-        *("LaCT", "LaCTMuon", "TNT", "ContinuumMemory"),
+        *("LaCT", "LaCTMuon", "TNT", "ContinuumMemory", "LogLinearAttention"),
     ),
 }
 
@@ -93,12 +93,12 @@ def form(spec: LoopSpec) -> str:
 
 
 def lines(loop: type[Loop]) -> int:
-    """Lines of code of a loop and its learner, each as if written without its bases in the zoo.
+    """Lines of code of a loop, its learner and its own optimizer, each as if written without its bases in the zoo.
 
     What a class overrides is not counted, what it calls with `super()` is; so are functions that a body calls. Blank
     lines, comments, docstrings and the paper's id are none.
     """
-    return sum(_flat(cls) for cls in (loop, loop.spec.learner) if _ours(cls))
+    return sum(_flat(cls) for cls in (loop, loop.spec.learner, type(loop.spec.optimizer)) if _ours(cls))
 
 
 def _ours(part: Any) -> bool:

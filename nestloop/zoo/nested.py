@@ -48,13 +48,11 @@ class SelfModifyingTitans(nl.Loop):
 class Every(nl.Optimizer):
     """A step every so many chunks, down the sum of their gradients, each taken at the weights of its time."""
 
-    total, chunks = nl.moment(), nl.moment(scalar=True)
-    period = nl.coefficient(1)
+    total, chunks, period = nl.moment(), nl.moment(scalar=True), nl.coefficient(1)
 
     def update(self, w, g, s):
-        total, chunks = s.total + g, s.chunks + 1
-        due = (chunks % s.period == 0).to(g.dtype)
-        return due * total, {"total": (1 - due) * total, "chunks": chunks}
+        due, total = ((s.chunks + 1) % s.period == 0).to(g.dtype), s.total + g
+        return due * total, {"total": (1 - due) * total, "chunks": s.chunks + 1}
 
 
 class Levels(nl.Learner):

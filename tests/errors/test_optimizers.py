@@ -256,6 +256,28 @@ def test_names_that_mean_something_else():
     )
 
 
+def test_a_matrix_of_coefficients():
+    class Turned(nl.Optimizer):
+        by = nl.coefficient()
+
+        def update(self, w, g, s):
+            return s.by @ g, {}
+
+    def step():
+        p = nl.slow("d", "2*d")  # HERE
+        layer_with(Turned(0.1, by=p), p=p)
+
+    refused(
+        step,
+        CoefficientError,
+        "The slow weight 'p' does not fit the fast weight 'w'.",
+        given="slow weight p[d, 2 * d] for fast weight w[d, d]",
+        need="dims that are axes of every fast weight it works on",
+        fix="leave the dims out, or give each fast weight its own: nl.SGD(decay={'w': a}); an update reads it as it is "
+        "where by = nl.coefficient(spread=False)",
+    )
+
+
 def test_what_an_optimizer_is_made_with():
     def unknown():
         Rule(0.1, bta=0.3)  # HERE

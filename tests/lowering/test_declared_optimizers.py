@@ -20,9 +20,22 @@ H, d = 2, 4
 SIZES = {"d": d, "H": H}
 pytestmark = pytest.mark.usefixtures("quick_builds")
 
+
+class Turned(nl.Optimizer):
+    """A matrix of its own for each fast weight, which multiplies its gradients."""
+
+    v, by = nl.moment(), nl.coefficient(spread=False)
+
+    def update(self, w, g, s):
+        v = 0.5 * s.v + torch.tensordot(s.by, g, 1)
+        return v + 0.1 * g, {"v": v}
+
+
 OWN = [one for one in vars(module).values() if isinstance(one, type) and issubclass(one, nl.Optimizer)]
 RULES: dict[str, Any] = {one.__name__: partial(one, eps_root=0.01) for one in OWN if one is not nl.Optimizer}
-RULES |= {"declared": Averages, "gated": Averages, "learned": Averages}
+RULES |= {"declared": Averages, "gated": Averages, "learned": Averages, "turned": Turned, "turned by tokens": Turned}
+
+
 SCHEDULES: dict[str, Any] = {
     "batch": nl.FullBatch(3),
     "shuffled": nl.Shuffled(3),
@@ -46,6 +59,7 @@ class Recall(nl.Loop):
     learner = MLP
     k, v, q = nl.view("d"), nl.view("d"), nl.view("d")
     theta, mu = nl.gate(dims="2*d"), nl.slow("d")
+    read, few, many = nl.gate(dims=("d", "d")), nl.slow("d", "d"), nl.slow("2*d", "2*d")
 
     def loss(self, f, t):
         return 0.5 * (f(t.k) - t.v).square().sum(-1)
@@ -56,13 +70,20 @@ class Recall(nl.Loop):
 
 def declared(rule: str, schedule: str) -> type[nl.Loop]:
     """A coefficient of each kind: one for all weights, one along an axis of some, read from tokens or learned."""
-    beta = {"gated": {"a": Recall.theta, "b": 0.5}, "learned": {"b": Recall.mu, "c": Recall.mu}}.get(rule)
-    made = RULES[rule](lr=0.1, **({} if beta is None else {"beta": beta}))
+    given: dict[str, Any] = {
+        "gated": {"beta": {"a": Recall.theta, "b": 0.5}},
+        "learned": {"beta": {"b": Recall.mu, "c": Recall.mu}},
+        "turned": {"by": {"a": Recall.few, "b": Recall.many, "c": Recall.few}},
+        "turned by tokens": {"by": {"a": Recall.read, "b": Recall.many, "c": Recall.few}},
+    }
+    made = RULES[rule](lr=0.1, **given.get(rule, {}))
     return type("Changed", (Recall,), {"schedule": SCHEDULES[schedule], "optimizer": made})
 
 
-BATCHES = ("batch", "shuffled")
-CASES = [(rule, schedule) for rule in RULES for schedule in SCHEDULES if rule != "gated" or schedule not in BATCHES]
+BATCHES, OF_TOKENS = ("batch", "shuffled"), ("gated", "turned by tokens")
+CASES = [
+    (rule, schedule) for rule in RULES for schedule in SCHEDULES if rule not in OF_TOKENS or schedule not in BATCHES
+]
 every_case = pytest.mark.parametrize(("rule", "schedule"), CASES, ids=["-".join(case) for case in CASES])
 
 

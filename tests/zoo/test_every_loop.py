@@ -11,6 +11,7 @@ import torch
 
 import nestloop as nl
 from nestloop import zoo
+from nestloop.lang.maps import PerPosition
 from nestloop.lang.state import counts_tokens, state_numbers
 from nestloop.lowering.capture import capture_with
 from nestloop.lowering.streams.forms import choose
@@ -31,6 +32,17 @@ def op(loop):
     if isinstance(schedule, nl.Chunked) and schedule.size > 4:
         loop = type(loop.__name__, (loop,), {"schedule": dataclasses.replace(schedule, size=4)})
     return nl.compile(loop, backend="reference")
+
+
+def leaves_of(loop, views, weights):
+    """What the outer loop has a gradient of; not a gate that says where a token lies and no more."""
+    fixed = {
+        name
+        for name, gate in loop.spec.gates.items()
+        if any(isinstance(one, PerPosition) and not one.learned for one in gate.maps)
+    }
+    given = {name: view for name, view in views.items() if name not in fixed}
+    return given | {name: weight for name, weight in weights.items() if weight.requires_grad}
 
 
 def test_every_exported_loop_is_listed():
@@ -74,7 +86,7 @@ def test_it_runs_forward_and_backward(loop):
     z, _ = op(loop)(views, weights, order=order)
     heads = loop.spec.heads or 2
     assert z.shape[:3] == (2, heads, tokens) and z.isfinite().all()
-    leaves = {**views, **{n: w for n, w in weights.items() if w.requires_grad}}
+    leaves = leaves_of(loop, views, weights)
     weight = torch.randn_like(z)
     for name, gradient in zip(leaves, torch.autograd.grad((z * weight).sum(), list(leaves.values())), strict=True):
         assert gradient.isfinite().all() and gradient.any(), name
@@ -86,6 +98,7 @@ def test_lines_are_those_of_code():
     assert listing.lines(zoo.LightningAttention) == listing.lines(zoo.RetNet)  # and as many without a base
     assert listing.lines(zoo.MTTTMLP4) == listing.lines(zoo.MTTTMLP) + 1
     assert listing.lines(zoo.Moneta) == 6 + 10 + 2  # a function that a body calls counts
+    assert listing.lines(zoo.LogLinearAttention) == 2 + 6 + 11  # and an optimizer of its own
 
 
 @pytest.mark.parametrize(
@@ -139,7 +152,7 @@ def in_pieces(loop, views, weights, lengths):
 def test_a_split_sequence_is_the_whole_one(loop):
     views, weights = draw(loop.spec, 18)  # more than a chunk of sixteen
     whole, end = op(loop)(views, weights)
-    leaves = [*views.values(), *(w for w in weights.values() if w.requires_grad)]
+    leaves = [*leaves_of(loop, views, weights).values()]
     weight = torch.randn_like(whole)
     expected = torch.autograd.grad((whole * weight).sum(), leaves, retain_graph=True)
     for lengths in ([7, 0, 11], [1] * 18):
@@ -156,12 +169,13 @@ def test_a_split_sequence_is_the_whole_one(loop):
 @each_stream
 def test_a_state_is_kept_as_it_is(loop):
     views, weights = draw(loop.spec, 4)
+    sizes = SIZES | loop.spec.default_dims
     _, state = op(loop)(views, weights)
     assert list(state) == [*loop.spec.entries, "position"]
     for name, entry in loop.spec.entries.items():
         rows = [entry.rows] if entry.rows else []
-        assert list(state[name].shape) == [2, 2, *rows, *[e.size(SIZES) for e in entry.like.dims]], name
-    assert state_numbers(loop.spec, SIZES) == sum(state[name][0, 0].numel() for name in loop.spec.entries)
+        assert list(state[name].shape) == [2, 2, *rows, *[e.size(sizes) for e in entry.like.dims]], name
+    assert state_numbers(loop.spec, sizes) == sum(state[name][0, 0].numel() for name in loop.spec.entries)
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)

@@ -4,9 +4,9 @@ Triton interprets when TRITON_INTERPRET is set before it is imported, and then c
 interpreted at a time. Five things of the stock interpreter are mended on the way: bfloat16, which it computes wrongly
 (products of garbage, casts that cut off), is rounded to nearest; what it puts in the place of `triton.language` while a
 kernel runs is taken back after it, and put there once, not again for every function that the kernel calls; a number
-that bounds a loop is read in a way that every numpy allows; and products may ask for every precision that devices have,
-though all are taken in full. What a kernel touches is watched (`runtime.touched`): it must lie in the tensors that it
-was given, and be in an order.
+that bounds a loop is read in a way that every numpy allows; and products may ask for every precision that devices have:
+those in tf32 round their factors, all others are taken in full. What a kernel touches is watched (`runtime.touched`):
+it must lie in the tensors that it was given, and be in an order.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 from triton.runtime.jit import JITFunction
@@ -66,6 +67,11 @@ def _to_bfloat16(x: np.ndarray) -> np.ndarray:
 
 def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32).reshape(np.shape(bits))
+
+
+def _to_tf32(x: np.ndarray) -> np.ndarray:
+    """float32 numbers without the 13 bits of their mantissas that matrix units do not read."""
+    return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).reshape(np.shape(x))
 
 
 def _is_low(handle: TensorHandle) -> bool:
@@ -135,9 +141,13 @@ def _install() -> None:
     def unary_op(self: Any, a: TensorHandle, op: Callable[..., np.ndarray]) -> TensorHandle:
         return TensorHandle(_to_bfloat16(op(_widened(a))), tl.bfloat16) if _is_low(a) else unary(self, a, op)
 
-    def create_dot(self: Any, a: TensorHandle, b: TensorHandle, c: TensorHandle, *settings: Any) -> TensorHandle:
+    def create_dot(
+        self: Any, a: TensorHandle, b: TensorHandle, c: TensorHandle, precision: Any, *settings: Any
+    ) -> TensorHandle:
         if not (_is_low(a) or _is_low(b)):
-            return dot(self, a, b, c, *settings)
+            if precision == ir.INPUT_PRECISION.TF32 and a.dtype.scalar == tl.float32:
+                a, b = (TensorHandle(_to_tf32(factor.data), tl.float32) for factor in (a, b))
+            return dot(self, a, b, c, precision, *settings)
         made = np.matmul(_widened(a), _widened(b)) + _widened(c)
         return TensorHandle(_to_bfloat16(made), tl.bfloat16) if _is_low(c) else TensorHandle(made, c.dtype.scalar)
 

@@ -28,6 +28,29 @@ def run(source: Tensor, to: Tensor, programs: int, rows: int | None = None) -> N
     interpreted(copy_rows, (programs,), arguments | strides)
 
 
+@triton.jit
+def product(a, b, made, PRECISION: tl.constexpr):
+    i = tl.arange(0, 16)
+    places = i[:, None] * 16 + i[None, :]
+    c = tl.dot(tl.load(a + places), tl.load(b + places), input_precision=PRECISION)
+    tl.store(made + places, c)
+
+
+def test_products_in_tf32_round_their_factors():
+    """To 10 bits, towards zero, as matrix units do that leave out the others."""
+    a, b = torch.randn(16, 16), torch.eye(16)
+    made = {}
+    for precision in ("ieee", "tf32x3", "tf32"):
+        interpreted(
+            product,
+            (1,),
+            {"a": a, "b": b, "made": made.setdefault(precision, torch.empty(16, 16)), "PRECISION": precision},
+        )
+    assert torch.equal(made["ieee"], a) and torch.equal(made["tf32x3"], a)
+    lost = (a - made["tf32"]) / a
+    assert 0 < lost.max() < 2**-10 and lost.min() >= 0
+
+
 def test_what_lies_in_the_tensors_is_read_and_written() -> None:
     rows = torch.arange(24.0).reshape(3, 8)
     made = torch.zeros(3, 4)

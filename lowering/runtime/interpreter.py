@@ -42,7 +42,8 @@ def interpreted(kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str,
     """
     _install()
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    _TOUCHED.append((Reach(kernel.__name__, tensors), Races(kernel.__name__, tensors)))
+    reach = Reach(kernel.__name__, tensors)
+    _TOUCHED.append((reach, Races(reach)))
     try:
         with triton.knobs.runtime.scope():
             triton.knobs.runtime.interpret = True

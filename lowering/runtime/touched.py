@@ -30,8 +30,10 @@ class Reach:
         first, last = zip(*map(_pieces, tensors.values()), strict=True) if tensors else ([], [])
         starts, ends = np.concatenate([[0], *first]), np.concatenate([[0], *last])
         order = np.argsort(starts, kind="stable")
-        # Tensors may overlap: a piece ends where it or any before it ends the latest.
-        self.starts, self.ends = starts[order], np.maximum.accumulate(ends[order])
+        # Tensors may overlap: a piece ends where it or any before it ends the latest, and what begins there is apart.
+        starts, ends = starts[order], np.maximum.accumulate(ends[order])
+        apart = np.concatenate([[True], starts[1:] >= ends[:-1]])
+        self.starts, self.ends = starts[apart], ends[np.concatenate([apart[1:], [True]])]
 
     def check(self, verb: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
         """Raise IndexError unless all elements of `size` bytes, where the mask is set, lie in the tensors."""
@@ -39,11 +41,15 @@ class Reach:
         beyond = wanted + size > self.ends[np.searchsorted(self.starts, wanted, side="right") - 1]
         if beyond.any():
             first = int(wanted[beyond][0])
-            near = min(self.tensors, key=lambda name: abs(first - self.tensors[name].data_ptr()))
+            near = self.near(first)
             raise IndexError(
                 f"{self.kernel} {verb} {beyond.sum()} of {beyond.size} elements that are in none of its tensors, "
                 f"the first {first - self.tensors[near].data_ptr()} bytes from the start of {near}"
             )
+
+    def near(self, address: int) -> str:
+        """The tensor that begins the nearest."""
+        return min(self.tensors, key=lambda name: abs(address - self.tensors[name].data_ptr()))
 
 
 def _pieces(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -87,20 +93,15 @@ class Races:
     program has threads, several load each and the compiler chooses who stores it.
 
     Args:
-        kernel: its name.
-        tensors: by the names of its arguments, on the CPU.
+        reach: the memory that the kernel may touch.
     """
 
-    def __init__(self, kernel: str, tensors: dict[str, Tensor]) -> None:
-        self.kernel = kernel
-        storages = {t.untyped_storage().data_ptr(): (t.untyped_storage().nbytes(), n) for n, t in tensors.items()}
-        held = sorted((start, size, name) for start, (size, name) in storages.items() if size)
-        self.names = [name for _, _, name in held]
-        self.grain = min((t.element_size() for t in tensors.values()), default=1)  # bytes of the smallest element
-        self.starts = np.array([start for start, _, _ in held], np.int64)
-        self.ends = np.cumsum([-(-size // self.grain) for _, size, _ in held], dtype=np.int64)
-        count = int(self.ends[-1]) if held else 0
-        self.wrote, self.read, self.first_read = (np.zeros(count, np.int64) for _ in range(3))
+    def __init__(self, reach: Reach) -> None:
+        self.reach = reach
+        self.grain = min((t.element_size() for t in reach.tensors.values()), default=1)  # bytes of the smallest element
+        counts = -(-(reach.ends - reach.starts) // self.grain)
+        self.before = np.cumsum(counts) - counts  # elements of the pieces before each
+        self.wrote, self.read, self.first_read = (np.zeros(counts.sum(), np.int64) for _ in range(3))
         self.touches: list[Touch | None] = [None]  # 0: nobody
         self.program = self.waited = 1
         self.since: dict[int, np.ndarray] = {}  # the tile of each touch since threads have waited
@@ -134,13 +135,11 @@ class Races:
         wanted = addresses.astype(np.int64)[np.broadcast_to(mask.astype(np.bool_), addresses.shape)]
         if not wanted.size:
             return
-        storage = np.searchsorted(self.starts, wanted, side="right") - 1
-        begins = np.concatenate([[0], self.ends])
-        places = begins[storage] + (wanted - self.starts[storage]) // self.grain
-        touch, number = Touch(verb, *_statement()), len(self.touches)
-        where = f"in {self.names[storage[0]]}"
+        piece = np.searchsorted(self.reach.starts, wanted, side="right") - 1
+        places = self.before[piece] + (wanted - self.reach.starts[piece]) // self.grain
+        touch, number, where = Touch(verb, *_statement()), len(self.touches), int(wanted[0])
         if verb == "writes" and np.unique(places).size < places.size:
-            raise RuntimeError(f"{self.kernel}: {touch} several elements to one place {where}")
+            raise self._refused(touch, "several elements to one place ", where)
         self._check(touch, where, places, self.wrote[places], self.wrote[places])
         if verb == "writes":
             self._check(touch, where, places, self.read[places], self.first_read[places])
@@ -152,28 +151,30 @@ class Races:
         self.touches.append(touch)
         self.since[number] = places
 
-    def _check(self, touch: Touch, where: str, places: np.ndarray, last: np.ndarray, first: np.ndarray) -> None:
+    def _check(self, touch: Touch, where: int, places: np.ndarray, last: np.ndarray, first: np.ndarray) -> None:
         """Raise where something was touched since threads have waited (last), or by another program (first)."""
         for number in np.unique(last[last >= self.waited]):
             other = self.touches[number]
             assert other is not None
             back = other.verb == "reads" and other.line == touch.line and np.array_equal(self.since[number], places)
             if not back:
-                raise RuntimeError(f"{self.kernel}: {touch} {where} what {other}, and no barrier is between")
+                raise self._refused(touch, "", where, f" what {other}, and no barrier is between")
         elsewhere = first[(first > 0) & (first < self.program)]
         if elsewhere.size:
             other = self.touches[elsewhere[0]]
-            raise RuntimeError(f"{self.kernel}: {touch} {where} what {other} in another program, which may come later")
+            raise self._refused(touch, "", where, f" what {other} in another program, which may come later")
 
-    def _check_ahead(self, touch: Touch, where: str, wrote: np.ndarray) -> None:
+    def _check_ahead(self, touch: Touch, where: int, wrote: np.ndarray) -> None:
         """Raise where an earlier turn of a loop that reads ahead wrote something."""
         for begin, turn in zip(self.ahead, self.turn, strict=True):
             early = wrote[(wrote >= begin) & (wrote < turn)]
             if early.size:
                 other = self.touches[early[0]]
-                raise RuntimeError(
-                    f"{self.kernel}: {touch} {where} what {other} in a turn before, and turns read ahead"
-                )
+                raise self._refused(touch, "", where, f" what {other} in a turn before, and turns read ahead")
+
+    def _refused(self, touch: Touch, how: str, where: int, why: str = "") -> RuntimeError:
+        """`where`: an address that is touched."""
+        return RuntimeError(f"{self.reach.kernel}: {touch} {how}in {self.reach.near(where)}{why}")
 
 
 def _statement() -> tuple[int, str]:

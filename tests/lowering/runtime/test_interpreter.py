@@ -39,7 +39,7 @@ def product(a, b, made, PRECISION: tl.constexpr):
 def test_products_in_tf32_round_their_factors():
     """To 10 bits, towards zero, as matrix units do that leave out the others."""
     a, b = torch.randn(16, 16), torch.eye(16)
-    made = {}
+    made: dict[str, Tensor] = {}
     for precision in ("ieee", "tf32x3", "tf32"):
         interpreted(
             product,

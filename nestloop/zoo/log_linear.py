@@ -52,4 +52,4 @@ class LogLinearAttention(nl.Loop):
         return -(t.k @ f.w[0] * t.v).sum(-1)
 
     def readout(self, f, t):
-        return torch.einsum("nl,ni,lij->nj", t.lam, t.q, f.w)
+        return (t.lam[:, :, None] * torch.einsum("ni,lij->nlj", t.q, f.w)).sum(1)

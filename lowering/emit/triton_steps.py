@@ -191,7 +191,7 @@ class TritonSteps(TritonInTwo):
         return [
             *[self.load(r, into[r]) for r in returned],
             *self.each_turn("first", f"{start}, {stop}, {height}", inner, alone and function.read_ahead),
-            *([BARRIER] if alone and returned else []),  # all have read what there was
+            *([BARRIER] if returned else []),  # all have read what there was, where there is no tile too
             *[self.store(r, into[r], r) for r in returned],
         ]
 

@@ -29,7 +29,7 @@ from nestloop.lowering.runtime.library import REGISTERED, NestedLoopOp
 from nestloop.lowering.runtime.recipe import Recipe, remade
 from nestloop.lowering.runtime.streams import stream_op
 
-FORMAT = 3
+FORMAT = 4  # kernels of format 3 lack barriers
 
 
 def save_ops(program: Any, path: str | os.PathLike[str]) -> None:

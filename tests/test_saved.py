@@ -125,8 +125,8 @@ def test_only_a_graph_has_ops_to_save(tmp_path: Path):
     [
         ("\0", "Expecting value: line 1 column 1 (char 0)"),
         ('{"format": 0}', "format 0"),
-        ('{"format": 3}', "no 'tiles'"),
-        ('{"format": 3, "tiles": "TILES", "ops": [{"name": "op"}]}', "no 'origin'"),
+        ('{"format": 4}', "no 'tiles'"),
+        ('{"format": 4, "tiles": "TILES", "ops": [{"name": "op"}]}', "no 'origin'"),
     ],
 )
 def test_a_file_that_is_none_is_refused(text: str, why: str, tmp_path: Path):
@@ -137,7 +137,7 @@ def test_a_file_that_is_none_is_refused(text: str, why: str, tmp_path: Path):
     assert str(caught.value) == (
         "A file of saved ops cannot be read.\n"
         f"  given: {path}: {why}\n"
-        "  need:  what nl.save_ops writes, format 3\n"
+        "  need:  what nl.save_ops writes, format 4\n"
         "  fix:   nl.save_ops(program, path) where the program was exported"
     )
 
@@ -176,7 +176,7 @@ def test_recorded_ops_of_this_format_run(tmp_path: Path):
 
 def test_ops_of_another_version_are_refused(tmp_path: Path):
     path = tmp_path / "layer.ops"
-    path.write_text(json.dumps({"format": 3, "tiles": "0123", "ops": []}))
+    path.write_text(json.dumps({"format": 4, "tiles": "0123", "ops": []}))
     with pytest.raises(StaleOpsError) as caught:
         nl.load_ops(path)
     assert str(caught.value) == (

@@ -109,9 +109,8 @@ class TritonSplitStreamedScan(TritonSplitScan):
         """Where functions of the walk find all that is no token."""
         return {**self._read(index), **self._places(self.shared)}
 
-    def nothing_waits(self) -> list[str]:
-        lines = [line for n in self.extra if n.endswith("__pending") for line in self.fill(n, None, self.end(n))]
-        return [*lines, *([BARRIER] if lines else [])]
+    def clear_end(self, name: str) -> list[str]:
+        return self.fill(name, None, self.end(name))
 
     def _left_in_turns(self) -> list[str]:
         return []  # what is walked stays where it lies: a copy in some turns would take registers in all

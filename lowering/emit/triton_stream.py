@@ -319,8 +319,12 @@ class TritonStream(TritonKernels, ScanTensors):
 
     def nothing_waits(self) -> list[str]:
         """Lines that leave a state in which no token waits for its step, until a chunk that is not complete."""
-        lines = [self.store(n, self.end(n), self.zeros(n)) for n in self.extra if n.endswith("__pending")]
+        lines = [line for n in self.extra if n.endswith("__pending") for line in self.clear_end(n)]
         return [*lines, *([BARRIER] if lines else [])]
+
+    def clear_end(self, name: str) -> list[str]:
+        """Lines that set a part of the state that forward leaves to zero."""
+        return [self.store(name, self.end(name), self.zeros(name))]
 
     def leave_anchor(self) -> list[str]:
         """Lines that leave the last chunk's first weights, its anchor."""

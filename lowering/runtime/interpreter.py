@@ -31,7 +31,7 @@ _BUILDER: Any = type(interpreter.interpreter_builder)
 _INTERPRETED: dict[int, InterpretedFunction] = {}
 
 
-_TOUCHED: list[tuple[Reach, Races]] = []  # by the kernel that runs
+_TOUCHED: list[Races] = []  # by the kernel that runs
 
 
 def interpreted(kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
@@ -42,8 +42,7 @@ def interpreted(kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str,
     """
     _install()
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    reach = Reach(kernel.__name__, tensors)
-    _TOUCHED.append((reach, Races(reach)))
+    _TOUCHED.append(Races(Reach(kernel.__name__, tensors)))
     try:
         with triton.knobs.runtime.scope():
             triton.knobs.runtime.interpret = True
@@ -109,7 +108,7 @@ def _install() -> None:
 
         def turns(*bounds: Any, num_stages: int = 1, **settings: Any) -> Iterable[int]:
             every: range = plain(*bounds, **settings)
-            return every if num_stages == 1 else _TOUCHED[-1][1].turns(every)
+            return every if num_stages == 1 else _TOUCHED[-1].turns(every)
 
         scope.set_attr(tl, "range", turns)
         return scope
@@ -159,9 +158,7 @@ def _install() -> None:
     load, store, set_grid_idx = _BUILDER.create_masked_load, _BUILDER.create_masked_store, _BUILDER.set_grid_idx
 
     def touch(verb: str, at: TensorHandle, mask: TensorHandle) -> None:
-        reach, races = _TOUCHED[-1]
-        reach.check(verb, at.data, mask.data, at.get_element_ty().primitive_bitwidth // 8)
-        races.touch(verb, at.data, mask.data)
+        _TOUCHED[-1].touch(verb, at.data, mask.data, at.get_element_ty().primitive_bitwidth // 8)
 
     def create_masked_load(self: Any, at: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
         touch("reads", at, mask)
@@ -172,10 +169,10 @@ def _install() -> None:
         return store(self, at, value, mask, *rest)
 
     def create_barrier(self: Any) -> None:
-        _TOUCHED[-1][1].wait()
+        _TOUCHED[-1].wait()
 
     def begin(self: Any, *place: int) -> None:
-        _TOUCHED[-1][1].begin()
+        _TOUCHED[-1].begin()
         set_grid_idx(self, *place)
 
     _BUILDER.set_grid_idx = begin

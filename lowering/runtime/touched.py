@@ -35,10 +35,14 @@ class Reach:
         apart = np.concatenate([[True], starts[1:] >= ends[:-1]])
         self.starts, self.ends = starts[apart], ends[np.concatenate([apart[1:], [True]])]
 
-    def check(self, verb: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
-        """Raise IndexError unless all elements of `size` bytes, where the mask is set, lie in the tensors."""
+    def found(self, verb: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The addresses where the mask is set, and the piece in which each lies.
+
+        Raises IndexError unless all elements there, of `size` bytes, lie in the tensors.
+        """
         wanted = addresses[mask.astype(np.bool_)].astype(np.int64)  # a mask of one number comes as int32
-        beyond = wanted + size > self.ends[np.searchsorted(self.starts, wanted, side="right") - 1]
+        piece = np.searchsorted(self.starts, wanted, side="right") - 1
+        beyond = wanted + size > self.ends[piece]
         if beyond.any():
             first = int(wanted[beyond][0])
             near = self.near(first)
@@ -46,6 +50,7 @@ class Reach:
                 f"{self.kernel} {verb} {beyond.sum()} of {beyond.size} elements that are in none of its tensors, "
                 f"the first {first - self.tensors[near].data_ptr()} bytes from the start of {near}"
             )
+        return wanted, piece
 
     def near(self, address: int) -> str:
         """The tensor that begins the nearest."""
@@ -127,15 +132,14 @@ class Races:
             self.turn.pop()
         self.ahead.pop()
 
-    def touch(self, verb: str, addresses: np.ndarray, mask: np.ndarray) -> None:
-        """Note what the statement that runs "reads" or "writes".
+    def touch(self, verb: str, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
+        """Note what the statement that runs "reads" or "writes", elements of `size` bytes.
 
-        Raises RuntimeError where a thread might come before another that touches the same.
+        Raises IndexError as of `Reach`, RuntimeError where a thread might come before another that touches the same.
         """
-        wanted = addresses.astype(np.int64)[np.broadcast_to(mask.astype(np.bool_), addresses.shape)]
+        wanted, piece = self.reach.found(verb, addresses, mask, size)
         if not wanted.size:
             return
-        piece = np.searchsorted(self.reach.starts, wanted, side="right") - 1
         places = self.before[piece] + (wanted - self.reach.starts[piece]) // self.grain
         touch, number, where = Touch(verb, *_statement()), len(self.touches), int(wanted[0])
         if verb == "writes" and np.unique(places).size < places.size:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from nestloop.lowering.runtime import tiles
 from nestloop.lowering.runtime.launching import TritonCode
@@ -51,3 +52,11 @@ def states_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[
 
     yield keep
     forget()
+
+
+@pytest.fixture
+def matmul_precision() -> Iterator[Callable[[str], None]]:
+    """What sets PyTorch's precision of float32 products, for a test."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)

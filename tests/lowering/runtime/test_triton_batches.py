@@ -169,15 +169,11 @@ def test_a_view_that_only_later_steps_depend_on(loop: type[nl.Loop]):
 
 
 @pytest.mark.slow
-def test_float32_is_the_reference_in_float64_to_rounding():
+def test_float32_is_the_reference_in_float64_to_rounding(matmul_precision: Any):
     inputs = inputs_of(Recall)
     wanted = doubled(run(nl.compile(Recall, backend="reference"), inputs))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        found = doubled(run(nl.compile(Recall, backend="triton"), single(inputs)))
-    finally:
-        torch.set_float32_matmul_precision(before)
+    matmul_precision("highest")
+    found = doubled(run(nl.compile(Recall, backend="triton"), single(inputs)))
     assert_equal(differences(found, wanted), 1e-5)
 
 

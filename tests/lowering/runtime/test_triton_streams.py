@@ -43,13 +43,6 @@ def few_states_kept(states_kept: Any):
     states_kept(lambda count, budget, state: 1 + count % 3)
 
 
-@pytest.fixture
-def matmul_precision() -> Any:
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize("loop", STREAMS, ids=lambda loop: loop.__name__)
 def test_every_loop_of_the_zoo_is_what_generated_pytorch_gives(loop: type[nl.Loop]):
     torch.manual_seed(0)
@@ -380,14 +373,10 @@ def test_the_op_is_an_op_of_pytorch():
     torch.library.opcheck(getattr(torch.ops.nestloop, name).default, tuple(given[n] for n in signature.inputs))
 
 
-def test_products_follow_what_pytorch_is_told():
-    before = torch.get_float32_matmul_precision()
-    try:
-        for told, taken in (("highest", "tf32x3"), ("high", "tf32")):
-            torch.set_float32_matmul_precision(told)
-            assert TritonStream.settings(torch.float32, torch.float32)["PRODUCT"] == taken
-    finally:
-        torch.set_float32_matmul_precision(before)
+def test_products_follow_what_pytorch_is_told(matmul_precision: Any):
+    for told, taken in (("highest", "tf32x3"), ("high", "tf32")):
+        matmul_precision(told)
+        assert TritonStream.settings(torch.float32, torch.float32)["PRODUCT"] == taken
     assert TritonStream.settings(torch.float32, torch.bfloat16)["PRODUCT"] == "bf16"
 
 
